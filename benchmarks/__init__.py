@@ -3,4 +3,5 @@
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))  # whose modules import each other by name
+# The tests' modules import each other by name.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))

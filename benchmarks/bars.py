@@ -71,7 +71,8 @@ def speedup(cell: Cell, peer: str) -> float:
 
 
 def share_of_product(cell: Cell) -> float:
-    """FLOP/s over those of the matrix product, which has `product` FLOP and was timed in alternation with the call."""
+    """This library's FLOP/s as a share of a matrix product's. The product has `product` FLOP, and was timed in
+    alternation with the call."""
     return float(cell["flop"] / cell["product"]) * ratio(cell, "matmul", "jax_flash")
 
 
@@ -88,5 +89,5 @@ def peer_verdict(cell: Cell) -> str:
 
 
 def relative_cost(cell: Cell) -> float:
-    """The time per FLOP of "this" call over that of the "plain" one."""
+    """What an option costs: the time per FLOP of the cell's call with it ("this") over that without it ("plain")."""
     return ratio(cell, "this", "plain") * float(cell["flop"]["plain"] / cell["flop"]["this"])

@@ -19,19 +19,20 @@ from .bars import (
     speedup,
 )
 
-# (pass, peer) → the mean over all cells, and each cell: the peer's time over ours.
+# (pass, peer) → the peer's time over ours: the mean over all cells, and each single cell.
 OVER_PEERS = {
     ("forward", "torch"): (3.5, 2.0),
     ("forward", "xla"): (7.0, 4.0),
     ("both", "torch"): (3.2, 2.0),
     ("both", "xla"): (7.0, 4.0),
 }
-OF_MATMUL = {"float32": 0.85, "bfloat16": 1.5}  # long forwards over XLA's float32 product
+OF_MATMUL = {"float32": 0.85, "bfloat16": 1.5}  # rates of long forwards, relative to XLA's float32 product
 OF_PLAIN_TIME = {"causal": 0.55, "GQA 8:1": 1.05, "window 256 at s 16,384": 0.05, "equal documents": 1.1}
-COST = {"bias": 1.6, "dropout": 1.6}  # an option's time per FLOP over the plain call's; others COST_OF_OTHERS
+COST = {"bias": 1.6, "dropout": 1.6}  # an option's time per FLOP, relative to the plain call's
 COST_OF_OTHERS = 1.3
 TWO_THREADS, OF_READ, OVER_XLA_SMALL, MEGABYTES = 1.8, 0.8, 1.0, 64.0
-OF_FORWARD, OVER_XLA_TANGENT = 3.5, 6.0  # out and its tangent: over the forward's time; XLA's time over ours
+# Out and its tangent: our time over the forward's, and XLA's time over ours.
+OF_FORWARD, OVER_XLA_TANGENT = 3.5, 6.0
 TEXT = {"forward": "forward", "both": "forward + backward", "jvp": "forward + tangent"}
 
 

@@ -22,23 +22,27 @@ from .bars import (
 )
 from .peers import PEERS
 
-BACKWARD_MEAN, FORWARD_MEAN, EACH = 1.28, 1.2, 0.97  # × cuDNN; × the best peer, each cell
-LARGE_HEADS = 1.3  # backward at head dim 256, × cuDNN
-OF_PRODUCT = {(128, False): 0.95, (128, True): 0.92, (256, False): 1.0, (256, True): 0.97}  # forward, at LONG
+# Speed relative to cuDNN, and in each cell to the best peer.
+BACKWARD_MEAN, FORWARD_MEAN, EACH = 1.28, 1.2, 0.97
+LARGE_HEADS = 1.3  # backward at head dim 256, relative to cuDNN
+# Forwards at length LONG: their rate over that of the matrix product.
+OF_PRODUCT = {(128, False): 0.95, (128, True): 0.92, (256, False): 1.0, (256, True): 0.97}
 LONG = 16384
 LATENT_OF_PRODUCT = 0.59  # head dims 192/128, backward: of the matrix product's rate
-WINDOWS = {"window 128": 1.7, "window 1024": 1.25, "window 4096": 1.25}  # backward, × cuDNN
+WINDOWS = {"window 128": 1.7, "window 1024": 1.25, "window 4096": 1.25}  # backward, relative to cuDNN
 OF_FIXED, SEGMENTS_OF_PACKED = 0.92, 1 / 1.15
-OF_PLAIN = {  # an option's rate over the plain call's
+OF_PLAIN = {  # an option's rate, relative to the plain call's
     "forward": {"sinks": 0.98, "softcap": 0.75, "alibi": 0.8, "dropout": 0.6, "bias": 0.6, "segments": 0.9},
     "backward": {"sinks": 0.97, "softcap": 0.75, "alibi": 0.8, "dropout": 0.6, "bias": 0.45},
 }
-OF_PAIR = {  # the rate of a shape over that of the plain call it is compared with
+OF_PAIR = {  # the rate of a shape, relative to the plain call that it is paired with
     "forward": {"GQA 8:1": 0.98, "window 1024": 0.8, "s 4001": 0.85, "s 1000": 0.85, "s 777": 0.85},
     "backward": {"s 4001": 0.85, "s 1000": 0.85, "s 777": 0.85},
 }
-DETERMINISTIC = {64: 1.12, 128: 1.12, 256: 1.2}  # its time over the plain backward's
-TRAINING_STEP = {"1 × 32,768": 1.18, "2 × 8,192": 1.08}  # × cuDNN, attention's results kept under remat
+# Time of the deterministic backward, relative to the plain one.
+DETERMINISTIC = {64: 1.12, 128: 1.12, 256: 1.2}
+# Relative to cuDNN, with attention's results kept under remat.
+TRAINING_STEP = {"1 × 32,768": 1.18, "2 × 8,192": 1.08}
 
 DECODE_MEAN, DECODE_EACH, OF_READ, READ_FROM = 1.02, 0.98, 0.95, 5e8  # bytes of keys and values
 OF_CONTIGUOUS = {"pages of 64": 0.98, "pages of 16": 0.98, "pages of 1": 0.94}
@@ -52,7 +56,7 @@ OF_PLAIN_BANDWIDTH = {
 FLOAT8 = 1.75
 LATENT_READ, LATENT_PRODUCT = 0.8, 0.6
 PREFILL = {"pages of 64": 0.9, "pages of 16": 0.8}  # of the contiguous call's rate
-# The time of a paged call over that of the call it is compared with, at most.
+# Upper bounds: the time of a paged call over that of the call that it is paired with.
 STEPS = {"4 tokens / 1": 1.05, "8 tokens / 1": 1.12, "16 tokens / 1": 1.3, "together / apart": 1.1}
 STEPS |= {f"tree of {n} / {n} tokens": 1.05 for n in paged_steps.TOKENS}
 
@@ -97,7 +101,7 @@ def _matrix(cells: list[Cell]) -> Iterator[Bar]:
 
 
 def _others(cells: list[Cell], pass_: str, window: str = "") -> list[Cell]:
-    """The cells of peers that are slow to compile: of one window, or of the matrix."""
+    """The cells of peers that are slow to compile, for one window, or for the matrix if there is none."""
     others = chosen(cells, "peer", of="others", **{"pass": pass_})
     return [c for c in others if (c["case"].endswith(window) if window else "window" not in c["case"])]
 

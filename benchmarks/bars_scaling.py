@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from .bars import Bar, Cell, chosen, least, most, ran
 
 RING = {131072: 0.95, 32768: 0.9}  # length → share of linear speed-up, full and zigzag causal
-CONTIGUOUS, WINDOW = 0.9, 0.9  # share of its own bound; share of linear
-SHARDED, TRAINING = 0.97, 0.93  # shares of linear
+CONTIGUOUS, WINDOW = 0.9, 0.9  # share of its own bound; share of linear speed-up
+SHARDED, TRAINING = 0.97, 0.93  # shares of linear speed-up
 
 
 def judge(cells: list[Cell]) -> list[Bar]:
@@ -17,7 +17,7 @@ def judge(cells: list[Cell]) -> list[Bar]:
 
 
 def of_linear(cell: Cell, way: str) -> float:
-    """The speed-up over one device, over the number of devices."""
+    """The speed-up over one device, divided by the number of devices."""
     times = cell["times"]
     return float(times["one device"]["median"] / times[way]["median"] / cell["devices"])
 

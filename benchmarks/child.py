@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .cases import Case
 
-SETTLE, BURST = (
-    0.05,
-    0.2,
-)  # seconds of calls, untimed and timed, because the process slept while another one ran
+# Seconds of calls before and during the timing. The untimed ones are needed because the process slept while
+# another process was measured.
+SETTLE, BURST = 0.05, 0.2
 
 
 class Child:
     """`with Child(cores=1) as child: child.call(case, pass_)()` gives the seconds of a call in the child."""
 
     def __init__(self, cores: int):
-        context = multiprocessing.get_context("spawn")  # XLA sizes its thread pool when it is loaded
+        # XLA sizes its thread pool when it is loaded, so the child must load it itself.
+        context = multiprocessing.get_context("spawn")
         self._pipe, other_end = context.Pipe()
         allowed = sorted(os.sched_getaffinity(0))[:cores]
         self._process = context.Process(target=_serve, args=(other_end, allowed), daemon=True)
@@ -37,12 +37,13 @@ class Child:
         self._process.join()
 
     def call(self, case: Case, pass_: str) -> Callable[[], float]:
-        """Prepares the call in the child; the result runs one burst and returns the mean of its calls."""
+        """Prepares the call in the child. The result is a function that runs one burst and returns a call's mean
+        seconds."""
         self._ask("prepare", case, pass_)
         return lambda: self._ask("burst", case, pass_)
 
     def growth(self, case: Case) -> int:
-        """The most bytes that the process grows by while it computes forward and backward once."""
+        """How much the process's memory grows at its peak, in bytes, while it computes forward and backward once."""
         return int(self._ask("growth", case, "both"))
 
     def _ask(self, *request: Any) -> Any:
@@ -87,7 +88,7 @@ def _growth(compiled: Any, arguments: Any) -> int:
     jax.block_until_ready(arguments)
     ctypes.CDLL(None).malloc_trim(0)  # memory that the allocator keeps would hide growth
     before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     out = jax.block_until_ready(compiled(*arguments))
     return _status("VmHWM") - before - sum(x.nbytes for x in jax.tree.leaves(out))
 

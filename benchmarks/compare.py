@@ -32,9 +32,9 @@ from .bars import geometric_mean
 from .compare_cells import Cell
 
 MEAN, EACH = 0.995, 0.97  # the least geometric mean, and the least ratio of a cell
-LONGER = 3  # times the repeats, for a cell below EACH
+LONGER = 3  # a cell below EACH is repeated this many times more often
 BURST = {"gpu": measure.BURST, "cpu": 0.05}
-PAUSE = {"gpu": 0.0, "cpu": 0.01}  # seconds, in which the threads of the other checkout stop spinning
+PAUSE = {"gpu": 0.0, "cpu": 0.01}  # seconds of rest, in which the other checkout's threads stop spinning
 
 
 def run(checkout: Path, wanted: str, repeats: int, folder: Path) -> int:
@@ -72,7 +72,7 @@ def require_same_backends(before: ModuleType) -> None:
 
 
 def compare(cell: Cell, packages: dict[str, ModuleType], repeats: int) -> dict[str, Any]:
-    """Times and bits of one cell; "error" where one of the checkouts does not run it."""
+    """Times and bits of one cell, or "error" if one of the checkouts cannot run it."""
     try:
         calls = {name: cell.prepare(package) for name, package in packages.items()}
         with ThreadPoolExecutor(2) as pool:
@@ -103,7 +103,7 @@ def ratio(times: dict[str, list[float]]) -> float:
 
 
 def bits(cell: Cell, calls: measure.Calls) -> str:
-    """ "same", "differ", or that the cell's results are not repeatable, by promise or as seen."""
+    """ "same" or "differ", or that the cell's results are not repeatable (not promised to be, or seen not to be)."""
     if not cell.repeatable:
         return "not promised"
     first, second = (call(*arguments[0]) for call, arguments in (calls["before"], calls["after"]))

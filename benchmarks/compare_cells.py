@@ -38,11 +38,12 @@ def of_platform(platform: str) -> list[Cell]:
     return list(_gpu() if platform == "gpu" else _cpu())
 
 
-_inputs = functools.lru_cache(maxsize=1)(peers.draw_inputs)  # one case's: they may fill gigabytes
+# Inputs of one case only, because they may fill gigabytes.
+_inputs = functools.lru_cache(maxsize=1)(peers.draw_inputs)
 
 
 def _attention(case: Case, pass_: str, **options: Any) -> Cell:
-    """A public call; on a GPU the backward's bits are promised with deterministic=True alone."""
+    """A cell of a public call. On a GPU a backward's bits are repeatable only with deterministic=True."""
 
     def prepare(package: ModuleType) -> Prepared:
         return peers.pass_calls(adapters.ours(case, package, **options), pass_, _inputs(case))

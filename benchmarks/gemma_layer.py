@@ -2,7 +2,8 @@
 
 python -m benchmarks.gemma_layer        the bar is 3 times gemma's own speed (issue 39)
 
-8 heads of 256 over 4 of keys, 2 × 4,096 tokens with four images of 256; local layers see 1,024 tokens to each side.
+8 query heads and 4 KV heads of 256; 2 × 4,096 tokens with four images of 256; local layers see 1,024 tokens to each
+side.
 """
 
 from __future__ import annotations

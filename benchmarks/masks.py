@@ -1,11 +1,12 @@
-"""Masks that kernels read as ranges or blocks, beside calls of the plain kernels, on one GPU.
+"""Masks that kernels read as ranges, blocks or boolean arrays, beside calls of the plain kernels, on one GPU.
 
     python -m benchmarks.masks [LENGTH] [HEAD_DIM,HEAD_DIM,…] [PART OF A NAME]
 
 A rate is FLOP of visible pairs in a second, over that of a call without a mask value: causal=True, or for masks whose
 rows see few keys one of the same band (chunks as sequences of their own, a static window). Blocks are an eighth of all,
-chosen at random for each KV head, which four query heads share, or one. Times are medians of bursts
-in turns (measure.py).
+chosen at random for each KV head, which four query heads share, or one. An array is a mask's [1, 1, s, s] of booleans,
+for jax_flash and for jax.nn's cuDNN; its rate is compared with that of the same mask as ranges. Times are medians of
+bursts in turns (measure.py).
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flash import flash_attention, flops, masks
+from jax_flash import flash_attention, flops, mask_forms, masks
+from jax_flash.mask_rows import Rows
 
 from . import measure
 
-BATCH, WIDTH, PART = 2, 2048, 8  # heads · head dim; the length over that of a chunk and a window
+BATCH, WIDTH, PART = 2, 2048, 8  # heads · head dim; a chunk, and a window, is 1 / PART of the length
 Options = dict[str, Any]
 GROUP, CHOSEN = 4, 8  # query heads of a KV head; blocks over those that are chosen
+AS_ARRAYS = ("prefix", "documents", "spans", "block diffusion")
 
 
 def span_ids(size: int) -> Any:
@@ -42,12 +45,30 @@ def blocks(size: int, block: int, heads: int) -> Any:
     return masks.blocks(jnp.asarray(chosen, jnp.int32), (block, block))
 
 
+def documents(size: int) -> Any:
+    """Causal documents whose lengths differ by a factor of up to 60."""
+    lengths = np.random.default_rng(0).lognormal(6, 1, size).astype(int) + 50
+    ends = np.cumsum(lengths)
+    starts = np.concatenate(([0], ends))[np.searchsorted(ends, np.arange(size), "right")]
+    return masks.ranges(
+        jnp.asarray(starts, jnp.int32)[None, None], jnp.arange(1, size + 1, dtype=jnp.int32)[None, None]
+    )
+
+
+def array_of(mask: Any, size: int) -> Any:
+    """The mask of the first batch entry and head."""
+    columns = jnp.arange(size, dtype=jnp.int32)[None]
+    seen = mask_forms.seen(mask_forms.resolve(mask.conditions, Rows.fixed(size, size)), size, columns)
+    return jnp.broadcast_to(seen[:1, :1], (1, 1, size, size))
+
+
 def cases(size: int, heads: int) -> dict[str, tuple[Options, str]]:
     """Options of each call by its name, and the call that its rate is compared with."""
     row = jnp.arange(size, dtype=jnp.int32)[None, None]
     values = {
         "causal as ranges": masks.ranges(jnp.zeros_like(row), row + 1),
         "prefix": masks.prefix_lm(jnp.full(BATCH, size // 4, jnp.int32)),
+        "documents": documents(size),
         "spans": masks.causal() | masks.bidirectional_spans(span_ids(size)),
         "block diffusion": masks.block_diffusion(64),
         "chunks": masks.causal() & masks.chunked(size // PART),
@@ -62,6 +83,11 @@ def cases(size: int, heads: int) -> dict[str, tuple[Options, str]]:
         shared = grouped | {"mask": blocks(size, block, heads // GROUP)}
         of_blocks[f"blocks of {block}"] = shared, "grouped causal"
         of_blocks[f"own blocks of {block}"] = {"mask": blocks(size, block, heads)}, "causal"
+    arrays: dict[str, tuple[Options, str]] = {
+        f"{name}, {how}": ({"mask": values[name], "array": how}, name)
+        for name in AS_ARRAYS
+        for how in ("array", "cuDNN")
+    }
     return (
         {
             "causal": ({"causal": True}, "causal"),
@@ -70,25 +96,41 @@ def cases(size: int, heads: int) -> dict[str, tuple[Options, str]]:
         }
         | {name: ({"mask": value}, beside.get(name, "causal")) for name, value in values.items()}
         | of_blocks
+        | arrays
     )
 
 
 def calls_of(options: Options, arrays: tuple[Any, ...]) -> tuple[Any, Any, int]:
     """The forward and the backward call, each with its arguments, and the FLOP of the forward."""
-    parts, group = options.get("parts", 1), options.get("group", 1)
-    options = {name: x for name, x in options.items() if name not in ("parts", "group")}
+    parts, group, how = options.get("parts", 1), options.get("group", 1), options.get("array")
+    options = {name: x for name, x in options.items() if name not in ("parts", "group", "array")}
     q, k, v, dout = (x.reshape(x.shape[0] * parts, -1, *x.shape[2:]) for x in arrays)
     k, v = (x[:, :, ::group] for x in (k, v))
+    array = (
+        (array_of(options["mask"], q.shape[1]),) if how else ()
+    )  # an argument, not a constant of the program
 
-    def attend(*qkv: Any) -> Any:
-        return flash_attention(*qkv, **options)
+    def attend(qkv: Any, *mask: Any) -> Any:
+        if how == "cuDNN":
+            return jax.nn.dot_product_attention(*qkv, mask=mask[0], implementation="cudnn")
+        return flash_attention(*qkv, **options | ({"mask": mask[0]} if mask else {}))
 
     forward: Callable[..., Any] = jax.jit(attend)
     backward: Callable[..., Any] = jax.jit(lambda pullback, x: pullback(x))
-    pullback = jax.jit(lambda *qkv: jax.vjp(attend, *qkv)[1])(q, k, v)
-    jax.block_until_ready((forward(q, k, v), backward(pullback, dout)))
+    pullback = jax.jit(lambda qkv, *mask: jax.vjp(lambda x: attend(x, *mask), qkv)[1])((q, k, v), *array)
+    jax.block_until_ready((forward((q, k, v), *array), backward(pullback, dout)))
     counted = flops(flash_attention, q, k, v, **options)
-    return (forward, [(q, k, v)]), (backward, [(pullback, dout)]), counted
+    return (forward, [((q, k, v), *array)]), (backward, [(pullback, dout)]), counted
+
+
+def calls_or_reason(options: Options, arrays: tuple[Any, ...]) -> tuple[Any, Any, int] | str:
+    """The calls, or why cuDNN refuses them."""
+    try:
+        return calls_of(options, arrays)
+    except Exception as error:
+        if options.get("array") != "cuDNN":
+            raise
+        return str(error).splitlines()[0]
 
 
 def run(size: int, d: int, wanted: str) -> None:
@@ -98,9 +140,16 @@ def run(size: int, d: int, wanted: str) -> None:
     )
     named = cases(size, WIDTH // d)
     chosen = {name for name in named if wanted in name}
-    named = {name: named[name] for name in named if name in chosen | {named[each][1] for each in chosen}}
+    for _ in range(2):  # what these are compared with, and what that is
+        chosen |= {named[name][1] for name in chosen}
+    names = [name for name in named if name in chosen]
     with ThreadPoolExecutor(8) as pool:
-        made = dict(zip(named, pool.map(lambda case: calls_of(case[0], arrays), named.values())))
+        found = dict(zip(names, pool.map(lambda name: calls_or_reason(named[name][0], arrays), names)))
+    for name, reason in found.items():
+        if isinstance(reason, str):
+            print(f"d{d} s{size} {name}: {reason}", flush=True)
+    made = {name: calls for name, calls in found.items() if not isinstance(calls, str)}
+    named = {name: named[name] for name in made}
     for index, pass_ in enumerate(("forward", "backward")):
         times = measure.in_turns({name: calls[index] for name, calls in made.items()}, repeats=7)
         rates = {name: made[name][2] / times[name]["median"] for name in made}

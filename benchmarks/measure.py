@@ -28,11 +28,11 @@ Call = Callable[..., Any]
 Calls = dict[str, tuple[Call, Sequence[tuple[Any, ...]]]]  # name → (function, argument tuples to go through)
 
 ROTATION = {"gpu": 512 << 20, "cpu": 256 << 20}  # bytes: several times the largest L2 or L3 in use today
-REPEATS, BURST = 6, 0.03  # seconds of one burst
+REPEATS, BURST = 6, 0.03  # seconds of a burst
 SETTLED = 0.2  # seconds until an H200 bound by power runs at a call's own clock (1,980 → 1,650 MHz)
-# Products by cuBLAS's fastest algorithm, also where the process runs with --xla_gpu_autotune_level=0.
+# Makes XLA use cuBLAS's fastest algorithm for products, even if the process runs with --xla_gpu_autotune_level=0.
 PRODUCTS = {"xla_gpu_autotune_level": 4, "xla_gpu_enable_triton_gemm": False}
-CALLS_AT_MOST = 200  # in one burst
+CALLS_AT_MOST = 200  # calls per burst
 
 
 def copies_for(arguments: Any, platform: str) -> int:

@@ -19,11 +19,8 @@ from .bars import Cell
 
 SHAPE = (64, 32, 8, 128, 8192)  # sequences, query and KV heads, head dim, keys
 TOKENS = (1, 4, 8, 16)
-CHUNKS, CHUNK, DECODES = (
-    4,
-    2048,
-    60,
-)  # of a mixed batch: chunks of prompts, the tokens of each, and single tokens
+# A mixed batch: the number of prompt chunks, the tokens of each, and the number of sequences with a single token.
+CHUNKS, CHUNK, DECODES = 4, 2048, 60
 PAGE = 64
 
 

@@ -19,7 +19,7 @@ from .cases import Case, gpu_case
 
 WAVE = 6  # cells whose programs are compiled in parallel; their inputs and residuals are in memory together
 RUN = ("cudnn", "flash-attn3-jax", "jla")  # installed without trouble, and known to run
-OTHERS = ("cudnn", "fa4-jax", "tokamax", "pallas")  # slow to compile: last
+OTHERS = ("cudnn", "fa4-jax", "tokamax", "pallas")  # these compile slowly, so they come last
 PASSES = ("backward", "forward")
 PLOTTED = (
     *(gpu_case(d, s, causal) for d in (128, 64) for s in (4096, 16384) for causal in (True, False)),
@@ -71,8 +71,8 @@ def against_peers(
     product: bool = False,
     settle: float | None = None,
 ) -> Iterator[Cell]:
-    """Cells of kind "peer": this library and its peers. `product` also times the matrix product right after;
-    `settle` is that of measured()."""
+    """Cells of kind "peer": this library and its peers. With `product` the matrix product is timed right after them.
+    `settle` has the meaning that it has in measured()."""
     wanted = []
     for case in chosen:
         tags = {"case": case.name, "pass": pass_, "d": case.d, "s": case.sq, "causal": case.causal, "of": of}
@@ -199,8 +199,8 @@ def small(pass_: str) -> Iterator[Cell]:
 
 
 def in_one_program(pass_: str, call: Callable[..., Any], arguments: list[Any]) -> peers.Finish:
-    """SMALL_CHAIN calls in one program, each fed by the one before: out is the next query, dq the next cotangent. All
-    gradients are results, so that XLA removes none of them."""
+    """SMALL_CHAIN calls in one program. Each call's input is the result of the one before: out becomes the next query,
+    dq the next cotangent. All gradients are results, so that XLA removes none of them."""
     first = arguments[0]
 
     @jax.jit

@@ -30,11 +30,8 @@ KINDS = (64, 32, 8, 128, 8192)
 RAGGED = (64, 32, 8, 128, 65536)
 LONG = 65536  # keys from which a sequence is split over the whole card, where batch_invariant costs most
 WINDOW, NARROW = 1024, 128
-LATENT, LATENT_DIM, LATENT_VALUES = (
-    (64, 8192, 64),
-    576,
-    512,
-)  # sequences, keys, page size; columns of K, and of V
+# Latent pools: (sequences, keys, page size), columns of K, and columns of V.
+LATENT, LATENT_DIM, LATENT_VALUES = (64, 8192, 64), 576, 512
 READ_ROW = 4096  # words
 SLOTS = 16  # tokens in the pages of a small pool
 

@@ -19,13 +19,8 @@ COLOURS = {
     "xla": "#d0d0d0",
 }
 LABELS = {"cudnn": "cuDNN (jax.nn)", "jla": "jax-linear-attention", "pallas": "Pallas"}
-PLOTTED = (
-    "d64 s4096",
-    "d64 s16384",
-    "d128 s4096",
-    "d128 s16384",
-    "d256 s4096",
-)  # and each under a causal mask
+# Each of these is plotted with and without a causal mask.
+PLOTTED = ("d64 s4096", "d64 s16384", "d128 s4096", "d128 s16384", "d256 s4096")
 GROUPED = "64/8 heads d128 s16384 causal"
 FONT = 9
 Row = tuple[str, dict[str, float]]  # a cell's name, and each implementation's rate

@@ -31,7 +31,7 @@ FLASH_ATTN = {"GQA", "window", "packed", "scale", "bottom-right"}
 class Peer:
     """An implementation: its options, its platforms, the module that it needs, and how it is called."""
 
-    has: set[str] | None  # options as needs() names them; None: all
+    has: set[str] | None  # options as needs() names them; None: all options
     platforms: tuple[str, ...]
     make: Callable[[Case], Attend]
     module: str = "jax"
@@ -128,7 +128,7 @@ def compiled_side_by_side(
     def begin(job: Callable[[], Finish]) -> Finish | Exception:
         try:
             return job()
-        except Exception as error:  # each library has errors of its own
+        except Exception as error:  # each library raises its own kinds of errors
             return error
 
     with ThreadPoolExecutor(_workers()) as pool:

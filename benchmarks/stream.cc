@@ -6,7 +6,7 @@
 
 typedef uint32_t Vector __attribute__((vector_size(64), aligned(4)));
 
-// Each of the threads that share `next`, which starts at 0, takes a chunk at a time.
+// Several threads call this with one `next`, which starts at 0; each takes a chunk at a time.
 extern "C" uint32_t stream_read(const uint32_t* x, size_t words, std::atomic<size_t>* next) {
   constexpr size_t kChunk = 1 << 20, kStep = 64;
   Vector sums[4] = {};

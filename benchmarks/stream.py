@@ -25,8 +25,8 @@ def reader() -> Callable[..., None]:
     pool = ThreadPoolExecutor(threads)
 
     def run(*arrays: Any) -> None:
-        hosts = [np.asarray(array) for array in arrays]  # of a CPU device: no copy
-        counters = np.zeros(len(arrays) * 8, np.uint64)  # one to a cache line
+        hosts = [np.asarray(array) for array in arrays]  # on a CPU device this copies nothing
+        counters = np.zeros(len(arrays) * 8, np.uint64)  # each counter has its own cache line
         shares = [
             (host.ctypes.data, host.nbytes // WORD, counters[8 * i :].ctypes.data)
             for i, host in enumerate(hosts)

@@ -25,17 +25,18 @@ from .stream import reader
 from .suite import Suite
 from .training_step import training_calls
 
-PAUSE = 0.01  # seconds, in which the threads of a library called before stop spinning
-SETTLE = 0.001  # seconds of untimed calls after it
+PAUSE = 0.01  # seconds of rest, in which the threads of the library that was called before stop spinning
+SETTLE = 0.001  # seconds of untimed calls after the rest
 BURST, TURNS_AT_LEAST, TURNS_AT_MOST = 0.05, 3, 15
-PEER_SETTLE = 0.2  # seconds, because allocations are slow for a while after XLA has freed gigabytes
+# Seconds of untimed calls, since allocations are slow for a while after XLA has freed gigabytes.
+PEER_SETTLE = 0.2
 PASSES = ("forward", "both")
 
 
 def time_calls(calls: measure.Calls, budget: float = 3.0, settle: float = SETTLE) -> dict[str, Any]:
     """Summaries of calls that alternate, within about `budget` seconds.
 
-    A CPU's calls may last seconds, and are not bound by power: few of them are left untimed (`settle`, seconds), and
+    Calls on a CPU may last seconds, and power does not limit them, so only `settle` seconds of calls are not timed, and
     each burst follows a rest.
     """
     once = sum(min(measure.interleaved({name: call}, 1, 0.0, settle=0)[name]) for name, call in calls.items())

@@ -43,7 +43,7 @@ def kept(make: Callable[[], Iterator[Cell]], name: str) -> Callable[[], Iterator
     def cells() -> Iterator[Cell]:
         try:
             yield from make()
-        except Exception as error:  # of a peer, or of a call that this library refuses
+        except Exception as error:  # an error of a peer, or of a call that this library rejects
             yield {"kind": "failed", "name": name, "error": why(error), "times": {}}
 
     return cells

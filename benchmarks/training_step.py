@@ -15,7 +15,7 @@ from .scaling import COPY_ENGINES, OPTIONS
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCALED = {"layers": 8, "width": 2048, "heads": 16, "head_dim": 128, "hidden": 8192, "dtype": "bfloat16"}
-TOKENS = 65536  # of a scaled-up step
+TOKENS = 65536  # tokens of a scaled-up step
 
 
 def training_calls(implementations: Sequence[str]) -> dict[str, tuple[Any, list[Any]]]:

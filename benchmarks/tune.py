@@ -2,9 +2,9 @@
 
 python -m benchmarks.tune "sm80, forward, both, half, 128, 128, 128, 64, 1, 4, 1, 1, 1, plain" "sm80, forward, …"
 
-A candidate is the arguments of a JF_KERNEL; several rows of one candidate are separated by ";". In its library it
-stands in the place of all rows, of any arch, of its pass, loader, element and head dims; "table" is the library of the
-table as it is. The cells are those of --compare (benchmarks/compare_cells.py) whose names fit the pass and the head
+A candidate has the arguments of a JF_KERNEL; ";" separates several rows of one candidate. In the candidate's library
+they replace all rows, of any arch, with the same pass, loader, element and head dims. "table" is the library of the
+unchanged table. The cells are those of --compare (benchmarks/compare_cells.py) whose names fit the pass and the head
 dim. Needs this checkout built in place (tools/build_inplace.sh), nvcc and, unless --build-only, a GPU.
 """
 
@@ -27,9 +27,9 @@ from . import compare, compare_cells, measure, other_checkout
 
 TABLE = cuda_library.ROOT / "csrc" / "kernels.def"
 FOLDER = cuda_library.ROOT / "build" / "tune"
-DTYPES = {"half": "bfloat16", "single": "float32"}  # of the libraries
-BOTH = {"dense", "paged"}  # the loaders; another word in the table means the two of them
-# pass → what a cell's name holds; a head dim's are taken from these.
+DTYPES = {"half": "bfloat16", "single": "float32"}  # dtypes of the libraries
+BOTH = {"dense", "paged"}  # the loaders that any other word in the table stands for
+# pass → the words in the names of its cells; for each head dim, those with that dim are selected.
 CELLS = {"forward": "forward", "backward": "backward", "bias_gradient": "bias backward", "decode": "decode"}
 
 Row = dict[str, str]  # column → value
@@ -55,7 +55,7 @@ def parse_rows(text: str, names: list[str]) -> list[Row]:
 
 
 def replaces(new: Row, old: Row) -> bool:
-    """Whether a candidate's row stands in the place of a row of the table."""
+    """Whether a candidate's row replaces a row of the table."""
     same = all(new[column].split()[0] == old[column].split()[0] for column in ("pass", "element", "d", "dv"))
     loaders = [{row["loader"]} if row["loader"] in BOTH else BOTH for row in (new, old)]
     return same and bool(loaders[0] & loaders[1])
@@ -74,7 +74,8 @@ def table_with(candidate: list[Row], table: str) -> str:
 
 
 def build(name: str, candidate: list[Row], like: Row, archs: str, parallel: int) -> tuple[Path | None, str]:
-    """A folder with jax_flash/ and the candidate's library, and the bytes that it spills; None and why it has none."""
+    """A folder with jax_flash/ and the candidate's library, and the bytes that it spills; or None, and why there is
+    none."""
     folder = FOLDER / re.sub(r"[^\w]+", "_", name)[:100]
     folder.mkdir(parents=True, exist_ok=True)
     table = folder / "kernels.def"
@@ -121,7 +122,7 @@ def time_cell(cell: compare_cells.Cell, packages: dict[str, ModuleType], repeats
         try:
             calls[name] = cell.prepare(package)
             compare.compile_and_run(calls[name])
-        except Exception as error:  # such as a kernel that the candidate's table does not have
+        except Exception as error:  # such as that the candidate's table lacks the kernel
             calls.pop(name, None)
             print(f"{cell.name}: {name}: {type(error).__name__}: {error}".splitlines()[0], flush=True)
     times = measure.in_turns(calls, repeats)

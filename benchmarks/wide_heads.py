@@ -17,7 +17,7 @@ from . import adapters, cases, decode_calls, flop, measure, peers
 HEADS, WIDE, HALF = 4, 512, 256
 
 
-def training() -> None:
+def training(passes: tuple[str, ...] = ("forward", "backward")) -> None:
     """Rates of d 512, over those of d 256 with the same FLOP; 16,384 tokens."""
     for s, causal in ((4096, False), (4096, True), (16384, False), (16384, True)):
         sizes = {"b": 16384 // s, "causal": causal}
@@ -27,7 +27,7 @@ def training() -> None:
         named = {"d512": wide, "d256": half}
         if causal:
             named["window"] = wide.replace(window=(512, None))
-        for pass_ in ("forward", "backward"):
+        for pass_ in passes:
             calls = {
                 name: peers.pass_calls(adapters.ours(case), pass_, peers.draw_inputs(case))
                 for name, case in named.items()
@@ -48,7 +48,7 @@ def training() -> None:
 
 
 def shared() -> None:
-    """K = V over separate K and V, and 128 query heads over one KV head beside 8 over one."""
+    """Time of K = V relative to separate K and V, and of 128 query heads over one KV head relative to 8 over one."""
     q, k, v = (
         jax.random.normal(x, (4, 4096, HEADS, WIDE), jnp.bfloat16)
         for x in jax.random.split(jax.random.key(0), 3)

@@ -174,9 +174,8 @@ def make_arrivals(options: argparse.Namespace, source: Source, serving: ServingC
     else:
         random = np.random.default_rng(options.seed)
         documents = source.documents()
-        documents = [
-            documents[i] for i in random.permutation(len(documents))[:4]
-        ]  # few, so that prefixes are shared
+        # Few documents, so that prompts share prefixes.
+        documents = [documents[i] for i in random.permutation(len(documents))[:4]]
         longest = max(1, min(256, serving.capacity - options.max_tokens - 1))
         arrivals, step = [], 0
         for number in range(options.requests):

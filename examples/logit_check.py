@@ -62,9 +62,8 @@ def training_logits(model: Transformer, requests: list[Request]) -> np.ndarray:
 
     All requests are packed into one row, as documents are in training.
     """
-    read = [
-        request.tokens[:-1] for request in requests
-    ]  # the last token was generated but never fed to the model
+    # The last token was generated but never fed to the model.
+    read = [request.tokens[:-1] for request in requests]
     bounds = np.cumsum([0, *map(len, read)])
     tokens = np.concatenate(read).astype(np.int32)
     positions = np.concatenate([np.arange(len(tokens)) for tokens in read]).astype(np.int32)

@@ -95,9 +95,8 @@ class Pretrained:
 def whole_logits(model: CausalLM, requests: list[Request]) -> np.ndarray:
     """The logits of every generated token, from whole sequences without a cache: [tokens, vocabulary]."""
     forward = nnx.jit(lambda model, tokens: model(tokens))
-    longest = (
-        max(len(request.tokens) for request in requests) - 1
-    )  # the last token was never fed to the model
+    # The last token was never fed to the model.
+    longest = max(len(request.tokens) for request in requests) - 1
     rows = []
     for request in requests:
         tokens = np.zeros(longest, np.int32)

@@ -38,4 +38,4 @@ __all__ = [
     "zigzag_unpermute",
 ]
 
-_register()  # for programs that were exported or compiled in another process
+_register()  # at import, so that programs that another process exported or compiled find the custom calls

@@ -80,7 +80,7 @@ def _describe(backend: Backend) -> list[str]:
 
 
 def _devices(found: list[Backend]) -> list[str]:
-    """One line per device: the implementation that `implementation=None` takes there, or why none."""
+    """One line per device: the implementation that `implementation=None` chooses there, or why there is none."""
     by_name = {backend.implementation: backend for backend in found}
     lines = []
     for device in by_name["xla"].devices:
@@ -98,7 +98,7 @@ def _devices(found: list[Backend]) -> list[str]:
 
 
 def _gaps(backend: Backend) -> str:
-    """What the built kernels lack, so that nobody has to find out by an error."""
+    """What the built kernels lack, so that nobody learns it only from an error."""
     lacking = [name for name in ALL_PASSES if name not in backend.passes]
     lacking += [name for name in DTYPES if name not in backend.dtypes]
     return f"; not yet: {', '.join(lacking)}" if lacking else ""

@@ -13,7 +13,7 @@ import numpy as np
 # definitely_equal compares symbolic dimensions without raising.
 from jax._src import core as _core
 
-# _sharding_callbacks has what XLA's partitioner calls, by the name that the program gives it.
+# _sharding_callbacks maps the names of partitioners in programs to the functions that XLA's partitioner calls.
 from jax._src import custom_partitioning as _partitioning
 
 # apply_primitive runs a primitive eagerly; prim_requires_devices_during_lowering is for multi-process programs.
@@ -77,7 +77,7 @@ def sharded_like(x: jax.Array, other: jax.Array) -> jax.Array:
 
 
 def in_automatic_axes(run: Callable[[Any], Any], operands: Any, shardings: Any) -> Any:
-    """run(operands), where explicit mesh axes are automatic inside; `shardings` are those of the results' types.
+    """run(operands) with automatic instead of explicit mesh axes inside; `shardings` are those of the results' types.
 
     Under explicit axes JAX refuses gathers, scatters and padding whose result it does not know how to shard.
     """
@@ -159,7 +159,7 @@ def device_count(ctx: mlir.LoweringRuleContext) -> int:
 
 
 class _Kept:
-    """Keeps an object alive as long as a compiled program; pickled without it, as a serialised program needs none."""
+    """Keeps an object alive as long as a compiled program. The object is not pickled: serialised programs need none."""
 
     def __init__(self, held: Any = None):
         self._held = held

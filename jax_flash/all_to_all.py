@@ -118,7 +118,7 @@ class _Exchange:
     def to_heads(self, x: jax.Array, tokens: int, heads: int) -> jax.Array:
         """[…, tokens per device, …, heads, …] → [… all tokens …, heads per device, …]."""
         cut, device = self.cut(x, heads)
-        after = tokens if tokens < heads else tokens + 2  # the cut adds two dimensions
+        after = tokens if tokens < heads else tokens + 2  # the cut replaces the dimension `heads` by three
         x = self.exchanged(cut, device, after)
         return self.in_sequence(_joined(x, heads), tokens)
 
@@ -130,7 +130,7 @@ class _Exchange:
         return _joined(self.exchanged(cut, before, device), heads)
 
     def exchanged(self, x: jax.Array, split: int, concat: int) -> jax.Array:
-        """lax.all_to_all. Where some mesh axes are automatic, n − 1 permutes, because XLA would gather around it."""
+        """lax.all_to_all, or n − 1 permutes if some mesh axes are automatic, because XLA would gather around it."""
         if _jax.manual_axes()[1]:
             at_once: jax.Array = lax.all_to_all(x, self.ring.axes, split, concat, tiled=True)
             return at_once
@@ -151,7 +151,7 @@ class _Exchange:
         return received
 
     def cut(self, x: jax.Array, heads: int, devices: int | None = None) -> tuple[jax.Array, int]:
-        """x with the dimension `heads` split into three, one of which is the device, and the axis of that one."""
+        """x with the dimension `heads` split into three, one of which counts devices, and the axis of that one."""
         devices = self.devices if devices is None else devices
         count = x.shape[heads]
         step = self.step if count * self.devices // devices == self.hq else 1

@@ -58,7 +58,7 @@ def flash_attention(
 def flash_attention(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
 
 
-def flash_attention(  # type: ignore[misc]  # which has no `unpacked`
+def flash_attention(  # type: ignore[misc]  # only an overload has `unpacked`
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike | None,
@@ -92,7 +92,7 @@ def flash_attention(  # type: ignore[misc]  # which has no `unpacked`
     Args:
       query: `[b, sq, hq, d]`, float16, bfloat16 or float32.
       key: `[b, sk, hk, d]`, query's dtype. `hk` divides `hq`, and query head i reads KV head `i // (hq // hk)`.
-      value: `[b, sk, hk, dv]`, query's dtype; None: V is K, and the gradient of key is that of both. d and dv
+      value: `[b, sk, hk, dv]`, query's dtype; None: V is K, and key's gradient is the sum of both. d and dv
         are at most 512 (on sm_75, 256); with `implementation="xla"` they may be larger.
       causal: attend only to keys at or before the query's diagonal.
       window: `(left, right)` keys visible around the diagonal, each an int ≥ 0 or None for unlimited.
@@ -104,7 +104,7 @@ def flash_attention(  # type: ignore[misc]  # which has no `unpacked`
         attends only to keys of its own segment.
       q_lengths: int32 `[b]`, rows in use of each batch entry, or one number for all.
       kv_lengths: int32 `[b]`, keys in use of each batch entry, or one number for all.
-      scale: factor of q·kᵀ, 1/√d by default; a number that is known while tracing. By a traced one, multiply query.
+      scale: factor of q·kᵀ, 1/√d by default; a number that is known while tracing. Multiply query by a traced one.
       softcap: c in `S ← c·tanh(S/c)`, applied before bias and alibi_slopes; 0 for none.
       bias: added to S, broadcastable to `[b, hq, sq, sk]`; −inf masks. Differentiable.
       bias_first: add the bias before the softcap, which then caps the sum. −inf masks all the same.
@@ -116,7 +116,8 @@ def flash_attention(  # type: ignore[misc]  # which has no `unpacked`
         weights on every platform and with every sharding under jit. In a `shard_map` of your own, batch entries and
         heads count from the shard's first: where a manual axis splits them, fold the shard's index into the key
         (`jax.random.fold_in(key, jax.lax.axis_index("data"))`), or all shards drop alike. The dropped elements then
-        differ from one device's. A sequence needs no folding: `ring_attention` drops what one device would.
+        differ from those on one device. A split sequence needs no folding: `ring_attention` drops what one device
+        would.
       return_lse: also return lse = log Σ exp(S), float32 `[b, hq, sq]`; differentiable.
       return_max: also return the largest visible S of each sequence and head, sinks aside, float32 `[b, hq]`; −inf
         where there is none. No gradient. It is what QK-clip asks for.

@@ -1,8 +1,8 @@
 """Both modes of differentiation, as rules of the forward primitives and of their differential.
 
 The forward's JVP rule binds its differential, an operation that is linear in the tangents. Forward mode runs it, by the
-tangent pass; reverse mode transposes it, which runs the backward passes. Second derivatives do not exist: one that is
-used raises where it is lowered, one that is dropped costs nothing (no_derivative.py).
+tangent pass; reverse mode transposes it, which runs the backward passes. There are no second derivatives: one that is
+used raises when it is lowered, and one that is dropped costs nothing (no_derivative.py).
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ Results = tuple[jax.Array, ...]
 
 def attend(spec: AttentionSpec, operands: Operands) -> Results:
     """out, lse and, where the spec asks for it, row_max of checked operands, by plain JAX or by the custom call."""
-    if "position" in operands and "dropout" in operands:  # bits go by the position in the larger sequence
+    # Dropout's bits depend on the position in the larger sequence.
+    if "position" in operands and "dropout" in operands:
         first = operands["position"].astype(jnp.uint32)
         operands = operands | {"dropout": operands["dropout"].at[DROPOUT_ROW:].add(first)}
     if spec.implementation == "xla":
@@ -96,7 +97,7 @@ def _forward_jvp(primitive: Primitive, primals: Any, tangents: Any, *, spec: Att
 
 
 def _has_derivative(spec: AttentionSpec, name: str, x: jax.Array) -> bool:
-    """Whether an operand's tangent counts: float8 pools are constants, and V moves with the K that it is a part of."""
+    """Whether an operand's tangent is used. Float8 pools are constants, and a V that is a part of K moves with it."""
     return (
         name in DIFFERENTIABLE and x.dtype not in gather.FLOAT8 and not (spec.shared_kv and name == "value")
     )
@@ -114,7 +115,7 @@ def _without_tangents(spec: AttentionSpec) -> AttentionSpec:
 
 
 def _differential_jvp(primitive: Primitive, primals: Any, tangents: Any, *, spec: AttentionSpec) -> Any:
-    """Linear in its tangents, whose own tangents it takes; what it is linearised at has a second derivative."""
+    """The JVP rule of a differential, which is linear in its tangents; others would take a second derivative."""
     names = operand_names(DIFFERENTIAL, spec)
     results = primitive.bind(*primals, spec=spec)
     moving = {name: x for name, x in zip(names, tangents) if no_derivative.is_moving(x)}
@@ -128,7 +129,7 @@ def _differential_jvp(primitive: Primitive, primals: Any, tangents: Any, *, spec
 
 
 def _transpose_differential(cotangents: Any, *arrays: Any, spec: AttentionSpec) -> list[Any]:
-    """The cotangents of the tangents: the gradients of the call."""
+    """The cotangents of the differential's tangents, which are the gradients of the call."""
     names = operand_names(DIFFERENTIAL, spec)
     linear = {name: x.aval for name, x in zip(names, arrays) if ad.is_undefined_primal(x)}
     given = {name: x for name, x in zip(names, arrays) if name not in linear and name not in TANGENTS}
@@ -152,7 +153,7 @@ def _transpose_differential(cotangents: Any, *arrays: Any, spec: AttentionSpec) 
 
 
 def _sum_leading(gradient: jax.Array, aval: Any) -> jax.Array:
-    """The sum over the leading dimensions that an operand has as 1."""
+    """The sum over the leading dimensions in which an operand has size 1."""
     shared = [
         axis
         for axis, (size, full) in enumerate(zip(aval.shape, gradient.shape))
@@ -177,7 +178,7 @@ def _lower_differential(ctx: mlir.LoweringRuleContext, *values: Any, spec: Atten
 
 
 def _define(primitives: dict[Any, Primitive], name: str) -> Primitive:
-    """The differential of one kind of primitives, and the rules of both."""
+    """Defines the differential of one kind of primitives, and the rules of both."""
     primitive = primitives[DIFFERENTIAL] = declare(name, DIFFERENTIAL)
     ad.primitive_jvps[primitives[FORWARD]] = partial(_forward_jvp, primitives[FORWARD])
     ad.primitive_jvps[primitive] = partial(_differential_jvp, primitive)

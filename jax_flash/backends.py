@@ -214,7 +214,7 @@ def why_not_on(device: jax.Device) -> str | None:
 
 
 def compute_capability(device: jax.Device) -> int:
-    """90 for "9.0"."""
+    """The compute capability as a number: 90 for "9.0"."""
     return int(str(getattr(device, "compute_capability", "0.0")).replace(".", ""))
 
 
@@ -223,7 +223,7 @@ def _load_core() -> tuple[ModuleType | None, str | None]:
     """The extension, or why there is none."""
     try:
         core = importlib.import_module("._core", __package__)
-        core.cpu_isa()  # ValueError where JAX_FLASH_CPU_ISA names what this machine has not
+        core.cpu_isa()  # raises ValueError if JAX_FLASH_CPU_ISA names an instruction set that this machine lacks
     except ModuleNotFoundError:
         return None, (
             "not built: this is a source tree, which hides an installed jax_flash from Python started in it; "
@@ -263,10 +263,8 @@ def _find_cuda(package: Path, version: str) -> tuple[Path | None, str | None]:
         return None, f"not installed: {source}, or {built}"
     try:
         found = importlib.metadata.version(wheel)
-    except (
-        importlib.metadata.PackageNotFoundError
-    ):  # copied there without pip; the library tells its version too
-        found = version
+    except importlib.metadata.PackageNotFoundError:
+        found = version  # the package was copied there without pip; the library itself tells its version, too
     if found != version:
         problem = f"of another version: {wheel} is {found}, jax-flash is {version}"
         return None, f"{problem}; pip install {wheel}=={version}"

@@ -1,4 +1,4 @@
-"""What the functions with other libraries' arguments share: any number of batch dims, jax.nn's windows and biases."""
+"""Shared by the functions with other libraries' arguments: any number of batch dims, jax.nn's windows and biases."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .checker import Checker
 
 
 def as_bias(bias: Any, dtype: Any) -> Array:
-    """The bias in a dtype that the kernels support; other libraries add any number to their float32 scores."""
+    """The bias in a dtype that the kernels support; other libraries add any number type to float32 scores."""
     x: Array = jnp.asarray(bias)
     return x if x.dtype in (jnp.float16, jnp.bfloat16, dtype) else x.astype(jnp.float32)
 
@@ -67,9 +67,8 @@ def over_batch_dims(
 
     inner_arrays, axes = dict(arrays), dict[str, int | None](dict.fromkeys(arrays))
     for name, array in arrays.items():
-        if (
-            name == "dropout_key"
-        ):  # One key per batch entry; with one key for all, they would drop the same weights.
+        if name == "dropout_key":
+            # Each batch entry gets its own key; with one key for all, they would drop the same weights.
             inner_arrays[name], axes[name] = jax.random.split(array, query.shape[0]), 0
         elif same_dim(array.shape[0], 1):
             inner_arrays[name] = array[0]

@@ -33,7 +33,7 @@ def leading(spec: Spec, name: str, ndim: int) -> int:
 
 
 def named_sizes(spec: Spec, shapes: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
-    """The sizes of the dimensions that arrays have whole, by the names of csrc/operands.def."""
+    """The sizes of the dimensions that arrays have in full, by the names of csrc/operands.def."""
     found = {
         dim: size
         for name, shape in shapes.items()
@@ -48,7 +48,7 @@ def named_sizes(spec: Spec, shapes: Mapping[str, tuple[Any, ...]]) -> dict[str, 
 def over_leading(
     run: Callable[[dict[str, jax.Array]], Any], spec: Spec, operands: dict[str, jax.Array]
 ) -> Any:
-    """`run`, which knows of no leading dimensions, mapped over those of the operands."""
+    """Maps `run`, which has no leading dimensions, over the leading dimensions of the operands."""
     if not leading(spec, "query", operands["query"].ndim):
         return run(operands)
     size = _jax.full_dim(x.shape[0] for x in operands.values())

@@ -16,7 +16,8 @@ from .operands import APPEND, APPEND_OPTIONAL, DIMS, ELEMENTS, FORWARD, OPTIONAL
 _CHECK = Checker("check_inputs")
 
 # The index arrays and their ranks; _check_* below hold the bounds that depend on other operands.
-_OTHERWISE_NAMED = ("q_segment_ids", "kv_segment_ids", "position", "dropout", "tbias")  # than the arguments
+# Not named like the arguments.
+_OTHERWISE_NAMED = ("q_segment_ids", "kv_segment_ids", "position", "dropout", "tbias")
 _DIMS = {name: dims for table in DIMS.values() for name, dims in table.items()}
 _INT32 = [name for name in _DIMS if ELEMENTS[name] == "int32" and name not in _OTHERWISE_NAMED]
 _OFFSETS = tuple(name for name in _INT32 if _DIMS[name] == ("n1",))
@@ -97,7 +98,7 @@ class _Call:
     hnd: bool
     index: dict[str, np.ndarray] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    scales: dict[str, np.ndarray] = field(default_factory=dict)  # as far as they are known
+    scales: dict[str, np.ndarray] = field(default_factory=dict)  # scales whose values are known
     mask: Mask | None = None
 
     def add(self, name: str, x: Any) -> None:
@@ -127,7 +128,7 @@ class _Call:
                 self.scales[name] = np.asarray(x)
 
     def sequence_counts(self) -> dict[str, int]:
-        """The number of sequences or batch entries, as each array that has one entry for each tells it."""
+        """The number of sequences or batch entries, according to each array that has one entry for each."""
         counts = {name: self.index[name].size - 1 for name in _OFFSETS if name in self.index}
         for name in (*_LENGTHS, "block_tables"):
             if name in self.index and self.index[name].ndim:
@@ -138,7 +139,7 @@ class _Call:
         return counts
 
     def spread_numbers(self) -> None:
-        """Makes one array of a number that is the length of all sequences."""
+        """Replaces a number that is the length of all sequences by an array."""
         count = next(iter(self.sequence_counts().values()), 1)
         for name in _LENGTHS:
             if name in self.index and not self.index[name].ndim:

@@ -1,4 +1,4 @@
-"""The values of a mask's index arrays, on the host: what `check_inputs` says of `mask`."""
+"""The checks of `check_inputs` for the values of a mask's index arrays, on the host."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Host = Callable[[str, Any], np.ndarray]
 
 @dataclass(frozen=True)
 class MaskChecker:
-    """keys: those that a batch entry or sequence can have, if known. lengths: the keys in use of each, if known.
-    offsets: of the sequences in arrays of packed keys. neighbours: whether the keys of a segment must be."""
+    """keys: the keys that a batch entry or sequence can have, if known. lengths: the keys in use of each, if known.
+    offsets: where the sequences begin in packed keys. neighbours: whether a segment's keys must be adjacent."""
 
     check: Checker
     host: Host
@@ -42,7 +42,7 @@ class MaskChecker:
             raise self.check.fail(f"mask's {name}[{', '.join(map(str, at))}] = {x[at]}; {rule}")
 
     def runs(self, x: np.ndarray) -> list[tuple[str, np.ndarray]]:
-        """The elements of each sequence's keys in use, with a name."""
+        """The elements of each sequence's keys in use, with a name for messages."""
         if self.offsets is not None:
             ends = zip(self.offsets[:-1], self.offsets[1:])
             rows = [x.reshape(-1)[begin:end] for begin, end in ends]
@@ -88,7 +88,7 @@ def _segments(own: MaskChecker, x: forms.Segments) -> None:
     if not own.neighbours:
         return
     for where, row in own.runs(own.host("mask's segments of keys", x.kv_ids)):
-        first = np.flatnonzero(np.diff(row, prepend=row[:1] - 1) != 0)  # where runs begin
+        first = np.flatnonzero(np.diff(row, prepend=row[:1] - 1) != 0)  # indices at which runs begin
         _, kept = np.unique(row[first], return_index=True)
         again = np.zeros(row.shape, bool)
         again[np.delete(first, kept)] = True

@@ -14,7 +14,7 @@ from .operands import MAX_HEAD_DIM
 
 DTYPES = ("float16", "bfloat16", "float32")
 INT32_MAX = 2**31 - 1
-MAX_NUMBER = 2e38  # the kernels multiply by log2(e), in float32
+MAX_NUMBER = 2e38  # larger numbers could overflow when the kernels multiply by log2(e) in float32
 
 
 class Checker:
@@ -114,7 +114,7 @@ class Checker:
         return array
 
     def number(self, name: str, x: Any, instead: str = "") -> float:
-        """A number, or a known array without dimensions; `instead` tells what to do with a traced one."""
+        """A number, or a known array without dimensions. `instead` says what to do with a traced one."""
         if isinstance(x, jax.core.Tracer):
             hint = f"; {instead}" if instead else ""
             raise self.fail(
@@ -154,7 +154,7 @@ def _is_integer(x: Any) -> bool:
 
 
 def _holds_jax_arrays(x: Any) -> bool:
-    """Whether x is an array of JAX, traced ones included, or a list with such among its numbers."""
+    """Whether x is an array of JAX (possibly traced), or a list that contains one."""
     if isinstance(x, (list, tuple)):
         return any(map(_holds_jax_arrays, x))
     return isinstance(x, jax.Array) or hasattr(x, "__jax_array__")

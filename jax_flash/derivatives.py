@@ -145,9 +145,8 @@ def _paged_gradients(spec: AttentionSpec, wanted: tuple[str, ...], operands: Ope
         dense["dout"] = jnp.where(by_row, 0, operands["dout"]).astype(dense["query"].dtype)
     if "dlse" in operands:
         dense["dlse"] = jnp.where(by_lse, 0, operands["dlse"])
-    apart = (
-        spec.shared_kv and not dense_spec.shared_kv and "key" in wanted
-    )  # V is other columns of the pool than K
+    # K and V are different columns of one pool.
+    apart = spec.shared_kv and not dense_spec.shared_kv and "key" in wanted
     found = gradients(dense_spec, (*wanted, "value") if apart else wanted, dense)
     if apart:
         columns = operands["key"].shape[-1]

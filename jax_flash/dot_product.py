@@ -24,7 +24,7 @@ _CHECK = Checker("dot_product_attention")
 
 @dataclass(frozen=True, kw_only=True)
 class DotProductArguments:
-    """What `dot_product_attention` is given."""
+    """The arguments of `dot_product_attention`."""
 
     query: ArrayLike
     key: ArrayLike
@@ -64,7 +64,7 @@ def dot_product_attention(
 def dot_product_attention(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
 
 
-def dot_product_attention(  # type: ignore[misc]  # which has no `unpacked`
+def dot_product_attention(  # type: ignore[misc]  # only an overload has `unpacked`
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
@@ -137,7 +137,7 @@ def dot_product_attention(  # type: ignore[misc]  # which has no `unpacked`
 
 
 def spec_and_operands(op: str, given: DotProductArguments) -> tuple[AttentionSpec, validate.Operands]:
-    """The spec and operands of the flash_attention call that a dot_product_attention call is."""
+    """The spec and operands of the flash_attention call that does the same as a dot_product_attention call."""
     q, k, v = _rank4("query", given.query), _rank4("key", given.key), _rank4("value", given.value)
     _check_operands(q, k, v)
     batch = q.shape[0]

@@ -37,7 +37,7 @@ def _whole_ring(op: str, arguments: RingArguments) -> tuple[AttentionSpec, Any]:
     return validate.fixed(op, arguments)
 
 
-# The checks of each function, and the value of its arguments that they take.
+# For each function: its checks, and the dataclass of its arguments.
 _CHECKS: dict[Callable[..., Any], tuple[Callable[..., tuple[AttentionSpec, Any]], Callable[..., Any]]] = {
     flash_attention: (validate.fixed, FixedArguments),
     flash_attention_varlen: (validate.varlen, VarlenArguments),
@@ -122,7 +122,7 @@ def _host_integers(x: Any) -> bool:
 
 
 def _known_values(spec: AttentionSpec, given: Mapping[str, Any], shapes: Shapes) -> Values:
-    """The values of the operands that decide which pairs are visible, as far as they are known, by name."""
+    """The known values of the operands that decide which pairs are visible, by name."""
     names = ("q_lengths", "kv_lengths", "cu_seqlens_q", "mask", "bias", "draft_mask")
     found = {name: given.get(name) for name in names}
     for name, of_jax_nn in (("q_lengths", "query_seq_lengths"), ("kv_lengths", "key_value_seq_lengths")):
@@ -144,7 +144,7 @@ def _known_values(spec: AttentionSpec, given: Mapping[str, Any], shapes: Shapes)
 
 
 def _with_mask(mask: Mask, spec: AttentionSpec, shapes: Shapes, values: dict[str, np.ndarray]) -> Values:
-    """The values with those of the operands that a mask makes, where all that it depends on is known."""
+    """The values, with those of the operands that a mask makes if all that it depends on is known."""
     index = {"kv_lengths", "cu_seqlens_q", "cu_seqlens_k"} & shapes.keys()
     if not index <= values.keys() or not all(map(_is_known, jax.tree.leaves(mask))):
         return values

@@ -43,7 +43,7 @@ def _largest(spec: AttentionSpec, operands: dict[str, Array], row_max: Array) ->
 
 
 def of_cuda(lse: Array, row_max: Array) -> Array:
-    """row_max as floats. CUDA kernels return an integer that orders as the float does, or 0 if the row sees no key.
+    """row_max as floats. CUDA kernels return an integer with the same order as the float, or 0 if the row sees no key.
 
     Their maxima ignore NaN, but a visible NaN makes lse NaN.
     """
@@ -56,7 +56,7 @@ def of_cuda(lse: Array, row_max: Array) -> Array:
 
 @partial(jax.jit, inline=True)
 def _by_sequence(operands: dict[str, Array]) -> Array:
-    """The largest of each sequence's rows, `[n, hq]`.
+    """The largest number of each sequence's rows, `[n, hq]`.
 
     A sequence consists of rows of its first and its last block and of all rows of the blocks between. A scatter would
     be slow on GPUs, because its updates of one element run one after the other.
@@ -70,7 +70,7 @@ def _by_sequence(operands: dict[str, Array]) -> Array:
     blocks = padded.reshape(heads, count, _BLOCK)
 
     def of_block(block: Array) -> Array:
-        """The largest of the rows that a sequence has in one block, `[hq, n]`."""
+        """The largest number of the rows that a sequence has in one block, `[hq, n]`."""
         row = block[:, None] * _BLOCK + jnp.arange(_BLOCK, dtype=jnp.int32)
         return jnp.where((lo[:, None] <= row) & (row < hi[:, None]), blocks[:, block], -_INF).max(-1)
 

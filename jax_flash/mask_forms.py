@@ -1,4 +1,4 @@
-"""The forms that a mask is written in, and what each leaves to a query row: ranges of keys, segments, blocks or bits.
+"""The forms of masks, and what each leaves visible to a query row: ranges of keys, segments, blocks or booleans.
 
 A mask is a conjunction of forms. `resolve` turns it, for the rows of one call, into a `Visible`: at most two ranges of
 keys for each row, and the conditions that ranges cannot express.
@@ -64,7 +64,7 @@ class Band(Form):
 @_form("limits")
 @dataclass(frozen=True, eq=False)
 class Ranges(Form):
-    """The keys of one or two ranges a row, as arrays."""
+    """The keys in one or two ranges per row, given as arrays."""
 
     limits: tuple[Pair, ...]
 
@@ -86,7 +86,7 @@ class Prefix(Form):
 @_form("ids")
 @dataclass(frozen=True, eq=False)
 class Spans(Form):
-    """Causal, and both ways within a run of equal ids that are not negative."""
+    """Causal, but bidirectional within a run of equal ids that are not negative."""
 
     ids: Array  # [b, s], or [tq] packed
 
@@ -110,7 +110,7 @@ class Spans(Form):
 
     @staticmethod
     def _within(ends: Array, rows: Rows) -> Array:
-        """Positions of the ends of runs in a packed batch, where they start again in each sequence."""
+        """The ends of runs, as positions in a packed batch, where positions start again in each sequence."""
         token = jnp.arange(ends.shape[1], dtype=jnp.int32)[None]
         last = lax.cummin(jnp.where(ends, token, MOST), axis=1, reverse=True)
         return rows.index + (last - token) + 1
@@ -183,7 +183,7 @@ class Positions(Form):
 @_form("q_ids", "kv_ids")
 @dataclass(frozen=True, eq=False)
 class Segments(Form):
-    """Keys of the row's own segment. Where keys are packed or in pages, a segment's keys are neighbours, and its rows
+    """Keys of the row's own segment. If keys are packed or in pages, a segment's keys are neighbours, so that its rows
     see a range."""
 
     q_ids: Array  # [b, sq], packed [1, tq]
@@ -241,7 +241,7 @@ class Either(Form):
 
 
 def pairs_of(forms: Sequence[Form], rows: Rows) -> list[Pair]:
-    """The ranges that all forms leave which are made of ranges; none if there is no such form."""
+    """The ranges that remain of all forms that are made of ranges; empty if there is no such form."""
     found: list[Pair] = []
     for each in forms:
         pairs = each.pairs(rows)
@@ -251,7 +251,7 @@ def pairs_of(forms: Sequence[Form], rows: Rows) -> list[Pair]:
 
 
 def most_pairs(forms: Sequence[Form]) -> int | None:
-    """How many ranges a row of this conjunction may have; None where a form is not made of ranges."""
+    """The most ranges that a row of this conjunction may have; None if some form is not made of ranges."""
     total = 1
     for each in forms:
         if isinstance(each, (Segments, Blocks, Dense)):
@@ -272,18 +272,18 @@ def intersection(a: Sequence[Pair], b: Sequence[Pair]) -> list[Pair]:
 
 
 def union(a: Sequence[Pair], b: Sequence[Pair]) -> list[Pair]:
-    """The keys in either of two single ranges: as one range where they touch, else in order."""
+    """The keys in either of two single ranges: one range if they touch, else two in ascending order."""
     (lo, hi), (begin, end) = a[0], b[0]
     return ordered([(lo, hi), (begin, end)])
 
 
 def ordered(pairs: Sequence[Pair]) -> list[Pair]:
-    """At most two ranges in ascending order, disjoint, and the second empty where one range holds all keys."""
+    """At most two ranges, ascending and disjoint; the second is empty if one range holds all keys."""
     if len(pairs) < 2:
         return list(pairs)
     (a, b), (c, d) = pairs
     a, b, c, d = jnp.broadcast_arrays(a, b, c, d)
-    # An empty range stands at the end of the other, where it changes nothing.
+    # An empty range is moved to the end of the other range, where it changes nothing.
     a, b = jnp.where(a < b, a, d), jnp.where(a < b, b, d)
     c, d = jnp.where(c < d, c, b), jnp.where(c < d, d, b)
     swap = c < a
@@ -295,21 +295,21 @@ def ordered(pairs: Sequence[Pair]) -> list[Pair]:
 
 @dataclass(frozen=True)
 class Visible:
-    """What a mask leaves to the rows of a call: the keys in one of `pairs`, of the row's segment, in its blocks and
-    where `dense` is true."""
+    """The keys that a mask leaves visible to the rows of a call: those in one of `pairs`, of the row's segment, in its
+    blocks, and for which `dense` is true."""
 
-    pairs: tuple[Pair, ...] = ()  # one or two, ascending and disjoint; none: all keys
+    pairs: tuple[Pair, ...] = ()  # one or two, ascending and disjoint; empty: all keys are visible
     segments: Segments | None = None
     blocks: Blocks | None = None
     dense: Array | None = None
 
 
 def resolve(forms: Sequence[Form], rows: Rows) -> Visible:
-    """What a conjunction of forms leaves to the rows."""
+    """What a conjunction of forms leaves visible to the rows."""
     limit = rows.keys[:, None]
     clipped = [(jnp.clip(lo, 0, limit), jnp.clip(hi, 0, limit)) for lo, hi in pairs_of(forms, rows)]
     found = Visible(tuple(ordered(clipped)))
-    for each in forms:  # of these kinds a mask has one each
+    for each in forms:  # a mask has at most one form of each of these kinds
         if isinstance(each, Segments) and rows.packed_keys is None:
             found = replace(found, segments=each)
         elif isinstance(each, Blocks):

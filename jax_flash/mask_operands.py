@@ -1,4 +1,4 @@
-"""What a `masks.Mask` is to one call: the operand `ranges`, segment ids, a boolean array, or a band of its spec."""
+"""Turns a `masks.Mask` into arguments of one call: the operand `ranges`, segment ids, a boolean array, or a band."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ Operands = dict[str, Array]
 
 @dataclass(frozen=True)
 class Sizes:
-    """The dimensions of a call that arrays of masks have.
+    """The dimensions of a call that the arrays of masks have.
 
-    Only calls whose keys are arrays of their own have `keys`; `columns` are the keys that a sequence may have, those of
-    all devices of a ring.
+    `keys` is only set if keys are arrays of their own. `columns` are the keys that a sequence may have, in a ring those
+    of all devices.
     """
 
-    batch: Any  # batch entries or sequences
+    batch: Any  # number of batch entries or sequences
     heads: int
     kv_heads: int
     rows: Any
@@ -40,7 +40,7 @@ class Sizes:
     keys: Any = None
     packed: bool = False
     pages: bool = False
-    chunk: Any = None  # in a ring: rows of a device that are consecutive in the sequence
+    chunk: Any = None  # in a ring: the number of a device's rows that are consecutive in the sequence
 
     def shape(self, dims: str) -> tuple[Any, ...]:
         sizes = {"b": self.batch, "n": self.batch, "hq": self.heads, "sq": self.rows, "tq": self.rows}
@@ -67,7 +67,7 @@ def apply(
             "lengths may move the diagonal",
             NotImplementedError,
         )
-    if not (sizes.packed and same_dim(sizes.batch, 0)):  # else no row is of a sequence
+    if not (sizes.packed and same_dim(sizes.batch, 0)):  # otherwise no row belongs to a sequence
         spec = _add(mask, spec, operands, _rows(spec, operands, ring), sizes)
     return replace(spec, operands=tuple(name for name in OPTIONAL if name in operands))
 
@@ -86,7 +86,7 @@ def _add(mask: Mask, spec: AttentionSpec, operands: Operands, rows: Rows, sizes:
     if visible.blocks is None:
         return spec
     shown = visible.blocks.shown(-(-sizes.columns // visible.blocks.block[1]))
-    if rows.whole is not None:  # a ring's calls find their blocks among all
+    if rows.whole is not None:  # a ring's calls select their blocks from those of all devices
         shown = jnp.swapaxes(rows.whole(jnp.swapaxes(shown, 2, 3)), 2, 3)
     if shown.shape[1] == sizes.kv_heads:
         shown = jnp.repeat(shown, sizes.heads // sizes.kv_heads, 1)
@@ -108,9 +108,9 @@ def _add_segments(operands: Operands, ids: forms.Segments, sizes: Sizes) -> None
 
 
 def _without_band(mask: Mask, spec: AttentionSpec) -> tuple[Mask, AttentionSpec]:
-    """The mask without its bands of Python ints, where the spec can have them: plain kernels serve them.
+    """Moves bands of Python ints from the mask to the spec if it can hold them, because plain kernels run such calls.
 
-    They are aligned to the top left, so that a band of the call's own and ALiBi must be so too.
+    They are aligned to the top left, so a band of the call itself, and ALiBi, must be so too.
     """
     if spec.align != "top_left" and (spec.limited or "alibi_slopes" in spec.operands):
         return mask, spec
@@ -206,7 +206,7 @@ def _ring_rows(ring: Ring, sq: int, sk: int) -> Rows:
 
 
 def _varlen_rows(operands: Operands) -> Rows:
-    """The rows of packed sequences whose keys are packed too."""
+    """The rows of packed sequences with packed keys."""
     tokens = operands["key"].shape[0]
     starts = lax.cummax(jnp.clip(operands["cu_seqlens_k"], 0, tokens))
     keys = jnp.diff(starts)
@@ -221,7 +221,7 @@ def _varlen_rows(operands: Operands) -> Rows:
 
 
 def _paged_rows(operands: Operands, capacity: Any) -> Rows:
-    """The rows of sequences whose keys are in pages, of which each has a `capacity`."""
+    """The rows of sequences whose keys are in pages; each sequence has room for `capacity` keys."""
     keys = jnp.clip(operands["kv_lengths"], 0, capacity)
     owner = jnp.arange(keys.shape[0], dtype=jnp.int32)[:, None]
     place = jnp.arange(capacity, dtype=jnp.int32)
@@ -238,8 +238,8 @@ def _paged_rows(operands: Operands, capacity: Any) -> Rows:
 
 def _packed_rows(operands: Operands, keys: Array) -> Rows:
     sequence, row, rows = gather.locate(operands["cu_seqlens_q"], operands["query"].shape[0])
-    keys = jnp.pad(keys, (0, 1))[sequence]  # padded, because there may be no sequence at all
-    outside = operands["cu_seqlens_q"].shape[0] - 1  # a sequence of their own, so that no span reaches them
+    keys = jnp.pad(keys, (0, 1))[sequence]  # the padding is needed if there is no sequence at all
+    outside = operands["cu_seqlens_q"].shape[0] - 1  # a sequence of their own, which no span reaches
     return Rows(row[None], rows[None], keys[None], jnp.where(row < 0, outside, sequence))
 
 
@@ -247,7 +247,7 @@ def _packed_rows(operands: Operands, keys: Array) -> Rows:
 
 
 def require_mask(check: Checker, mask: Any) -> Mask:
-    """The argument `mask` of layouts that take values of jax_flash.masks alone."""
+    """Checks the argument `mask` for layouts that only take values of jax_flash.masks."""
     if isinstance(mask, Mask):
         return mask
     raise check.fail(
@@ -267,7 +267,7 @@ def flat(conditions: tuple[Form, ...]) -> Iterator[Form]:
 
 
 def _check(check: Checker, x: Form, sizes: Sizes) -> None:
-    """Whether the arrays of a condition have the sizes of the call."""
+    """Checks that the arrays of a condition have the sizes of the call."""
 
     def fits(name: str, array: Any, dims: str) -> None:
         if array is not None and jnp.ndim(array) > 0:

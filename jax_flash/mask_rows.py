@@ -1,4 +1,4 @@
-"""The query rows of a call and the keys that they have, as masks ask for them."""
+"""The query rows of a call and their keys, in the form that masks need."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ MOST = 2**31 - 1
 
 @dataclass(frozen=True)
 class PackedKeys:
-    """Where the keys of sequences lie in arrays that have one element a key, in whatever shape.
+    """The location of sequences' keys in arrays with one element per key, of any shape.
 
-    start: of the keys of each row's sequence, int32 [b|1, s|1]. owner: the sequence of each key; used: whether it is
+    start: the first key of each row's sequence, int32 [b|1, s|1]. owner: the sequence of each key; used: whether it is
     one of the sequence's keys in use.
     """
 
@@ -32,10 +32,10 @@ class Rows:
     """The query rows of one call; a packed batch is one batch entry.
 
     index: the position of each row in its sequence, int32 [1, s].
-    lengths: the rows of its batch entry or sequence, int32 [b|1, s|1], and `keys` the keys.
-    sequence: for a packed batch the sequence of each row, int32 [s].
-    packed_keys: where keys are packed or in pages.
-    whole: where the rows are one device's of a split sequence, gives an array […, s] of all devices.
+    lengths: the number of rows of each row's batch entry or sequence, int32 [b|1, s|1]; keys: that of its keys.
+    sequence: for a packed batch, the sequence of each row, int32 [s].
+    packed_keys: set if keys are packed or in pages.
+    whole: for rows of one device of a split sequence, a function that gives an array […, s] of all devices.
     """
 
     index: Array
@@ -57,7 +57,7 @@ class Rows:
         return self.index[:, None]
 
     def each(self, data: Data) -> Array:
-        """What the batch entry or sequence of each row has, [b|1, 1, s|1]."""
+        """The element of each row's batch entry or sequence, [b|1, 1, s|1]."""
         x = jnp.asarray(data, jnp.int32)
         if x.ndim == 0:
             return x[None, None, None]
@@ -66,7 +66,7 @@ class Rows:
         return x[jnp.clip(self.sequence, 0, x.shape[0] - 1)][None, None]
 
     def of_keys(self, x: Array) -> SortedKeys:
-        """An array with an element a key, [b|1, sk], packed [1, tk]: each row can search its own keys."""
+        """An array with one element per key, [b|1, sk] or packed [1, tk], in which each row can search its own keys."""
         x = x if self.whole is None else self.whole(x)
         if self.packed_keys is None:
             start = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None] * x.shape[1]
@@ -78,7 +78,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class SortedKeys:
-    """Elements that do not decrease among the `count` keys of a row, at most `most`, which begin at `start`."""
+    """For each row, `count` (at most `most`) elements from `start` on, which do not decrease."""
 
     elements: Array
     start: Array
@@ -86,7 +86,7 @@ class SortedKeys:
     most: Any
 
     def first_from(self, wanted: Array, *, above: bool = False) -> Array:
-        """The place of the first key of each row whose element is at least what the row wants, or above it: binary
+        """The index of each row's first key whose element is at least the row's wanted one, or above it, by binary
         search, [b, s]."""
         lo = jnp.zeros_like(wanted)
         hi = jnp.broadcast_to(

@@ -213,7 +213,7 @@ def dense(array: ArrayLike) -> Mask:
 
 
 def from_function(f: Callable[..., Any], sq: int, sk: int, *, batch: int = 1, heads: int = 1) -> Mask:
-    """The mask that a function of indices tells, evaluated once here: ranges where a row has at most two, else dense.
+    """The mask of a function of indices, which is evaluated once here: ranges if a row has at most two, else dense.
 
     Args:
       f: takes `(b, h, i, j)`, integer arrays of NumPy that broadcast against each other, and returns booleans.
@@ -265,7 +265,7 @@ def _int32(function: str, name: str, x: ArrayLike, ranks: Sequence[int] | None =
 
 
 def _per_token(function: str, name: str, x: ArrayLike) -> Array:
-    """An index array of rank 2; what a packed batch has is one row."""
+    """An index array of rank 2; an array of a packed batch becomes one row."""
     return jnp.atleast_2d(_int32(function, name, x, (1, 2)))
 
 
@@ -301,7 +301,7 @@ def _merged(conditions: Sequence[Form]) -> tuple[Form, ...]:
 
 
 def _joined(a: Form, b: Form) -> Form | None:
-    """What either of two shows, of a kind that is not made of ranges; None where there is no such form."""
+    """The keys that either of two conditions shows, if they are not made of ranges; None if there is no such form."""
     if isinstance(a, forms.Dense) and isinstance(b, forms.Dense):
         return forms.Dense(a.seen | b.seen)
     if isinstance(a, forms.Blocks) and isinstance(b, forms.Blocks) and a.block == b.block:
@@ -312,7 +312,7 @@ def _joined(a: Form, b: Form) -> Form | None:
 
 
 def _both_blocks(a: forms.Blocks, b: forms.Blocks) -> forms.Blocks:
-    """The blocks that both have."""
+    """The blocks that both conditions show."""
     if a.block != b.block:
         raise ValueError(
             f"masks: blocks(…) & blocks(…) must have blocks of one size, got {a.block} and {b.block}; "
@@ -323,7 +323,7 @@ def _both_blocks(a: forms.Blocks, b: forms.Blocks) -> forms.Blocks:
 
 
 def both_segments(a: forms.Segments, b: forms.Segments) -> forms.Segments:
-    """Ids that are equal where the ids of both are: the ranks of pairs of ranks."""
+    """Ids that are equal where both ids are equal: the ranks of pairs of ranks."""
 
     def ranks(q: Array, k: Array) -> tuple[Array, Array]:
         both = jnp.concatenate([q, k], 1)
@@ -373,7 +373,7 @@ def _name(x: Form) -> str:
 
 
 def _sizes(conditions: Sequence[Form]) -> tuple[int, int]:
-    """Rows and keys that the arrays of a mask speak of; 8 where they do not tell."""
+    """The numbers of rows and keys in the arrays of a mask; 8 if no array tells."""
     sq = sk = 8
     for x in conditions:
         if isinstance(x, forms.Ranges):

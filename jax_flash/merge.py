@@ -51,7 +51,7 @@ def merge_attention(outs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tup
 
 
 def combine(outs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array, Array]:
-    """As merge_attention, of checked parts, with out in float32, or in float64 where a part is."""
+    """merge_attention for checked parts, with out in float32, or in float64 if a part is."""
     wide = jnp.float64 if any(out.dtype == jnp.float64 for out in outs) else jnp.float32
     part = jnp.stack([lse.astype(wide) for lse in lses])  # [parts, ..., h, s]
     m = lax.stop_gradient(part.max(0, keepdims=True))

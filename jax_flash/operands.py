@@ -1,4 +1,4 @@
-"""csrc/operands.def, results.def and spec.def, which C++ includes, as Python reads them: arrays, passes, options.
+"""csrc/operands.def, results.def and spec.def, which C++ includes, in Python: arrays, passes and options.
 
 Abstract evaluation, batching, sharding rules and the operand bits of the FFI are all derived from them.
 """
@@ -59,7 +59,7 @@ class Pass:
 
 
 class _Tables:
-    """What the two files say, by name."""
+    """The contents of the two files, by name."""
 
     def __init__(self) -> None:
         self.dims: dict[str, dict[str, Dims]] = {layout: {} for layout in ATTENTION_LAYOUTS + APPEND_LAYOUTS}
@@ -129,7 +129,7 @@ class _Tables:
 
 
 _TABLES = _Tables()
-# The largest d and dv; the largest d over a pool that K and V share, and its largest row that append_kv writes.
+# The largest d and dv; the largest d over a pool that K and V share; the widest row of such a pool for append_kv.
 MAX_HEAD_DIM, MAX_LATENT_DIM, MAX_POOL_COLUMNS = (
     _TABLES.limits[name] for name in ("MaxHeadDim", "MaxLatentDim", "MaxPoolColumns")
 )

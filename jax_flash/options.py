@@ -26,15 +26,15 @@ Order = Literal["contiguous", "zigzag"]
 RingMode = Literal["ring", "all_to_all"]
 Window = tuple[int | None, int | None]
 ArrayLike = jax.Array | NDArray[Any]
-Number = float | np.floating[Any] | np.integer[Any] | ArrayLike  # of a known value, which is compiled in
+Number = float | np.floating[Any] | np.integer[Any] | ArrayLike  # of known value, because it is compiled in
 # int32 arrays of JAX, or integers on the host, of any type, whose values int32 holds.
 IndexLike = ArrayLike | Sequence[int] | Sequence[Sequence[int]]
-Scale = ArrayLike | float  # of float8 pools: one number is the scale of all heads
+Scale = ArrayLike | float  # for float8 pools; one number is the scale of all heads
 LengthsLike = ArrayLike | Sequence[int] | int  # one number is the length of all
 
 
 class Options(TypedDict, total=False):
-    """What every layout has, except for `return_lse` and `return_max`, by which the overloads differ."""
+    """The options of every layout except for `return_lse` and `return_max`, in which the overloads differ."""
 
     causal: bool
     window: Window | None
@@ -48,7 +48,7 @@ class Options(TypedDict, total=False):
 
 
 class DenseOptions(Options, total=False):
-    """The options of calls whose keys are arrays of their own."""
+    """The options of calls whose keys are arrays, not pages."""
 
     kv_lengths: LengthsLike | None
     dropout_rate: Number
@@ -79,7 +79,7 @@ class RingOptions(FixedOptions, total=False):
 
 
 class DotProductOptions(TypedDict, total=False):
-    """The options of `dot_product_attention` but `return_residual`, by which its overloads differ."""
+    """The options of `dot_product_attention` except for `return_residual`, in which its overloads differ."""
 
     scale: Number | None
     is_causal: bool
@@ -105,7 +105,7 @@ class PagedOptions(Options, total=False):
 
 
 class AppendOptions(TypedDict, total=False):
-    """The options of `append_kv` but `scale`, by which its overloads differ."""
+    """The options of `append_kv` except for `scale`, in which its overloads differ."""
 
     cu_seqlens: IndexLike | None
     page_layout: PageLayout
@@ -118,7 +118,7 @@ class AppendOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What every attention call is given."""
+    """The arguments that every attention call has."""
 
     query: ArrayLike
     causal: bool = False
@@ -136,7 +136,7 @@ class Arguments:
 
 @dataclass(frozen=True, kw_only=True)
 class DenseArguments(Arguments):
-    """What calls are given whose keys are arrays of their own."""
+    """The arguments of calls whose keys are arrays, not pages."""
 
     key: ArrayLike
     value: ArrayLike | None  # None: V is K
@@ -147,7 +147,7 @@ class DenseArguments(Arguments):
 
 @dataclass(frozen=True, kw_only=True)
 class VarlenArguments(DenseArguments):
-    """What `flash_attention_varlen` is given."""
+    """The arguments of `flash_attention_varlen`."""
 
     cu_seqlens_q: IndexLike
     cu_seqlens_k: IndexLike | None = None
@@ -156,7 +156,7 @@ class VarlenArguments(DenseArguments):
 
 @dataclass(frozen=True, kw_only=True)
 class FixedArguments(DenseArguments):
-    """What `flash_attention` is given."""
+    """The arguments of `flash_attention`."""
 
     mask: ArrayLike | Mask | None = None
     segment_ids: ArrayLike | tuple[IndexLike, IndexLike] | None = None
@@ -167,7 +167,7 @@ class FixedArguments(DenseArguments):
 
 @dataclass(frozen=True, kw_only=True)
 class RingArguments(FixedArguments):
-    """What `ring_attention` is given."""
+    """The arguments of `ring_attention`."""
 
     axis_name: str | tuple[str, ...]
     order: Order = "contiguous"
@@ -176,7 +176,7 @@ class RingArguments(FixedArguments):
 
 @dataclass(frozen=True, kw_only=True)
 class Pools:
-    """The page pools of a call, and where the sequences lie in them."""
+    """The page pools of a call, and the tables and lengths that locate the sequences in them."""
 
     k_pages: ArrayLike
     v_pages: ArrayLike | None
@@ -190,7 +190,7 @@ class Pools:
 
 @dataclass(frozen=True, kw_only=True)
 class PagedArguments(Pools, Arguments):
-    """What `paged_attention` is given."""
+    """The arguments of `paged_attention`."""
 
     cu_seqlens_q: IndexLike | None = None
     num_splits: int | None = None
@@ -203,7 +203,7 @@ class PagedArguments(Pools, Arguments):
 
 @dataclass(frozen=True, kw_only=True)
 class AppendArguments(Pools):
-    """What `append_kv` is given."""
+    """The arguments of `append_kv`."""
 
     key: ArrayLike
     value: ArrayLike | None

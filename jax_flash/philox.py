@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jax.extend.random import threefry_2x32
 
-ROUNDS = 7  # the fewest that pass every test of the paper
+ROUNDS = 7  # the fewest with which all tests of the paper pass
 # A tile of this size needs 32 Philox blocks of four 32-bit words. Each block serves the elements that one thread holds
 # in tensor core accumulators (mma.m16n8): columns 2t and 2t + 1 of every 8, rows i and i + 8.
 ROWS, COLUMNS = 16, 32
@@ -59,7 +59,8 @@ def key_words(words: Array) -> Array:
 
 
 def threshold(rate: float) -> int:
-    """Elements with a 15-bit number below this are dropped: `rate`, in float32 as the kernels have it, times 32768."""
+    """Elements with a 15-bit number below this are dropped: `rate · 32768`, from `rate` in float32 as kernels have
+    it."""
     return round(float(np.float32(rate)) * NUMBERS)
 
 

@@ -28,7 +28,7 @@ SHARED_MEMORY |= {100: 232_448, 103: 232_448, 110: 232_448, 120: 101_376, 121: 1
 
 @dataclass(frozen=True)
 class Gpu:
-    """The GPU that a plan is made for; `shared_memory` in bytes of one CTA."""
+    """The GPU that a plan is made for. `shared_memory`: bytes that one CTA may use."""
 
     name: str
     capability: int
@@ -168,7 +168,7 @@ class _Sizes:
     hk: int
     d: int
     dv: int
-    draft: int  # rows of a sequence's draft mask, for packed sequences of average length; 0: there is none
+    draft: int  # rows of a sequence's draft mask, in packed sequences of average length; 0: there is none
 
     @staticmethod
     def of(options: argparse.Namespace) -> _Sizes:
@@ -225,7 +225,7 @@ def _named(options: argparse.Namespace, n: _Sizes) -> dict[str, Any]:
     sizes |= {"draft_row": n.draft, "draft_column": n.draft}
     named: dict[str, Any] = {}
     for name in (name for name in OPERANDS if getattr(options, name)):
-        # The function refuses an operand that its layout does not have.
+        # The function rejects an operand that its layout does not have.
         dims = next(table[name] for table in (DIMS[layout], *DIMS.values()) if name in table)
         dtype = {"bias": options.dtype, "boolean": "bool"}.get(ELEMENTS[name], ELEMENTS[name])
         named[name] = _array(tuple(sizes[dim.rstrip("*")] for dim in dims), dtype)
@@ -236,7 +236,7 @@ def _named(options: argparse.Namespace, n: _Sizes) -> dict[str, Any]:
     if options.dropout:
         named["dropout_key"] = jax.eval_shape(lambda: jax.random.key(0))
     if options.paged:
-        named.pop("kv_lengths", None)  # which is positional
+        named.pop("kv_lengths", None)  # kv_lengths is positional
         scales = ("k_scale",) if options.latent else ("k_scale", "v_scale")
         named |= {x: _array((n.hk,), "float32") for x in scales if options.float8}
         named |= {"cu_seqlens_q": _array((n.b + 1,), "int32")} if options.varlen else {}
@@ -277,10 +277,11 @@ def described(options: argparse.Namespace, gpu: Gpu, pass_: str) -> dict[str, An
     )
     if pass_ == "bias_gradient":
         arguments["bias"] = shapes["bias"]
+    # The rules of plan.cc, for contiguous arrays.
     for name, wanted, whole in (
         ("bias", "bias_in_tiles", options.dtype != "float32"),
         ("mask", "mask_in_chunks", True),
-    ):  # as plan.cc has it of contiguous arrays
+    ):
         arguments[wanted] = name in shapes and whole and shapes[name][-1] % 8 == 0
     return arguments
 

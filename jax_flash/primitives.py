@@ -81,9 +81,8 @@ def result_shapes(pass_: Pass, spec: Spec, shapes: dict[str, tuple[Any, ...]]) -
     def shape(result: str) -> tuple[Any, ...]:
         if result == "dbias":
             return shapes["bias"][count:]
-        return tuple(
-            sizes[dim.removesuffix("*")] for dim in dims[result]
-        )  # scales that are overwritten are whole
+        # Scales that are overwritten may not be broadcast.
+        return tuple(sizes[dim.removesuffix("*")] for dim in dims[result])
 
     return [lead + shape(result) for result in result_names(pass_, spec)]
 

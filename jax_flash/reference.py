@@ -4,8 +4,8 @@ Every visible pair of a query row i and a key column j has a score s; p = softma
 (varlen) batch is one batch entry whose sequences are segments. Rows without a visible key and keys that no row
 sees (those past a length included) are replaced by zeros before the products, and the results of such rows by
 constants after them, so that NaN there reaches neither results nor gradients. A key that other rows see may be NaN
-or infinite too: what its score would be is not used where it is hidden, derivatives take its elements that are not
-finite as zeros, and so does P·V, whose rows that see one are NaN.
+or infinite too. Then its hidden scores are not used; derivatives, and P·V, replace its elements that are not finite
+by zeros; and rows of P·V that see such a value become NaN.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _attend(
     s = jnp.where(visible, _round(s, round_to), -_INF)
     row_max = (s.max(3, initial=-_INF),) if spec.row_max else ()
     p, lse = _softmax(s, _round(_sink(operands, place, wide), round_to))
-    p = jnp.where(visible, p, 0)  # where the row's maximum is NaN too
+    p = jnp.where(visible, p, 0)  # also zero if the row's maximum is NaN
     p = _drop(spec, operands, place, _round(p, round_to))
     odd = jnp.swapaxes(~jnp.isfinite(v).all(3), 1, 2)  # [b, hk, sk]
     group = p.shape[1] // v.shape[2]
@@ -158,7 +158,7 @@ def _diagonal(spec: AttentionSpec, operands: dict[str, Array], row: Array, nq: A
 
 
 def first_offset(operands: dict[str, Array]) -> Array | int:
-    """How far the call's first query lies behind its first key in the sequence that the call is a part of."""
+    """How far the call's first query lies behind its first key, in the sequence that the call is a part of."""
     position = operands.get("position")
     return 0 if position is None else position[0] - position[1]
 
@@ -217,9 +217,9 @@ def _in_blocks(spec: AttentionSpec, operands: dict[str, Array], place: _Place) -
 def seen_blocks(
     spec: AttentionSpec, mask: Array, row: Array, column: Array, sequence: Array | None = None
 ) -> Array:
-    """What a block mask `[b|1, h|1, blocks of rows, blocks of keys]` shows to rows, by their positions and those of
-    keys `[sk]`: `[b|1, h|1, sq, sk]`. Rows of several sequences, of shape `…`, get `[…, h|1, sk]`. Rows and keys past
-    the last block see nothing."""
+    """The pairs that a block mask `[b|1, h|1, blocks of rows, blocks of keys]` shows, given the positions of rows and
+    those of keys `[sk]`: `[b|1, h|1, sq, sk]`. Rows of several sequences, of shape `…`, give `[…, h|1, sk]`. Rows and
+    keys past the last block see nothing."""
     mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 1), (0, 1)))
     rows = jnp.clip(row // spec.block[0], 0, mask.shape[2] - 1)
     columns = jnp.minimum(column // spec.block[1], mask.shape[3] - 1)
@@ -231,8 +231,8 @@ def seen_blocks(
 
 
 def _drafts(spec: AttentionSpec, mask: Array, operands: dict[str, Array], place: _Place) -> Array:
-    """What the draft mask leaves to the rows, `[b, 1, sq, sk]`: new token a sees new token b, key new + b, if it says
-    so. A sequence with more rows than the mask has is not concerned."""
+    """The pairs that the draft mask shows, `[b, 1, sq, sk]`: new token a sees new token b, which is key new + b, if the
+    mask is true there. It does not apply to a sequence with more rows than the mask has."""
     size = mask.shape[-1]
     n = operands["query"].shape[0] if spec.layout == "fixed" else operands["cu_seqlens_q"].shape[0] - 1
     mask = jnp.pad(jnp.broadcast_to(mask, (n, size, size)), ((0, 1), (0, 0), (0, 0)))
@@ -274,7 +274,7 @@ def _slopes(spec: AttentionSpec, operands: dict[str, Array], place: _Place) -> A
 
 
 def _sink(operands: dict[str, Array], place: _Place, dtype: DTypeLike) -> Array:
-    """The logit of each row's sink, one more column of S without a value, `[b|1, hq|1, sq|1, 1]`."""
+    """The logit of each row's sink, `[b|1, hq|1, sq|1, 1]`: one more column of S, which has no value."""
     if "sinks" not in operands:
         return jnp.full((1, 1, 1, 1), -_INF, dtype)
     sinks = operands["sinks"].astype(dtype)  # [b|1, sq|1, hq], packed [tq|1, hq]
@@ -310,8 +310,8 @@ def _drop(spec: AttentionSpec, operands: dict[str, Array], place: _Place, p: Arr
 
 @jax.custom_jvp
 def _query_key(q: Array, k: Array) -> Array:
-    """Q·Kᵀ `[b, hq, sq, sk]`. Its derivative takes elements of K that are not finite as zeros: a hidden key has dS = 0,
-    and 0 · NaN is NaN. Where the key is seen, dS is NaN."""
+    """Q·Kᵀ `[b, hq, sq, sk]`. Its derivative replaces elements of K that are not finite by zeros, because a hidden key
+    has dS = 0, and 0 · NaN is NaN. If the key is seen, dS is NaN anyway."""
     return _product_of_keys(q, k)
 
 
@@ -323,7 +323,7 @@ def _query_key_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) 
 
 @jax.custom_jvp
 def _probability_value(p: Array, v: Array, sees_odd: Array) -> Array:
-    """P·V `[b, sq, hq, dv]` of the finite elements of V, and NaN in the rows that see others."""
+    """P·V `[b, sq, hq, dv]` over the finite elements of V; NaN in rows that see others."""
     return jnp.where(sees_odd, jnp.nan, _product_of_values(p, _finite(v)))
 
 
@@ -337,7 +337,7 @@ def _probability_value_jvp(
 
 
 def _finite(x: Array) -> Array:
-    """x with zeros for what is not finite."""
+    """x, with zeros in place of elements that are not finite."""
     return jnp.where(jnp.isfinite(x), x, 0)
 
 

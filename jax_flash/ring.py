@@ -67,7 +67,7 @@ def ring_attention(
 def ring_attention(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
 
 
-def ring_attention(  # type: ignore[misc]  # which has no `unpacked`
+def ring_attention(  # type: ignore[misc]  # only an overload has `unpacked`
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike | None,

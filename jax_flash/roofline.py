@@ -21,13 +21,13 @@ from .visible_pairs import count
 
 
 def _rule(context: Any, *shapes: Any, pass_: Pass, spec: Spec, **_: Any) -> Any:
-    """Of one call: FLOP by the shapes, as `flops` counts where values are unknown; every operand is read once."""
+    """The work of one call: FLOP by shapes, counted as `flops` does for unknown values; every operand is read once."""
     operands = dict(zip(operand_names(pass_, spec), shapes))
     unread = pass_.operands[: pass_.in_place]
     if isinstance(spec, AttentionSpec) and spec.value_dim:  # V is a part of K
         unread += ("value",)
     moved = [x.bytes for name, x in operands.items() if name not in unread]
-    if pass_.in_place:  # which writes no more than it is given
+    if pass_.in_place:  # these passes write no more than they are given
         moved += [operands[name].bytes for name in ("key", "value")]
     else:
         moved += [roofline.RooflineShape.from_aval(x).bytes for x in context.avals_out]
@@ -43,7 +43,7 @@ def _flops(pass_: Pass, spec: Spec, shapes: dict[str, tuple[int, ...]]) -> int:
     lead = {name: leading(spec, name, len(shape)) for name, shape in shapes.items()}
     calls: int = math.prod(_jax.full_dim(x[axis] for x in shapes.values()) for axis in range(lead["query"]))
     name_of_work = TANGENT.name if pass_ is DIFFERENTIAL else pass_.name  # the pass that it is lowered to
-    devices = spec.ring.size if spec.ring else 1  # each does its share of the work on the whole sequence
+    devices = spec.ring.size if spec.ring else 1  # each device does its share of the whole sequence
     core = {
         name: tuple(
             size * devices if dim in ("sq", "sk") else size
@@ -55,6 +55,6 @@ def _flops(pass_: Pass, spec: Spec, shapes: dict[str, tuple[int, ...]]) -> int:
 
 
 def register(primitives: Iterable[tuple[Pass, Primitive]]) -> None:
-    """The rules of these primitives, each of one pass."""
+    """Registers the rules of these primitives, each of which runs one pass."""
     for pass_, primitive in primitives:
         roofline.register_roofline(primitive)(partial(_rule, pass_=pass_))

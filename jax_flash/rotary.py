@@ -18,7 +18,8 @@ def apply_rotary(
 
     Args:
       x: `[..., s, h, d]`, queries or keys, in float16, bfloat16 or float32; packed ones are `[t, h, d]`.
-      positions: int32, broadcastable to `[..., s]`: the row of cos and sin for each token, clamped to their rows.
+      positions: int32, broadcastable to `[..., s]`: the row of cos and sin that each token takes. Numbers outside the
+        tables take the first or the last row.
       cos, sin: float32 `[positions, d_rot / 2]` of the angles. The first `d_rot ≤ d` features are rotated.
       interleaved: pairs features (2i, 2i + 1) instead of (i, i + d_rot / 2).
 

@@ -33,7 +33,7 @@ from .spec import ALIGNMENTS, ORDERS, UNLIMITED, AttentionSpec, Layout, Ring
 
 IMPLEMENTATIONS = get_args(Implementation)
 MODES = get_args(RingMode)
-SMALLEST_SOFTCAP = float(np.finfo(np.float32).tiny)  # by which the kernels divide
+SMALLEST_SOFTCAP = float(np.finfo(np.float32).tiny)  # the kernels divide by the softcap
 
 Operands = dict[str, jax.Array]
 
@@ -94,7 +94,7 @@ def _band(check: Checker, causal: Any, window: Any) -> tuple[int, int]:
 
 
 def _window_hint(window: Any) -> str:
-    """What a window of one number may have meant."""
+    """A hint at what a window of one number may have meant."""
     if isinstance(window, bool) or not isinstance(window, numbers.Integral) or window < 1:
         return ""
     return (
@@ -119,7 +119,7 @@ def dropout_operand(check: Checker, rate: float, key: Any) -> jax.Array | None:
         return None
     if key is None:
         raise check.fail(f"dropout_rate is {rate}, which needs a dropout_key (jax.random.key)")
-    if callable(key):  # nnx.Rngs and its streams
+    if callable(key):  # such as nnx.Rngs and its streams
         raise check.fail(
             f"dropout_key must be one jax.random.key, got {type(key).__name__}, which makes keys: "
             "pass rngs.dropout() or rngs()",

@@ -64,7 +64,7 @@ def flash_attention_varlen(
 def flash_attention_varlen(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
 
 
-def flash_attention_varlen(  # type: ignore[misc]  # which has no `unpacked`
+def flash_attention_varlen(  # type: ignore[misc]  # only an overload has `unpacked`
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike | None,

@@ -49,14 +49,14 @@ class Case:
     kv_lengths: tuple[int, ...] | None = None
     segments: int = 0
     mask: tuple[int, ...] | None = None
-    forms: tuple[str, ...] = ()  # of tests/forms.py: the mask is a value, which all of these leave
+    forms: tuple[str, ...] = ()  # names of tests/forms.py: the mask shows what all of these forms show
     form_seed: int = 0
     bias: tuple[int, ...] | None = None
     bias_dtype: str = "float32"
     bias_first: bool = False
     alibi_slopes: tuple[int, ...] | None = None
     sinks: bool | str = False  # True: one for each head; "token": for each head of each token
-    draft_mask: tuple[int, ...] | None = None  # the shape; of paged calls
+    draft_mask: tuple[int, ...] | None = None  # its shape; only paged calls have it
     shared_kv: bool = False  # V is K: the argument value is None, and its gradient is a part of the key's
 
     def replace(self, **changes: Any) -> Case:
@@ -66,7 +66,8 @@ class Case:
     def options(self) -> dict[str, Any]:
         """The Python options of the public call."""
         options = {name: getattr(self, name) for name in OPTIONS}
-        return options | {"bias_first": True} if self.bias_first else options  # of fixed calls alone
+        # Only fixed calls have this option.
+        return options | {"bias_first": True} if self.bias_first else options
 
 
 def varlen(name: str, q_sequences: tuple[int, ...], **options: Any) -> Case:
@@ -81,7 +82,7 @@ class Inputs:
     keywords: dict[str, Any]
     dout: jax.Array
     dlse: jax.Array  # finite everywhere, also where lse is −inf
-    mask: dict[str, Any] = field(default_factory=dict)  # what a mask that is a value shows, as an operand
+    mask: dict[str, Any] = field(default_factory=dict)  # the oracle's operand for a mask given as a value
 
 
 def make_inputs(case: Case, seed: int = 0, on_device: bool = False) -> Inputs:
@@ -135,7 +136,7 @@ def make_inputs(case: Case, seed: int = 0, on_device: bool = False) -> Inputs:
 
 
 def token_dims(case: Case) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The dimensions in front of the heads, of query and of key."""
+    """The dimensions of query, and of key, that precede the heads."""
     if case.layout == "fixed":
         return (case.b, case.sq), (case.b, case.sk)
     k_sequences = case.q_sequences if case.k_sequences is None else case.k_sequences

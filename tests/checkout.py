@@ -1,4 +1,4 @@
-"""Lets tests import benchmarks/, and skips a file that imports this one where only the tests are."""
+"""Lets tests import benchmarks/. Without the benchmarks, a test file that imports this one is skipped."""
 
 import sys
 from pathlib import Path

@@ -15,10 +15,14 @@ import numpy as np
 import oracle
 import pytest
 from cases import DTYPES, Case, Inputs, make_inputs
+from conftest import IMPLEMENTATION
 from programs import attention
 
 import jax_flash
 from jax_flash.backends import compute_capability
+
+# Head dims for which Hopper's kernels differ most; on CPUs 512 would only take time.
+HOPPER_HEAD_DIMS = (64, 128, 256, *([512] if IMPLEMENTATION == "cuda" else []))
 
 
 def why_not_built(
@@ -27,7 +31,7 @@ def why_not_built(
     dtype: str = "bfloat16",
     head_dims: tuple[int, int] = (16, 16),
 ) -> str | None:
-    """What a library that is installed lacks, as backends() tells it. One that is absent fails its tests."""
+    """Names what an installed library lacks, as backends() reports it; None for a missing one: its tests then fail."""
     built = next(b for b in jax_flash.backends() if b.implementation == implementation)
     if built.problem is not None:
         return None
@@ -96,8 +100,8 @@ def why_no_gradients(case: Case, implementation: str) -> str | None:
 def run(
     case: Case, inputs: Inputs, implementation: str, *, at_once: bool | None = None, **options: Any
 ) -> oracle.Result:
-    """Out, lse and, where they are built, the gradients. `at_once` makes one program, for rare shapes:
-    by default of plain JAX."""
+    """Out, lse and, where they are built, the gradients. With `at_once` the call is one program instead of running op
+    by op; this is the default of plain JAX, and helps cases whose shapes no other case has."""
     require_case(implementation, case)
     moving, _ = oracle.split(inputs.positional | inputs.keywords)
     call = function(case, inputs, implementation, **options)
@@ -144,7 +148,7 @@ def references(case: Case, seed: int = 0) -> tuple[oracle.Result, oracle.Result]
 
 
 def _in_given_rank(result: oracle.Result, case: Case) -> oracle.Result:
-    """The bias and its gradient have the rank of the user's array."""
+    """The result with the bias' gradient in the rank of the user's array."""
     if case.bias is None:
         return result
     dbias = result.gradients["bias"].reshape(case.bias)
@@ -175,7 +179,8 @@ def compare(
     return reason
 
 
-LARGE = 10  # scores from here on: their rounding in float32, scaled up by dropout, may reach the limit
+# With scores of this size, rounding in float32, which dropout scales up, may exceed the tolerance.
+LARGE = 10
 
 
 def _largest(lse: np.ndarray) -> float:
@@ -183,15 +188,15 @@ def _largest(lse: np.ndarray) -> float:
 
 
 def check(case: Case, implementation: str, seed: int = 0, **options: Any) -> None:
-    """As compare; skips the test afterwards where gradients are not built."""
+    """Like compare(); afterwards skips the test where gradients are not built."""
     reason = compare(case, implementation, seed, **options)
     if reason:
         pytest.skip(f"forward is right; {reason}")
 
 
 def in_some_dtypes(cases: tuple[Case, ...], implementation: str) -> tuple[Case, ...]:
-    """Sizes made for the tiles of CUDA kernels: there in every dtype, elsewhere each in one dtype, in turn, and of
-    two heads, since only grids depend on their number."""
+    """Cases whose sizes were chosen for the tiles of CUDA kernels. CUDA runs each in every dtype. Other implementations
+    run each in one dtype, in turn, and with two heads, because only grids depend on the number of heads."""
     every = implementation == "cuda"
     return tuple(
         (case if every else case.replace(hq=2, hk=1)).replace(dtype=dtype, name=f"{case.name}, {dtype}")

@@ -17,12 +17,10 @@ else:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # Most of the suite's time is LLVM compiling small programs that run once; without optimisation it halves.
     _FLAGS.append("--xla_backend_optimization_level=0")
-    _FLAGS.append(
-        "--xla_cpu_parallel_codegen_split_count=1"
-    )  # one module a program: pytest's workers share the cores
-    if (
-        version("jaxlib") < "0.11"
-    ):  # the flag ends there; without it a fifth of the suite's time goes to fusions' code
+    # One LLVM module per program, because pytest's workers share the cores.
+    _FLAGS.append("--xla_cpu_parallel_codegen_split_count=1")
+    # Code for fusions takes a fifth of the suite's time. jaxlib 0.11 no longer has this flag.
+    if version("jaxlib") < "0.11":
         _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, os.environ.get("XLA_FLAGS", "")]).strip()
 
@@ -56,7 +54,7 @@ def axis_type(request):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Of explicit axes the first case of a test is enough: what they change is how JAX traces it."""
+    """Explicit axes change only how JAX traces a call, so with them only the first case of each test runs."""
     first, others = {}, []
     for item in items:
         case = getattr(item, "callspec", None)
@@ -78,13 +76,13 @@ def exact_products():
 
 @pytest.fixture
 def lowers_for_cuda():
-    """Skips where a CUDA library is installed but not under test: lowering asks it for head dims that it may lack."""
+    """Skips if a CUDA library is installed but not under test: lowering asks it for head dims that it may lack."""
     if IMPLEMENTATION != "cuda" and cuda_library() is not None:
         pytest.skip("the CUDA library of this machine may lack the head dims")
 
 
 def pytest_collection_finish():
-    """What is imported by now stays, and is not looked at again: collections took 4% of the time."""
+    """Excludes the modules imported so far from garbage collection, which took 4% of the time."""
     gc.freeze()
     gc.set_threshold(5000, 20, 20)
 

@@ -63,11 +63,11 @@ class Group:
         return x.reshape(-1, *x.shape[-2:])[self.first_key : self.first_key + self.keys, self.kv_head]
 
     def of_heads(self, x: Array) -> Array:
-        """Numbers by query head, [hq], as a column."""
+        """One number per query head, [hq], as a column."""
         return np.repeat(x[self.head_slice], self.queries)[:, None]
 
     def of_sinks(self, x: Array) -> Array:
-        """Sinks, one for each head or for each head of each token, as a column."""
+        """Sinks, one per head or one per head and token, as a column."""
         return self.of_heads(x.reshape(-1)) if _is_shared(x) else self.of_queries(x[..., None])
 
     def of_scores(self, x: Array) -> Array:
@@ -100,7 +100,7 @@ def _is_shared(sinks: Array) -> bool:
 
 
 def numbers(operands: Arrays, dtype: Any) -> dict[str, Array]:
-    """The operands in numpy, those of floating point in this dtype."""
+    """The operands as numpy arrays, floating-point ones in this dtype."""
     x = {name: np.asarray(array) for name, array in operands.items()}
     return {name: array if array.dtype.kind in "iub" else array.astype(dtype) for name, array in x.items()}
 
@@ -150,7 +150,7 @@ def visible(spec: AttentionSpec, x: dict[str, Array], group: Group) -> Array:
         seen &= group.of_scores(x["bias"]) != -np.inf
     if "draft_mask" in x and group.queries <= x["draft_mask"].shape[-1]:
         mask = x["draft_mask"][z if x["draft_mask"].shape[0] > 1 else 0]
-        token = j - (group.keys - group.queries)  # the new token that a key is; below 0 the keys before them
+        token = j - (group.keys - group.queries)  # the index of a new token; negative for keys before them
         seen &= (token < 0) | mask[i, np.maximum(token, 0)]
     return seen
 
@@ -176,14 +176,14 @@ def _same(x: Array) -> Array:
 
 
 def rounding(dtype: Any, round_to: Any) -> Callable[[Array], Array]:
-    """To `round_to`, if it is given, and back to `dtype`."""
+    """A function that rounds to `round_to`, if it is given, and converts back to `dtype`."""
     return _same if round_to is None else lambda x: x.astype(round_to).astype(dtype)
 
 
 def softmax(
     spec: AttentionSpec, x: dict[str, Array], group: Group, rounded: Callable[[Array], Array] = _same
 ) -> Softmax:
-    """exp(S − lse), where S, and the sink, are rounded."""
+    """P = exp(S − lse), from S and sinks that are rounded."""
     s, slope = scores(spec, x, group, rounded)
     sink = np.full((s.shape[0], 1), -np.inf, s.dtype)
     if "sinks" in x:
@@ -286,8 +286,8 @@ def attention(
 def tangents(
     spec: AttentionSpec, operands: Arrays, moved: Arrays, *, dtype: Any = np.float64, round_to: Any = None
 ) -> tuple[Array, Array]:
-    """The tangents of out and lse; `moved` has those of query, key and value and, if they move, of
-    bias and sinks. Rounded as in attention()."""
+    """The tangents of out and lse. `moved` has the tangents of query, key and value and, if they have any, of
+    bias and sinks. S, P and their tangents are rounded as in attention()."""
     x, t = numbers(operands, dtype), numbers(moved, dtype)
     tout = np.zeros((*x["query"].shape[:-1], x["value"].shape[-1]), dtype)
     tlse = np.zeros((*x["query"].shape[:-1], 1), dtype)
@@ -314,7 +314,7 @@ def tangents(
 
 
 def dropout(spec: AttentionSpec, x: dict[str, Array], group: Group) -> Callable[[Array], Array]:
-    """What dropout makes of P: zeros, and the others larger."""
+    """A function that sets the dropped elements of P to zero and scales the others up."""
     if "dropout" not in x:
         return _same
     i, j = group.place()
@@ -324,8 +324,8 @@ def dropout(spec: AttentionSpec, x: dict[str, Array], group: Group) -> Callable[
 
 
 def dropout_number(words: Any, z: int, h: Any, i: Any, j: Any) -> Any:
-    """The 15-bit numbers that decide about elements (i, j) of heads: half j % 2 of word j // 8 % 4
-    of their Philox block, and for the second eight rows of sixteen the same of words turned by a byte."""
+    """The 15-bit numbers that decide about elements (i, j) of heads: half j % 2 of word j // 8 % 4 of their Philox
+    block. The second eight rows of sixteen take the same words, rotated by a byte."""
     key0, key1, z0, h0, i0, j0 = map(int, words)
     h, i, j = (np.asarray(a, np.uint64) + np.uint64(first) for a, first in ((h, h0), (i, i0), (j, j0)))
     block = philox((key0, key1), (j // 32 * 4 + j // 2 % 4, i // 16 * 8 + i % 8, h, z + z0))

@@ -1,4 +1,4 @@
-"""flash_attn's documented semantics in numpy and float64, a query row at a time, and inputs to hold against it."""
+"""flash_attn's documented semantics in numpy and float64, one query row at a time, and inputs for comparisons."""
 
 import math
 from functools import partial
@@ -89,7 +89,7 @@ def assert_close(got, wanted, tolerance=1e-5):
 
 
 def slope(function, arrays, seed=9):
-    """d function along a random direction, by central differences in float64; and the direction."""
+    """The derivative of `function` along a random direction, by central differences in float64, and that direction."""
     arrays = [x.astype(float) for x in arrays]
     along = [np.random.default_rng(seed + i).normal(size=x.shape) for i, x in enumerate(arrays)]
     ahead, behind = (function(*(x + e * u for x, u in zip(arrays, along))) for e in (1e-5, -1e-5))

@@ -18,8 +18,8 @@ Sees = Callable[
 
 @dataclass(frozen=True)
 class Sizes:
-    """The rows and the keys of each batch entry or sequence, as far as lengths leave them; `rows` and `keys` are the
-    dimensions of the arrays, and `tokens` those of packed queries."""
+    """The rows and the keys of each batch entry or sequence that are in use. `rows` and `keys` are the dimensions of
+    the arrays, and `tokens` those of packed queries."""
 
     lengths: tuple[tuple[int, int], ...]
     heads: int
@@ -33,7 +33,7 @@ class Sizes:
     packed: bool = False
 
     def per_row(self, x: np.ndarray) -> np.ndarray:
-        """[n, …, rows] as a call takes it: packed, [h, tokens]."""
+        """Converts [n, …, rows] to the form that a call takes: for packed rows, [h, tokens]."""
         if not self.packed:
             return x
         made = np.zeros((*x.shape[1:-1], self.tokens), x.dtype)
@@ -42,7 +42,7 @@ class Sizes:
         return made
 
     def per_key(self, x: np.ndarray) -> np.ndarray:
-        """[n, keys] as a call takes it: packed, [tokens of keys]; what is past the lengths is anything."""
+        """Converts [n, keys] to the form that a call takes: for packed keys, [tokens], arbitrary past the lengths."""
         if not self.packed:
             return x
         made = np.full(self.key_tokens, -7, x.dtype)
@@ -77,7 +77,7 @@ def _ranges(rng: Any, s: Sizes) -> tuple[masks.Mask, Sees]:
     heads = s.heads if rng.random() < 0.5 else 1
     limits = rng.integers(-2, s.keys + 3, (4, len(s.lengths), heads, s.rows))
     a, b, c, d = limits
-    if rng.random() < 0.5:  # the same for some rows
+    if rng.random() < 0.5:  # runs of 16 rows have the same ranges
         a, b, c, d = (np.repeat(x[..., ::16], 16, -1)[..., : s.rows] for x in limits)
     lo, hi, begin, end = (_int32(s.per_row(x)) for x in (a, b, c, d))
 
@@ -147,7 +147,7 @@ def _positions(rng: Any, s: Sizes) -> tuple[masks.Mask, Sees]:
 
 def _segments(rng: Any, s: Sizes) -> tuple[masks.Mask, Sees]:
     q, k = (rng.integers(0, 3, (len(s.lengths), size)) for size in (s.rows, s.keys))
-    if s.packed:  # neighbours, numbered in any order
+    if s.packed:  # each id is one run of neighbouring keys, and the ids are in any order
         k = rng.permutation(5)[np.sort(k, -1)]
     mask = masks.segments(_int32(s.per_row(q)), _int32(s.per_key(k)))
     return mask, lambda z, h, i, j: q[z][i] == k[z][j]
@@ -180,12 +180,12 @@ FORMS: dict[str, Callable[[Any, Sizes], tuple[masks.Mask, Sees]]] = {
     "chunked": _chunked, "first": _first, "diffusion": _diffusion, "either": _either, "positions": _positions,
     "segments": _segments, "dense": _dense, "blocks": _blocks,
 }  # fmt: skip
-TWO_RANGES = {"ranges", "first", "diffusion", "either"}  # of which `&` takes one
+TWO_RANGES = {"ranges", "first", "diffusion", "either"}  # `&` takes at most one of these
 FIXED_ONLY = {"dense"}
 
 
 def make(names: Sequence[str], s: Sizes, seed: int) -> tuple[masks.Mask, list[np.ndarray]]:
-    """The mask that all these forms leave, and for each sequence what it shows, [h, rows, keys] with its lengths."""
+    """A mask that shows what all these forms show and, for each sequence, the visible pairs [h, rows, keys] in use."""
     rng = np.random.default_rng(seed)
     made = [FORMS[name](rng, s) for name in names]
     mask = made[0][0]
@@ -202,7 +202,7 @@ def make(names: Sequence[str], s: Sizes, seed: int) -> tuple[masks.Mask, list[np
 
 
 def as_ranges(seen: np.ndarray) -> np.ndarray:
-    """The limits […, rows, 2 · n] of the runs of each row, at most n."""
+    """Writes each row's runs of visible keys, of which there are at most n, as limits […, rows, 2 · n]."""
     edges = np.diff(seen.astype(np.int8), axis=-1, prepend=0, append=0)
     found = np.zeros((*seen.shape[:-1], max(2, int((edges != 0).sum(-1).max(initial=0)))), np.int32)
     for place in np.ndindex(*seen.shape[:-1]):
@@ -212,8 +212,8 @@ def as_ranges(seen: np.ndarray) -> np.ndarray:
 
 
 def of_case(case: Any) -> tuple[masks.Mask, dict[str, Any]]:
-    """The mask of a Case as a value, and as an operand of the oracle: an array of all pairs, or packed the limits of
-    ranges, made without the library."""
+    """The mask of a Case as a value, and as an operand of the oracle, made without the library: an array of all
+    pairs or, for packed sequences, the limits of ranges."""
     lengths = _sequence_lengths(case)
     if case.layout == "fixed":
         mask, shown = make(case.forms, Sizes(lengths, case.hq, case.hk, case.sq, case.sk), case.form_seed)

@@ -1,4 +1,4 @@
-"""Attention with a boolean mask in numpy and float64, which the adapters of jax_flash.compat are held against."""
+"""Attention with a boolean mask in numpy and float64; tests compare the adapters of jax_flash.compat with it."""
 
 import numpy as np
 

@@ -63,7 +63,7 @@ def qkv(query, key=None, value=None):
 
 
 def check(call, mesh, arrays, specs):
-    """The program of call and its gradients on sharded arrays, and its results, which are one device's."""
+    """Runs call and its gradients on sharded arrays and compares with one device. Returns (program's text, results)."""
     return check_run(with_gradients(call), mesh, arrays, specs)
 
 
@@ -72,7 +72,7 @@ def forward(call, mesh, arrays, specs):
 
 
 def check_run(function, mesh, arrays, specs, tolerance=1e-5):
-    """The program of a function on sharded arrays, and its results, which are one device's."""
+    """Runs a function on sharded arrays, and compares with one device. Returns (program's text, results)."""
     run = jax.jit(function)
     placed = place(mesh, arrays, specs)
     with within(mesh):

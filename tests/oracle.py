@@ -131,7 +131,7 @@ def assert_lse(lse: np.ndarray, ref: np.ndarray) -> None:
 
 
 def assert_max(largest: np.ndarray, ref: np.ndarray) -> None:
-    """As lse: the scores are those of the same products."""
+    """At the tolerance of lse, since both come from the same scores."""
     assert largest.dtype == np.float32
     assert_lse(largest, ref)
 

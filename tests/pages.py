@@ -95,9 +95,8 @@ class Paged:
             ]
             static = {name: value for name, value in self.case.options.items() if name != "dropout_rate"}
             if self.is_shared:
-                given = (
-                    None if self.start == 0 and self.case.dv == self.case.d else self.case.dv
-                )  # the default is d
+                # The default of value_dim is d, which this way is tested too.
+                given = None if self.start == 0 and self.case.dv == self.case.d else self.case.dv
                 static |= {"value_dim": given, "value_start": self.start}
             return jax_flash.paged_attention(
                 *positional, **arrays, **static | options, page_layout=self.pages.layout, return_lse=True,
@@ -195,7 +194,7 @@ def rows_of(case: Case, dense: np.ndarray) -> list[np.ndarray]:
 
 
 def references(call: Paged, *, gradients: bool) -> tuple[oracle.Result, oracle.Result]:
-    """`exact` and `low` of the contract for the dense case, the gradients of keys brought to the pools."""
+    """`exact` and `low` of the contract for the dense case, with the keys' gradients gathered into the pools."""
     found = oracle.references(call.case, call.inputs, gradients=gradients)
     return tuple(_to_pools(call, x) if gradients else x for x in found)  # type: ignore
 
@@ -232,7 +231,7 @@ def run(call: Paged, implementation: str, *, gradients: bool, **options: Any) ->
 
 
 def check(call: Paged, implementation: str, *, gradients: bool = False, **options: Any) -> oracle.Result:
-    """At the contract's tolerance against the dense case; returns what the call gave."""
+    """Compares with the dense case at the contract's tolerance; returns the results."""
     require(implementation, call.case)
     got = run(call, implementation, gradients=gradients, **options)
     right, low = references(call, gradients=gradients)
@@ -274,7 +273,7 @@ def assert_same_rows(rows: np.ndarray, got: tuple[Any, Any], wanted: tuple[Any, 
 
 
 def _by_row(out: Any, lse: Any) -> list[tuple[str, np.ndarray]]:
-    """out and lse with all that belongs to a row in the last dimension."""
+    """out and lse, reshaped so that the last dimension holds all numbers of a row."""
     out = np.asarray(out, np.float32)
     return [
         ("out", out.reshape(*out.shape[:-2], -1)),

@@ -43,7 +43,7 @@ def attention(case: Case, implementation: str | None = None, **options: Any) -> 
 
 
 def with_gradients(call: Call) -> Call:
-    """call's results, and the gradients of a fixed weighting of all of them, by argument name."""
+    """call's results, and the gradients, by argument name, of a weighted sum of all of them."""
 
     def run(arrays: Arrays) -> dict[str, Any]:
         moving, others = split(arrays)
@@ -98,7 +98,7 @@ def shard_shapes(program: str, name: str) -> set[tuple[int, ...]]:
 
 
 def require_devices(count: int) -> None:
-    """Skips the test on a machine of fewer devices: CPUs are forced to be 8, GPUs are what they are."""
+    """Skips the test on a machine with fewer devices. On the CPU 8 devices are forced; GPUs cannot be."""
     if jax.device_count() < count:
         pytest.skip(f"needs {count} devices")
 

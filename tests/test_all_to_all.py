@@ -1,4 +1,7 @@
-"""`ring_attention(mode="all_to_all")`: tokens exchanged for heads and back is the whole call, with every option."""
+"""`ring_attention(mode="all_to_all")` equals the call on one device, with every option.
+
+Each device exchanges its tokens of all heads for all tokens of some heads, computes attention, and exchanges back.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +42,7 @@ def make_mesh(devices, **others):
 
 
 def token_dims(case):
-    """The dimension of each array that goes by token: it is sharded, and permuted in zigzag order."""
+    """Maps each array that has a token dimension to that dimension, which is sharded, and permuted for zigzag."""
     sinks = ("sinks",) if case.sinks == "token" else ()
     dims = dict.fromkeys(("query", "key", "value", "segment_ids", *sinks), 1)
     return dims | {name: 2 for name in ("mask", "bias") if (getattr(case, name) or (1,) * 4)[2] > 1}
@@ -51,7 +54,7 @@ def specs_of(case, arrays):
 
 
 def by_heads(case, mesh, implementation, order="contiguous", **options):
-    """The case's call in a shard_map, from and to whole arrays in the order of the sequence."""
+    """The case's call in a shard_map. It takes and returns whole arrays, whose tokens are in order."""
     devices = mesh.shape[AXIS]
     dims, zigzag = token_dims(case), order == "zigzag"
 
@@ -83,7 +86,7 @@ def by_heads(case, mesh, implementation, order="contiguous", **options):
 
 
 def check(case, mesh, implementation, order="contiguous", **options):
-    """The program of the call and its gradients, whose results are those of the whole on one device."""
+    """Compares the call and its gradients with the same call on one device; returns the compiled program's text."""
     arrays = arrays_of(case)
     run = jax.jit(with_gradients(by_heads(case, mesh, implementation, order, **options)))
     placed = place(mesh, arrays, specs_of(case, arrays))
@@ -139,7 +142,7 @@ def test_options_in_zigzag_order(kernel, options):
     [(8, 4, 2, 2), (8, 2, 4, 1), (8, 1, 8, 1), (12, 3, 2, 3), (12, 6, 4, 3), (24, 3, 4, 3), (24, 2, 8, 1)],
 )
 def test_fewer_kv_heads_than_devices_are_sent_to_those_that_read_them(kernel, hq, hk, devices, taken):
-    """`taken` KV heads arrive at each device: one for each part of a group that its query heads make up."""
+    """Each device receives `taken` KV heads, each for as many of its query heads; one that more read comes twice."""
     case = CAUSAL.replace(hq=hq, hk=hk, dropout_rate=0.3)
     text = check(case, make_mesh(devices), kernel)
     kv = [line for line in text.splitlines() if 'custom_call_target="jax_flash_backward"' in line]

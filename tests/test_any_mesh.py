@@ -1,7 +1,7 @@
 """Any sizes on any mesh: under jit, sharded arrays give the results and the gradients that one device gives.
 
-Sizes of 0 and 1, heads that no axis divides, and each of a mesh's axes on batch, heads, sequence, pages or nothing, in
-the arguments or asked of XLA by a constraint. JAX_FLASH_TEST_EXAMPLES and JAX_FLASH_TEST_SEED choose more and others.
+Sizes include 0 and 1, and heads that no axis divides. Each mesh axis splits batch, heads, sequence, pages or nothing,
+through the arguments' shardings or a constraint. JAX_FLASH_TEST_EXAMPLES and JAX_FLASH_TEST_SEED choose other cases.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ from programs import assert_same, attention, require_devices, with_gradients
 from jax_flash import append_kv, paged_attention
 from jax_flash.operands import dims_of
 
-EXAMPLES = int(os.environ.get("JAX_FLASH_TEST_EXAMPLES", 4))  # of each layout
+EXAMPLES = int(os.environ.get("JAX_FLASH_TEST_EXAMPLES", 4))  # per layout
 SEED = 1000 * int(os.environ.get("JAX_FLASH_TEST_SEED", 0))
 
 MESHES = ((2,), (3,), (4,), (5,), (7,), (1, 3), (2, 3), (2, 2), (2, 1))
 SIZES = (0, 1, 2, 3, 4, 5, 6, 12)
 HEADS = ((1, 1), (2, 1), (5, 1), (8, 1), (16, 1), (71, 1), (5, 5), (6, 2), (6, 3), (12, 3), (15, 5))
-ROLES = {  # what an axis of the mesh may lie on: dimensions of these names
+ROLES = {  # the names of the dimensions that an axis of the mesh may split
     "batch": ("b", "n"),
     "heads": ("hq", "hk"),
     "sequence": ("sq", "sk", "tq", "tk", "s", "t"),
@@ -41,7 +41,7 @@ ROLES = {  # what an axis of the mesh may lie on: dimensions of these names
 
 @dataclass
 class Problem:
-    """A call of named arrays, and the dimensions' names of those that may be split."""
+    """A call of named arrays, with the names of the dimensions that may be split."""
 
     call: object
     arrays: dict
@@ -70,7 +70,8 @@ def packed(rng, implementation):
         padding=(int(rng.choice([0, -total % 6])), int(rng.choice([0, -total % 12]))),
     )  # fmt: skip
     problem = dense(case, implementation, "varlen")
-    if case.padding[0] == case.padding[1] and rng.random() < 0.7:  # one array of offsets
+    # Queries and keys share one array of offsets.
+    if case.padding[0] == case.padding[1] and rng.random() < 0.7:
         del problem.arrays["cu_seqlens_k"]
         call = problem.call
         problem.call = lambda arrays: call(arrays | {"cu_seqlens_k": None})
@@ -119,7 +120,7 @@ def append(rng, implementation):
     n, s, pages, hk = (int(rng.choice(x)) for x in (SIZES, SIZES, SIZES, (1, 2, 3, 5, 12)))
     packed, size, columns = rng.random() < 0.3, 2, int(rng.choice([0, 1, 3]))
     rows = (n * s, hk, 8) if packed else (n, s, hk, 8)
-    order = rng.permutation(max(pages, n * columns, 1))[: n * columns]  # no page stands twice
+    order = rng.permutation(max(pages, n * columns, 1))[: n * columns]  # no page occurs twice
     arrays = {
         "k_pages": normal(rng, (pages, size, hk, 8)),
         "v_pages": normal(rng, (pages, size, hk, 8)),
@@ -144,7 +145,7 @@ def integers(rng, low, high, shape):
 
 
 def specs_of(rng, problem, mesh, uneven):
-    """A PartitionSpec for each array; axes lie where they divide the size, or, if `uneven`, anywhere."""
+    """A PartitionSpec for each array. Axes split dimensions that they divide or, if `uneven`, any dimension."""
     roles = {axis: str(rng.choice(list(ROLES))) for axis in mesh.axis_names}
     specs = {}
     for name, x in problem.arrays.items():
@@ -159,7 +160,7 @@ def specs_of(rng, problem, mesh, uneven):
 
 
 def check(problem, mesh, specs, uneven):
-    """Sharded arguments, or whole ones under a constraint, give what one device gives."""
+    """Sharded arguments, or with `uneven` whole ones under a sharding constraint, give what one device gives."""
     differentiable = "k_pages" not in problem.arrays
     run = with_gradients(problem.call) if differentiable else problem.call
     wanted = jax.jit(run)(problem.arrays)

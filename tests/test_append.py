@@ -18,7 +18,7 @@ def arguments(
     *, size=4, entries=5, layout="nhd", dtype="float32", pool_dtype=None, lengths=(3, 0, 11), new=4, positions=None,
     interleaved=False, rotated=None, seed=0, heads=HK, d=D, dv=DV,
 ):  # fmt: skip
-    """A random call. `new`: tokens of every sequence, or a tuple of each (packed, with two tokens of padding)."""
+    """A random call. `new`: new tokens per sequence, or a tuple with each sequence's number (packed, with padding)."""
     rng = np.random.default_rng(seed)
     pages = N * entries + 2
     rows = (N, new) if isinstance(new, int) else (sum(new) + 2,)
@@ -53,7 +53,7 @@ EMPTY = {
 
 
 def without(empty, call):
-    """A call with none of these: the arrays that have them, without any."""
+    """The call with arrays of size 0: no tokens, entries, … as `empty` names."""
     cut = (slice(None), slice(0)) if empty in ("tokens", "entries") else slice(0)
     return call | {name: call[name][cut] for name in EMPTY[empty] if name in call}
 
@@ -120,7 +120,7 @@ def quantised(row, scale, dtype):
 
 
 def check(call, implementation):
-    """To the bit."""
+    """Compares with the contract, bit for bit."""
     got = run(call, implementation)
     for name, x, y in zip(("k_pages", "v_pages", "kv_lengths"), got, by_token(call), strict=True):
         assert x.dtype == y.dtype
@@ -130,7 +130,7 @@ def check(call, implementation):
 
 
 def slots_that_differ(call, x, y):
-    """Of a pool "page 3 slot 1, …"; of the lengths "sequence 0, …"."""
+    """Names where x and y differ: "page 3 slot 1, …" for pools, "sequence 0, …" for lengths."""
     x, y = (np.asarray(a) for a in (x, y))
     other = x.view(f"u{x.dtype.itemsize}") != y.view(f"u{y.dtype.itemsize}")
     if other.ndim == 1:
@@ -154,7 +154,7 @@ def test_tokens_go_to_the_slots_after_their_length(size, new, layout):
     )
 
 
-# On CUDA warps of sm_90 copy tokens of 2 KB and more, more than once in a place.
+# On sm_90, tokens of 2 KB and more are copied by warps, several tokens per warp in this many.
 WIDE = dict(heads=24, d=128, dv=64, size=16, entries=60)
 MANY = (500, 940, 900) if IMPLEMENTATION == "cuda" else (2, 9, 7)
 
@@ -246,7 +246,8 @@ def test_what_goes_to_a_page_outside_the_pool_is_dropped_and_not_counted(impleme
 
 def test_unused_entries_are_not_read(implementation):
     require(implementation)
-    call = arguments(lengths=(3, 0, 11), new=3)  # pages 0 to 1, 0, and 2 to 3 are written
+    # Needs pages 0 and 1, page 0, and pages 2 and 3 of the tables.
+    call = arguments(lengths=(3, 0, 11), new=3)
     garbage = np.resize(np.asarray(GARBAGE, np.int32), (N, 5))
     needed = np.asarray([[1, 1, 0, 0, 0], [1, 0, 0, 0, 0], [0, 0, 1, 1, 0]], bool)
     call["block_tables"] = jnp.where(needed, call["block_tables"], garbage)

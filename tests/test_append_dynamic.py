@@ -18,12 +18,12 @@ from test_paged_programs import assert_vmap_is_a_loop, copies
 from jax_flash import append_kv, paged_attention
 
 HK = 2
-RELATIVE = {FLOAT8[0]: 1 / 16, FLOAT8[1]: 1 / 8}  # of a normal number
-OF_SCALE = {FLOAT8[0]: 1 / 512, FLOAT8[1]: 1 / 65536}  # of a subnormal one, requantised however often
+RELATIVE = {FLOAT8[0]: 1 / 16, FLOAT8[1]: 1 / 8}  # error of a normal number, relative to it
+OF_SCALE = {FLOAT8[0]: 1 / 512, FLOAT8[1]: 1 / 65536}  # error of a subnormal one, relative to the scale
 
 
 def dynamic(float8=FLOAT8[0], **options):
-    """A random call on pools and scales of garbage, NaN among it: a page begins with its first token."""
+    """A random call on pools and scales that hold garbage, NaN among it, which a page's first token must replace."""
     call = arguments(pool_dtype=float8, **options)
     count = call["k_pages"].shape[0]
     for i, name in enumerate(("k_pages", "v_pages")):
@@ -34,15 +34,15 @@ def dynamic(float8=FLOAT8[0], **options):
 
 
 def wide(pool, scale, layout):
-    """What a pool holds, [p, ps, hk, d]."""
+    """The numbers that a pool stands for, [p, ps, hk, d]."""
     stored = np.asarray(pool).astype(np.float64)
     stored = stored if layout == "nhd" else stored.swapaxes(1, 2)
-    with np.errstate(invalid="ignore"):  # pages of garbage
+    with np.errstate(invalid="ignore"):  # some pages hold garbage
         return stored * np.asarray(scale, np.float64)[:, None, :, None]
 
 
 def assert_holds(results, calls, implementation):
-    """The pools after these calls, in turn on the same sequences, hold all of their tokens within the bound."""
+    """After these calls, one after the other on the same sequences, the pools hold all tokens within the bound."""
     k_pages, v_pages, _, k_scale, v_scale = results
     first = calls[0]
     layout, float8 = first["page_layout"], str(first["k_pages"].dtype)
@@ -81,7 +81,7 @@ def tokens(call, name):
 
 
 def after(call, results, **new):
-    """The next call: on what the last one left."""
+    """The next call, on the pools, lengths and scales that the last one returned."""
     names = ("k_pages", "v_pages", "kv_lengths", "k_scale", "v_scale")
     return call | dict(zip(names, results, strict=True)) | new
 
@@ -206,7 +206,7 @@ def test_zeros_infinities_and_nan(implementation):
 
 @pytest.mark.parametrize("scale", [0.0, -0.0, -1.0, np.inf, -np.inf, np.nan])
 def test_a_page_whose_scale_cannot_be_one_keeps_nothing(implementation, scale):
-    """Tokens that a page goes on with decide its scale alone, and what it held before becomes zeros."""
+    """If a page's old scale is no positive number, new tokens alone decide its scale, and old tokens become zeros."""
     require(implementation)
     call = dynamic(size=4, new=2, lengths=(1, 2, 2))
     names = {"k_pages": "key", "v_pages": "value"}

@@ -76,9 +76,8 @@ def test_a_dropout_rate_drops_all_only_where_it_would_round_to_1_which_is_refuse
             implementation=implementation,
         )  # fmt: skip
 
-    most = 1 - 1.01 / (
-        2 * philox.NUMBERS
-    )  # the largest of one digit more than the resolution that is below 1
+    # The largest number below 1 with one digit more than the resolution.
+    most = 1 - 1.01 / (2 * philox.NUMBERS)
     assert philox.threshold(most) == philox.NUMBERS - 1
     assert np.count_nonzero(dropped(most)) > 0
     for rate in (0.99999, 1 - 1 / (2 * philox.NUMBERS), math.nextafter(1, 0)):
@@ -125,7 +124,7 @@ def test_a_mask_of_rank_3_says_by_its_rank_4_whether_batch_or_heads_come_first()
     assert not np.allclose(by_batch, by_head)
     with pytest.raises(ValueError, match=r"mask must have rank 2 .* or 4"):
         flash_attention(QUERY, KEY, VALUE, mask=mask)
-    for function in (dot_product_attention, attention_fn):  # which broadcast, as jax.nn and Flax do
+    for function in (dot_product_attention, attention_fn):  # these two broadcast, as jax.nn and Flax do
         for narrow in (mask, mask[0], mask[0, 0], mask[0, 0, 0]):
             got = function(QUERY, KEY, VALUE, mask=narrow)
             wanted = flash_attention(QUERY, KEY, VALUE, mask=np.broadcast_to(narrow, (1, H, S, S)))

@@ -166,7 +166,7 @@ def test_a_wheel_of_another_version_is_not_loaded(core, monkeypatch, tmp_path):
     monkeypatch.setattr(backends.importlib.util, "find_spec", only_in(tmp_path))
     problem = "of another version: jax-flash-cuda13 is 1.2.2, jax-flash is 1.2.3"
     assert named("cuda").problem == f"{problem}; pip install jax-flash-cuda13==1.2.3"
-    backends.register.__wrapped__()  # at import it is left out in silence
+    backends.register.__wrapped__()  # registration at import skips it without an error
     monkeypatch.setattr(backends, "local_devices", lambda platform: (gpu("9.0"),))
     with pytest.raises(NotImplementedError, match=f'"cuda" is {problem}'):
         backends.require_cuda("flash_attention")

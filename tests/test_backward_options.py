@@ -1,7 +1,8 @@
 """Bias, mask and segments in the backward, alone and together, repeatable or not: tiles of 128 keys, several of them.
 
 On Hopper these run in the loop of csrc/cuda/backward/hopper.cuh, where a warp stages bias and mask 8 keys at a time;
-rows that begin elsewhere are the portable kernels'. Above head dim 128 hopper_cluster.cuh runs those without either.
+rows that begin elsewhere are the portable kernels'. Above head dim 128 hopper_cluster.cuh runs those without either, or
+with one of them alone.
 """
 
 from __future__ import annotations
@@ -86,8 +87,16 @@ WITHOUT_BIAS = {
 CASES += [
     Case(f"{name} d{d}/{dv}", dtype=HALF[(i + j) % 2], **SIZES | {"d": d, "dv": dv} | options)
     for i, (name, options) in enumerate(WITHOUT_BIAS.items())
-    for j, (d, dv) in enumerate(((256, 256), (192, 128), (160, 136)))
-    if d > 160 or i % 3 == 0
+    for j, (d, dv) in enumerate(((256, 256), (192, 128), (160, 136), (512, 512), (320, 488)))
+    if d in (192, 256, 512) or i % 3 == 0
+]
+# The clusters' kernels take a bias or a mask alone.
+CASES += [
+    Case(f"{name} d{d}", dtype=HALF[(i + j) % 2], **SIZES | {"d": d, "dv": d} | OPTIONS[name])
+    for i, name in enumerate(
+        ("bias of all, window", "bias for all, shorter", "mask of heads", "mask of keys, shorter")
+    )
+    for j, d in enumerate((256, 512))
 ]
 
 
@@ -134,7 +143,7 @@ LEADING = Case("several leading dimensions", b=2, sq=140, sk=264, hq=4, hk=2, d=
     ],
     ids=lambda options: ", ".join(options) or "plain",
 )
-@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("d", [64, 128, 256, 512])
 def test_leading_dimensions_that_do_not_merge(d, options, kernel):
     """The outer vmap maps query and mask, the inner one key, value and bias: each pair of entries is its own call."""
     case = LEADING.replace(dtype="bfloat16", bias_dtype="bfloat16", d=d, dv=d, **options)

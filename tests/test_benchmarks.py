@@ -25,7 +25,7 @@ from benchmarks.cases import Case, varlen
 
 
 class Clock:
-    """A device on which calls last as long as they are told, and `log` says what ran."""
+    """A device on which a call takes a given time. `log` lists the calls that ran."""
 
     def __init__(self, monkeypatch):
         self.now, self.log = 0.0, []
@@ -65,12 +65,12 @@ def test_turns_are_rotated_and_reversed():
 
 def test_a_burst_follows_as_many_untimed_calls_of_the_same_implementation(monkeypatch):
     clock = Clock(monkeypatch)
-    seconds = {"short": 1 / 1024, "long": 4 / 1024}  # sums of these have no rounding
+    seconds = {"short": 1 / 1024, "long": 4 / 1024}  # sums of these are exact
     calls = {name: (clock.call(name, each), [(0,)]) for name, each in seconds.items()}
     times = measure.interleaved(calls, repeats=2, seconds=20 / 1024)
     assert times == {name: [each] * 2 for name, each in seconds.items()}
     runs = [(name, len(list(run))) for name, run in itertools.groupby(name for name, _ in clock.log)]
-    # Both are first called until their counts are known; then come the turns short, long, long, short.
+    # Calls before the last three runs find how many calls fill a burst. The turns are short, long, long, short.
     assert runs[-3:] == [("short", 2 * 20), ("long", 2 * 2 * 5), ("short", 2 * 20)]
 
 
@@ -80,7 +80,7 @@ def test_settle_bounds_the_untimed_calls_by_seconds(monkeypatch):
     with_settling = len(clock.log)
     clock.log.clear()
     measure.interleaved({"": (clock.call("", 0.001), [(0,)])}, repeats=1, seconds=0.02, settle=0)
-    assert with_settling - len(clock.log) > 5  # the 5 themselves, and those that their number was found with
+    assert with_settling - len(clock.log) > 5  # the 5 calls, and those that found that 5 are needed
 
 
 def test_arguments_are_rotated(monkeypatch):
@@ -173,7 +173,7 @@ def test_a_comparison_is_met_where_nothing_is_slower_and_no_bit_differs():
     assert not slow["met"]
     assert slow["slower"] == ["a"]
     assert slow["worst"] == ["a", 0.96]
-    assert not compare.summary({"a": result(0.99), "b": result(0.99)})["met"]  # the mean
+    assert not compare.summary({"a": result(0.99), "b": result(0.99)})["met"]  # the mean is below 1
     assert not compare.summary({"a": result(1.0, "differ")})["met"]
     found = compare.summary({"a": result(1.0), "b": {"error": "not built"}})
     assert found["errors"] == ["b"]
@@ -194,7 +194,7 @@ def test_two_packages_run_in_one_process(tmp_path):
     package.mkdir()
     for path in Path(jax_flash.__file__).parent.iterdir():
         (package / path.name).symlink_to(path)
-    library = jax_flash.backends()[0].library  # elsewhere, where the package is installed in editable mode
+    library = jax_flash.backends()[0].library  # the editable package, whose library the copy uses
     if not (package / library.name).exists():
         (package / library.name).symlink_to(library)
     before = other_checkout.load(tmp_path, "jax_flash_of_this_test")

@@ -1,37 +1,33 @@
-"""The operand `block_mask` over several tiles: blocks of every size, of heads together and apart, and both passes."""
+"""The operand `block_mask` over several tiles: blocks of every size, one mask per head or for all, both passes."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import checks
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import Case, make_inputs, operands, spec
-from conftest import IMPLEMENTATION
-from test_ranges import references
+from cases import Case, make_inputs, operands
+from operand_calls import (
+    HEAD_DIMS,
+    SEVERAL_TILES,
+    SINKS_AND_LENGTHS,
+    SIZES,
+    differentiate,
+    references,
+    static_of,
+)
 
-from jax_flash.autodiff import attend
-from jax_flash.operands import OPTIONAL
-
-HEAD_DIMS = (64, 128, 256) if IMPLEMENTATION == "cuda" else (64,)  # that Hopper has kernels of
-SIZES = {"b": 2, "sq": 300, "sk": 520}
-GROUPS = {"hq": 4, "hk": 2}
 CASES = [
-    Case("every key", **SIZES | GROUPS),
-    Case("causal", causal=True, **SIZES | GROUPS),
-    Case("window", window=(200, 30), **SIZES | {"hq": 2, "hk": 2}),
-    Case("lengths", q_lengths=(300, 77), kv_lengths=(333, 520), **SIZES | GROUPS),
+    *SEVERAL_TILES,
     Case("sinks, a head for each", sinks=True, **SIZES | {"hq": 3, "hk": 3}),
-    Case("sinks, causal, lengths", sinks=True, causal=True, kv_lengths=(65, 0), **SIZES | GROUPS),
+    SINKS_AND_LENGTHS,
 ]
 BLOCKS = [(128, 128), (64, 64), (128, 64), (64, 128), (32, 32), (96, 96), (256, 160), (48, 16)]
 
 
 def shown(case, block, heads, seed, part=0.3):
-    """Which blocks of keys each block of rows sees, of as many heads as the mask has, at every query head."""
+    """Which blocks of keys each block of rows sees: `heads` different masks, repeated for all query heads."""
     rng = np.random.default_rng(seed)
     rows, columns = -(-case.sq // block[0]), -(-case.sk // block[1])
     seen = rng.random((case.b if seed % 2 else 1, heads, rows, columns)) < part
@@ -49,20 +45,10 @@ def with_blocks(case, block, heads, seed, part=0.3):
     return inputs, arrays | {"block_mask": jnp.asarray(seen)}, arrays | {"mask": jnp.asarray(pairs)}
 
 
-def static_of(case, inputs, arrays, **options):
-    return replace(spec(case, inputs), operands=tuple(name for name in OPTIONAL if name in arrays), **options)
-
-
-def differentiate(case, block, inputs, arrays, implementation, **options):
-    run = static_of(case, inputs, arrays, implementation=implementation, block=block, **options)
-    moving, fixed = oracle.split(arrays)
-    return oracle.differentiate(lambda x: attend(run, x | fixed), moving, inputs.dout, inputs.dlse)
-
-
 def check(case, block, heads, implementation, seed=1, **options):
     checks.require(implementation, "forward", "backward", dtype=case.dtype, d=case.d, dv=case.dv)
     inputs, arrays, with_pairs = with_blocks(case, block, heads, seed)
-    got = differentiate(case, block, inputs, arrays, implementation, **options)
+    got = differentiate(case, inputs, arrays, implementation, block=block, **options)
     oracle.assert_result(
         got, *references(case, static_of(case, inputs, with_pairs), inputs, with_pairs), case
     )
@@ -71,7 +57,7 @@ def check(case, block, heads, implementation, seed=1, **options):
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 @pytest.mark.parametrize("d", HEAD_DIMS)
 def test_blocks_of_every_size(d, block, implementation):
-    """Each size with another of the cases, and with masks of one head, of KV heads and of query heads in turn."""
+    """Each block size runs with another case, and with masks of one head, of KV heads or of query heads in turn."""
     at = BLOCKS.index(block)
     for i in (at, at + 3):
         case = CASES[i % len(CASES)].replace(d=d, dv=d, dtype="bfloat16" if i % 2 else "float16")
@@ -95,7 +81,7 @@ def test_no_block_and_all_blocks(part, block, implementation):
     inputs, arrays, _ = with_blocks(case, block, 1, 0, part)
     shape = -(-case.sq // block[0]), -(-case.sk // block[1])
     arrays["block_mask"] = jnp.full((1, 1, *shape), bool(part))
-    got = differentiate(case, block, inputs, arrays, implementation)
+    got = differentiate(case, inputs, arrays, implementation, block=block)
     pairs = operands(inputs) | {"mask": jnp.full((1, 1, case.sq, case.sk), bool(part))}
     oracle.assert_result(got, *references(case, static_of(case, inputs, pairs), inputs, pairs), case)
 
@@ -122,7 +108,7 @@ def test_nan_in_keys_that_no_length_or_block_shows_reaches_no_row(d, kernel):
         }
         mask = {"block_mask": jnp.asarray(seen)}
         wanted, got = (
-            differentiate(case, (128, 128), inputs, each | mask, kernel, deterministic=True)
+            differentiate(case, inputs, each | mask, kernel, block=(128, 128), deterministic=True)
             for each in (arrays, spoiled)
         )
         np.testing.assert_array_equal(got.out, wanted.out)

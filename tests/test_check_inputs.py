@@ -20,7 +20,7 @@ def zeros(*shape):
 
 
 def scales_of_pages(known):
-    """[6, 2], NaN on the other pages."""
+    """Scales [6, 2] with NaN on the other pages."""
     return np.float32([[known.get(page, np.nan)] * 2 for page in range(6)])
 
 
@@ -270,7 +270,7 @@ def test_what_the_functions_refuse_for_its_dtype_is_a_type_error(name):
             check_inputs(**{name: np.zeros(shape, dtype)})
         with pytest.raises(TypeError, match=f"check_inputs: {name} must be int32, got {dtype}"):
             check_inputs(**{name: jnp.zeros(shape, dtype)})
-    for dtype in ("int64", "uint32"):  # which the functions take
+    for dtype in ("int64", "uint32"):  # the functions accept these types on the host
         check_inputs(**{name: np.zeros(shape, dtype)})
 
 

@@ -6,8 +6,8 @@ from programs import report, start_python
 
 LOOPS = "--xla_gpu_graph_min_graph_size=1 --xla_gpu_enable_command_buffer=+WHILE"
 
-# Runs a program a few times with other inputs, and tells what lies inside and outside command buffers of it and how
-# far every run is from plain JAX.
+# Runs a program a few times with different inputs. Reports which of its operations lie in command buffers, and how
+# far each run is from plain JAX.
 PROGRAM = """
 import json, os, pathlib, sys, tempfile
 

@@ -22,7 +22,7 @@ DENSE = np.random.default_rng(4).random((B, 1, S, S)) < 0.6
 
 
 class MaskInfo(types.SimpleNamespace):
-    """What of ejkernel's MaskInfo the adapter reads."""
+    """The fields of ejkernel's MaskInfo that the adapter reads."""
 
     def __init__(self, mask=None, ids=None, computed=None):
         super().__init__(_attention_mask=mask, _q_segment_ids=ids, _kv_segment_ids=None, computed=computed)
@@ -69,7 +69,7 @@ def test_the_function_is_the_equations(name, implementation):
 @pytest.mark.parametrize("name", [name for name in CALLS if name not in ("cap", "offsets with a mask")])
 def test_scaled_dot_products_are_the_equations(name, implementation):
     options, seen = CALLS[name]
-    if name == "segments and mask":  # a mask alone counts where there is one
+    if name == "segments and mask":  # if there is a mask, the function ignores segments
         seen = DENSE
     call = partial(scaled_dot_product_attention, Q, K, V, implementation=implementation, **options)
     assert_close(call(BIAS), right(options, seen, bias=BIAS))

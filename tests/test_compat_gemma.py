@@ -23,7 +23,7 @@ Type = enum.Enum("AttentionType", ["GLOBAL", "LOCAL_SLIDING"])
 
 @pytest.fixture(autouse=True)
 def rotary(monkeypatch):
-    """gemma's own embedding is no part of the adapter: here it adds what it is given."""
+    """Replaces gemma's embedding, which is no part of the adapter, by one that adds the positions."""
 
     def apply_rope(x, positions, *, base_frequency, scale_factor, rope_proportion=0.0):
         turn = positions[..., None, None] * (base_frequency + rope_proportion) / scale_factor
@@ -38,7 +38,7 @@ def rotary(monkeypatch):
 
 
 class Gemma3:
-    """What of an Attention module the adapter reads."""
+    """The fields of an Attention module that the adapter reads."""
 
     attn_type, sliding_window_size, attn_logits_soft_cap = Type.GLOBAL, None, None
     rope_base_frequency, rope_scale_factor, query_pre_attn_scalar = 1.0, 2.0, 0.3
@@ -101,7 +101,7 @@ def patched(cls, ranges=False, **changes):
 
 
 def text(images=None):
-    """gemma's mask: causal, both ways within an image, no padding."""
+    """gemma's mask: causal, bidirectional within an image, without padding."""
     seen = np.tril(np.ones((T, T), bool)) & USED[:, None]
     if images is not None:
         spans = np.cumsum(np.diff(images, prepend=0, axis=1) > 0, 1) * images
@@ -156,7 +156,7 @@ def test_a_layer_without_a_cache(cls, name, images, ranges):
 @pytest.mark.parametrize("ranges", [False, True])
 @pytest.mark.parametrize("cls", [Gemma3, Gemma4])
 def test_steps_after_a_padded_prompt(cls, ranges):
-    """A prompt, whose padding stays in the cache, and a token: two ranges of keys, by positions in a window."""
+    """A prompt, whose padding stays in the cache, and then a token: its window is two ranges of keys."""
     layer = patched(cls, ranges, attn_type=Type.LOCAL_SLIDING, sliding_window_size=6)
     positions = np.maximum(np.cumsum(USED, 1) - 1, 0).astype(np.int32)
     cache, out = layer(X, positions, layer.init_cache(), padded(text()))
@@ -252,13 +252,19 @@ def test_it_is_gemma_s_own(package, monkeypatch):
     local = dict(attn_type=modules.AttentionType.LOCAL_SLIDING, sliding_window_size=4)
     layer = modules.Attention(num_heads=HEADS, num_kv_heads=KV, features=FEATURES, **new, **local)
     given = (X, POSITIONS, None, text(IMAGES))
+    used = USED[..., None]
+
+    def loss(layer, parameters, x):
+        return jnp.sin(jnp.where(used, layer.apply(parameters, x, *given[1:])[1], 0)).sum()
+
     with jax.default_matmul_precision("highest"):
         wanted, parameters = layer.init_with_output(jax.random.key(0), *given)
-        # A class of its own, so that gemma's stays as it is.
+        # A subclass, so that gemma's own class is not patched.
         made = type("Attention", (modules.Attention,), {})
         gemma.patch(made)
         mine = made(num_heads=HEADS, num_kv_heads=KV, features=FEATURES, **new, **local)
         got, own = mine.init_with_output(jax.random.key(0), *given)
+        gradients = [jax.grad(loss, (1, 2))(one, parameters, X) for one in (mine, layer)]
     jax.tree.map(np.testing.assert_array_equal, own, parameters)
-    used = USED[..., None]
     assert_close(np.where(used, got[1], 0), np.where(used, wanted[1], 0), 1e-5)
+    jax.tree.map(lambda *pair: assert_close(*pair, 1e-4), *gradients)

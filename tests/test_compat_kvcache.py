@@ -99,7 +99,7 @@ def test_with_kvcache_does_not_read_past_the_ends(implementation):
 
 @pytest.mark.parametrize("left", [None, i32(3, 0, 5)], ids=["from the start", "left padding"])
 def test_an_end_past_the_cache_is_the_caches_end(left, implementation):
-    """No row of the cache but its own is read."""
+    """The result depends on the keys of its own cache row only."""
     arrays = cache_inputs()
     got, wanted = (
         flash_attn_with_kvcache(
@@ -112,7 +112,7 @@ def test_an_end_past_the_cache_is_the_caches_end(left, implementation):
 
 @pytest.mark.parametrize("rows", [None, i32(2, 0, 1)], ids=["rows in order", "rows"])
 def test_a_start_before_the_cache_is_the_caches_start(rows, implementation):
-    """No row of the cache but its own is read."""
+    """The result depends on the keys of its own cache row only."""
     (q, k_cache, v_cache), options = cache_inputs(), dict(cache_seqlens=ENDS, cache_batch_idx=rows)
     call = partial(flash_attn_with_kvcache, implementation=implementation, return_softmax_lse=True, **options)
     got = call(q, k_cache, v_cache, cache_leftpad=i32(-3, -(2**31), -1))
@@ -175,7 +175,7 @@ def test_donated_caches_are_updated_in_place(name, kernel):
     static = {n: x for n, x in options.items() if not isinstance(x, np.ndarray)}
     moving = {n: x for n, x in options.items() if isinstance(x, np.ndarray)}
     step = jax.jit(partial(flash_attn_with_kvcache, **static, implementation=kernel), donate_argnums=(1, 2))
-    caches = [jnp.array(x) + 0 for x in caches]  # memory of JAX's own, not numpy's
+    caches = [jnp.array(x) + 0 for x in caches]  # copies in memory that JAX owns, which can be donated
     compiled = step.lower(q, *caches, **moving).compile()
     pool = "f32" + re.escape(str(list(caches[0].shape)).replace(" ", ""))
     assert not re.search(rf"= {pool}\S* (copy|broadcast|fusion)\(", compiled.as_text())

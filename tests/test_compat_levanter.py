@@ -72,7 +72,7 @@ def attend(q=Q, k=K, v=V, mask=None, **options):
 
 
 def right(q=Q, k=K, v=V, seen=True, **options):
-    """out as [B, H, G, P, DV]"""
+    """The output that float64 numpy gives, as [B, H, G, P, DV]; row i sees key j where `seen` is true."""
     q = q.rearrange((B, P, H, G, D)).array.reshape(2, 12, 6, 16)
     k, v = (x.rearrange((B, KP, H, x.axes[-1])).array for x in (k, v))
     out = masked_reference.attend(q, k, v, seen, **options)[0]
@@ -205,6 +205,7 @@ def test_errors_name_the_axis(name):
 
 
 def test_it_is_levanter_s_own(monkeypatch):
+    """The result equals that of Levanter's own dot_product_attention."""
     monkeypatch.undo()
     haliax = pytest.importorskip("haliax")
     own = pytest.importorskip("levanter.layers.attention")

@@ -27,7 +27,7 @@ def normal(*shape):
 
 
 def op(kind="global", **changes):
-    """What of an AttentionOp the adapter reads."""
+    """The fields of an AttentionOp that the adapter reads."""
     base = dict(config=types.SimpleNamespace(moba=False), mesh=None)
     sizes = dict(sliding_window_size=5, chunk_attn_window_size=7, causal_block_size=4)
     own = dict(attention_type=types.SimpleNamespace(value=kind), attn_logits_soft_cap=None, dropout_rate=0.0)
@@ -35,7 +35,7 @@ def op(kind="global", **changes):
 
 
 def seen(kind, sq=S, sk=S, first=0, q_ids=None, kv_ids=None, images=None):
-    """MaxText's mask, [b, 1, sq, sk], as its documentation says it; window 5, chunks of 7, blocks of 4."""
+    """MaxText's documented mask, [b, 1, sq, sk], with a window of 5, chunks of 7 and blocks of 4."""
     i, j = first + np.arange(sq)[:, None], np.arange(sk)
     visible = {
         "global": j <= i,
@@ -115,7 +115,7 @@ def test_gradients_are_those_of_the_equations_in_plain_jax():
         return jnp.einsum("bhqk,bkhd->bqhd", p, v)
 
     ours = lambda q, k, v, sinks: attend(op("chunk"), q, k, v, DOCUMENTS, sinks=sinks)[0]  # noqa: E731
-    # Rows of padding see nothing: here they give 0, in the equations with sinks too.
+    # Rows of padding see nothing: here they give 0, and with sinks in the equations too.
     for got, want in zip(jax.vjp(ours, q, k, v, sinks)[1](dout), jax.vjp(plain, q, k, v, sinks)[1](dout)):
         close(got, want, 1e-4)
 
@@ -131,7 +131,7 @@ def test_images_see_themselves_both_ways(kind):
 
 @pytest.mark.parametrize("kind", ["global", "local_sliding", "chunk", "block_diffusion"])
 def test_chunks_of_a_prompt(kind):
-    """`previous_chunk` moves the queries; the segment ids are those of all keys."""
+    """With `previous_chunk` the queries have later positions; the segment ids cover all keys."""
     q, k, v = qkv(sq=8)
     first, sq = 10, 8
     ids = DOCUMENTS[:, : first + sq]
@@ -145,7 +145,7 @@ def test_chunks_of_a_prompt(kind):
 
 
 def merged(parts):
-    """MaxText's normalize_attention."""
+    """MaxText's normalize_attention, which merges the results of several caches."""
     top = np.maximum(*(np.asarray(m, np.float64) for _, m, _ in parts))
     total = sum(np.exp(m - top) * s for _, m, s in parts)
     return sum(np.exp(m - top) / total * np.asarray(o) for o, m, _ in parts)
@@ -160,7 +160,7 @@ def test_a_decoding_step_merges_both_caches(kind):
         attend(op(kind), q, k[:, part], v[:, part], active[:, part], model_mode="autoregressive", **sink)
         for part, sink in ((slice(0, 16), {"sinks": sinks}), (slice(16, None), {}))
     ]
-    # In each cache the query is at its last slot; the rows of active keys alone are seen.
+    # In each cache the query is at the last slot, and only active keys are visible.
     hides = kind if kind in ("local_sliding", "chunk") else "full"
     parts = [seen(hides, 1, 16, 15), seen(hides, 1, 8, 7)]
     visible = np.concatenate([np.broadcast_to(x, (B, *x.shape[1:])) for x in parts], -1)
@@ -262,7 +262,7 @@ def test_load_balanced_context_parallelism_is_a_ring(kind):
     run = jax.jit(lambda *x: attend(balanced(kind), *x[:4], x[4], sinks=sinks)[0])
     out = run(*map(put, (q, k, v, ids, positions)))
     visible = seen(kind, q_ids=ids, kv_ids=ids)
-    if kind == "chunk":  # chunks count from the first token of each document
+    if kind == "chunk":  # chunks begin at the first token of each document
         at = positions // 7
         visible = seen("global", q_ids=ids, kv_ids=ids) & (at[:, None, :, None] == at[:, None, None])
     close(jax_flash.zigzag_unpermute(out, 4), equations(q, k, v, visible, sinks=sinks)[0])

@@ -1,4 +1,4 @@
-"""The functions of jax_flash.compat.flash_attn whose q, k and v, or k and v, are one array: the same as apart."""
+"""flash_attn's functions with q, k and v, or k and v, in one array give what those with separate arrays give."""
 
 import re
 
@@ -21,7 +21,7 @@ Q, KV = normal(0, 3, 6, HQ, D), normal(1, 3, 9, 2, HK, D)
 QKV = normal(2, 3, 7, 3, HQ, D)
 PACKED_Q, PACKED_KV, PACKED_QKV = normal(3, 8, HQ, D), normal(4, 12, 2, HK, D), normal(5, 8, 3, HQ, D)
 OFFSETS = i32(*CU_Q), i32(*CU_K)
-# The function, its arrays, and the same call with the parts apart.
+# Each form: the function, its arrays, and the call with separate arrays.
 FORMS = {
     "qkvpacked": (
         flash_attn_qkvpacked_func,

@@ -37,7 +37,7 @@ TOKENS = normal(5, 3, 8, D)
 
 
 def jax_own(name):
-    """JAX's module; JAX warns that it will remove it."""
+    """JAX's module. JAX warns that it will be removed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -104,7 +104,7 @@ def test_what_tunes_pallas_has_no_effect():
 
 
 def gathered(pool, tables=TABLES):
-    """[n, keys, hk, d], with pages that no sequence needs left zero"""
+    """[n, keys, hk, d]; pages that no sequence needs are zeros."""
     tables = np.where((tables >= 0) & (tables < PAGES), tables, PAGES)
     pool = np.pad(np.asarray(pool, float), ((0, 0), (0, 1), (0, 0), (0, 0)))
     return pool[:, tables].transpose(1, 2, 3, 0, 4).reshape(len(tables), -1, 2, pool.shape[-1])
@@ -180,7 +180,7 @@ def test_what_no_kernel_reads_is_dequantised_with_a_warning(which):
 
 
 def test_a_page_outside_the_pool_is_no_page_of_another_head(implementation):
-    """Neither with a table of pages nor with one of tokens, whose index int32 does not hold."""
+    """The index of such a token overflows int32, in a table of pages and in one of tokens."""
     pools, scales = quantised(jnp.float8_e4m3fn)
     tables = i32([9, 4, 0], [3, 2**30, 99], [1, 7, 2])
     for arrays, of_tokens in ((POOLS, ()), (pools, scales)):

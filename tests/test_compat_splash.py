@@ -30,7 +30,7 @@ ROW, KEY = np.arange(SQ)[:, None], np.arange(SK)
 PREFIX = (KEY <= ROW) | (KEY < 5)
 LEFT = (2, 0)
 
-# What makes a mask from a module with the classes, and what it is to the kernels here.
+# Each entry: a function of the module that has the mask classes, and the kind of mask that the kernels here get.
 MASKS = {
     "full": (lambda m: m.FullMask(SHAPE), "band"),
     "causal": (lambda m: m.CausalMask(SHAPE), "band"),
@@ -64,7 +64,7 @@ MASKS = {
 
 
 def jax_own(module="kernel"):
-    """JAX's module, while it has one."""
+    """JAX's module, if this version of JAX has it."""
     try:
         return importlib.import_module(
             f"jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_{module}"
@@ -79,14 +79,14 @@ def multi_head(module, name, heads=HQ):
 
 
 def make(mask, make=splash.make_splash_mha_single_device, **options):
-    """The kernel, without its warning of a dense mask."""
+    """The kernel. Its warning about a dense mask is silenced."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CostWarning)
         return make(mask, **options)
 
 
 def results(call, weights, arrays, ids=None):
-    """Out, logsumexp and the gradients of a loss of both, over the batch."""
+    """Out, logsumexp and the gradients of a loss that weighs both, over the batch."""
 
     def loss(arrays):
         out, (lse,) = jax.vmap(call)(*arrays[:3], ids, *arrays[3:])
@@ -103,7 +103,7 @@ def compare(got, right):
 
 
 def sees(mask, ids):
-    """Rows that see a key, [b, hq, sq, 1]: Splash's results of others are undefined."""
+    """Rows that see a key, [b, hq, sq, 1]. Splash's results for other rows are undefined."""
     seen = mask[:, :, :][None]
     if ids is not None:
         seen = seen & (np.asarray(ids.q)[:, None, :, None] == np.asarray(ids.kv)[:, None, None, :])
@@ -113,7 +113,7 @@ def sees(mask, ids):
 @pytest.mark.parametrize("ids", [None, IDS], ids=["", "segments"])
 @pytest.mark.parametrize("name", MASKS)
 def test_every_mask_is_splash_s_own(name, ids, implementation):
-    """The suite: results and gradients, with masks of this module's classes."""
+    """Results and gradients equal those of Splash's reference."""
     own = jax_own()
     reference = own.make_masked_mha_reference(multi_head(jax_own("mask"), name))
     mask = multi_head(splash, name)
@@ -165,7 +165,7 @@ def test_options(name, implementation):
 
 
 def test_the_kernel_is_jax_s_own():
-    """Pallas's kernel in its interpreter, which wants blocks of 128."""
+    """Against JAX's Pallas kernel in interpreter mode, which needs blocks of 128."""
     own, s = jax_own(), 128
     q, k, v = normal(0, 4, s, 32) / 6, normal(1, 2, s, 32), normal(2, 2, s, 32)
     ids, sinks = i32(*[0] * 50, *[1] * 78), normal(3, 4)
@@ -237,7 +237,7 @@ def test_dense_masks_warn():
 
 
 def test_a_mask_of_one_s_own_is_read_by_rows():
-    """JAX's masks with queries in an order of their own, as MaxText's load-balanced one has them."""
+    """JAX's masks whose queries are permuted, such as MaxText's load-balanced mask."""
 
     class Permuted(splash.Mask):
         shape = SHAPE
@@ -254,7 +254,7 @@ def test_a_mask_of_one_s_own_is_read_by_rows():
 
 
 def test_long_masks_are_never_whole_arrays():
-    """Nothing of S × S elements is made in the program."""
+    """The program creates no array of S × S elements."""
     s = 4096
     windows = splash.LocalMask((s, s), (9, 0), 0) | splash.LocalMask((s, s), (0, 9), 100)
     heads = [splash.CausalMask((s, s)), windows]
@@ -307,7 +307,7 @@ def test_what_tunes_tpus_has_no_effect():
 
 
 def test_bands_are_options_of_the_kernels():
-    """Plain kernels serve them: nothing but q, k and v is an operand."""
+    """They run the plain kernels, whose only operands are q, k and v."""
     kernel = make(multi_head(splash, "causal and local"))
     program = str(jax.make_jaxpr(kernel)(Q[0], K[0], V[0]))
     assert "ranges" not in program

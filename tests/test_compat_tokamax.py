@@ -36,7 +36,7 @@ class CausalMask:
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """The fields of tokamax's, and what it documents that they mean."""
+    """The fields of tokamax's Mask, with their documented meaning."""
 
     bool_mask: object = None
     q_start: object = None
@@ -112,7 +112,7 @@ def test_ranges_of_keys_stay_ranges(name, implementation):
 
 
 def test_ranges_of_keys_are_no_dense_mask():
-    """Nothing of S × S elements is made: the program of many keys has no such array."""
+    """The program of many keys has no array of S × S elements."""
     s = 4096
     x = jax.ShapeDtypeStruct((1, s, 1, 16), jnp.float32)
     mask = Mask(k_start=np.maximum(np.arange(s) - 9, 0)[None], q_end=i32([100]), is_causal=True)
@@ -266,7 +266,7 @@ def test_errors_name_the_argument(name):
 
 
 def test_tokamax_calls_it():
-    """`tokamax.dot_product_attention(…, implementation=[tokamax_attention])` is tokamax's own."""
+    """`tokamax.dot_product_attention(…, implementation=[tokamax_attention])` gives what tokamax itself gives."""
     tokamax = pytest.importorskip("tokamax")
     options = dict(is_causal=True, local_window_size=(3, 0), bias=BIAS, mask=DENSE)
     own, ours = (

@@ -1,4 +1,4 @@
-"""compat.tunix in the place of Splash attention, as tunix's blocks call it, and in tunix where it is installed."""
+"""compat.tunix replaces Splash attention: in the calls that tunix's blocks make, and in tunix if it is installed."""
 
 from functools import partial
 
@@ -21,7 +21,7 @@ ROW, KEY = np.arange(T)[:, None], np.arange(T)
 
 
 def block(q, k, v, mask=None, segment_ids=None, devices=1):
-    """What a block of tunix does with `use_flash_attention`; q is not scaled."""
+    """Calls compat.tunix as a block of tunix with `use_flash_attention` does. It scales q, as the kernel does not."""
     mesh = Mesh(np.array(jax.devices()[:devices]).reshape(1, devices), ("fsdp", "tp"))
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     mask = CausalMask((T, T)) if mask is None else mask
@@ -49,6 +49,7 @@ def block(q, k, v, mask=None, segment_ids=None, devices=1):
 
 
 def right(seen):
+    """The output that float64 numpy gives; row i sees key j where `seen` is true."""
     return masked_reference.attend(Q, K[:, :T], V[:, :T], seen)[0]
 
 
@@ -95,10 +96,11 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_it_is_tunix_s_own(name, monkeypatch):
+    """A model of tunix has the same loss and gradients with compat.tunix as with tunix's plain attention."""
     model = pytest.importorskip(f"tunix.models.{name}.model")
     nnx = pytest.importorskip("flax.nnx")
-    cls, made, options = MODELS[name]
-    config = getattr(model.ModelConfig, made)()
+    cls, constructor, options = MODELS[name]
+    config = getattr(model.ModelConfig, constructor)()
     for field, x in (TINY | options | dict(dtype=jnp.float32, param_dtype=jnp.float32)).items():
         setattr(config, field, x)
     if name == "gemma4":

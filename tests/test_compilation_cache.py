@@ -1,4 +1,4 @@
-"""The persistent compilation cache: later processes find what earlier ones compiled, never another spec's."""
+"""The persistent compilation cache: a process finds the programs of earlier processes, and never another spec's."""
 
 import dataclasses
 import gc
@@ -14,8 +14,8 @@ from programs import assert_same, attention, report, require_devices, start_pyth
 
 from jax_flash.spec import AppendSpec, AttentionSpec
 
-# Runs two specs of equal shapes, on one device and on four in several ways, and tells of each call whether the cache
-# had it and how far it is from plain JAX.
+# Runs two specs of equal shapes, on one device and on four in several ways. For each call it reports whether the cache
+# had its program, and how far its result is from plain JAX.
 PROGRAM = """
 import json, sys
 from collections import Counter
@@ -91,7 +91,7 @@ def run(directory, flag):
 
 @pytest.mark.parametrize("flag", ["default", "portable"])
 def test_later_processes_find_what_earlier_ones_compiled_and_never_another_spec(tmp_path, flag):
-    """Whether or not JAX leaves the names of partitioners, which hold the address of an object in its own, out."""
+    """In JAX's cache key the names of partitioners, some of which hold an object's address, may be in or left out."""
     first, second = run(tmp_path, flag), run(tmp_path, flag)
     assert len(first) == 10
     for name in first:
@@ -140,7 +140,7 @@ def test_partitioners_have_a_name_for_what_they_do(kernel):
 
 @pytest.mark.parametrize("dropped", [0, 1])
 def test_programs_that_share_a_partitioner_do_not_need_each_other(kernel, dropped):
-    """Lowered on other devices, one after the other; the partitioner is that of the first."""
+    """Two equal programs for different devices share the partitioner of the first; either must outlive the other."""
     made = [lowered(first=0), lowered(first=4)]
     del made[dropped]
     gc.collect()
@@ -166,7 +166,7 @@ OTHER_VALUES = {bool: True, int: 7, float: 0.7, str: "other", tuple: ("sinks",),
 
 @pytest.mark.parametrize("spec", [AttentionSpec("fixed"), AppendSpec("append")], ids=lambda s: s.layout)
 def test_specs_that_differ_in_any_one_field_have_different_names(spec):
-    """The name of the partitioned function is all that tells their programs apart in the cache."""
+    """In the cache, only the name of the partitioned function tells the programs of two specs apart."""
     for field in dataclasses.fields(spec):
         other = OTHER_VALUES[type(getattr(spec, field.name))]
         assert dataclasses.replace(spec, **{field.name: other}).digest() != spec.digest(), field.name

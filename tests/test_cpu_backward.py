@@ -63,7 +63,7 @@ def test_rows_that_see_nothing_are_not_read(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_enormous_scores_leave_finite_gradients(dtype: str) -> None:
-    """Float32 tells scores of 4e9 apart by 256, and a fused product is not rounded as lse was: no weight exceeds 1."""
+    """Scores of 4e9 are 256 apart in float32, and S is not rounded the way lse was; still P must not exceed 1."""
     case = Case("enormous", b=1, sq=70, sk=90, scale=0.3, dtype=dtype)
     inputs = make_inputs(case)
     large = {name: (30_000 * jnp.sign(inputs.positional[name])).astype(dtype) for name in ("query", "key")}

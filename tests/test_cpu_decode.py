@@ -36,7 +36,7 @@ def test_decoding_gives_the_same_bits_on_one_thread_and_on_all() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("d", [32, 40])
 def test_pages_give_the_bits_of_keys_side_by_side(dtype: str, d: int) -> None:
-    """In either layout, at any page size, wherever the pages lie."""
+    """For both layouts, several page sizes and pages in any order."""
     require(CPU)
     b, s, hq, hk = 2, 640, 6, 3
     rng = np.random.default_rng(0)

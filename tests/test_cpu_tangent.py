@@ -203,7 +203,7 @@ def test_rows_that_see_nothing_are_not_read(dtype: str) -> None:
 
 
 def test_leading_dimensions_go_by_strides() -> None:
-    """Mapped and unmapped operands, and a batch of tangents beside one primal, as jacfwd makes them."""
+    """Some operands are mapped and others not, and many tangents share one primal, as in jacfwd."""
     case = Case("mapped", sq=20, sk=150, bias=(2, 1, 20, 150), causal=True)
     inputs = make_inputs(case)
     static, arrays = spec(case, inputs), operands(inputs)

@@ -46,7 +46,7 @@ def built(kernel):
 
 
 def jvp_of(call):
-    """Results and tangents for a fixed weighting of all moving operands."""
+    """Results and tangents, for fixed weights as the tangents of all operands that move."""
 
     def run(arrays):
         moving, fixed = split(arrays)
@@ -57,7 +57,7 @@ def jvp_of(call):
 
 
 def check(call, mesh, arrays, specs):
-    """The text of the program on sharded arrays, whose results are one device's."""
+    """Compares with one device the results on sharded arrays; returns the program's text."""
     return check_run(jvp_of(call), mesh, arrays, specs, tolerance=1e-4)[0]
 
 
@@ -86,7 +86,7 @@ def test_packed_heads_and_every_option(kernel, mesh):
 
 
 def test_shard_map_checks_varying_types(kernel, automatic):
-    """jvp outside and inside; keys that do not vary over an axis, nor do their tangents."""
+    """jvp outside and inside shard_map; over one axis neither keys nor their tangents vary."""
     specs = qkv(BATCH_HEADS, P("data"))
     call, arrays = attention(MQA, kernel), arrays_of(MQA)
     out_specs = (BATCH_HEADS, P("data", "model"))
@@ -125,7 +125,7 @@ def one_device(run, arrays):
 @pytest.mark.parametrize("mode", ["op by op", "jit"])
 @pytest.mark.parametrize("spec", [BATCH_HEADS, P()], ids=["sharded operands", "replicated operands"])
 def test_cotangents_and_tangents_without_the_operands_sharding(kernel, explicit, spec, mode):
-    """Under the explicit axes that jax.make_mesh makes by default, they may be ordinary arrays, made outside the mesh.
+    """Under explicit axes, the default of jax.make_mesh, they may be ordinary arrays that were made outside the mesh.
 
     JAX itself refuses those that are on the mesh and sharded otherwise.
     """

@@ -21,7 +21,7 @@ def built(kernel):
 
 
 def moving_of(case, seed=0):
-    """Operands that have derivatives, and tangents for them."""
+    """The operands that have derivatives, and tangents for them."""
     moving, fixed = split(arrays_of(case, seed))
     others, _ = split(arrays_of(case, seed + 10))
     return moving, others, fixed
@@ -65,7 +65,7 @@ def test_each_mode_runs_its_own_pass_and_the_forward_once(kernel, case):
 
 
 def test_no_tangent_pass_where_only_what_moves_whole_rows_has_a_tangent(kernel):
-    """Sinks and a bias of one column: their tangents follow from out and lse."""
+    """Sinks and a bias of one column shift whole rows, so their tangents follow from out and lse."""
     case = PLAIN.replace(sinks=True, bias=(4, 5, 1))
     moving, tangents, _ = moving_of(case)
 
@@ -79,7 +79,7 @@ def test_no_tangent_pass_where_only_what_moves_whole_rows_has_a_tangent(kernel):
 
 
 def test_gradients_nobody_asked_for_are_not_computed_outside_jit_either(kernel):
-    """grad of query alone, op by op: no pass for the bias' gradient."""
+    """grad of query alone, op by op, runs no pass for the bias' gradient."""
     arrays = arrays_of(BIASED)
 
     def pullback(query):
@@ -236,7 +236,7 @@ def test_second_derivatives_that_are_used_raise_and_name_plain_jax(kernel, name,
 
 
 def test_under_jit_a_second_derivative_that_is_dropped_by_forward_mode_costs_nothing(kernel):
-    """Outside jit it is computed before it is dropped, and raises: the message names jit."""
+    """Outside jit it is computed before it is dropped, and so raises; the message names jit."""
     arrays = arrays_of(PLAIN)
 
     def loss(query):
@@ -295,7 +295,7 @@ def test_the_way_out_of_that_error_works(kernel):
 
 
 def test_equations_name_the_passes(kernel):
-    """What jax.make_jaxpr shows, and what remat policies see: the residuals' names."""
+    """What jax.make_jaxpr shows; remat policies see the names of the residuals."""
     arrays = arrays_of(PLAIN)
 
     def jvp(arrays):

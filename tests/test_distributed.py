@@ -93,8 +93,8 @@ def free_port():
 
 
 def test_two_processes_compute_what_one_does():
-    """Each gets its shards of the right results and gradients; batch and heads cost no communication, and a sequence
-    that is split travels as a ring, or by all-to-all."""
+    """Each process gets its shards of the right results and gradients. Split batch and heads cost no communication; a
+    split sequence runs as a ring or by all-to-all."""
     port = free_port()
     processes = [start_python(PROGRAM, str(port), str(index), "2", devices=2) for index in range(2)]
     try:

@@ -9,7 +9,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 def run(page: str) -> dict[str, object]:
-    """Runs the page's blocks; what they defined."""
+    """Runs the page's code blocks; returns the variables that they define."""
     path = DOCS / page
     text = path.read_text()
     names: dict[str, object] = {"__name__": path.stem}

@@ -68,7 +68,8 @@ def visible(
 def assert_same_as_jax_nn(q, k, v, bias=None, gradients=False, **options):
     """Result, residual and, if asked for, the gradients of query, key, value and bias, in float32."""
     rows = visible((*q.shape[:3], k.shape[1]), **options).any(-1)
-    rows = rows.transpose(0, 2, 1)  # [b, t, n]: the rest gives 0, in jax.nn a mean
+    # Rows [b, t, n] that see a key; the others give 0 here and a mean in jax.nn.
+    rows = rows.transpose(0, 2, 1)
     dout = normal(9, *q.shape) * rows[..., None]
     operands = (q, k, v) if bias is None else (q, k, v, bias)
 

@@ -30,7 +30,7 @@ def boolean(picture):
 
 
 def picture(mask, keys, implementation, tokens=None, **options):
-    """Which of the keys each of the last ones sees: scores are equal, and values tell the keys apart."""
+    """Which keys each of the last tokens sees, drawn: all scores are equal, and the values identify the keys."""
     require(implementation)
     tokens = mask.shape[-1] if tokens is None else tokens
     width = -(-keys // 8) * 8
@@ -76,7 +76,7 @@ def test_without_a_key_before_the_draft_a_row_may_see_nothing(implementation):
 
 
 def test_with_fewer_keys_than_tokens_the_last_tokens_are_the_keys(implementation):
-    """Columns of tokens that are no keys are not read."""
+    """The mask's columns for tokens that are not keys are not read."""
     assert picture(boolean(["#.#", ".##", "#.."]), 2, implementation) == [".#", "##", ".."]
 
 
@@ -128,7 +128,7 @@ def test_each_option_in_plain_jax(case):
 @pytest.mark.parametrize(("size", "layout"), [(1, "hnd"), (5, "nhd"), (16, "nhd"), (64, "hnd")])
 @pytest.mark.parametrize("tokens", [8, 16, 40])
 def test_trees_that_cross_tiles_and_pages(tokens, size, layout):
-    """Up to 16 tokens decode on CUDA, more take the forward; the draft begins within a tile of keys."""
+    """On CUDA up to 16 tokens run decode, and more run the forward; the draft begins in the middle of a key tile."""
     lengths = (300, 257, tokens, 131)
     case = Case("", b=4, sq=tokens, sk=300, kv_lengths=lengths, hq=4, hk=1, draft_mask=(4, tokens, tokens))
     pages.check(paged(case.replace(dtype="bfloat16", d=64, dv=64), size, layout), IMPLEMENTATION)
@@ -138,7 +138,7 @@ def test_trees_that_cross_tiles_and_pages(tokens, size, layout):
     ("d", "dv"), [(32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)], ids=str
 )
 def test_every_head_dim(d, dv):
-    """Decode with 4, 16 and 32 rows of a KV head, the forward, and packed sequences of which both take some."""
+    """Decode with 4, 16 and 32 rows per KV head, the forward, and packed batches that run both."""
     options = dict(b=2, sk=300, kv_lengths=(290, 139), hq=4, hk=1, d=d, dv=dv, dtype="bfloat16")
     for tokens in (1, 4, 8, 70):
         case = Case(f"{tokens}", sq=tokens, draft_mask=(2, tokens, tokens), **options)
@@ -156,7 +156,7 @@ def test_every_head_dim(d, dv):
     ids=str,
 )
 def test_trees_of_many_sequences(options):
-    """36 rows of a KV head, in whole waves of tiles: on Hopper the forward packs the heads; rows that see nothing."""
+    """36 rows per KV head fill whole waves of tiles, so that Hopper's forward packs heads; some rows see nothing."""
     lengths = tuple({3: 0, 7: 5, 9: 9}.get(i, 9 + i * 23 % 70) for i in range(33))
     case = Case("many", b=33, sq=9, sk=80, kv_lengths=lengths, hq=32, hk=8, d=128, dv=128, dtype="bfloat16")
     pages.check(paged(case.replace(**options), 16), IMPLEMENTATION)
@@ -206,7 +206,7 @@ def test_batch_invariant_is_the_same_bits_alone_and_in_company(kernel):
     ids=["fixed", "causal"],
 )
 def test_a_missing_page_counts_for_the_rows_that_see_a_key_there(implementation, case, sees_it):
-    """Pages of one key, of sequence 0: key 7, which is new token 2, and key 2, which all rows see."""
+    """Each page has one key. Missing are key 7, which is new token 2, or key 2, which all rows see."""
     require(implementation)
     call = paged(case, 1)
     mask = call.arrays["draft_mask"].at[0, :, 2].set(jnp.asarray([False, True, False, True]))

@@ -1,4 +1,4 @@
-"""Dropout: Philox4x32-7's published answers, and which weights fall for which key, everywhere the same."""
+"""Dropout: Philox4x32-7's published answers, and which weights are dropped for which key, on every implementation."""
 
 import equations
 import jax

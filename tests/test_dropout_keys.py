@@ -27,7 +27,7 @@ each_maker = pytest.mark.parametrize("made", MAKERS)
 
 
 def dropped(key, implementation):
-    """The weights that fall, `[b, hq, s, s]`."""
+    """The weights that are dropped, `[b, hq, s, s]`."""
     value = jnp.broadcast_to(jnp.eye(S, dtype=jnp.float32)[:, None], (B, S, H, S))
     out = flash_attention(QUERY, KEY, value, dropout_rate=0.5, dropout_key=key, implementation=implementation)
     return np.swapaxes(np.asarray(out) == 0, 1, 2)

@@ -46,7 +46,7 @@ IN_FLOAT32 = "must be within ±2e+38, as float32 needs it, got "
 TRACED = "must be a Python number (it is compiled in), got a traced value"
 TINY = "softcap must be at least 1.2e-38, as float32 needs it, or None or 0 for none, got 1e-40"
 
-BOTH = [  # (what is wrong, exception, sentence), raised alike by both functions with their own name in front
+BOTH = [  # (what is wrong, exception, sentence); both functions raise it, with their own name in front
     (dict(query=None), TypeError, "query must be an array, got None"),
     (dict(value="v"), TypeError, "value must be an array, got 'v'"),
     (dict(causal=1), TypeError, "causal must be True or False, got 1"),
@@ -279,7 +279,7 @@ ONLY_RING = [
 
 
 def ring_attention(**arguments):
-    """On one of two devices, whose shards the arrays are."""
+    """ring_attention on one of two devices; the arrays are the device's shards."""
     arrays = {name: x for name, x in arguments.items() if isinstance(x, jax.Array)}
     call = partial(jax_flash.ring_attention, **{n: x for n, x in arguments.items() if n not in arrays})
     mesh, spec = AbstractMesh((2,), ("ring",), axis_types=(AxisType.Auto,)), PartitionSpec()
@@ -332,7 +332,7 @@ def test_the_table_starts_from_right_arguments(function, arguments):
 
 
 def test_every_raise_of_the_checks_is_in_the_table():
-    """No message without a test: each `raise` line of these modules is where some call of this file fails."""
+    """Every `raise` line of these modules must be where some call of this file fails, so no message is untested."""
     reached = set()
     for function, defaults, wrong, _, _ in TABLE:
         reached |= raising_lines(lambda f=function, a=defaults | wrong: trace(f, a))

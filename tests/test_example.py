@@ -1,4 +1,4 @@
-"""The example keeps its promises: what `make demo` shows on a real run, shown here on a tiny one."""
+"""The example's promises, which `make demo` shows on a real run, hold on a tiny one."""
 
 import json
 import os
@@ -32,7 +32,7 @@ TINY = (
 
 
 def run(out, *options):
-    """run.json of a tiny run in this process."""
+    """Runs the example with tiny settings in this process; returns its run.json."""
     assert train_lm.main([*TINY, "--out", str(out), *options]) == 0
     return json.loads((out / "run.json").read_text())
 
@@ -70,7 +70,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(uninterrupted, tmp_path, caps
     first = run(tmp_path, "--stop-at", "5")
     assert len(losses(first)) == 5
     resumed = run(tmp_path, "--resume")
-    # Bit for bit, but for CUDA's backward, which adds dquery up in any order (deterministic=False).
+    # Bit for bit, except on CUDA, whose backward adds dquery up in any order (deterministic=False).
     tolerance = 1e-4 if IMPLEMENTATION == "cuda" else 0
     np.testing.assert_allclose(losses(resumed), losses(uninterrupted), rtol=tolerance)
     last = [x["history"]["validation"][-1] for x in (resumed, uninterrupted)]
@@ -97,7 +97,7 @@ def test_bfloat16_computation_gives_nearly_the_same_curve(uninterrupted, tmp_pat
 
 @pytest.mark.skipif(IMPLEMENTATION == "cuda" and jax.device_count() < 4, reason="needs 4 GPUs")
 def test_a_mesh_gives_the_same_curve_as_one_device(uninterrupted, tmp_path):
-    """A process of its own, so that the script has to force its host devices by itself."""
+    """Runs in a separate process, because the script itself has to force its host devices."""
     command = [sys.executable, str(EXAMPLES / "train_lm.py"), *TINY, "--mesh", "data=2,heads=2"]
     path = os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": path}
@@ -133,7 +133,7 @@ def test_on_a_mesh_attention_runs_on_its_own_rows_and_heads_and_only_sums_are_ex
     assert "all-reduce" in program
     assert not re.search("all-gather|all-to-all|collective-permute", program)
     call = re.search(r"= \(f32\[([\d,]+)\][^\n]*custom_call_target=\"jax_flash_forward\"", program)
-    assert call.group(1) == "1,512,1,16"  # one of two rows, one of two heads
+    assert call.group(1) == "1,512,1,16"  # one of two rows and one of two heads
 
 
 DOCUMENTS = [b"the first one", b"second", b"and a third that is longer"]
@@ -145,9 +145,8 @@ def stream_of(documents):
 
 
 def logits(batch):
-    with jax.set_mesh(
-        make_mesh({"data": 1, "heads": 1, "sequence": 1})
-    ):  # the weights' annotations name its axes
+    # The mesh is needed because the weights' annotations name its axes.
+    with jax.set_mesh(make_mesh({"data": 1, "heads": 1, "sequence": 1})):
         model = Transformer(ModelConfig(2, 32, 2, 16, 64, attention=IMPLEMENTATION), rngs=nnx.Rngs(0))
     return np.asarray(model(batch.tokens, batch.positions, batch.cu_seqlens))[0]
 
@@ -157,7 +156,7 @@ def test_no_token_sees_another_document_or_its_own_future():
     before = logits(stream_of(DOCUMENTS))
     after = logits(stream_of([first, b"seXond", third]))
     changed = np.abs(after - before).max(axis=-1) > 0
-    # The X is read by the predictions of what follows it within its document, and by nothing else.
+    # Predictions read the X if they follow it within its document, and no others do.
     start = len(first) + len(b"seX")
     assert np.flatnonzero(changed).tolist() == list(range(start, len(first) + len(second)))
 
@@ -169,7 +168,8 @@ def test_a_document_in_a_pack_equals_the_document_alone():
 
 
 def test_rows_are_full_and_every_byte_is_predicted_once_per_epoch():
-    packer = text.Packer(DOCUMENTS, rows=2, row_length=15, seed=3)  # 45 bytes an epoch, 30 tokens a step
+    # An epoch is 45 bytes, and a step 30 tokens.
+    packer = text.Packer(DOCUMENTS, rows=2, row_length=15, seed=3)
     batches = [packer.batch(step) for step in range(3)]  # two epochs
     targets = np.concatenate([batch.targets.ravel() for batch in batches])
     for epoch in np.split(targets, 2):
@@ -184,7 +184,7 @@ def test_sequences_start_at_documents_and_at_row_ends_and_positions_restart_ther
     batch = text.Packer([b"abc", b"defgh"], rows=2, row_length=5).all_batches()[0]
     assert batch.targets.tolist() == [[*b"abcde"[:5]], [*b"fgh", text.PADDING, text.PADDING]]
     assert batch.tokens[0].tolist() == [text.BOS, *b"ab", text.BOS, *b"d"]
-    assert batch.tokens[1, :3].tolist() == [*b"efg"]  # the rest of a document goes on from its last byte
+    assert batch.tokens[1, :3].tolist() == [*b"efg"]  # the rest of a document goes on after its last byte
     assert batch.positions.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 0, 0]]
     assert batch.cu_seqlens.tolist() == [[0, 3, 5, 5], [0, 3, 3, 3]]
 

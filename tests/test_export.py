@@ -38,7 +38,7 @@ def test_the_checks_name_every_custom_call_of_the_extension():
 
 
 def test_a_step_of_serving_and_its_tangent_export_with_the_same_checks(kernel):
-    """Writes to a cache, and forward mode: the calls that training does not have."""
+    """append_kv and forward mode are the calls that training does not have."""
     x, pool = jnp.ones((2, 3, 2, 8)), jnp.ones((4, 4, 2, 8))
 
     def step(x, pool):

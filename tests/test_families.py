@@ -1,6 +1,6 @@
 """A kernel family joins the plan by its rows in csrc/kernels.def and one file in csrc/core/families. No GPU needed.
 
-The table is the real one with rows that do not exist; the file is tests/kernels/families/next.cc.
+The table is the real one plus rows for families that exist only in tests/kernels/families/next.cc.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NEW_ROWS = "\n".join(
 
 @pytest.fixture(scope="module")
 def planner(tmp_path_factory):
-    """The plan compiled with that table and that file, as a program."""
+    """The plan, compiled with that table and that file into a program."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None or not CORE.exists():
         pytest.skip("needs a C++ compiler and the sources")
@@ -90,12 +90,12 @@ def test_their_traits_plan_grid_workspace_and_shared_memory(planner):
     text, packed = plans(
         planner, {"pass": BACKWARD, "k_rows": 1500}, {"pass": BACKWARD, "layout": VARLEN, "operands": 3}
     )
-    accumulator = 4 * 2 * 1000 * 8 * 128
+    sums = 4 * 2 * 1024 * 8 * 128  # of dQ, in whole query tiles
     assert f"on 132 persistent CTAs, {12 * 8 * 2} key tiles" in text
     assert f"{2 * (2 * 64 * 2 + 128) * 128 + 2048} bytes of shared memory" in text
-    assert f"{accumulator} bytes of workspace, bound {accumulator}" in text
+    assert f"{sums} bytes of workspace, bound {sums}" in text
     used, bound = map(int, re.search(r"(\d+) bytes of workspace, bound (\d+)", packed).groups())
-    assert accumulator // 2 < used <= bound
+    assert sums // 2 < used <= bound
 
 
 def test_a_new_arch_runs_on_its_devices_alone(planner):

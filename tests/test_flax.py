@@ -23,7 +23,7 @@ def test_is_causal_with_more_keys_than_queries_is_top_left_as_in_flax():
 
 
 def test_is_causal_for_one_query_without_a_mask_leaves_the_first_key():
-    """A decode step has a mask; a single query without one is the first of its keys."""
+    """In Flax a decode step has a mask. A single query without one is at the position of the first key."""
     q, k, v = qkv(B, sq=1)
     out = ours(q, k, v, is_causal=True)
     close(out, v[:, :1])
@@ -122,7 +122,7 @@ def test_one_array_of_segment_ids_is_that_of_queries_and_keys():
 
 
 def test_segment_ids_and_sinks_bound_to_a_layer_train_as_a_mask_does():
-    """Bound with partial; Flax itself passes neither."""
+    """Options are bound with partial, because Flax passes neither."""
     ids = jnp.array([[0, 0, 1, 1, 1]])
     x = normal(9, 1, 5, 32)
 

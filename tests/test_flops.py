@@ -99,7 +99,7 @@ def test_segments_in_any_order(seed):
 
 @pytest.mark.parametrize("paged", [False, True], ids=["packed", "pages"])
 def test_offsets_out_of_order_are_their_running_maximum_within_the_tokens(paged):
-    """As the call itself reads them: [-4, 5, 3, 8, 2, 99] of 10 tokens is [0, 5, 5, 8, 8, 10]."""
+    """They are read as the call reads them: [-4, 5, 3, 8, 2, 99] of 10 tokens is [0, 5, 5, 8, 8, 10]."""
     x, pool, tables = jnp.zeros((10, 4, 8)), jnp.zeros((9, 4, 2, 8)), np.zeros((5, 3), int)
     wild, tame = np.array([[-4, 5, 3, 8, 2, 99], [0, 5, 5, 8, 8, 10]], np.int32)
 

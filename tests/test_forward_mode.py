@@ -120,7 +120,7 @@ def check(
 
 
 def rounded_tangents(case: Case, arrays: Arrays, inputs: Inputs, moved: Arrays) -> Any:
-    """The equations with S and P, and so their tangents, rounded to 16 bits; None for float32."""
+    """The tangents with S and P, and thus their tangents, rounded to 16 bits; None for float32."""
     if case.dtype == "float32":
         return None
     dtype = jnp.dtype(case.dtype)
@@ -167,7 +167,7 @@ def test_nan_in_what_is_never_read_reaches_no_tangent(case, implementation):
 
 @pytest.mark.parametrize("hidden", ["mask", "bias"])
 def test_a_hidden_key_adds_nothing_whatever_it_and_its_tangent_hold(hidden, kernel):
-    """Keys that no row of one head sees may be infinite or NaN, where another head reads their finite neighbours."""
+    """A key that one head hides may be infinite or NaN there, although another head reads its finite neighbours."""
     checks.require(kernel, "tangent")
     case = Case("hidden", b=1, sq=5, sk=7, hq=2, hk=2, **{hidden: (1, 1, 5, 7)})
     inputs = make_inputs(case)
@@ -195,7 +195,7 @@ def test_a_hidden_key_adds_nothing_whatever_it_and_its_tangent_hold(hidden, kern
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_bias_of_minus_infinity_for_a_whole_row_has_no_tangent_beside_sinks(value, implementation):
-    """One column of bias hides some rows; only the sinks are left to their softmax, so lse is the sink and stays it."""
+    """A bias of one column hides whole rows. Only the sink is left in their softmax, so lse stays equal to the sink."""
     case = Case("hidden rows", b=2, sq=5, sk=7, hq=2, hk=1, bias=(2, 2, 5, 1), sinks=True)
     checks.require(implementation, "tangent")
     inputs = make_inputs(case)

@@ -18,7 +18,7 @@ import jax_flash
 CASE = BY_NAME["everything"].replace(b=2, hq=4, hk=2, d=16, dv=16, alibi_slopes=(2, 4))
 CHECKS = jax_flash.export_checks()
 
-# Reads a program with its arguments and the results wanted, and tells how far its own results are from them.
+# Reads a program, its arguments and the expected results, and reports how far the program's results are from them.
 READER = """
 import json, pickle, sys
 from pathlib import Path
@@ -83,12 +83,12 @@ def read(folder, kind, kernel, cache=""):
 
 
 def test_the_import_registers_without_starting_a_backend():
-    """So what is to be said before the first device, such as the number of CPU devices, may follow the import."""
+    """So options that must be set before the first device, such as the number of CPU devices, may follow the import."""
     assert report(start_python(IMPORT)) == {"started": 0, "devices": 3}
 
 
 def test_an_exported_program(kernel, tmp_path):
-    """Forward and backward, in a process that compiles them and in one that finds them in the persistent cache."""
+    """Forward and backward, in a process that compiles the program and in one that finds it in the persistent cache."""
     call, arrays = jax.jit(with_gradients(attention(CASE, kernel))), arrays_of(CASE)
     made = export(call, platforms=[kernel], disabled_checks=CHECKS)(arrays)
     write(tmp_path, made.serialize(), arrays, call(arrays))
@@ -126,7 +126,7 @@ def test_an_exported_append(kernel, tmp_path):
 
 @pytest.mark.parametrize("devices", [1, 4])
 def test_a_compiled_program(kernel, tmp_path, devices):
-    """On one device, and partitioned over four: what partitions it is needed no longer."""
+    """On one device, and partitioned over four: running it does not need the partitioner any more."""
     require_devices(devices)
     mesh = jax.make_mesh((devices,), ("model",), devices=jax.devices()[:devices], axis_types=(AxisType.Auto,))
     arrays = arrays_of(CASE)

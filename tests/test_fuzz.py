@@ -36,7 +36,7 @@ def maybe(strategy):
 
 @st.composite
 def head_dims(draw):
-    """d and dv, or V that is K."""
+    """d and dv, or None for dv if V is K."""
     d, shared = draw(HEAD_DIM), draw(st.sampled_from([False, False, False, True]))
     return dict(d=d, dv=d if shared else draw(HEAD_DIM), shared_kv=shared)
 
@@ -58,7 +58,7 @@ def scores(draw, rows, hq):
 
 @st.composite
 def mask_values(draw, names):
-    """Fields of a case with a mask of one or two forms, or without."""
+    """Fields of a case with a mask of one or two forms, or with no mask."""
     chosen = draw(st.sampled_from([(), (), *((name,) for name in names), *permutations(names, 2)]))
     assume(len(TWO_RANGES & {*chosen}) < 2)
     return dict(forms=chosen, form_seed=draw(st.integers(0, 999)))
@@ -69,7 +69,7 @@ def fixed_cases(draw, dtypes):
     b, (hq, hk), sq, sk = draw(st.integers(1, 3)), draw(HEADS), draw(LENGTH), draw(LENGTH)
 
     def broadcast(*ranks):
-        """The shape with any of its dimensions 1, and leading ones left out down to one of these ranks."""
+        """The shape with some dimensions set to 1, and leading ones left out down to one of these ranks."""
         shape = [draw(st.sampled_from([1, size])) for size in (b, hq, sq, sk)]
         first = 4 - draw(st.sampled_from(ranks))
         assume(all(size == 1 for size in shape[:first]))
@@ -104,12 +104,12 @@ def varlen_cases(draw, dtypes):
     )  # fmt: skip
 
 
-# float32's limit is per element, so that arrays of few numbers will do.
+# float32's limit is per element, so arrays may be small.
 SINGLE = [checks.usual_dtype(IMPLEMENTATION)]
 
 
 def fuzz(cases, check, part, count=PART):
-    """check(case) for `count` random cases, the same in every run of a part."""
+    """check(case) for `count` random cases; every run of a part draws the same ones."""
 
     @seed(SEED + part)
     @settings(
@@ -153,7 +153,7 @@ def test_the_largest_scores(part):
 
 
 def check_max(case):
-    """They are right, and out and lse are the same with and without them."""
+    """The largest scores are right, and out and lse are the same with and without asking for them."""
     inputs = make_inputs(case)
     moving, _ = oracle.split(inputs.positional | inputs.keywords)
     *same, largest = checks.function(case, inputs, IMPLEMENTATION, return_max=True)(moving)

@@ -32,7 +32,7 @@ SERVING = ServingConfig(pages=24, page_size=4, slots=6, chunk=16, max_length=64)
 
 
 def make_model(mesh, attention=IMPLEMENTATION, dtype="float32"):
-    """A random model whose text depends on its prompt: attention has more weight than in an untrained model."""
+    """A random model whose text depends on its prompt, because attention weighs more than in an untrained model."""
     config = ModelConfig(**SIZES, dtype=dtype, attention=attention)
     with jax.set_mesh(mesh):
         model = Transformer(config, rngs=nnx.Rngs(0))
@@ -55,10 +55,10 @@ cached_server = lru_cache(make_server)  # a server without requests is like a ne
 
 
 def make_requests(count, seed=0):
-    """Prompts of 1 to 40 tokens, most of which start like others; 1 to 16 tokens to generate."""
+    """Prompts of 1 to 40 tokens, most of which share their first tokens with others, and 1 to 16 tokens to generate."""
     random = np.random.default_rng(seed)
     starts = random.integers(0, 256, (5, 28))
-    starts[:, 4:8] = starts[0, 4:8]  # the same tokens after others: a page that must not be shared
+    starts[:, 4:8] = starts[0, 4:8]  # equal tokens after different ones: their page must not be shared
     requests = []
     for number in range(count):
         start = starts[random.integers(5), : random.integers(1, 29)]
@@ -80,7 +80,7 @@ def poison_free_pages(server):
 
 
 def serve(server, requests, gap=0.0, seed=0):
-    """Serves the requests, `gap` steps between two arrivals on average; free pages hold NaN all along."""
+    """Serves the requests, on average `gap` steps apart. Free pages hold NaN throughout."""
     random = np.random.default_rng(seed)
     coming, longest_line = list(requests), 0
     while coming or server.scheduler.busy:
@@ -96,7 +96,7 @@ def serve(server, requests, gap=0.0, seed=0):
 
 @pytest.fixture(scope="module")
 def generate_alone():
-    """Greedy generation by the training model in plain JAX: all of the text through it for every token."""
+    """Greedy generation by the training model in plain JAX, which recomputes the whole text for every token."""
     graph, weights = nnx.split(
         make_model(make_mesh({"data": 1, "heads": 1, "sequence": 1}), attention="xla")[0]
     )
@@ -131,7 +131,7 @@ def test_200_requests_that_come_and_go_get_what_they_would_get_alone(generate_al
     scheduler, usage = server.scheduler, server.usage
     assert (scheduler.allocator.free, scheduler.allocator.shared) == (SERVING.pages, 0)
     assert len(scheduler.prefixes) == 0
-    # The run was hard enough: requests waited, shared pages, and were preempted by older ones.
+    # The run is hard enough only if requests waited, shared pages, and were preempted by older ones.
     assert longest_line >= 5
     assert usage.peak_pages == SERVING.pages
     assert usage.peak_shared >= 4
@@ -141,6 +141,7 @@ def test_200_requests_that_come_and_go_get_what_they_would_get_alone(generate_al
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_logits_are_the_training_forwards(dtype):
+    """The logits of serving equal those of the training model's forward pass."""
     server, requests = cached_server(dtype=dtype), make_requests(8)
     serve(server, requests)
     check = check_logits(*make_model(server.mesh, dtype=dtype), server.mesh, requests)
@@ -190,7 +191,7 @@ def copies_of_a_pool(program, model_axis):
 @pytest.mark.parametrize("model_axis", [1, 2])
 def test_the_step_writes_the_donated_cache_in_place(model_axis):
     server = make_server(model_axis=model_axis)
-    pools = 2  # of keys and of values, for all layers
+    pools = 2  # all layers share one pool of keys and one of values
     for program in (program.as_text() for program in server.programs.values()):
         assert not copies_of_a_pool(program, model_axis)
         aliases = program.split("\n", 1)[0]
@@ -202,7 +203,9 @@ def test_the_step_writes_the_donated_cache_in_place(model_axis):
 
     batch = server._place(server.scheduler.batch([], SERVING.chunk))
     kept = jax.jit(server._step.__wrapped__).lower(server.weights, server.cache, batch).compile()
-    assert len(copies_of_a_pool(kept.as_text(), model_axis)) >= pools  # what donation saves
+    assert (
+        len(copies_of_a_pool(kept.as_text(), model_axis)) >= pools
+    )  # a step without donation copies the pools
 
 
 def test_the_step_needs_no_memory_as_large_as_a_layers_pages(kernel):
@@ -217,7 +220,7 @@ def test_the_step_needs_no_memory_as_large_as_a_layers_pages(kernel):
 
 
 def test_layers_do_not_share_pages():
-    """Each layer writes to its own part of the pools, and the same pages of it."""
+    """Each layer writes to its own part of the pools, to pages of the same numbers."""
     server = make_server()
     server.submit(Request(0, [1, 2, 3, 4, 5], max_tokens=1))
     server.step()
@@ -239,7 +242,7 @@ def test_on_a_mesh_each_device_writes_and_reads_its_own_heads_and_only_sums_are_
 
 
 def plan_and_commit(scheduler, token=0):
-    """What a step serves, as {request number: tokens}."""
+    """The number of tokens that a step serves of each request: {request number: tokens}."""
     chunks = scheduler.plan()
     served = {chunk.request.number: chunk.count for chunk in chunks}
     scheduler.commit(chunks, np.full(len(chunks), token))
@@ -247,6 +250,7 @@ def plan_and_commit(scheduler, token=0):
 
 
 def test_prompts_are_taken_in_in_chunks_beside_requests_that_decode():
+    """A long prompt is prefilled in chunks, each in a step that also decodes a token of every running request."""
     scheduler = Scheduler(ServingConfig(pages=32, page_size=4, slots=3, chunk=8, max_length=64))
     for number, length in enumerate((3, 12, 2, 2)):
         scheduler.submit(Request(number, [number] * length, max_tokens=3))
@@ -270,12 +274,14 @@ def test_a_request_shares_the_full_pages_of_one_that_joins_in_the_same_step():
 
 
 def test_the_youngest_stands_back_when_pages_run_out_and_goes_on_later():
+    """The youngest request is preempted: it gives its pages back and waits until there are pages again."""
     scheduler = Scheduler(ServingConfig(pages=3, page_size=2, slots=2, chunk=8, max_length=6))
     old, young = Request(0, [1, 2], max_tokens=4), Request(1, [3, 4], max_tokens=2)
     scheduler.submit(old)
     scheduler.submit(young)
     assert plan_and_commit(scheduler) == {0: 2, 1: 2}
-    assert plan_and_commit(scheduler) == {0: 1}  # it takes the last page, and young needs one more
+    # Request 0 takes the last page, and the younger request needs one more.
+    assert plan_and_commit(scheduler) == {0: 1}
     assert (list(scheduler.waiting), young.pages, scheduler.preempted) == ([young], [], 1)
     while scheduler.busy:
         plan_and_commit(scheduler)
@@ -300,7 +306,7 @@ def test_pages_are_found_by_all_the_tokens_up_to_their_end_and_while_they_are_ow
     prefixes = PrefixIndex(page_size=2)
     prefixes.add([1, 2, 3, 4, 5], [7, 8, 9], start=0, stop=5)
     assert prefixes.find([1, 2, 3, 4, 5]) == [7, 8]  # page 9 is not full
-    assert prefixes.find([1, 2, 3, 4]) == [7]  # the last token has to be served: something must predict
+    assert prefixes.find([1, 2, 3, 4]) == [7]  # the last token must be computed, to predict the next one
     assert prefixes.find([1, 2, 9, 9, 9]) == [7]
     assert prefixes.find([3, 4, 5]) == []  # the same tokens, but not after 1, 2
     prefixes.forget([8, 9])
@@ -312,7 +318,7 @@ def test_pages_are_found_by_all_the_tokens_up_to_their_end_and_while_they_are_ow
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """The --out of a training run of no steps."""
+    """The --out folder of a training run that saved its model before the first step."""
     out = tmp_path_factory.mktemp("run")
     settings = Settings(**SIZES, row_length=128, out=str(out))
     trainer = Trainer(settings, make_mesh({"data": 1, "heads": 1, "sequence": 1}))
@@ -346,6 +352,7 @@ def test_it_goes_on_from_prompts_on_a_mesh_as_on_one_device(checkpoint, capsys):
 
 
 def test_logits_that_are_too_far_off_fail_it(checkpoint, capsys, monkeypatch):
+    """The command exits with 1 if the logits differ too much from the training model's."""
     monkeypatch.setattr(logit_check, "TOLERANCE", 0.0)
     assert run(checkpoint, "--prompt", "x", "--max-tokens", "4") == 1
     assert "TOO FAR" in capsys.readouterr().out

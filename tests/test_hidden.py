@@ -1,7 +1,7 @@
-"""A key that a row may not see never reaches it, whatever K and V hold: NaN and infinities in hidden keys change no
-bit of the row's results, and in visible ones they are not lost.
+"""Hidden keys never reach a row, whatever K and V hold: NaN and infinities in them change no bit of the row's results.
+NaN and infinities in visible keys do reach it.
 
-Each case is run with zeros and with poison in a few keys, of which every row sees some, all or none.
+Each case runs twice, with zeros and with poison in a few keys. Every row sees some, all or none of these keys.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pages
 import pytest
 from cases import Case, Inputs, make_inputs, operands, spec, varlen
 
-POISONED = (3, 11, 29)  # keys, of each batch entry, or of all packed tokens
+POISONED = (3, 11, 29)  # keys of each batch entry, or of all packed tokens
 POISONS = {"NaN": np.nan, "inf": np.inf}
 
 CASES = (
@@ -57,7 +57,7 @@ HALF = tuple(
 
 
 def hiding(case: Case) -> Inputs:
-    """The inputs of a case, with −inf in a third of a bias. What all rows share hides every poisoned key."""
+    """The inputs of a case, with −inf in a third of a bias. A bias or mask of one row hides all poisoned keys."""
     inputs = make_inputs(case)
     keywords = dict(inputs.keywords)
     for name in {"mask", "bias"} & set(keywords):
@@ -77,11 +77,11 @@ def poisoned(inputs: Inputs, name: str, value: float) -> Inputs:
 
 @dataclass(frozen=True)
 class Reached:
-    """What poisoned keys may reach: the rows that see one, the keys that such a row sees. Unseen: keys of no row."""
+    """What poison may reach: rows that see a poisoned key, and keys that such a row sees. `unseen`: keys of no row."""
 
     rows: np.ndarray  # [b, sq, hq], or packed [tq, hq]
     keys: np.ndarray  # [b, sk, hk], or packed [tk, hk]
-    unseen: np.ndarray  # as keys
+    unseen: np.ndarray  # same shape as keys
 
 
 def reached(case: Case, inputs: Inputs) -> Reached:
@@ -105,7 +105,7 @@ def by_row(case: Case, lse: np.ndarray) -> np.ndarray:
 
 
 def assert_untouched(got: oracle.Result, clean: oracle.Result, may_reach: Reached, case: Case) -> None:
-    """What no poisoned key may reach has the same bits; keys that no row sees have no gradient."""
+    """Everything that no poisoned key may reach has the same bits, and keys that no row sees have zero gradients."""
     rows, keys = ~may_reach.rows, ~may_reach.keys
     places = {
         "out": (got.out, clean.out, rows),
@@ -138,7 +138,7 @@ def check(case: Case, implementation: str, name: str, poison: float) -> None:
 
 
 def skip_what_shares_a_tile(implementation: str, name: str = "value") -> None:
-    """A CUDA kernel multiplies hidden values of a tile by zeros (docs/numerics.md); hidden keys are −inf."""
+    """CUDA kernels multiply hidden values of a tile by zeros, so those must be finite (docs/numerics.md)."""
     if implementation == "cuda" and name == "value":
         pytest.skip("values that share a tile with what a row sees have to be finite")
 
@@ -170,7 +170,7 @@ def test_a_hidden_key_reaches_no_tangent(case, name, implementation):
     call = checks.function(case, inputs, implementation)
 
     def run(value: float) -> Any:
-        """In plain JAX the tangent of a hidden value has to be finite: P·tV is linear in it."""
+        """Plain JAX needs finite tangents of hidden values, because P·tV is linear in them."""
         of_tangent = 0.0 if (implementation, name) == ("xla", "value") else value
         given, moved = (
             {
@@ -234,9 +234,8 @@ def paged_call(over: OverPages, size: int = 8) -> pages.Paged:
 def test_a_hidden_key_on_a_page_reaches_no_row(over, name, implementation):
     if over.latent and name == "value":
         pytest.skip("V is within K")
-    if (
-        over.case.sq > 1 or over.case.layout == "varlen"
-    ):  # a single token's kernel copies nothing outside its window
+    # The kernel for a single token copies nothing outside its window.
+    if over.case.sq > 1 or over.case.layout == "varlen":
         skip_what_shares_a_tile(implementation, "value" if over.latent else name)
     call = paged_call(over)
     pages.require(implementation, over.case)
@@ -262,7 +261,7 @@ def test_a_hidden_key_on_a_page_reaches_no_row(over, name, implementation):
 
 
 def test_a_hidden_pages_scale_reaches_no_row(implementation):
-    """The scale of the last page is NaN, whose only key the last of six new tokens sees."""
+    """NaN is the scale of the last page, which has one key; only the last of six new tokens sees it."""
     skip_what_shares_a_tile(implementation)
     case = Case("scales", sq=6, sk=33, causal=True, dtype="bfloat16", d=64, dv=64)
     call = pages.paged(case, 8, pool_dtype="float8_e4m3fn", by_page=True)
@@ -288,7 +287,7 @@ FAR = (
 @pytest.mark.parametrize("name", ["value", "key"])
 @pytest.mark.parametrize("case", FAR, ids=lambda case: case.name)
 def test_a_key_outside_every_tile_that_a_row_is_in_reaches_it_nowhere(case, name, kernel):
-    """Rows of 512 and more before, and after the window of, the poisoned keys."""
+    """Rows lie 512 and more before the poisoned keys, or so far behind that these are outside the window."""
     checks.require(kernel, dtype=case.dtype, d=case.d, dv=case.dv)
     inputs = make_inputs(case)
     clean, got = (

@@ -1,7 +1,7 @@
-"""Index values that only the device sees: whatever they hold, the call equals the one with the clamped values.
+"""Whatever values index arrays hold on the device, the call equals the one with clamped values.
 
-cu_seqlens is read as its running maximum clamped to [0, t], lengths are clamped to the operand. And which arrays are
-taken as indices at all.
+cu_seqlens is read as its running maximum clamped to [0, t], and lengths are clamped to the operand. The last tests say
+which arrays are accepted as indices.
 """
 
 import functools
@@ -128,7 +128,7 @@ def test_kv_lengths_of_packed_sequences_are_clamped_to_each_sequence(name, imple
 
 
 def test_garbage_equals_the_equations(implementation):
-    """Not only self-consistent: the oracle reads garbage as the contract says."""
+    """The results equal the oracle's, which reads garbage as the contract says."""
     case = varlen("oracle", (5, 5, 5, 5), causal=True, sinks=True, kv_lengths=(99, -3, 2, INT_MAX))
     case = case.replace(dtype=checks.usual_dtype(implementation))
     checks.check(case, implementation)
@@ -149,7 +149,7 @@ def test_segment_ids_are_compared_whatever_they_hold(implementation):
 
 
 def assert_split_equals_clamped(case, implementation, spec, garbage, sane):
-    """What four devices make of garbage is what one makes of the clamped values."""
+    """Four devices give for garbage what one device gives for the clamped values."""
     run, arrays = split_run(case, implementation)
     mesh = make_mesh(4)
     placed = place(mesh, arrays | {name: i32(x) for name, x in garbage.items()}, qkv(spec))
@@ -163,7 +163,7 @@ def split_run(case, implementation):
     arrays, call = inputs.positional | inputs.keywords, attention(case, implementation)
     if not case.causal or case.layout == "fixed":
         return jax.jit(with_gradients(call)), arrays
-    del arrays["cu_seqlens_k"]  # one array of both, without which packed tokens with a band are gathered
+    del arrays["cu_seqlens_k"]  # one array for queries and keys; otherwise tokens with a band are gathered
     return jax.jit(with_gradients(lambda arrays: call(arrays | {"cu_seqlens_k": None}))), arrays
 
 
@@ -194,7 +194,7 @@ def test_cu_seqlens_of_tokens_that_are_split(name, kind, kernel):
 
 @pytest.mark.parametrize("name", LENGTHS)
 def test_lengths_of_sequences_that_are_split(name, kernel):
-    """The diagonal moves by the clamped lengths, so that the last key in use is on the diagonal of the last query."""
+    """Clamped lengths move the diagonal: the last query's diagonal is at the last key in use."""
     case = Case("split", b=4, sk=16, q_lengths=(1,) * 4, kv_lengths=(1,) * 4, causal=True)
     garbage = {"q_lengths": LENGTHS[name], "kv_lengths": LENGTHS[name][::-1]}
     sane = {n: np.clip(x, 0, size) for (n, x), size in zip(garbage.items(), (12, 16))}

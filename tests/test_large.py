@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 HEADS, D, WINDOW = 64, 128, 100
 TOKENS = 2**31 // (HEADS * D) + 5000
 PIECE = 4 * WINDOW
-CROSSING = 2**31 // (HEADS * D) - 2 * WINDOW  # where a piece begins that has offset 2**31 in its middle
+CROSSING = 2**31 // (HEADS * D) - 2 * WINDOW  # the first token of a piece that has offset 2**31 in its middle
 
 
 def require_memory(gigabytes):
@@ -43,7 +43,7 @@ def attend(query, key, value, starts):
 
 @pytest.mark.parametrize("lengths", [None, (1000, TOKENS - 2000, 900)], ids=["fixed", "packed"])
 def test_forward_and_backward_beyond_2_31_elements(lengths):
-    """One sequence long enough, so that a row's offset in it overflows 32 bits."""
+    """In one sequence, a row's offset must overflow 32 bits."""
     require_memory(60)
     arrays = [normal(seed, TOKENS, HEADS, D) for seed in range(4)]
     starts = None if lengths is None else cu_seqlens(lengths)
@@ -60,7 +60,8 @@ def test_forward_and_backward_beyond_2_31_elements(lengths):
 
 
 def check_piece(arrays, results, first, whole):
-    """The first and last head; not what sees, or is seen from, outside the piece, which may be the whole on a side."""
+    """Compares the first and last head. Rows and keys with neighbours outside the piece are left out, except at an end
+    of the whole."""
     piece = np.s_[first : first + PIECE, :: HEADS - 1]
     query, key, value, dout = (np.asarray(x[piece])[None] for x in arrays)
     inputs = Inputs(
@@ -85,7 +86,7 @@ LENGTHS = (1000, 17, 0, 650)
 
 
 def make_tables():
-    """Random pages for the sequences of LENGTHS, each once, the last one of the pool among them."""
+    """Random pages for the sequences of LENGTHS, each used once; the pool's last page is among them."""
     pages = np.random.default_rng(0).permutation(PAGES)
     pages[0] = PAGES - 1
     return jnp.asarray(pages[: len(LENGTHS) * 64].reshape(len(LENGTHS), 64), jnp.int32)
@@ -98,7 +99,7 @@ def gather(pool, tables):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
 def test_a_pool_beyond_2_31_elements(dtype):
-    """Decode, more rows than decode takes, and new tokens in it."""
+    """Decode, a prefill with more rows than decode takes, and appended tokens."""
     require_memory(40)
     tables, lengths = make_tables(), jnp.asarray(LENGTHS, jnp.int32)
     assert (np.asarray(tables) > PAGES - 1000).any()

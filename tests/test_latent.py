@@ -85,8 +85,8 @@ def test_fixed_splits(case, options):
 
 @pytest.mark.parametrize("heads", [16, 80])
 def test_many_sequences_of_other_lengths(heads):
-    """More entries than a GPU has CTAs, and some that many CTAs share."""
-    longest = 3000 if IMPLEMENTATION == "cuda" else 301  # elsewhere nothing depends on it
+    """There are more work items than a GPU has CTAs, and some items that many CTAs share."""
+    longest = 3000 if IMPLEMENTATION == "cuda" else 301  # only CUDA depends on it
     lengths = np.random.default_rng(0).choice([0, 1, 63, 64, 65, 300, longest], 60)
     case = ALL_HEADS.replace(
         b=60, sk=longest, kv_lengths=tuple(map(int, lengths)), dtype="bfloat16", hq=heads
@@ -111,9 +111,8 @@ def test_a_page_outside_the_pool_makes_the_rows_that_see_it_nan(implementation, 
     case = DRAFTED.replace(sk=40, kv_lengths=(37, 40, 12), dtype="bfloat16", window=(4, 0))
     require(implementation, case)
     call = latent(case, 3)
-    bad = (
-        call.arrays["block_tables"].at[0, 11].set(page)
-    )  # keys 33 to 35, which rows 0 to 4, at 32 to 36, see
+    # The missing page has keys 33 to 35. Rows 0 to 4 are at positions 32 to 36, so that all but row 0 see them.
+    bad = call.arrays["block_tables"].at[0, 11].set(page)
     got, whole = call.call(implementation)({"block_tables": bad}), call.call(implementation)({})
     hit = np.zeros((3, 5), bool)
     hit[0, 1:] = True
@@ -245,7 +244,7 @@ def test_wide_head_dims_have_no_derivative_in_the_kernels(kernel, mode):
 @pytest.mark.parametrize("dims", [(520, 64), (64, 520), (576, 512)], ids=str)
 @pytest.mark.parametrize("pass_", [FORWARD, BACKWARD, BIAS_GRADIENT, TANGENT], ids=lambda pass_: pass_.name)
 def test_the_cpu_kernels_refuse_head_dims_past_their_buffers(pass_, dims):
-    """The handlers themselves, whatever Python has checked before them."""
+    """The handlers themselves refuse them, whatever Python has checked before."""
     if IMPLEMENTATION != "cpu":
         pytest.skip("CUDA plans each call, and a plan needs a kernel of the head dims (test_plan.py)")
     sizes = dict(b=1, sq=2, sk=3, columns=3, hq=2, hk=1, d=dims[0], dv=dims[1])

@@ -90,7 +90,7 @@ def test_keys_that_do_not_vary_get_the_sum_of_their_gradients(kernel, mesh):
 
 
 def test_results_that_do_not_vary_are_typed_so(kernel, mesh):
-    """Everything is the same over "model": so are the results, without a cast."""
+    """Everything is the same over "model", and so are the results, without a cast."""
     specs, call = qkv(P("data")), attention(GQA, kernel)
     mapped = jax.shard_map(
         call, mesh=mesh, in_specs=(specs,), out_specs=(P("data"), P("data")), check_vma=True
@@ -100,7 +100,7 @@ def test_results_that_do_not_vary_are_typed_so(kernel, mesh):
 
 
 def test_all_operands_in_shard_map(kernel, mesh):
-    """Without dropout, whose bits follow positions that only the caller of shard_map knows."""
+    """Dropout is left out, because its bits depend on positions that only the caller of shard_map knows."""
     case = EVERYTHING.replace(dropout_rate=0.0)
     arrays, call = arrays_of(case), attention(case, kernel)
     specs = qkv(BATCH_HEADS) | OPTIONS
@@ -110,7 +110,7 @@ def test_all_operands_in_shard_map(kernel, mesh):
 
 
 def test_closed_over_operands_in_shard_map(kernel, mesh):
-    """Lengths made inside are the same on every device, while other operands vary."""
+    """Lengths are made inside, so they are the same on every device, while other operands vary."""
     case = MHA.replace(kv_lengths=(6, 6, 6, 6))
     call = attention(case, kernel)
 
@@ -163,7 +163,7 @@ def full(rank, *entries):
     ids=lambda x: getattr(x, "name", ""),
 )
 def test_explicit_types_of_results_and_gradients(kernel, explicit, case, specs):
-    """Results are typed like query, gradients like their arguments, while tracing; and the program obeys."""
+    """While tracing, results are typed like query, gradients like their arguments; the program has these shardings."""
     types = {}
 
     def run(arrays):
@@ -203,7 +203,7 @@ def test_explicit_types_of_all_operands(kernel, explicit):
     "case", [EVERYTHING, EVERYTHING.replace(bias=(1, 1, 6, 10))], ids=["bias", "one bias"]
 )
 def test_explicit_types_of_gradients_are_those_of_operands_left_whole(kernel, explicit, case):
-    """Query is split, bias and sinks are not: their gradients are whole, as their types demand."""
+    """Query is split; bias and sinks are not, so their gradients are whole, as their types demand."""
     run = with_gradients(attention(case, kernel))
     _, got = check_explicit(run, run, explicit, arrays_of(case), qkv(BATCH_HEADS))
     assert typed(got["gradients"])["bias"] == P(None, None, None, None)

@@ -205,7 +205,7 @@ RINGED = {
 
 
 def ring_mask(name):
-    """What makes the mask of a part of the rows, from arrays of all rows."""
+    """A function that makes the mask for a part of the rows, and its arguments for all rows."""
     ids = jnp.asarray(np.repeat(np.array([[-1, 2, -1, 5, 6, 6, -1, 1]]), 6, -1), jnp.int32)
     position = jnp.asarray(np.arange(S)[None] // 2, jnp.int32)
     lo, hi = (jnp.asarray(x, jnp.int32) for x in np.random.default_rng(0).integers(0, S, (2, B, 1, S)))
@@ -229,7 +229,7 @@ def whole(name):
 
 
 def zigzags(order):
-    """The permutations into the order of a ring's rows and back."""
+    """The permutation of tokens into the ring's order, and its inverse."""
     if order == "contiguous":
         return (lambda x, axis=1: x), lambda x: x
     return partial(jax_flash.zigzag_permute, devices=2), partial(jax_flash.zigzag_unpermute, devices=2)

@@ -10,7 +10,7 @@ from jax_flash.mask_rows import Rows
 
 
 def seen(mask, sq, sk):
-    """`[b, h, sq, sk]`, from what the kernels would be given."""
+    """`[b, h, sq, sk]`, computed from the operands that the kernels would get."""
     visible = mask_forms.resolve(mask.conditions, Rows.fixed(sq, sk))
     assert len(visible.pairs) in (0, 1, 2)
     for lo, hi in visible.pairs:

@@ -65,7 +65,7 @@ def _draw(function, implementation, q_dims, k_dims, heads):
 
 
 def _assert_uniform(p, lse):
-    """Every visible key weighs the same, and lse counts them."""
+    """Asserts that every visible key has the same weight, and that lse is the log of their number."""
     seen = (p > 0).sum(-1, keepdims=True)
     np.testing.assert_allclose(p, (p > 0) / np.maximum(seen, 1), atol=1e-6)
     with np.errstate(divide="ignore"):

@@ -43,7 +43,7 @@ def network(params, x, t, implementation, wrap, loop):
 
 
 def mean_flow(params, x, direction, **how):
-    """MeanFlow's loss: the network shall equal a target made of its own derivative along the flow."""
+    """MeanFlow's loss: the network must equal a target that contains its own derivative along the flow."""
     u, du = jax.jvp(lambda x, t: network(params, x, t, **how), (x, 0.3), (direction, 1.0))
     return jnp.mean((u - jax.lax.stop_gradient(direction - 0.3 * du)) ** 2)
 

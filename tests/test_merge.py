@@ -1,4 +1,4 @@
-"""merge_attention: parts over disjoint keys, put together, are the whole, in value and in gradient."""
+"""merge_attention: merged parts over disjoint keys equal the whole, in value and in gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +92,7 @@ def test_packed_parts_merge(implementation):
 
 
 def test_parts_in_float64_merge_in_float64():
-    """With numbers that float32 does not have: the parts, their lse and the result."""
+    """All numbers, including those that float32 cannot hold, stay float64: the parts, their lse and the result."""
     random = np.random.default_rng(0)
     q, k, v = (random.standard_normal((2, n, 4, 16)) for n in (7, 13, 13))
     options = {"implementation": "xla", "return_lse": True}

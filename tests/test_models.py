@@ -1,7 +1,7 @@
 """The models of examples/models: what they compute, how they are loaded, and generate.py --model.
 
-Right are the results of `transformers`, recorded in models_golden.json for weights that both make from the tensors'
-names; test_models_transformers.py compares more, where `transformers` is installed.
+The expected results are those of `transformers`, recorded in models_golden.json for weights that both make from the
+tensors' names; test_models_transformers.py compares more, where `transformers` is installed.
 """
 
 import json
@@ -59,7 +59,7 @@ def test_the_served_text_and_logits_are_those_of_transformers(kind, served):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_token_at_a_time_from_pages_is_the_whole_sequence_at_once(kind, served):
-    """Not to the last digit: from pages, DeepSeek V3 takes the products with its latents in another order."""
+    """Within a tolerance, since from pages DeepSeek V3 multiplies by its latents in another order."""
     source, requests = served(kind)
     whole = whole_logits(source.model, requests)
     assert distance(np.concatenate([request.logits for request in requests]), whole) < 2e-5
@@ -67,7 +67,7 @@ def test_a_token_at_a_time_from_pages_is_the_whole_sequence_at_once(kind, served
 
 @pytest.mark.parametrize("kind", ["gemma3_text", "gemma4_text"])
 def test_images_in_pages_are_seen_both_ways(kind, folder):
-    """A step with two prompts, whose images each of their tokens sees, and steps with a token of each."""
+    """One step has two prompts with images, which all tokens of an image see; later steps have a token of each."""
     model = load(folder(kind), attention=IMPLEMENTATION)
     tokens, spans, images = tiny.text_with_images()
     whole = np.asarray(nnx.jit(lambda m, *x: m(x[0], spans=x[1], images=x[2]))(model, tokens, spans, images))
@@ -126,7 +126,7 @@ def test_a_checkpoint_of_several_files(folder, tmp_path):
 
 
 def test_a_checkpoint_with_an_image_encoder(tmp_path):
-    """Gemma 3: the fields and the weights of the text model have another place, and the encoder is left out."""
+    """Gemma 3: such a checkpoint has the text model's fields and weights in another place. The encoder is left out."""
     entry = tiny.golden("gemma3_text")
     tensors = tiny.weights("gemma3_text", entry["tensors"])
     for i, prefix in enumerate(("language_model.model.", "model.language_model.")):
@@ -149,8 +149,8 @@ def test_weights_of_four_bits():
 
 
 def test_weights_of_eight_bits(tmp_path):
-    """DeepSeek V3: float8 and a factor for each block, of which those at an edge are smaller; of the layer that
-    predicts a further token nothing is read."""
+    """DeepSeek V3: float8 and a factor per block; blocks at an edge are smaller. The layer that predicts a further
+    token is not read."""
     entry = tiny.golden("deepseek_v3")
     tensors = tiny.weights("deepseek_v3", entry["tensors"])
     config, stored = tiny.in_float8(entry["config"], tensors)
@@ -177,13 +177,13 @@ def test_latents_are_all_that_the_cache_keeps(folder):
 
 
 def test_layers_that_read_another_s_keys_keep_none(folder):
-    """Gemma 4: of 4 layers the last two do; those without a window have another shape of head."""
+    """Gemma 4: the last two of 4 layers do so; layers without a window have another head dim."""
     pools = make_pools(load(folder("gemma4_text")).kv_shapes, pages=5, page_size=4, dtype="float32")
     assert [pool.k_pages.shape for pool in pools] == [(5, 4, 2, 16), (5, 4, 1, 24)]
 
 
 def test_configurations_of_gemma_4_mean_the_same():
-    """With the sizes of layers without a window by name, by layer, and with the defaults."""
+    """The sizes of layers without a window may be given by name, by layer, or by default."""
     json = dict(tiny.golden("gemma4_text")["config"])
     by_layer = Gemma4Config.from_json(json)
     assert (by_layer.heads(0), by_layer.heads(1)) == ((2, 16), (1, 24))

@@ -26,7 +26,7 @@ from models.checkpoint import as_stored, read_safetensors, tensor_names  # noqa:
 pytestmark = pytest.mark.usefixtures("exact_products")
 KINDS = list(tiny.CONFIGS)
 TOLERANCE = 2e-5
-# Gemma 4 normalises what may be small, the layers' own embeddings behind a gate: rounding is a part of the result.
+# Gemma 4 normalises numbers that may be small (each layer's own embeddings, behind a gate), which amplifies rounding.
 # With larger scores, transformers itself was 3e-5 from its own results in float64.
 TOLERANCES = {"gemma4_text": 1e-4}
 
@@ -104,8 +104,8 @@ def test_paged_generation_token_by_token(checkpoint):
 
 @pytest.mark.parametrize("kind", ["gemma3_text", "gemma4_text"])
 def test_images_are_seen_both_ways(kind, tmp_path):
-    """Against the masks that transformers makes, of which each token of an image sees all of them; in Gemma 4 those
-    of layers with a window alone."""
+    """Compares with the masks that transformers makes, in which each token of an image sees the whole image; in Gemma 4
+    only layers with a window do so."""
     module = importlib.import_module(
         "transformers.models.{0}.modeling_{0}".format(kind.removesuffix("_text"))
     )
@@ -115,7 +115,7 @@ def test_images_are_seen_both_ways(kind, tmp_path):
     x = torch.where(image[..., None], torch.tensor(images), model.model.embed_tokens(ids))
     made = module.create_masks_for_vision_model(model.config, x, None, None, None, torch.tensor(spans))
     options = {}
-    if kind == "gemma4_text":  # where images are, padding has an embedding of each layer
+    if kind == "gemma4_text":  # in a batch with images, padding too has its embedding in each layer
         options["per_layer_inputs"] = model.model.get_per_layer_inputs(torch.where(image, 0, ids))
     with torch.no_grad():
         expected = model(inputs_embeds=x, attention_mask=made, **options).logits.numpy()
@@ -152,7 +152,7 @@ def test_settings(name, tmp_path, monkeypatch):
 def test_float8_weights(tmp_path):
     entry = tiny.golden("deepseek_v3")
     tensors = tiny.weights("deepseek_v3", entry["tensors"])
-    # transformers takes whole blocks alone
+    # transformers takes whole blocks only.
     whole = {n: x for n, x in tensors.items() if all(a % b == 0 for a, b in zip(x.shape, tiny.FLOAT8_BLOCK))}
     config, stored = tiny.in_float8(entry["config"], whole)
     folder = tiny.write_checkpoint(tmp_path / "float8", config, tensors | stored)

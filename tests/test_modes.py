@@ -16,7 +16,7 @@ CASES = [BY_NAME[name].replace(dtype="bfloat16") for name in ("everything", "pac
 
 
 def leaks_checked():
-    """The check collects garbage at each trace, which should not look at what earlier tests left."""
+    """The check collects garbage at each trace; objects of earlier tests are frozen, so that it does not visit them."""
     gc.collect()
     gc.freeze()
     return jax.checking_leaks()
@@ -37,7 +37,7 @@ def arrays_of(case):
 
 
 def check(case, implementation, modes):
-    """Values and dtypes are the same; both cases have rows that see nothing, whose lse is −inf and no NaN."""
+    """Values and dtypes must not change. Both cases have rows that see nothing, whose lse is −inf and not NaN."""
     run = with_gradients(attention(case, implementation))
     wanted = jax.jit(run)(arrays_of(case))
     with contextlib.ExitStack() as stack:

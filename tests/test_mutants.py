@@ -1,4 +1,4 @@
-"""Each planted bug of tests/mutants names its promise and tests that exist, and says so where it no longer fits.
+"""Each planted bug of tests/mutants names its promise and existing tests, and one whose text is gone is reported.
 
 That the tests catch them is shown by `make mutants`, which takes hours.
 """

@@ -1,6 +1,6 @@
 """What lies past a length or outside every sequence is never read: NaN and inf there change no bit of the results.
 
-Each case is run with zeros there and with poison there, in every operand and in the cotangents.
+Each case runs twice, with zeros and with poison there, in every operand and in the cotangents.
 """
 
 import checks
@@ -38,7 +38,7 @@ VARLEN = [
 
 
 def unused(case, inputs):
-    """Which query tokens and which key tokens nobody reads: [b, s], or [t] when packed."""
+    """The query tokens and the key tokens that nobody reads: [b, s], or packed [t]."""
     if case.layout == "fixed":
         q = np.arange(case.sq) >= np.array(case.q_lengths)[:, None]
         return q, np.arange(case.sk) >= np.array(case.kv_lengths)[:, None]
@@ -52,7 +52,7 @@ def unused(case, inputs):
 
 
 def fill(case, inputs, value):
-    """inputs with `value` wherever the contract says that nothing is read."""
+    """The inputs with `value` in all elements that the contract says are never read."""
     q, k = unused(case, inputs)
 
     def put(x, where):
@@ -65,9 +65,8 @@ def fill(case, inputs, value):
     if "bias" in inputs.keywords:
         bias = inputs.keywords["bias"]
         hidden = q[:, None, :, None] | k[:, None, None, :]
-        for axis in range(
-            4
-        ):  # an element of a broadcast bias is unused where all scores that it is added to are
+        # An element of a broadcast bias is unused if all scores that it is added to are unused.
+        for axis in range(4):
             if axis < 4 - bias.ndim or bias.shape[axis - 4] == 1:
                 hidden = hidden.all(axis, keepdims=True)
         arrays["bias"] = put(bias, hidden.reshape(hidden.shape[4 - bias.ndim :]))
@@ -97,6 +96,21 @@ def test_the_same_in_16_bit(case, dtype):
     inputs = make_inputs(case)
     clean = checks.run(case, fill(case, inputs, 0), IMPLEMENTATION)
     checks.assert_same(checks.run(case, fill(case, inputs, np.nan), IMPLEMENTATION), clean)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_rows_past_a_length_have_no_gradient_whatever_values_the_others_see(dtype, deterministic):
+    case = Case("lengths", sq=70, sk=70, q_lengths=(65, 3), kv_lengths=(70, 70), dtype=dtype)
+    inputs = make_inputs(case)
+    value = inputs.positional["value"].at[:, 5].set(np.inf)
+    got = checks.run(
+        case, checks.with_arrays(inputs, value=value), IMPLEMENTATION, deterministic=deterministic
+    )
+    rows, _ = unused(case, inputs)
+    dquery = got.gradients["query"].astype(np.float32)
+    assert (dquery[rows] == 0).all()
+    assert not np.isfinite(dquery[~rows]).any()
 
 
 # In 16 bits a kernel chooses its tanh by the largest score that a warp holds.
@@ -129,7 +143,7 @@ def test_the_same_in_plain_jax(case):
 
 
 def assert_constants_where_unused(case, inputs, got):
-    """Unused rows: out 0, lse −inf; gradients of all that is unused: 0."""
+    """Unused rows have out 0 and lse −inf, and all gradients of unused elements are 0."""
     q, k = unused(case, inputs)
     assert (got.out[q] == 0).all()
     rows = np.swapaxes(got.lse, -1, -2)  # [b, sq, hq] or [tq, hq]

@@ -1,4 +1,4 @@
-"""Scales of float8 pools by page and KV head, [p, hk]: every page's elements are worth stored · its scale."""
+"""Scales of float8 pools by page and KV head, [p, hk]: each element stands for its stored value times the scale."""
 
 from functools import partial
 
@@ -38,7 +38,7 @@ def test_in_plain_jax():
 @pytest.mark.parametrize("d", [32, 40, 64, 128])
 @pytest.mark.parametrize("size", [4, 16, 48])
 def test_few_rows_over_several_tiles_of_keys(size, d):
-    """Tiles of one page, of several, and of parts of two."""
+    """Tiles contain one page, several pages, or parts of two."""
     for dtype, sq, hq in (("bfloat16", 1, 8), ("float16", 3, 8), ("bfloat16", 8, 8), ("float32", 1, 2)):
         case = LONG.replace(d=d, dv=d, dtype=dtype, sq=sq, hq=hq, causal=True)
         pages.check(paged(case, size, pool_dtype=FLOAT8[0], by_page=True), IMPLEMENTATION)
@@ -58,7 +58,7 @@ def test_with_score_options(sq, options):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("given", ["k_scale", "v_scale"])
 def test_each_scale_alone_and_beside_one_by_head(implementation, given, dtype):
-    """Against float32 pools; the other scale is 1, or [hk]. The numbers are no powers of two."""
+    """Compared with float32 pools. The other scale is 1, or [hk]. The numbers are no powers of two."""
     require(implementation)
     call = paged(DECODE.replace(dtype=dtype, d=64, dv=64), 8, pool_dtype=FLOAT8[0])
     count = call.arrays["key"].shape[0]
@@ -79,7 +79,7 @@ def test_each_scale_alone_and_beside_one_by_head(implementation, given, dtype):
 
 
 def _of_pages(scale, count):
-    """As a factor of pools in the layout "nhd"."""
+    """The scales, broadcast to the pool's layout "nhd"."""
     if scale is None:
         return jnp.ones((1, 1, 1, 1))
     return jnp.broadcast_to(scale, (count, scale.shape[-1]))[:, None, :, None]
@@ -88,7 +88,7 @@ def _of_pages(scale, count):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("sq", [1, 40])
 def test_pages_of_any_magnitude(implementation, dtype, sq):
-    """Scales of values 2^60 and 2^−60, each alone in a sequence, and both where all attention is on the small one."""
+    """Values have scales 2^60 and 2^−60: each in its own sequence, and both where all weight is on the small one."""
     require(implementation)
     d, size = 64, 16
     rng = np.random.default_rng(0)
@@ -162,7 +162,7 @@ def test_vmap(kernel, mapped):
 
 @pytest.mark.parametrize("kv_heads", [8, 2])
 def test_devices_take_the_scales_of_their_heads(kernel, axis_type, kv_heads):
-    """Split with the KV heads; where these are fewer than devices, each takes its own."""
+    """Scales are split with the KV heads; with fewer KV heads than devices, each device gets those of its own head."""
     require(kernel)
     call = paged(CHUNK.replace(hq=16, hk=kv_heads), 4, pool_dtype=FLOAT8[0], by_page=True)
     specs = {"query": P(None, None, "model")}
@@ -192,7 +192,7 @@ def test_append_divides_by_the_scale_of_the_page(implementation, layout):
 @pytest.mark.parametrize("by_page", [False, True], ids=["hk", "p, hk"])
 @pytest.mark.parametrize("float8", FLOAT8)
 def test_append_divides_by_any_scale(implementation, float8, by_page):
-    """By 0, −1, infinity and NaN, too: stored = value / scale, saturated, where 0 / 0 is NaN."""
+    """Scales include 0, −1, infinity and NaN: stored = value / scale, saturated; 0 / 0 is NaN."""
     require(implementation)
     call = arguments(pool_dtype=float8, new=(3, 0, 6), dtype="float32")
     count, heads = call["k_pages"].shape[0], call["k_pages"].shape[2]
@@ -224,7 +224,7 @@ def test_attention_multiplies_by_scales_that_are_not_positive(implementation, fa
 
 
 def test_append_and_attention_agree(implementation):
-    """What was written with scales by page is read with them."""
+    """Attention reads with scales by page what append_kv has written with them."""
     require(implementation)
     rng = np.random.default_rng(0)
     key, value = (jnp.asarray(rng.standard_normal((2, 13, 2, 64)), jnp.bfloat16) for _ in range(2))

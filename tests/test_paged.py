@@ -76,14 +76,14 @@ def test_pools_of_every_dtype_in_both_layouts(size, layout, pool_dtype, dtype):
 
 
 def test_hundreds_of_sequences():
-    """More than a CTA has threads; most end within one of its key tiles, and some have no keys."""
+    """There are more sequences than a CTA has threads. Most end within one key tile, and some have no keys."""
     lengths = np.random.default_rng(3).choice([0, 1, 5, 40, 64, 65, 200], 300)
     case = Case("many", b=300, sq=1, sk=200, kv_lengths=tuple(map(int, lengths)), hq=4, hk=2, d=16, dv=16)
     pages.check(paged(case, 16), IMPLEMENTATION)
 
 
 def test_nested_vmaps_over_queries_and_tables(kernel):
-    """Outer: query; inner: tables and lengths. Every pair is its own call, of keys that are split."""
+    """Outer: query; inner: tables and lengths. Every pair is a call of its own, and its keys are split."""
     require(kernel)
     call = paged(Case("nested", b=1, sq=1, sk=300, hq=4, hk=2), 16)
     arrays, run = call.arrays, call.call(kernel)
@@ -115,7 +115,7 @@ def test_many_query_heads_and_rows_of_one_kv_head(name, size):
     ids=str,
 )
 def test_few_and_many_rows_of_every_head_dim(d, dv):
-    """Decode with 4, 12 and 32 rows of a KV head, and a mix with longer sequences, over several tiles of keys."""
+    """Decode with 4, 12 and 32 rows per KV head, and batches that also have longer sequences; several tiles of keys."""
     checks.require_case(IMPLEMENTATION, Case("any", d=d, dv=dv, dtype="bfloat16"))
     few = Case("few", b=2, sq=1, sk=300, kv_lengths=(300, 129), hq=8, hk=2, sinks=True)
     many = Case("many", b=2, sq=3, sk=300, kv_lengths=(290, 65), hq=4, hk=1, causal=True, window=(200, None))
@@ -129,7 +129,7 @@ def test_few_and_many_rows_of_every_head_dim(d, dv):
 @pytest.mark.parametrize("float8", FLOAT8)
 @pytest.mark.parametrize("width", [8, 64])
 def test_every_float8_value_is_read_right(implementation, width, float8, dtype):
-    """Sequence i has one key, on page i, whose value is the float8 with the bits of i; tables have room for more."""
+    """Sequence i has one key, on page i; its value has the bits of i as float8. Tables have room for more pages."""
     require(implementation)
     every = jnp.arange(256, dtype=jnp.uint8).view(float8)
     values = jnp.broadcast_to(every[:, None, None, None], (256, 1, 1, width))
@@ -155,7 +155,7 @@ def test_few_rows_over_long_float8_pools(d, float8):
 
 @pytest.mark.parametrize("float8", FLOAT8)
 def test_float8_pools_take_queries_of_any_size(implementation, float8):
-    """Queries 2^60 times larger or smaller, and keys whose scale makes up for it."""
+    """Queries are 2^60 times larger or smaller, and the scale of the keys makes up for it."""
     require(implementation)
     call = paged(DECODE.replace(dtype="bfloat16", d=64, dv=64, hq=4, hk=2), 8, pool_dtype=float8)
     plain = call.call(implementation)({})
@@ -168,7 +168,7 @@ def test_float8_pools_take_queries_of_any_size(implementation, float8):
 
 @pytest.mark.parametrize("given", ["neither", "k_scale", "v_scale", "both"])
 def test_scales_of_float8_pools_are_optional_each(given):
-    """Against the same values in float32 pools."""
+    """Compared with the same values in float32 pools."""
     require(IMPLEMENTATION)
     call = paged(DECODE.replace(sk=30), pool_dtype=FLOAT8[0])
     scales = {n: jnp.asarray([0.3, 1.7], jnp.float32) for n in ("k_scale", "v_scale") if given in (n, "both")}
@@ -203,7 +203,7 @@ def test_a_contiguous_cache_is_a_pool(implementation):
 
 
 def test_sequences_share_pages(implementation):
-    """Two sequences with a common prefix of two pages: as if each had its own copy."""
+    """Two sequences share the two pages of a common prefix; results are those of separate copies."""
     require(implementation)
     case = Case("shared", b=2, sq=3, sk=20, kv_lengths=(20, 20), causal=True)
     call = paged(case, 8)
@@ -232,7 +232,7 @@ def test_lengths_are_clamped_to_the_table(implementation):
 
 
 def test_a_missing_page_counts_for_the_rows_that_see_it_at_clamped_lengths(implementation):
-    """In a window the rows that see a page depend on where the diagonal is, and that on the clamped length."""
+    """In a window, the rows that see a page depend on the diagonal, which depends on the clamped length."""
     require(implementation)
     call = paged(Case("clamped", b=1, sq=2, sk=16, window=(5, 0)), 4)
     tables = call.arrays["block_tables"][:, :4].at[0, 3].set(-1)  # keys 12 to 15: seen by both rows
@@ -281,7 +281,7 @@ def test_a_page_outside_the_pool_makes_the_rows_that_see_it_nan(implementation, 
 
 
 def test_a_prefill_in_pages_of_eight_keys_whose_last_page_is_outside_the_pool(kernel):
-    """Pages of eight rows are loaded by TMA on Hopper, which has nothing to load for this one."""
+    """On Hopper, pages of eight rows are loaded by TMA; this page must not be loaded."""
     case = CHUNK.replace(name="prefill", b=2, sq=70, sk=170, kv_lengths=(168, 130), causal=True)
     case = case.replace(d=64, dv=64, dtype="bfloat16")
     require(kernel, case)
@@ -311,7 +311,7 @@ def rows_that_see(case, z, keys):
 
 
 def test_garbage_of_every_kind_at_once(kernel):
-    """Tables, lengths and offsets of random bits give numbers or NaN, never a crash."""
+    """Random bits in tables, lengths and offsets give numbers or NaN, and never a crash."""
     require(kernel)
     rng = np.random.default_rng(0)
     q = jnp.asarray(rng.standard_normal((9, 4, 16)), jnp.float32)

@@ -39,7 +39,7 @@ def test_float8_pools_have_no_gradient_but_the_query_has(float8):
 
 
 def test_gradients_of_shared_pages_add_up(implementation):
-    """Three sequences with the same query on the same page: three times the gradient of one."""
+    """Three sequences have the same query and page, whose gradient is three times that of one sequence."""
     require(implementation)
     call = paged(Case("one", b=1, sq=2, sk=8, kv_lengths=(8,)), 8)
     arrays = call.arrays
@@ -64,7 +64,7 @@ def test_gradients_of_shared_pages_add_up(implementation):
 
 
 def test_gradients_of_pages_that_many_sequences_share_are_summed_in_float32(kernel):
-    """In bfloat16 a sum of 300 equal terms would stop at the 256th."""
+    """A sum of 300 equal terms in bfloat16 would stop growing at the 256th."""
     require(kernel)
     n, case = 300, Case("shared", b=1, sq=1, sk=8, kv_lengths=(8,), dtype="bfloat16")
     arrays = paged(case, 8).arrays

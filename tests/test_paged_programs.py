@@ -29,7 +29,7 @@ POOL = (PAGES, SIZE, HK, D)
 
 
 def decode_loop(kind, implementation):
-    """STEPS tokens: append, attend, and the output is the next token's key and value."""
+    """A loop over STEPS tokens: append, then attend; the output becomes the next token's key and value."""
 
     def step(state):
         k_pages, v_pages, lengths, x = state
@@ -88,14 +88,14 @@ def test_a_donated_decode_loop_copies_no_pool(kernel, kind):
 
 
 def test_an_undonated_pool_is_copied_once(kernel):
-    """The copy is the caller's own pool's, which stays whole."""
+    """Only the caller's pool, which must not change, is copied."""
     require(kernel)
     program = jax.jit(decode_loop("fori_loop", kernel)).lower(*initial()).compile().as_text()
     assert len(copies(program, POOL)) == 2  # of keys and of values
 
 
 def test_a_donated_decode_loop_sharded_by_heads(kernel, axis_type):
-    """Eight devices with a KV head each: nothing is exchanged, nothing copied."""
+    """Each of eight devices has a KV head: nothing is exchanged or copied."""
     require(kernel)
     require_devices(8)
     mesh = make_mesh(8, axis_type)
@@ -124,7 +124,7 @@ def make_mesh(devices, axis_type):
 
 @pytest.mark.parametrize(("layout", "pool_dtype"), [("nhd", "float32"), ("hnd", FLOAT8[0])])
 def test_attention_over_sharded_heads_needs_no_communication(kernel, axis_type, layout, pool_dtype):
-    """Every operand that has heads along with them: pools in both layouts, scales, sinks."""
+    """All operands with heads are split with them: pools in both layouts, scales, sinks."""
     require(kernel)
     call = paged(CHUNK.replace(sinks=True, hq=16, hk=8), 4, layout, pool_dtype)
     pools = P(None, None, "model") if layout == "nhd" else P(None, "model")
@@ -136,7 +136,7 @@ def test_attention_over_sharded_heads_needs_no_communication(kernel, axis_type, 
 
 
 def sharded_attention(call, specs, implementation, axis_type, devices=8):
-    """The program of a call whose arrays are split over devices ("model"); it gives what plain JAX gives on one."""
+    """Runs a call with arrays split over "model", and compares it with plain JAX on one device; returns the program."""
     mesh = make_mesh(devices, axis_type)
     arrays = place(mesh, call.arrays, specs)
     with within(mesh):
@@ -166,7 +166,7 @@ SPLITS = {
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("explicit", [False, True])
 def test_gradients_of_sharded_queries_and_pools(implementation, split, explicit):
-    """They have the shardings of their arguments, as the result has that of the query."""
+    """Gradients have the shardings of their arguments, and the result has that of the query."""
     require(implementation)
     mesh = make_mesh(4, AxisType.Explicit if explicit else AxisType.Auto)
     rng = np.random.default_rng(0)
@@ -190,7 +190,7 @@ def test_gradients_of_sharded_queries_and_pools(implementation, split, explicit)
 @pytest.mark.parametrize("new", [2, (3, 0, 1)], ids=["each", "packed"])
 @pytest.mark.parametrize("explicit", [False, True])
 def test_append_with_sharded_requests_and_heads(implementation, explicit, new, scale):
-    """Requests come from their devices; pools, split over heads, stay as they are."""
+    """Requests are split over devices and must be exchanged; pools, split over heads, stay where they are."""
     require(implementation)
     require_devices(6)
     kind = AxisType.Explicit if explicit else AxisType.Auto

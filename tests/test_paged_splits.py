@@ -1,4 +1,4 @@
-"""The keys of a sequence over pages in parts: any number of them is right, and the same call has the same bits."""
+"""The keys of a sequence in several parts: any number of parts gives the right result, and a call repeats its bits."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,7 +18,7 @@ from jax_flash import merge_attention, paged_attention
 LONG = Case("long", b=3, sq=1, sk=900, kv_lengths=(900, 10, 3), hq=4, hk=2)
 
 
-# Long enough, and enough of them, for sm_90a to attend them in clusters of CTAs where it finds them about equal.
+# Long and numerous enough for sm_90a to run clusters of CTAs, if it finds the lengths about equal.
 MANY = Case(
     "equal", b=15, sq=1, sk=2304, kv_lengths=(2304,) * 15, hq=8, hk=4, d=128, dv=128, dtype="bfloat16"
 )
@@ -44,7 +44,7 @@ def test_any_number_of_splits_is_right(case, splits):
     pages.check(paged(case, 16), IMPLEMENTATION, num_splits=splits)
 
 
-# In one part, these have as many tiles as CUDA's decode looks the table up further ahead for.
+# These have so many tiles in one part that CUDA's decode prefetches the table further ahead.
 WHOLE = Case(
     "whole", b=3, sq=1, sk=2500, kv_lengths=(2500, 40, 2100), hq=4, hk=2, d=128, dv=128, dtype="float16"
 )
@@ -78,7 +78,7 @@ def test_splits_combine_scores_of_any_size(implementation):
 
 
 def test_batch_invariant_is_the_same_bits_alone_and_in_company(kernel):
-    """Lengths that are split otherwise where it is not asked for, decode and prefill."""
+    """Without batch_invariant these lengths would be split otherwise. Both decode and prefill."""
     require(kernel)
     lengths = (2600, 40, 2100, 1, 1024)
     case = varlen("invariant", (1, 3, 12, 1, 2), k_sequences=lengths, causal=True, hq=4, hk=1)
@@ -107,7 +107,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Around:
-    """What a request's bits must not depend on. before, after: (new tokens, length) of the other requests."""
+    """The things that a request's bits must not depend on. before, after: (new tokens, length) of other requests."""
 
     before: tuple[tuple[int, int], ...] = ()
     after: tuple[tuple[int, int], ...] = ()
@@ -127,7 +127,7 @@ AROUND = {
     "first of several": Around(after=((1, 3000), (5, 40))),
     "last of many": Around(before=((1, 1),) * 40 + ((30, 90),)),
     "between others, all else changed": Around(((7, 1500), (1, 0)), ((1, 90),) * 20, 32, 9, 50, 3),
-    # A CUDA kernel of its own serves page sizes that no TMA box divides.
+    # Page sizes that no TMA box divides have a separate kernel on CUDA.
     "pages of 1": Around(page_size=1),
     "pages of 12": Around(page_size=12),
 }
@@ -141,7 +141,7 @@ def request(rng: np.random.Generator, tokens: int, length: int, heads: tuple[int
 
 
 def attend(one: Request, around: Around, dtype: str, packed: bool, kernel: str, **options: Any) -> Any:
-    """out and lse of a request among others; where queries are not packed, all have as many tokens as it has."""
+    """out and lse of a request among others. Unless queries are packed, all requests have equally many tokens."""
     rng = np.random.default_rng(99)
     heads, tokens = (one.query.shape[1], one.key.shape[1]), one.query.shape[0]
     others = [
@@ -210,7 +210,7 @@ def test_repeated_calls_give_the_same_bits(kernel):
 
 
 def test_parts_of_a_sequence_merge_to_the_whole(implementation):
-    """Two calls over halves of the table; the sinks on one of them."""
+    """Two calls attend to the two halves of the table; one of them has the sinks."""
     require(implementation)
     call = paged(Case("halves", b=2, sq=1, sk=32, sinks=True), 8)
     tables = call.arrays["block_tables"][:, :4]

@@ -42,7 +42,7 @@ def mesh():
 
 
 def only(spec, axes):
-    """The part of a spec that names these axes: what shard_map is told where only they are manual."""
+    """The part of a spec that names these axes, which shard_map takes if only they are manual."""
     entries = [e if isinstance(e, tuple) else (e,) for e in spec]
     return P(*(tuple(a for a in entry if a in axes) or None for entry in entries))
 
@@ -55,7 +55,7 @@ def manual_over(axes, call, specs, results=(BATCH_HEADS, LSE), mesh=None):
 
 
 def check(mapped, call, mesh, arrays, specs):
-    """The text of the program of mapped and its gradients on sharded arrays, which are call's on one device."""
+    """Runs mapped and its gradients on sharded arrays and compares with one device; returns the program's text."""
     placed = place(mesh, arrays, specs)
     compiled = jax.jit(with_gradients(mapped)).lower(placed).compile()
     got = compiled(placed)
@@ -103,7 +103,7 @@ def test_all_operands(kernel, mesh):
 
 
 def test_dropout_counts_the_heads_of_automatic_axes(kernel, mesh):
-    """Nothing is split over the manual axis, so that the weights dropped are those of one device."""
+    """Nothing is split over the manual axis, so that the dropped weights are those of one device."""
     case = MHA.replace(dropout_rate=0.5)
     specs, call = qkv(P(None, None, "model")) | {"dropout_key": P()}, attention(case, kernel)
     mapped = manual_over({"data"}, call, specs, (P(), P()), mesh=mesh)
@@ -193,7 +193,7 @@ def test_a_split_head_dim_is_gathered(kernel, mesh):
 
 @pytest.mark.parametrize("heads", [(6, 6), (6, 3), (12, 6), (8, 2)], ids=str)
 def test_heads_that_do_not_divide_are_right(kernel, mesh, heads):
-    """6 and 3 heads over 4 devices, asked of XLA by a constraint."""
+    """6 and 3 heads over 4 devices, through a sharding constraint."""
     case = MHA.replace(hq=heads[0], hk=heads[1])
     call, specs = attention(case, kernel), qkv(P("data"))
 
@@ -206,7 +206,7 @@ def test_heads_that_do_not_divide_are_right(kernel, mesh, heads):
 
 
 def test_sums_in_bfloat16(kernel, mesh):
-    """dk and dv of MQA over an automatic axis, in a program whose other axis is manual."""
+    """dk and dv of MQA are summed over an automatic axis, while another axis is manual."""
     case = MQA.replace(dtype="bfloat16")
     specs, call = qkv(BATCH_HEADS, P("data")), attention(case, kernel)
     run = jax.jit(with_gradients(manual_over({"data"}, call, specs, mesh=mesh)))
@@ -242,7 +242,7 @@ def test_gradients_taken_inside(kernel, mesh):
     ids=["gqa", "12 query heads, 3 KV heads"],
 )
 def test_both_modes_at_once(kernel, mesh, case, reductions):
-    """The gradient of a loss that contains a tangent: each pass once, and nothing is reduced but dk and dv."""
+    """The gradient of a loss that contains a tangent runs each pass once, and only dk and dv are reduced."""
     specs, call = qkv(BATCH_HEADS, BATCH_HEADS if case is GQA else P("data")), attention(case, kernel)
     arrays = arrays_of(case)
     tangents = {name: jnp.cos(3 * x) for name, x in arrays.items()}
@@ -263,7 +263,7 @@ def test_both_modes_at_once(kernel, mesh, case, reductions):
     assert shard_shapes(text, "tangent") == {(2, 6, case.hq // 4, 8)}
 
 
-# programs for elsewhere hold the custom call itself: its partitioning lives in this process
+# Exported programs contain the custom call itself, because the partitioning exists only in this process.
 
 
 def exported(mapped, kernel, arguments):
@@ -317,10 +317,10 @@ def name_of(axes):
 
 @pytest.mark.parametrize(("types", "manual"), MIXES, ids=name_of)
 def test_explicit_automatic_and_manual_axes(kernel, types, manual):
-    """Every device computes its part of all three axes, and nothing is gathered but by JAX at the region's edge.
+    """Every device computes its part of all three axes. Nothing is gathered, except by JAX at the region's edge.
 
-    It does so where an axis stays explicit inside, which it drops from the region's shardings (0.12 only where other
-    axes are automatic). Then plain JAX gathers at least as much.
+    JAX gathers there if an axis stays explicit inside, because it drops that axis from the region's shardings (JAX 0.12
+    only if other axes are automatic). Then plain JAX gathers at least as much.
     """
     require_devices(8)
     mesh = jax.make_mesh((2, 2, 2), ("pod", "data", "model"), axis_types=types)

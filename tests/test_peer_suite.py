@@ -1,4 +1,4 @@
-"""benchmarks/: the peers' suite on a CPU, at sizes of a moment: every section runs, and what fails is a note."""
+"""benchmarks/: on a CPU and at tiny sizes, every section of the peers' suite runs, and a failure becomes a note."""
 
 import json
 import sys
@@ -288,12 +288,12 @@ def test_a_streaming_read_reads_every_word_in_every_call(small_decode):
 
 
 def test_every_way_of_attention_makes_the_same_training_step(small):
-    """Layers with sinks, one with a window and one without; documents see less, so that their loss is another."""
+    """Layers have sinks, one a window and one none. With documents fewer keys are visible, so the loss differs."""
     pytest.importorskip("flax")
     pytest.importorskip("optax")
     sizes = step_training.Sizes(32, 4, 2, 16, 64, 2, windows=(8, None), sinks=True)
     calls, refused = step_training.steps(sizes, ("jax_flash, results kept", "xla", "cudnn"), 2, 32)
-    assert set(refused) == {"cudnn"}  # on a CPU
+    assert set(refused) == {"cudnn"}  # cuDNN does not run on a CPU
     losses = {name: [float(call()) for _ in range(2)] for name, (call, _) in calls.items()}
     assert losses["jax_flash, results kept"] == pytest.approx(losses["xla"], rel=2e-2)
     assert losses["xla"][1] < losses["xla"][0]

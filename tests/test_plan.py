@@ -67,7 +67,7 @@ def test_turing_has_rows_of_its_own(pass_, head_dims, dtype, layout):
 
 
 def test_a_card_like_sm_90_runs_no_fallback():
-    """Builds for such cards alone leave the fallbacks out."""
+    """A build for such cards alone leaves the fallback rows out."""
     table = Path(__file__).resolve().parent.parent / "csrc" / "kernels.def"
     if not table.exists():
         pytest.skip("the table lies in the source tree only")
@@ -115,7 +115,8 @@ def test_newer_cards_leave_turings_rows_alone():
         ),
         *(
             ({"pass_": name, "d": 576, "dv": 512}, f"no CUDA kernel .*{name} of bfloat16 with d=576, dv=512")
-            for name in ("backward", "bias_gradient", "tangent")  # of a latent pool's gathered keys
+            # These would take the gathered keys of a latent pool.
+            for name in ("backward", "bias_gradient", "tangent")
         ),
         (
             {"capability": 75},
@@ -188,7 +189,8 @@ def test_segments_and_ranges_take_an_interval_and_a_flag_for_each_tile_of_a_batc
     sizes = {"device": A100, "batch": 3, "leading": 5, "deterministic": deterministic}
     without = plan(pass_, operands=("mask",), **sizes)
     chosen = plan(pass_, operands=names, **sizes)
-    tiles = [chosen["queries"]["blocks"] // 8, chosen["keys"]["blocks"] // 2]  # of all heads, 8 and 2
+    # Per head: 8 query heads, 2 KV heads.
+    tiles = [chosen["queries"]["blocks"] // 8, chosen["keys"]["blocks"] // 2]
     aligned = sum(-(-12 * n // 256) * 256 for n in tiles)
     assert chosen["workspace"] - without["workspace"] == aligned > 0
     assert (tiles[1] > 0) == (pass_ == "backward")
@@ -208,7 +210,7 @@ def test_the_workspace_stays_within_its_bound(pass_, seed):
     packed, deterministic, leading = bool(rng.integers(2)), bool(rng.integers(2)), draw((1,), (3,), (2, 3))
     b, sq, sk = int(draw(1, 2, 700)), int(draw(0, 1, 31, 4097)), int(draw(0, 1, 65, 9000))
     d, dv = draw(*HEAD_DIMS)
-    fixed = () if packed else (("q_segment_ids", "kv_segment_ids"), ("block_mask",))
+    fixed = () if packed else (("q_segment_ids", "kv_segment_ids"), ("block_mask",), ("mask",))
     present = draw((), ("ranges",), *fixed)
     block = draw((128, 128), (64, 32)) if "block_mask" in present else (0, 0)
     layout = "varlen" if packed else "fixed"
@@ -230,7 +232,8 @@ def test_the_workspace_stays_within_its_bound(pass_, seed):
 @pytest.mark.parametrize("sequences", [0, 1, 2, 7])
 @pytest.mark.parametrize("rows", [0, 1, 5, 127, 1000, 1003])
 def test_a_schedule_has_room_for_any_packing(rows, sequences, pass_, side):
-    """Most tiles come of sequences, and of tokens before and after them, with one row more than whole tiles."""
+    """The bound of tiles is reached if every sequence, and the tokens before and after all sequences, has one row more
+    than whole tiles."""
     for device in (H100, A100):
         chosen = plan(pass_, device, varlen=True, batch=sequences, q_rows=rows, k_rows=rows)[side]
         if rows == 0:

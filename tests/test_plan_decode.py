@@ -1,4 +1,4 @@
-"""plan() of few query rows and of pages: which kernel, how the keys are shared out, the workspace. No GPU needed."""
+"""plan() chooses a kernel, the CTAs' shares of the keys and the workspace for decode and for pages. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def plan(device: dict[str, int] = H200, **options: Any) -> dict[str, Any]:
     [(1, 32, 8), (1, 64, 8), (1, 128, 16), (4, 32, 16), (8, 32, 32)],
 )
 def test_few_rows_of_a_kv_head_decode(q_rows, heads, block):
+    """The decode kernel with the smallest query tile runs that holds all query rows of a KV head."""
     chosen = plan(q_rows=q_rows, heads=heads)
     assert chosen["row"]["pass"] == "decode"
     assert chosen["row"]["block_m"] == block
@@ -42,6 +43,7 @@ def test_few_rows_of_a_kv_head_decode(q_rows, heads, block):
     ids=str,
 )
 def test_what_decode_lacks_takes_the_forward_over_pages(options):
+    """Calls that no decode kernel supports run the forward with the page loader."""
     row = plan(**options)["row"]
     assert row["pass"] == "forward"
     assert "paged" in row["loaders"]
@@ -74,12 +76,14 @@ def test_more_rows_than_decode_reads_at_once_take_the_forward_that_packs_heads(q
     ids=str,
 )
 def test_what_the_packed_forward_lacks_decodes(options):
+    """Calls that the forward with packed heads does not support, or would leave SMs idle in, run decode."""
     assert plan(q_rows=16, **options)["row"]["pass"] == "decode"
 
 
 def test_rows_of_a_group_that_tiles_do_not_hold_whole_decode():
-    assert plan(q_rows=8, heads=48)["row"]["pass"] == "decode"  # six heads
-    assert plan(q_rows=32, heads=72)["row"]["block_m"] == 128
+    """A query tile of the packed forward must hold all query heads of a token, and here 64 is no multiple of these."""
+    assert plan(q_rows=8, heads=48)["row"]["pass"] == "decode"  # six query heads per KV head
+    assert plan(q_rows=32, heads=72)["row"]["block_m"] == 128  # nine, in the forward that does not pack heads
 
 
 def test_prefill_takes_tiles_of_128_keys_whatever_the_page_size():
@@ -90,25 +94,23 @@ def test_prefill_takes_tiles_of_128_keys_whatever_the_page_size():
 def test_other_pools_decode_as_well():
     chosen = plan(dtype="float32", d=96, dv=96)["row"]
     assert (chosen["pass"], chosen["d"]) == ("decode", 96)
-    for d, row in ((128, 128), (96, 128), (32, 64)):  # of float8, rows of 64 features
+    for d, row in ((128, 128), (96, 128), (32, 64)):  # float8 kernels have head dims that are multiples of 64
         chosen = plan(float8=True, d=d, dv=d)["row"]
         assert (chosen["pass"], chosen["d"]) == ("decode", row)
 
 
 def test_packed_sequences_of_few_rows_decode_beside_the_others():
     chosen = plan(varlen=True, q_rows=3000)
-    assert chosen["decode"] == {
-        "columns": 8,
-        "ranges": 33,
-        "packed_rows": 8,
-    }  # up to two tokens of four heads
+    two_tokens = 8  # rows: each KV head has four query heads
+    assert chosen["decode"] == {"columns": 8, "ranges": 33, "packed_rows": two_tokens}
     assert plan(varlen=True, q_rows=3000, heads=130, kv_heads=1)["decode"]["packed_rows"] == 0
     assert plan(varlen=True, q_rows=0)["decode"]["packed_rows"] == 0
 
 
 def test_the_draft_mask_says_how_many_tokens_packed_sequences_have():
     drafts = dict(varlen=True, q_rows=3000, operands=("draft_mask",))
-    for tokens, rows in ((1, 8), (3, 16), (8, 32), (16, 64), (17, 8)):  # of four heads; 17 take the forward
+    # Each token has four query heads per KV head. Sequences of 17 tokens run the forward.
+    for tokens, rows in ((1, 8), (3, 16), (8, 32), (16, 64), (17, 8)):
         assert plan(**drafts, draft_rows=tokens)["decode"]["packed_rows"] == rows
     chosen = plan(**drafts, draft_rows=4)
     assert chosen["score"] == "general"
@@ -132,7 +134,7 @@ def test_contiguous_keys_decode_as_well():
 
 
 def test_a_wave_of_blocks_or_a_few():
-    """132 multiprocessors hold two blocks each: 264."""
+    """The grid fills the 264 CTAs that 132 SMs hold, once, or several times where there are many KV heads."""
     assert plan()["decode"] == {"columns": 8, "ranges": 33, "packed_rows": 0}
     assert plan(heads=24, kv_heads=24)["decode"] == {"columns": 24, "ranges": 11, "packed_rows": 0}
     many = plan(heads=100, kv_heads=100)["decode"]
@@ -170,7 +172,7 @@ def test_short_sequences_and_equal_ones_decode_in_clusters(size, call):
 @pytest.mark.parametrize(
     "options",
     [
-        {"k_rows": 8192, "paged": True},  # that many keys of 512 columns, whose lengths may differ
+        {"k_rows": 8192, "paged": True},  # long sequences, of which plan() does not know the lengths
         {"batch": 8, "k_rows": 65_536, "paged": True},
         {"batch": 1, "k_rows": 131_072},
         {"batch": 24, "heads": 24, "kv_heads": 24},  # 2.2 waves
@@ -198,7 +200,7 @@ def test_other_decodes_take_equal_shares(options):
 def test_batch_invariant_kernels_are_the_same_whatever_the_batch_and_the_tables(
     q_rows, packed, device, float8
 ):
-    """A part has 2,048 keys of the kernel's tiles, so that a sequence's sums are those of its kernels."""
+    """The kernel and its tiles, which fix the order of a sequence's sums, must not depend on other sequences."""
     found = []
     for batch in (1, 8, 24, 500):
         for k_rows in (16, 100, 4096, 100_000):
@@ -224,7 +226,8 @@ def test_batch_invariant_kernels_are_the_same_whatever_the_batch_and_the_tables(
     ids=str,
 )
 def test_long_sequences_are_clusters_where_the_device_finds_them_equal(options):
-    """Otherwise as many CTAs take equal shares, with room for two partial results each."""
+    """The kernel runs clusters if the lengths that the device reads are about equal. If not, the same CTAs take
+    equal shares of all keys, so the workspace has room for two partial results per CTA."""
     chosen = plan(**options)
     grid, row = chosen["decode"], chosen["row"]
     assert (row["arch"], grid["ranges"]) == ("sm90", 2 * options.get("batch", 64))
@@ -234,7 +237,7 @@ def test_long_sequences_are_clusters_where_the_device_finds_them_equal(options):
 
 
 def test_each_range_has_room_for_two_partial_results():
-    """That of the sequence that began before it, and that of the one that it begins and does not end."""
+    """A range may end a sequence that an earlier range began, and begin one that a later range ends."""
     chosen = plan()
     grid, row = chosen["decode"], chosen["row"]
     rows = 2 * grid["ranges"] * grid["columns"] * row["block_m"]
@@ -301,6 +304,7 @@ def test_latent_pools_have_kernels_of_their_own():
 
 @pytest.mark.parametrize("batch", [64, 256])
 def test_pools_whose_values_are_all_of_their_keys_run_them_too(batch):
+    """If V is the whole of K, with 512 columns, the latent kernels of 576 columns run."""
     shared = plan(batch=batch, q_rows=1, heads=64, kv_heads=1, d=512, dv=512, value_dim=512)["row"]
     assert (shared["arch"], shared["pass"], shared["d"]) == ("sm90", "decode", 576)
     apart = plan(batch=256, q_rows=1, heads=64, kv_heads=1, d=512, dv=512)["row"]
@@ -311,9 +315,8 @@ def test_keys_and_values_beside_each_other_run_the_kernels_of_separate_pools():
     shared = {"value_dim": 64, "value_start": 64, "pool_columns": 128}
     for options in ({}, {"q_rows": 300}, {"float8": True}, {"capability": 80}):
         assert plan(**shared | options)["row"] == plan(**options)["row"]
-    padded = plan(
-        **shared | {"float8": True, "pool_columns": 136}
-    )  # rows that bulk copies of 16 bytes cannot have
+    # The forward runs, because rows of 136 bytes do not all begin at multiples of 16, as bulk copies need.
+    padded = plan(**shared | {"float8": True, "pool_columns": 136})
     assert padded["row"]["pass"] == "forward"
     for options in ({"value_start": 60}, {"pool_columns": 132}):
         with pytest.raises(RuntimeError, match="CUDA takes multiples of 8"):

@@ -1,4 +1,4 @@
-"""Which of Hopper's rows plan() takes, and how their blocks share tiles out. No GPU needed."""
+"""Which of Hopper's rows plan() chooses, and how their CTAs share the tiles. No GPU needed."""
 
 from __future__ import annotations
 
@@ -27,17 +27,32 @@ def test_hopper_has_a_forward_of_its_own():
         assert arch(d=d, dv=dv, dtype="float32") == arch(d=d, dv=dv, device=A100) == "sm80"
 
 
-@pytest.mark.parametrize(("dv", "slices"), [(0, 1), (64, 1), (256, 1), (264, 2), (512, 2)])
-def test_ctas_of_their_own_work_on_each_slice_of_256_value_columns(dv, slices):
-    few = plan(d=512, dv=dv, batch=1, heads=2, kv_heads=1, q_rows=1000)
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("dv", [0, 64, 256, 264, 512])
+def test_two_ctas_share_each_query_tile_of_head_dims_above_256(dv, paged):
+    call: dict[str, Any] = {"d": 512, "dv": dv, "kv_heads": 1, "paged": paged}
+    few = plan(batch=1, heads=2, q_rows=1000, **call)
+    assert few["row"]["design"] == "cluster_columns"
     assert tile(few) == (128, 64)
+    assert "in 2-CTA clusters" in few["text"]
     assert few["queries"]["blocks"] == 2 * 8
-    assert few["persistent_ctas"] == 2 * 8 * slices
-    assert plan(d=512, dv=dv, batch=16)["persistent_ctas"] == 132
+    assert few["persistent_ctas"] == 2 * 2 * 8
+    assert plan(batch=16, **call)["persistent_ctas"] == 132
+    assert plan(batch=16, device=H100 | {"sm_count": 131}, **call)["persistent_ctas"] == 130
+    assert arch(device=H100 | {"sm_count": 1}, **call) == "sm80"
+
+
+@pytest.mark.parametrize(("dv", "slices"), [(64, 1), (256, 1), (264, 2), (512, 2)])
+def test_ctas_of_their_own_work_on_each_slice_of_256_value_columns(dv, slices):
+    """Where heads are packed."""
+    chosen = plan(d=512, dv=dv, batch=66, heads=128, kv_heads=2, q_rows=1, paged=True, page_size=64)
+    assert chosen["row"]["design"] == "packed_heads"
+    assert chosen["queries"]["blocks"] == chosen["persistent_ctas"] == 132
+    assert chosen["workspace"] == (256 if slices > 1 else 0)  # a counter, if there are more slices than CTAs
 
 
 def test_hopper_has_a_backward():
-    for d in (24, 32, 64, 72, 96, 128, 160, 192, 224, 256):
+    for d in (24, 32, 64, 72, 96, 128, 160, 192, 224, 256, 264, 320, 512):
         for options in ({}, {"right": 0}, {"left": 100, "right": 5}, {"varlen": True, "leading": 3}):
             assert arch(pass_="backward", d=d, dv=d, dtype="float16", **options) == "sm90"
         for name in ("sinks", "kv_lengths", "position", "ranges"):
@@ -45,6 +60,8 @@ def test_hopper_has_a_backward():
     assert tile(plan("backward")) == (128, 128)
     for d, dv in ((128, 128), (64, 128), (192, 128), (192, 192), (256, 256)):
         assert tile(plan("backward", d=d, dv=dv)) == (64, 128)
+    for d, dv in ((512, 512), (264, 64), (64, 264)):
+        assert tile(plan("backward", d=d, dv=dv)) == (64, 64)
 
 
 def test_two_ctas_share_each_key_tile_of_large_head_dims():
@@ -56,9 +73,14 @@ def test_two_ctas_share_each_key_tile_of_large_head_dims():
     odd = plan("backward", d=192, dv=192, batch=16, device=H100 | {"sm_count": 131})
     assert odd["persistent_ctas"] == 130
     assert "clusters" not in plan("backward", d=128, dv=128)["text"]
+    columns = plan("backward", d=512, dv=512)  # each CTA has half of them, of all 64 keys
+    assert "in 2-CTA clusters" in columns["text"]
+    assert columns["keys"]["blocks"] == 24 * 2 * 2
+    assert columns["persistent_ctas"] == 132
+    assert columns["shared"] == H100["shared_memory"]
 
 
-@pytest.mark.parametrize("d", [64, 128, 192, 256])
+@pytest.mark.parametrize("d", [64, 128, 192, 256, 512])
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -78,13 +100,14 @@ def test_two_ctas_share_each_key_tile_of_large_head_dims():
 )
 def test_hoppers_backward_has_kernels_for_options(d, kind, options):
     staged = {"bias", "mask"} & set(options.get("operands", ()))
-    if d > 128 and kind == "general" and staged:  # the clusters' kernels take one of them alone
+    if d > 128 and kind == "general" and staged:  # a bias or a mask must be the only option
         assert arch(pass_="backward", d=d, dv=d, **options) == "sm80"
         return
-    row = 256 if d == 192 and kind in ("bias", "mask") else d  # 192/128 and 256 have them
+    row = 256 if d == 192 and kind in ("bias", "mask") else d  # bias and mask run the larger kernel
     for deterministic in (False, True):
         text = plan("backward", d=d, dv=d, deterministic=deterministic, **options)["text"]
-        assert text.startswith(f"sm90 backward dense {kind} d={row} dv={row} tile ")
+        own = "listed_mask" if kind == "mask" and d < 512 and not deterministic else kind
+        assert text.startswith(f"sm90 backward dense {own} d={row} dv={row} tile ")
     assert arch(pass_="backward", d=32, dv=32, **options) == "sm90"
 
 
@@ -92,7 +115,7 @@ def test_hoppers_backward_has_kernels_for_options(d, kind, options):
     "options",
     [
         BIAS | {"bias_in_chunks": False},
-        MASK | {"mask_in_chunks": False},
+        MASK | {"mask_in_chunks": False, "deterministic": True},
         BIAS | {"operands": ("bias", "mask")},
         {"dtype": "float32"},
         {"q_rows": 0},
@@ -104,7 +127,7 @@ def test_other_backwards_run_the_portable_rows(options):
 
 
 def test_several_leading_dimensions_run_hoppers_backward():
-    assert arch(leading=6, leading_rank=2) == "sm80"  # the forward's tensor maps have room for one
+    assert arch(leading=6, leading_rank=2) == "sm80"  # the forward's tensor maps have one
     one, two = (plan("backward", leading=6, leading_rank=rank) for rank in (1, 2))
     assert one["text"] == two["text"]
     assert one["workspace"] == two["workspace"]
@@ -130,17 +153,18 @@ def test_the_gradient_of_a_bias_for_queries_and_keys_runs_on_hopper(d):
 
 def test_hoppers_backward_adds_dq_up_in_the_workspace():
     dq = lambda rows: 2 * rows * 8 * 64 * 4  # noqa: E731
-    assert plan("backward")["workspace"] == dq(1024)  # whole query tiles
-    assert plan("backward", device=A100)["workspace"] == dq(1000)
+    assert (
+        plan("backward")["workspace"] == plan("backward", device=A100)["workspace"] == dq(1024)
+    )  # whole tiles
     assert plan("backward", right=0, batch=16)["workspace"] == 8 * dq(1024) + 256  # and a counter of tiles
-    assert plan("backward", d=256, dv=256)["workspace"] == 4 * dq(1000)  # rows of all heads
+    assert plan("backward", d=256, dv=256)["workspace"] == 4 * dq(1024)
 
 
 def test_hoppers_repeatable_backward_counts_the_tickets_of_key_tiles():
     fast, repeatable = plan("backward"), plan("backward", deterministic=True)
     assert repeatable["queries"]["blocks"] == 0
-    tickets = 2 * 8 * 8 * 4  # batch × heads × query tiles of 128
-    assert repeatable["workspace"] == fast["workspace"] + tickets + 256  # and a counter of tiles
+    tickets = 2 * 8 * 8 * 4  # batch × heads × query tiles of 128 × bytes of a count
+    assert repeatable["workspace"] == fast["workspace"] + tickets + 256  # 256 bytes for a counter of tiles
     fast, repeatable = (plan("backward", d=256, dv=256, deterministic=x) for x in (False, True))
     tickets = 2 * 8 * 16 * 4  # both CTAs of a cluster raise the count of a query tile
     assert repeatable["workspace"] == fast["workspace"] + tickets + 256
@@ -160,11 +184,11 @@ def test_hopper_takes_fewer_queries_at_a_time_where_they_are_few():
     few, many = {"batch": 1, "q_rows": 512, "k_rows": 512}, {"batch": 1, "q_rows": 1024, "k_rows": 1024}
     assert rows(**few) == rows(d=64, **few) == rows(right=0, **few) == rows(varlen=True, **few) == 64
     assert rows(**many) == 128
-    assert rows(d=64, **many) == 128  # of teams
+    assert rows(d=64, **many) == 128  # the rows of one team
     assert rows(d=64, **many | {"batch": 16}) == 192
     assert rows(**few | {"k_rows": 16384}) == 64
     assert rows(**few | {"batch": 2}) == rows(leading=2, **few) == 128
-    assert rows(softcap=3.0, **few) == 128  # has no such kernel
+    assert rows(softcap=3.0, **few) == 128  # this option has no kernel with a smaller query tile
 
 
 def test_hopper_has_teams_where_rows_see_few_keys():
@@ -174,14 +198,14 @@ def test_hopper_has_teams_where_rows_see_few_keys():
     assert teams(1024, right=0)
     assert teams(16384, left=1024, right=0)
     assert teams(256)
-    assert teams(8192, varlen=True, right=0)  # sequences of 512 on average
+    assert teams(8192, varlen=True, right=0)  # sequences have 512 tokens on average
     assert not teams(2048, right=0)
     assert not teams(16384, left=1025, right=0)
     assert not teams(768)
-    assert not teams(1024, right=0, softcap=3.0)  # has no such kernel
+    assert not teams(1024, right=0, softcap=3.0)  # this option has no kernel with teams
     assert not teams(1024, right=0, d=128, dv=128)
     assert not teams(1024, right=0, d=32, dv=32)
-    assert not teams(512, right=0, batch=1)  # few queries have tiles of their own
+    assert not teams(512, right=0, batch=1)  # with few queries, tiles of 64 rows fill the SMs better
 
 
 def test_hopper_has_teams_where_large_tiles_leave_more_of_the_last_round_idle():
@@ -189,14 +213,14 @@ def test_hopper_has_teams_where_large_tiles_leave_more_of_the_last_round_idle():
         sizes = {"q_rows": keys, "k_rows": keys, "batch": batch, "heads": 16, "kv_heads": 16}
         return " of 2 teams" in plan(**sizes | options)["text"]
 
-    assert teams(1024, 1)  # 128 tiles, or 96 large ones, for 132 SMs
-    assert teams(1024, 2)  # 256, or 192
-    assert teams(512, 8)  # 512, or 384
-    assert not teams(768, 4)  # 384, or 256
-    assert teams(1024, 10)  # 8 rounds of large tiles
-    assert not teams(1024, 12)  # 9
-    assert not teams(512, 8, operands=("kv_lengths",))  # tiles are not as long as each other
-    assert teams(1024, 2, operands=("kv_lengths",))  # but all have a team at once
+    assert teams(1024, 1)  # 128 tiles of teams or 96 large tiles, on 132 SMs
+    assert teams(1024, 2)  # 256 tiles or 192
+    assert teams(512, 8)  # 512 tiles or 384
+    assert not teams(768, 4)  # 384 tiles or 256
+    assert teams(1024, 10)  # 8 waves of large tiles
+    assert not teams(1024, 12)  # 9 waves
+    assert not teams(512, 8, operands=("kv_lengths",))  # the tiles take different times
+    assert teams(1024, 2, operands=("kv_lengths",))  # the tiles take different times, but all run in one wave
     assert teams(2048, 1, right=0)
     assert not teams(2048, 2, right=0)
     assert not teams(8192, 8, varlen=True)
@@ -207,7 +231,7 @@ def test_teams_share_tiles_out():
         return plan(q_rows=140, k_rows=140, heads=heads, kv_heads=1, batch=1, **options)
 
     counter = 256  # bytes of workspace
-    few, many = of_heads(132, right=0), of_heads(136, right=0)  # of two tiles each
+    few, many = of_heads(132, right=0), of_heads(136, right=0)  # two tiles per head
     assert tile(few) == tile(many) == (128, 64)
     assert "264 query tiles on 132 persistent CTAs of 2 teams" in few["text"]
     assert (few["workspace"], many["workspace"]) == (0, counter)
@@ -219,7 +243,7 @@ def test_teams_share_tiles_out():
 @pytest.mark.parametrize("pass_", ["forward", "backward"])
 @pytest.mark.parametrize("d", [64, 128, 256])
 def test_a_counter_hands_out_long_tiles_although_they_are_equal(pass_, d):
-    """Where NCCL's kernel holds some SMs, CTAs that begin late leave their tiles to others."""
+    """If NCCL's kernel occupies some SMs, CTAs that begin late leave their tiles to others."""
 
     def workspace(rows: int, heads: int) -> int:
         return plan(pass_, q_rows=rows, k_rows=rows, heads=heads, kv_heads=heads, batch=1, d=d, dv=d)[
@@ -250,10 +274,10 @@ def test_the_contracts_cases_reach_every_tile_of_hoppers_plain_forward():
             of = chosen["row"]["d"], *tile(chosen)
             parallel = 132 * (2 if " teams" in chosen["text"] else 1)
             reached.add(of)
-            if chosen["queries"]["blocks"] > parallel:  # one at least has a tile after another
+            if chosen["queries"]["blocks"] > parallel:  # at least one CTA or team has several tiles
                 reached.add((*of, "by a counter" if chosen["workspace"] else "in turn"))
     assert reached >= {(64, 64, 128), (128, 64, 128), (128, 128, 128), (256, 128, 80)}
-    assert reached >= {(64, 128, 64, how) for how in ("by a counter", "in turn")}  # of teams
+    assert reached >= {(64, 128, 64, how) for how in ("by a counter", "in turn")}  # rows with teams
     assert reached >= {
         (64, 192, 128, "in turn"),
         (32, 192, 128, "by a counter"),
@@ -271,7 +295,7 @@ def test_hoppers_blocks_work_in_pairs_where_all_rows_see_many_keys():
     assert not pairs(8192, 8192, left=4096, right=4096)
     assert not pairs(8192, 8192, left=8192, right=0)
     assert not pairs(8192, 8192, operands=("kv_lengths",))
-    assert not pairs(8192, 8192, d=128)  # have no such kernel
+    assert not pairs(8192, 8192, d=128)  # d = 128 has no such kernel
     assert not pairs(8192, 8192, d=192)
     assert not pairs(8192, 8192, softcap=3.0)
     assert not pairs(8192, 8192, varlen=True)
@@ -295,7 +319,7 @@ def test_hopper_copies_pages_by_groups_of_eight_rows():
 
 
 def test_three_consumers_have_registers_for_one_option_of_the_score():
-    assert tile(plan(d=64, dv=64, batch=64))[0] == 192  # rounds of tiles are many
+    assert tile(plan(d=64, dv=64, batch=64))[0] == 192  # many waves of tiles
     for names in (("alibi_slopes",), ("q_segment_ids", "kv_segment_ids"), ("dropout",)):
         assert tile(plan(d=64, dv=64, operands=names))[0] == 192
     assert tile(plan(d=64, dv=64, softcap=3.0))[0] == 192
@@ -313,9 +337,8 @@ def test_three_consumers_have_registers_for_one_option_of_the_score():
         ({"operands": ("q_segment_ids", "kv_segment_ids")}, "segments"),
         ({"operands": ("dropout",)}, "dropout"),
         ({"softcap": 30.0}, "softcap"),
-        ({"softcap": 1e4}, "general"),  # its powers of e are not float32's
+        ({"softcap": 1e4}, "general"),  # exponentials of up to 1e4 do not fit in float32
         ({"softcap": 30.0, "operands": ("dropout",)}, "general"),
-        ({"operands": ("mask",)}, "general"),
     ],
 )
 def test_one_option_of_the_score_has_a_kernel_of_its_own_on_hopper(options, kernel):
@@ -327,83 +350,14 @@ def test_one_option_of_the_score_has_a_kernel_of_its_own_on_hopper(options, kern
 def test_what_segments_leave_to_query_tiles_is_found_before_the_forward_runs():
     sizes = {"d": 128, "dv": 128, "batch": 3, "leading": 5}
     segments = plan(**sizes, operands=("q_segment_ids", "kv_segment_ids"))
-    without = plan(**sizes, operands=("mask",))
+    without = plan(**sizes, softcap=1e4)
     tiles = segments["queries"]["blocks"] // 8  # of all heads
     assert segments["queries"]["block"] == 128
-    both = tiles + 2 * tiles  # for each consumer's 64 rows too
+    both = tiles + 2 * tiles  # for the 64 rows of each consumer, too
     assert segments["workspace"] - without["workspace"] == -(-12 * both // 256) * 256 > 0
 
 
 def test_blocks_that_stay_count_tiles_of_unequal_length():
     assert plan(d=128, dv=128, batch=9, q_rows=1024)["workspace"] == 0
-    assert plan(d=128, dv=128, batch=9, q_rows=1000)["workspace"] == 256  # the last tile of a head is shorter
-    assert plan(d=128, dv=128, batch=1, q_rows=1000)["workspace"] == 0  # 64 tiles for 132 SMs
-
-
-@pytest.mark.parametrize("pass_", ["forward", "backward"])
-@pytest.mark.parametrize("d", [64, 128, 256])
-def test_block_masks_alone_have_kernels(d, pass_):
-    blocks = {"operands": ("block_mask",), "block": (128, 128), "d": d, "dv": d}
-    for options in ({}, {"right": 0}, {"dtype": "float16", "leading": 3}, {"block": (16, 32)}):
-        chosen = plan(pass_, **blocks | options)
-        assert chosen["text"].startswith(f"sm90 {pass_} dense blocks d={d} dv={d} tile ")
-    others = [
-        {"varlen": True},
-        {"block": (128, 48)},
-        {"scale": -1.0},
-        {"operands": ("block_mask", "position")},
-    ]
-    for options in others + [{"deterministic": True}] * (pass_ == "backward"):
-        assert arch(pass_=pass_, **blocks | options) == "sm80"
-
-
-def test_query_tiles_of_small_blocks_have_rows_of_two_heads():
-    blocks = {"operands": ("block_mask",), "d": 128, "dv": 128, "batch": 1, "q_rows": 1000}
-    of_one = plan(block=(128, 64), **blocks)["queries"]
-    assert (of_one["block"], of_one["tiles"], of_one["blocks"]) == (128, 8, 8 * 8)
-    of_two = plan(block=(64, 64), **blocks)["queries"]
-    assert (of_two["block"], of_two["tiles"], of_two["blocks"]) == (64, 16, 16 * 4)
-    alone = plan(block=(64, 64), **blocks | {"heads": 6})["queries"]  # three of a KV head
-    assert (alone["block"], alone["blocks"]) == (128, 8 * 6)
-
-
-@pytest.mark.parametrize("d", [64, 128, 256])
-def test_ranges_alone_have_a_forward(d):
-    for options in ({}, {"right": 0}, {"varlen": True}, {"dtype": "float16", "leading": 3}):
-        chosen = plan(d=d, dv=d, operands=("ranges",), **options)
-        assert chosen["text"].startswith(f"sm90 forward dense ranges d={d} dv={d} tile ")
-    for options in ({"scale": -1.0}, {"softcap": 3.0}, {"operands": ("ranges", "alibi_slopes")}):
-        assert plan(d=d, dv=d, **{"operands": ("ranges",)} | options)["score"] == "general"
-    assert plan(d=d - 8, dv=d - 8, operands=("ranges",))["score"] == "ranges"
-
-
-@pytest.mark.parametrize("d", [64, 128, 256])
-def test_ranges_alone_have_a_backward(d):
-    for options in (
-        {},
-        {"right": 0},
-        {"varlen": True},
-        {"deterministic": True},
-        {"leading": 6, "leading_rank": 2},
-    ):
-        chosen = plan("backward", d=d, dv=d, operands=("ranges",), **options)
-        assert chosen["text"].startswith(f"sm90 backward dense ranges d={d} dv={d} tile ")
-    for options in ({"scale": -1.0}, {"softcap": 3.0}, {"operands": ("ranges", "alibi_slopes")}):
-        assert plan("backward", d=d, dv=d, **{"operands": ("ranges",)} | options)["score"] == "general"
-    assert plan("backward", d=192, dv=d if d == 128 else 192, operands=("ranges",))["score"] == "general"
-
-
-def test_ranges_of_other_head_dims_run_the_general_forward():
-    for d, dv in ((32, 32), (96, 96), (192, 128), (192, 192)):
-        assert plan(d=d, dv=dv, operands=("ranges",))["score"] == "general"
-    assert plan(operands=("ranges",), dtype="float32")["score"] == "general"
-
-
-def test_ranges_take_memory_for_each_block_and_each_tile():
-    fixed = plan(operands=("ranges",))
-    blocks, tiles = 2 * 16 * 32, 2 * 6 * 16  # of 64 and 192 rows, in both batch entries
-    assert fixed["workspace"] == -(-(blocks + tiles) // 256) * 256
-    plain, ranges = plan("backward", batch=3), plan("backward", operands=("ranges",), batch=3)
-    blocks, tiles = 3 * 16 * 32, 3 * 12 * 16  # of 64 query rows and of 128 keys
-    counter = 256 if ranges["persistent_ctas"] < ranges["keys"]["blocks"] else 0
-    assert ranges["workspace"] - plain["workspace"] == -(-(blocks + tiles) // 256) * 256 + counter
+    assert plan(d=128, dv=128, batch=9, q_rows=1000)["workspace"] == 256  # tiles of unequal length
+    assert plan(d=128, dv=128, batch=1, q_rows=1000)["workspace"] == 0  # 64 tiles on 132 SMs

@@ -1,7 +1,7 @@
-"""A call may be a part of a larger sequence: its position there, data, reaches band, ALiBi and dropout.
+"""A call may be a part of a larger sequence. Its position there is an array, which band, ALiBi and dropout depend on.
 
-Sequence parallelism is built on it (test_ring.py). A sequence cut into parts of queries and keys,
-whose results are merged, equals the whole.
+Sequence parallelism is built on it (test_ring.py). A sequence is cut into parts of queries and keys, and the merged
+results of the parts equal the whole.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def options_of(name: str, implementation: str) -> dict[str, Any]:
 
 
 def filled(arguments: type[Any], options: dict[str, Any]) -> Any:
-    """The arguments of a call from those of the options that it has."""
+    """An instance of `arguments`, filled from the options that it has."""
     names = [field.name for field in dataclasses.fields(arguments) if field.name in options]
     return arguments(**{name: options[name] for name in names})
 
@@ -177,7 +177,7 @@ def test_packed_sequences_share_the_position(implementation):
 
 @pytest.mark.parametrize("rows", [1, 12])
 def test_pages_split_by_keys_make_the_whole(rows, implementation):
-    """With one row, on GPUs, decode; with many, the forward over pages."""
+    """On GPUs, one row runs decode, and many run the forward over pages."""
     size, pages = 16, S // 16
     q, pools = tokens(0, HQ, (B, rows)), [tokens(i, HK, (B * pages, size)) for i in (1, 2)]
     tables = jnp.arange(B * pages, dtype=jnp.int32).reshape(B, pages)

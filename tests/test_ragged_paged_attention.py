@@ -25,7 +25,7 @@ def batch(layout="table"):
     kv_lens = np.array([*lengths, 10**6, -3], np.int32)
     offsets = np.array([*np.cumsum((0, *new)), -5, 10**6], np.int32)
     made = {"kv_lens": kv_lens, "cu_q_lens": offsets}
-    whole = np.concatenate([tables, tables[2:]])  # stale rows of sequences that have ended
+    whole = np.concatenate([tables, tables[2:]])  # after the rows in use, those of sequences that have ended
     if layout == "packed":  # each sequence's pages follow those of the one before
         used = [-(-x // SIZE) for x in lengths]
         packed = np.concatenate([row[:n] for row, n in zip(tables, used)])
@@ -126,7 +126,7 @@ CACHES = {  # layout, and shape of the cache past [p, ps], for 2 KV heads
 
 
 def in_cache(rows, layout, shape):
-    """[p, ps, hk, 2, d] as a cache of this shape, zeros in its padding: of heads, or of columns past d."""
+    """[p, ps, hk, 2, d] in a cache's shape, with zeros in padding heads and in padding columns past d."""
     heads, columns = int(np.prod(shape[:-1])), shape[-1]
     pairs, width = (heads // 2, columns) if layout == "interleaved" else (heads, columns // 2)
     wide = np.zeros((PAGES, SIZE, pairs, 2, width), np.float32)
@@ -178,7 +178,7 @@ def test_a_shared_cache_is_only_read(implementation):
 @pytest.mark.parametrize("stored", [True, False], ids=["quantised keys", "wide keys"])
 @pytest.mark.parametrize("heads", [1, 2])
 def test_float8_caches(implementation, stored, heads):
-    """Packed by 4: of one KV head, K V and two heads of padding."""
+    """Packed by 4, one KV head's K and V are followed by two heads of padding."""
     float8, k_scale, v_scale = jnp.float8_e4m3fn, 0.5, 2.0
     rng = np.random.default_rng(5)
     given, tables = batch("flat")
@@ -187,10 +187,12 @@ def test_float8_caches(implementation, stored, heads):
     new = (key, value) if stored else (key * k_scale, value * v_scale)
     rows = np.asarray(random(rng, (PAGES, SIZE, heads, 2, 64), float8), np.float32)
     cache = jnp.asarray(in_cache(rows, "interleaved", (1, 4, 128)), float8)
-    got, after = ragged_paged_attention_update(
-        query, *(x.astype(float8) if stored else x for x in new), cache, **given, distribution=jnp.asarray([0, 0, 4]),
-        k_scale=k_scale, v_scale=v_scale, sm_scale=0.2, implementation=implementation,
-    )  # fmt: skip
+    with jax.numpy_rank_promotion("raise"):  # as tpu-inference's tests have it
+        got, after = ragged_paged_attention_update(
+            query, *(x.astype(float8) if stored else x for x in new), cache, **given,
+            distribution=jnp.asarray([0, 0, 4]), k_scale=k_scale, v_scale=v_scale, sm_scale=0.2,
+            implementation=implementation,
+        )  # fmt: skip
     each = updated(rows, tables, np.asarray(key), np.asarray(value))
     scales = np.array([k_scale, v_scale])[:, None]
     wanted = attended(np.asarray(query), [x * scales for x in each], 0.2)
@@ -204,7 +206,8 @@ def test_queries_are_rounded_where_they_have_a_scale(kernel):
     query, key = random(rng, (TOKENS, 4, 64), "bfloat16"), random(rng, (TOKENS, 2, 64), "float8_e4m3fn")
     cache = jnp.zeros((PAGES, SIZE, 1, 4, 128), "float8_e4m3fn")
     call = dict(given, distribution=4, sm_scale=0.1, implementation=kernel)
-    got, _ = ragged_paged_attention_update(query, key, key, cache, **call, q_scale=0.25)
+    with jax.numpy_rank_promotion("raise"):
+        got, _ = ragged_paged_attention_update(query, key, key, cache, **call, q_scale=0.25)
     rounded = (query / 0.25).astype("float8_e4m3fn").astype("bfloat16")
     wanted, _ = ragged_paged_attention_update(rounded, key, key, cache, **call | {"sm_scale": 0.025})
     np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(wanted, np.float32))

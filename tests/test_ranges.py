@@ -1,11 +1,10 @@
-"""The operand `ranges`: what rows see by it in every layout, whatever it holds, forward and backward."""
+"""The operand `ranges` in every layout, forward and backward, whatever numbers it holds."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import checks
-import equations
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +12,7 @@ import oracle
 import pytest
 from cases import Case, make_inputs, operands, spec, varlen
 from conftest import IMPLEMENTATION
+from operand_calls import differentiate, references, static_of
 from pages import paged
 
 from jax_flash.autodiff import attend
@@ -48,7 +48,7 @@ SIZES += [
 
 
 def random_ranges(rng, shape, keys, count):
-    """Limits near and far, a few of them anywhere in int32, in any order."""
+    """Limits in any order: some near the keys in use, some far, and a few anywhere in int32."""
     found = rng.integers(-3, keys + 4, (*shape, 2 * count))
     near = np.sort(found, -1)
     found = np.where(rng.random((*shape, 1)) < 0.8, near, found)
@@ -57,7 +57,7 @@ def random_ranges(rng, shape, keys, count):
 
 
 def with_ranges(case, seed, count, heads=1, entries=None):
-    """The operands of a case and ranges, which make the keys of neighbouring rows similar in one half of the rows."""
+    """The operands of a case and ranges. In one half of the rows, neighbours have similar ranges."""
     inputs = make_inputs(case, seed)
     arrays = operands(inputs)
     rng = np.random.default_rng(seed)
@@ -70,36 +70,17 @@ def with_ranges(case, seed, count, heads=1, entries=None):
     return inputs, arrays | {"ranges": jnp.where(jnp.arange(rows)[:, None] < rows // 2, smooth, ranges)}
 
 
-def references(case, static, inputs, arrays):
-    """The equations in float64, and with S and P rounded to the dtype of the case."""
-    right = equations.attention(static, arrays, inputs.dout, inputs.dlse)
-    if case.dtype == "float32":
-        return right, right
-    low = equations.attention(
-        static, arrays, inputs.dout, inputs.dlse, dtype=np.float32, round_to=jnp.dtype(case.dtype)
-    )
-    gradients = {name: x.astype(arrays[name].dtype) for name, x in low.gradients.items()}
-    return right, equations.Result(low.out.astype(case.dtype), low.lse, gradients)
-
-
-def static_of(case, inputs, arrays):
-    return replace(spec(case, inputs), operands=tuple(name for name in OPTIONAL if name in arrays))
-
-
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("case", SIZES, ids=lambda case: case.name)
 def test_a_row_sees_the_keys_of_its_ranges(case, count, implementation):
     checks.require_case(implementation, case)
     inputs, arrays = with_ranges(case, 3, count, heads=case.hq if count == 1 else 1)
-    static = static_of(case, inputs, arrays)
-    moving, fixed = oracle.split(arrays)
-    run = replace(static, implementation=implementation)
-    got = oracle.differentiate(lambda x: attend(run, x | fixed), moving, inputs.dout, inputs.dlse)
-    oracle.assert_result(got, *references(case, static, inputs, arrays), case)
+    got = differentiate(case, inputs, arrays, implementation)
+    oracle.assert_result(got, *references(case, static_of(case, inputs, arrays), inputs, arrays), case)
 
 
 def structured(name, size):
-    """Limits [size, 4] of masks that models have: most tiles are seen whole or by no row, and many have gaps."""
+    """Limits [size, 4] of masks that models use: most tiles are visible as a whole or hidden, and many have gaps."""
     i, n = np.arange(size), size // 2
     none, zero = np.zeros((2, size), int)
     if name == "prefix":
@@ -113,17 +94,14 @@ def structured(name, size):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("name", ["prefix", "first and window", "block diffusion"])
-@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("d", checks.HOPPER_HEAD_DIMS)
 def test_masks_of_models(d, name, deterministic, implementation):
     case = Case(name, b=1, sq=640, sk=640, hq=2, hk=1, d=d, dv=d, dtype="bfloat16")
     checks.require(implementation, dtype=case.dtype, d=d, dv=d)
     inputs = make_inputs(case)
     arrays = operands(inputs) | {"ranges": jnp.asarray(structured(name, case.sq)[None, None], jnp.int32)}
-    static = static_of(case, inputs, arrays)
-    moving, fixed = oracle.split(arrays)
-    run = replace(static, implementation=implementation, deterministic=deterministic)
-    got = oracle.differentiate(lambda x: attend(run, x | fixed), moving, inputs.dout, inputs.dlse)
-    oracle.assert_result(got, *references(case, static, inputs, arrays), case)
+    got = differentiate(case, inputs, arrays, implementation, deterministic=deterministic)
+    oracle.assert_result(got, *references(case, static_of(case, inputs, arrays), inputs, arrays), case)
 
 
 # Rows. No tile of rows holds two documents, and a tile of keys that does ends before the middle of either.
@@ -143,9 +121,7 @@ def test_keys_that_no_row_of_a_tile_sees_are_stepped_over(heads, deterministic, 
     limits = np.stack([document * DOCUMENT, (document + 1) * DOCUMENT], -1)
     fixed = {"ranges": jnp.asarray(np.tile(limits, (1, heads, 1, 1)), jnp.int32)}
     moving = operands(inputs)
-    static = replace(
-        static_of(case, inputs, moving | fixed), deterministic=deterministic, implementation=kernel
-    )
+    static = static_of(case, inputs, moving | fixed, deterministic=deterministic, implementation=kernel)
     middle = (at >= BORDER) & (at < DOCUMENT - BORDER)
     for bad in range(3):
         hidden = jnp.asarray(middle & (document == bad))[:, None, None]

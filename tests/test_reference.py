@@ -1,4 +1,4 @@
-"""reference.py is right: against the same equations in numpy (tests/equations.py), forward and backward."""
+"""reference.py equals the same equations in numpy (tests/equations.py), forward and backward."""
 
 from dataclasses import replace
 from functools import partial
@@ -30,7 +30,7 @@ def test_it_equals_the_equations(case):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["everything", "bias", "sinks", "packed everything", "packed window"])
 def test_both_round_the_same_to_16_bits(name, dtype):
-    """Up to numbers that float32 sums in another order leave on another side of a tie."""
+    """They may differ where float32 sums in another order fall on another side of a tie."""
     case = BY_NAME[name].replace(dtype=dtype)
     inputs = make_inputs(case)
     got = oracle.on_cpu(oracle.plain)(case, inputs, operands(inputs), round_to=jnp.dtype(dtype))
@@ -62,7 +62,7 @@ def test_rows_that_see_nothing_may_be_nan(name):
 
 
 def test_keys_that_nobody_sees_may_be_nan():
-    """Stronger than the contract too."""
+    """Stronger than the contract: keys that nobody sees are not read either."""
     case = BY_NAME["causal top left, more keys"]
     inputs = make_inputs(case)
     dirty = {name: inputs.positional[name].at[:, case.sq :].set(jnp.nan) for name in ("key", "value")}

@@ -35,7 +35,7 @@ def test_head_dims_that_are_no_power_of_two_do_not_collide(d, dtype, kernel):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_an_odd_number_of_tiles_of_queries_before_many_keys(causal, kernel):
-    """On Hopper 2-CTA clusters run this, and an odd number of tiles leaves one CTA without."""
+    """On Hopper 2-CTA clusters run this; with an odd number of tiles, one CTA has one tile less."""
     case = Case("odd", b=1, sq=17 * 128 - 40, sk=4099, hq=1, hk=1, d=256, dv=256, causal=causal)
     checks.check(usual(case, kernel), kernel)
 
@@ -43,7 +43,7 @@ def test_an_odd_number_of_tiles_of_queries_before_many_keys(causal, kernel):
 @pytest.mark.parametrize("align", ["bottom_right", "top_left"])
 @pytest.mark.parametrize("lengths", [(160, 192), (192, 160)])
 def test_causal_with_different_lengths_never_sees_the_future(lengths, align, kernel):
-    """Changing the keys that no query may see changes not one bit, and the visible ones are right."""
+    """Changing keys that no query may see changes no bit, and the results over visible keys are right."""
     sq, sk = lengths
     case = usual(Case("future", b=1, sq=sq, sk=sk, hq=2, hk=1, causal=True, align=align), kernel)
     checks.check(case, kernel)
@@ -60,7 +60,7 @@ def test_causal_with_different_lengths_never_sees_the_future(lengths, align, ker
 
 
 def zeros_without_memory(shape, dtype):
-    """A zero array whose pages are the system's until they are written; aligned, so that DLPack shares it."""
+    """A zero array of which only written pages take memory. It is aligned, so that DLPack shares it."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     memory = np.zeros(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
@@ -91,7 +91,7 @@ def test_offsets_above_two_to_the_31_elements(kernel):
 
 
 def test_rows_of_very_negative_scores_are_not_zero(implementation):
-    """A running maximum that starts at the smallest positive float would keep it."""
+    """A running maximum that started at the smallest positive float would stay there."""
     checks.require(implementation, dtype="bfloat16")
     v = normal(1, 70, 1, 16, dtype=jnp.bfloat16)
     q = jnp.full((1, 3, 1, 16), 10, jnp.bfloat16)
@@ -106,8 +106,8 @@ def test_rows_of_very_negative_scores_are_not_zero(implementation):
 
 @pytest.mark.parametrize("row", [-1e30, -1e4, 1e4, 1e30])
 def test_a_row_with_an_enormous_bias_has_the_same_softmax_as_without(row, implementation):
-    """The other rows agree bit for bit. The bias is the same for the whole row, even where float32 rounds the scores
-    away in the sum. "Without" means a bias of zeros: a call without bias may run another kernel."""
+    """The other rows agree bit for bit. The bias is the same for the whole row, so it must not change the softmax, even
+    if float32 rounds the scores away. Compared with a bias of zeros, since no bias may run another kernel."""
     case = usual(Case("enormous", sk=70), implementation)
     inputs = make_inputs(case)
     none = jnp.zeros((12, 1))
@@ -117,7 +117,7 @@ def test_a_row_with_an_enormous_bias_has_the_same_softmax_as_without(row, implem
     )
     others = np.arange(12) != 3
     np.testing.assert_array_equal(got.out[:, others], plain.out[:, others])
-    if abs(row) > 1e20:  # every score is the bias
+    if abs(row) > 1e20:  # the scores are rounded away, so that each equals the bias
         v = np.repeat(np.asarray(inputs.positional["value"], np.float32), 2, axis=2).mean(1)
         np.testing.assert_allclose(got.out[:, 3].astype(np.float32), v, rtol=1e-2, atol=1e-3)
     else:
@@ -154,7 +154,7 @@ def test_a_bias_that_hides_keys_by_a_large_number(dtype, big, implementation):
     )
     assert np.isfinite(out).all()
     assert not np.isnan(lse).any()
-    if big != "lowest":  # 2^x of which may be −∞, as a mask is
+    if big != "lowest":  # 2^x of the lowest number may be −∞, which hides the key like a mask
         mean = np.broadcast_to(np.asarray(v, np.float32).mean(1), out[:, 5].shape)
         np.testing.assert_allclose(out[:, 5], mean, rtol=2e-2, atol=2e-3 if big == -1e30 else 2e-2)
 
@@ -163,7 +163,7 @@ def test_a_bias_that_hides_keys_by_a_large_number(dtype, big, implementation):
 @pytest.mark.parametrize("option", [None, "bias", "rows of bias", "alibi", "segments", "two"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_scores_beyond_what_float32_counts_choose_the_largest(dtype, option, sign, implementation):
-    """From 2³² on a product of scale and score is rounded by more than what 2^x takes without overflow."""
+    """From 2³² on, the rounding of scale · score exceeds the largest exponent that 2^x takes without overflow."""
     checks.require(implementation, dtype=dtype)
     q, k = (jnp.clip(normal(1, 200, 2, 64, seed=seed) * 3e4, -6e4, 6e4).astype(dtype) for seed in (1, 2))
     if sign == "negative":
@@ -215,7 +215,7 @@ def test_lengths_absent_full_and_zero(implementation):
     full = jnp.full(2, 12, jnp.int32)
 
     def same(x, y):
-        # In plain JAX these are two programs, whose products XLA tunes separately on a GPU.
+        # Plain JAX runs these as two programs, whose products XLA tunes separately on a GPU.
         tuned = implementation == "xla" and jax.default_backend() == "gpu"
         tolerance = float(jnp.finfo(x.dtype).eps) if tuned else 0
         np.testing.assert_allclose(
@@ -359,7 +359,7 @@ def test_a_wrong_call_is_an_exception_and_the_next_call_is_right(implementation)
 # Segments.
 
 
-@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("d", checks.HOPPER_HEAD_DIMS)
 @pytest.mark.parametrize("order", ["sorted", "mixed", "strangers"])
 def test_segments_that_hide_whole_tiles_of_keys(d, order, kernel):
     """Kernels skip tiles by their smallest and largest ids: rows in any order, and keys of no row's segment."""

@@ -1,4 +1,4 @@
-"""A release is described once, in packages/release.json, and what cannot read it agrees with it."""
+"""packages/release.json describes a release once. Files that cannot read it must agree with it."""
 
 import json
 import re
@@ -49,7 +49,8 @@ def test_the_page_on_installing_names_the_architectures_of_the_wheels():
     (sentence,) = re.findall(
         r"The CUDA wheels hold\s+machine code for ([^;]*);", (ROOT / "docs" / "install.md").read_text()
     )
-    named = re.sub(r"\([^)]*\)", "", sentence)  # what runs another's machine code stands in parentheses
+    # Parentheses hold the architectures that run another one's machine code.
+    named = re.sub(r"\([^)]*\)", "", sentence)
     assert re.findall(r"sm_(\d+)", named) == [re.match(r"\d+", arch)[0] for arch in RELEASE["archs"]]
 
 

@@ -100,6 +100,8 @@ def named(kernel: str, element: str, row: str, kind: str) -> str:
         (named("forward_sm80<ForwardSm80", "__nv_bfloat16", "64, 64, 128, 64, 2, 4", "general"), False),
         (named("forward_sm80<ForwardSm80", "float", "128, 128, 64, 64, 1, 4", "plain"), False),
         (named("forward_sm90<ForwardSm90", "__half", "64, 64, 192, 128, 2, 16, 1", "plain"), True),
+        (named("forward_sm90<ForwardSm90", "__half", "512, 512, 128, 64, 2, 12, 1", "plain"), True),
+        (named("forward_sm90<ForwardSm90", "__half", "512, 512, 128, 64, 2, 12, 1", "general"), False),
         (named("backward_sm90<BackwardSm90", "__half", "128, 128, 64, 128, 2, 12, 1", "plain"), True),
         (named("backward_sm90<BackwardSm90", "__half", "192, 128, 64, 128, 2, 16, 1", "plain"), False),
         (named("tangent_sm80<TangentSm80", "__half", "64, 64, 128, 64, 2, 4", "plain"), True),

@@ -39,11 +39,11 @@ MORE = (
 
 
 def assert_right(call: Any, inputs: Inputs, wanted: np.ndarray, implementation: str) -> None:
-    """`call(moving, **options)` has the same out and lse with and without the largest scores, which are right."""
+    """`call(moving, **options)` has the same out and lse with and without return_max, and the maxima are right."""
     moving, _ = oracle.split(inputs.positional | inputs.keywords)
     out, lse = call(moving)
     *same, largest = call(moving, return_max=True)
-    if implementation == "xla":  # whose fusions round differently on a GPU
+    if implementation == "xla":  # XLA fuses the two programs differently, which changes roundings on a GPU
         assert_same(same, [out, lse], tolerance=max(1e-5, float(jnp.finfo(out.dtype).eps)))
     else:
         assert [np.asarray(x).tobytes() for x in same] == [np.asarray(x).tobytes() for x in (out, lse)]
@@ -112,7 +112,7 @@ def test_a_sequence_that_sees_nothing_has_minus_infinity(scale, implementation):
 
 def test_visible_nan_and_infinity_are_not_lost_and_hidden_ones_do_not_count(implementation):
     x = np.random.default_rng(0).standard_normal((1, 40, 2, 16)).astype(np.float32)
-    x = x.astype(jnp.bfloat16)  # CUDA makes float32 products of an infinity NaN
+    x = x.astype(jnp.bfloat16)  # in float32, CUDA's three TF32 products turn an infinity into NaN
     for value, expected in ((np.nan, np.nan), (np.inf, np.inf)):
         key = x.copy()
         key[0, 39, 0, 0] = value
@@ -207,7 +207,7 @@ def test_it_has_no_gradient_and_those_of_the_others_are_the_same(case, implement
     plain, asked = (
         jax.jit(with_gradients(f(case, implementation)))(arrays) for f in (attention, with_max)
     )  # fmt: skip
-    if implementation == "xla":  # whose fusions round differently
+    if implementation == "xla":  # XLA fuses the two programs differently, which changes roundings
         assert_same(asked["gradients"], plain["gradients"])
     for name, x in plain["gradients"].items() if implementation != "xla" else ():
         assert np.asarray(x).tobytes() == np.asarray(asked["gradients"][name]).tobytes(), name

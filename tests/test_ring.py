@@ -39,7 +39,8 @@ CASES = (
     CAUSAL.replace(name="causal, more keys", sk=32),
     CAUSAL.replace(name="causal, more queries", sq=32),
     CAUSAL.replace(name="causal top left, more keys", sk=32, align="top_left"),
-    PLAIN.replace(name="window", sq=32, sk=32, window=(5, 1)),  # to the right one key, of the next device
+    # One key to the right, which the next device has.
+    PLAIN.replace(name="window", sq=32, sk=32, window=(5, 1)),
     CAUSAL.replace(name="causal window", sq=32, sk=32, window=(6, None)),
     PLAIN.replace(name="window that misses", sq=32, window=(2, 0), align="top_left", sinks=True),
     CAUSAL.replace(name="segments", segments=3),
@@ -79,7 +80,7 @@ def order_of(order: str, tokens: int, devices: int) -> np.ndarray:
 
 
 def in_ring(case: Case, order: str, devices: int, **options: Any) -> Any:
-    """(query, key, value, keywords) of a whole sequence → (out, lse[, max]), by devices in a ring."""
+    """(query, key, value, keywords) of a whole sequence → (out, lse[, max]), computed by a ring of devices."""
     mesh = mesh_of(devices)
     rows, columns = (order_of(order, size, devices) for size in (case.sq, case.sk))
 
@@ -135,7 +136,7 @@ def test_a_ring_of_four_is_the_whole(kernel, case, order):
     ["plain", "causal", "causal, more keys", "segments", "alibi", "dropout", "mask and bias", "V is K"],
 )
 def test_long_shards(kernel, name, order, monkeypatch):
-    """A device's own keys take two calls: K and V arrive under either, and a backward begins and ends with them."""
+    """A device's own keys take two calls, so K and V arrive during either; a backward begins and ends with them."""
     monkeypatch.setattr(schedule, "HALVED", 2)
     monkeypatch.setattr(shard, "COPIED", 0)
     check(next(case for case in CASES if case.name == name), order, 2, kernel)
@@ -154,7 +155,7 @@ def test_plain_jax_runs_the_same_ring(name):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_sixteen_bits_keep_the_tolerance(kernel, dtype, order):
-    """Results of parts are rounded to 16 bits, what is made of them is summed in float32."""
+    """Results of parts are rounded to 16 bits; sums over the parts are in float32."""
     check(CAUSAL.replace(dtype=dtype, sq=128, sk=128, d=16, dv=16), order, 8, kernel)
     check(PLAIN.replace(dtype=dtype, sq=128, sk=128, d=16, dv=16), order, 8, kernel)
 
@@ -189,7 +190,7 @@ def test_under_vmap_and_in_a_scan_that_saves_out_and_lse(kernel):
     run = jax.jit(with_gradients(partial(layers, call)))
     compiled = run.lower(arrays).compile()
     assert_same(compiled(arrays), jax.jit(with_gradients(partial(layers, attention(CAUSAL, kernel))))(arrays))
-    calls = 1 + 3 * 2  # on the device's own keys, and of pairs of chunks at each of 3 distances
+    calls = 1 + 3 * 2  # one call on the device's own keys, and two on pairs of chunks at each of 3 distances
     assert custom_calls(compiled.as_text()) == {"forward": calls, "backward": calls}
 
 
@@ -237,7 +238,7 @@ def test_only_what_is_needed_travels(kernel, heads):
     assert collectives(forward) == {"collective-permute": 1}
     assert set(collectives(text)) == {"collective-permute"}
     assert custom_calls(text) == {"forward": 2, "backward": 2}
-    heads_here = 2 if heads else 4  # of 4 rows, and of the 3 that see keys of the neighbour
+    heads_here = 2 if heads else 4  # shards of 4 rows, of which 3 see keys of the neighbour
     assert shard_shapes(text, "forward") == {(2, 4, heads_here, 8), (2, 3, heads_here, 8)}
     pairs = re.findall(r"source_target_pairs=\{(.*?\})\}", text)
     assert len(pairs) == collectives(text)["collective-permute"]

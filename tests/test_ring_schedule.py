@@ -1,4 +1,4 @@
-"""What each device of a ring multiplies and sends: nothing that the mask hides from all, and the same work for all."""
+"""What the devices of a ring multiply and send: nothing that the mask hides everywhere, and equal work on each."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_cuts_are_whole_tiles_where_shards_are():
 
 
 def test_a_backward_begins_and_ends_with_halves_of_a_devices_own_keys():
-    """The first half hides the first keys' arrival, the second one the last gradients' return."""
+    """During the first half the first keys arrive, and during the second half the last gradients return."""
     shard = 2 * rules.HALVED
     for band, keys in (({}, (shard, shard)), ({"right": 0}, (rules.HALVED, shard))):
         own, *_ = schedule("contiguous", shard=shard, halves=True, **band)
@@ -109,6 +109,6 @@ def test_a_backward_begins_and_ends_with_halves_of_a_devices_own_keys():
             (rules.HALVED, rules.HALVED),
         ]
         assert tuple(work.keys.size for work in own.work) == keys
-    for options in ({"shard": rules.HALVED - 1}, {"left": 5, "right": 0}):  # short shards; little travels
+    for options in ({"shard": rules.HALVED - 1}, {"left": 5, "right": 0}):  # short shards; little to send
         own, *_ = schedule("contiguous", halves=True, **({"shard": shard} | options))
         assert len(own.work) == 1

@@ -1,4 +1,4 @@
-"""Under jit, a sequence that query, key and value are split over alike runs as a ring: permutes, and no gather."""
+"""Under jit, if query, key and value have the same split of the sequence, it runs as a ring: permutes and no gather."""
 
 from functools import partial
 
@@ -44,7 +44,7 @@ def cube(axis_type):
 
 
 def assert_ring(text, visits, backward=None):
-    """So many visits of a forward, and of a backward: for each but the first a permute of K with V, and dK with dV."""
+    """Asserts the number of visits in forward and backward. All but the first permute K with V, and dK with dV."""
     permutes = visits - 1 + (0 if backward is None else 2 * (backward - 1))
     assert collectives(text) == {"collective-permute": permutes}
     assert custom_calls(text)["forward"] == visits
@@ -60,14 +60,14 @@ def assert_ring(text, visits, backward=None):
     ids=["causal", "full", "window", "causal window"],
 )
 def test_a_sequence_split_alike_runs_in_a_ring(kernel, mesh, case, visits):
-    """Shards beyond a window are no part of the program."""
+    """The program has no shards that lie beyond the window."""
     specs = qkv(SEQUENCE)
     text = forward(attention(case, kernel), mesh, arrays_of(case), specs)
     assert_ring(text, visits)
-    assert "dynamic-slice(" not in text  # calls take shards and parts of them where they lie
+    assert "dynamic-slice(" not in text  # calls read shards, and parts of them, in place
     text, got = check(attention(case, kernel), mesh, arrays_of(case), specs)
     assert_ring(text, visits, visits)
-    if not case.window:  # with one, only rows that it reaches are multiplied by the neighbour's keys
+    if not case.window:  # with a window, the neighbour's keys are multiplied by the rows that see them only
         assert shard_shapes(text, "forward") == shard_shapes(text, "backward") == {(2, 4, 8, 8)}
     for x in (got["results"][0], *got["gradients"].values()):
         assert x.sharding.is_equivalent_to(NamedSharding(mesh, SEQUENCE), 4)
@@ -75,7 +75,7 @@ def test_a_sequence_split_alike_runs_in_a_ring(kernel, mesh, case, visits):
 
 @pytest.mark.parametrize(("sq", "sk", "visits"), [(16, 32, 4), (32, 16, 4), (24, 16, 4), (4, 64, 4)], ids=str)
 def test_queries_and_keys_of_different_lengths(kernel, mesh, sq, sk, visits):
-    """Bottom right: the last query sees every key, so that shards of more keys are further ahead."""
+    """Bottom right: the last query sees every key, so shards of keys that are longer lie further ahead."""
     case = FULL.replace(sq=sq, sk=sk)
     text, got = check(attention(case, kernel), mesh, arrays_of(case), qkv(SEQUENCE))
     assert_ring(text, visits, visits)
@@ -122,8 +122,8 @@ ALL_SPECS = {
 
 @pytest.mark.parametrize("bias", [(4, 8, 16, 16), (1, 8, 1, 16), (4, 1, 16, 1)], ids=str)
 def test_all_operands_on_three_axes(kernel, cube, bias):
-    """Only gradients of what devices share are summed. Each batch entry has its own lengths and so its own diagonal,
-    which makes it one entry of a leading dimension."""
+    """Only gradients of operands that devices share are summed. Each batch entry has its own lengths, and so its own
+    diagonal; it becomes one entry of a leading dimension."""
     case = ALL.replace(bias=bias)
     shared = P(*(axis if size > 1 else None for axis, size in zip(("data", "model", "ring"), bias)))
     specs = qkv(P("data", "ring", "model")) | ALL_SPECS | {"bias": shared}
@@ -162,7 +162,7 @@ def test_under_vmap(kernel, mesh, spec):
 
 
 def test_scan_over_layers_with_saved_residuals(kernel, mesh):
-    """Keys are closed over; the policy keeps out and lse, so that no forward runs twice."""
+    """Keys are closed over. The policy keeps out and lse, so no forward runs twice."""
     call = attention(CAUSAL, kernel)
     policy = jax.checkpoint_policies.save_only_these_names("flash_out", "flash_lse")
 
@@ -196,13 +196,13 @@ TOKENS = P("model")
 
 
 def packed(case, kernel, **options):
-    """The call with one array of offsets, for queries and keys."""
+    """The call, with one array of offsets for queries and keys."""
     call = attention(case, kernel, **options)
     return lambda arrays: call(arrays | {"cu_seqlens_k": None})
 
 
 def assert_packed_ring(text, visits, sums=0):
-    """A forward and a backward: K with V, dK with dV, and the documents' numbers, which are integers, travel."""
+    """One forward and one backward: K travels with V, dK with dV; the documents' numbers, integers, travel too."""
     assert collectives(text) == {"collective-permute": 5 * (visits - 1)} | (
         {"all-reduce": sums} if sums else {}
     )
@@ -224,12 +224,12 @@ def test_packed_tokens_run_in_a_ring(kernel, mesh, changes, visits):
     """Documents cross shards; the padding after them is not read, and its rows are 0."""
     case = PACKED.replace(**changes)
     text, got = check(packed(case, kernel), mesh, arrays_of(case), qkv(TOKENS))
-    assert_packed_ring(text, visits, sums=int(case.sinks is True))  # of the sinks' gradient
+    assert_packed_ring(text, visits, sums=int(case.sinks is True))  # the gradient of sinks is summed
     for x in (got["results"][0], *(got["gradients"][name] for name in ("query", "key", "value"))):
         assert x.sharding.is_equivalent_to(NamedSharding(mesh, TOKENS), 3)
 
 
-LENGTHS = (4, 3, 20, 0)  # of documents of 9, 0, 14 and 5
+LENGTHS = (4, 3, 20, 0)  # of documents with 9, 0, 14 and 5 tokens
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ LENGTHS = (4, 3, 20, 0)  # of documents of 9, 0, 14 and 5
     ids=["full", "causal", "window"],
 )
 def test_packed_tokens_with_lengths_of_keys(kernel, mesh, changes):
-    """Lengths that move no diagonal: without a band, or from the top left."""
+    """These lengths move no diagonal, because there is no band, or it is aligned top left."""
     case = PACKED.replace(kv_lengths=LENGTHS, **changes)
     text, _ = check(packed(case, kernel), mesh, arrays_of(case), qkv(TOKENS))
     assert set(collectives(text)) == {"collective-permute"}
@@ -246,7 +246,7 @@ def test_packed_tokens_with_lengths_of_keys(kernel, mesh, changes):
 
 @pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["whole", "lengths"])
 def test_packed_keys_with_offsets_of_their_own(kernel, mesh, lengths):
-    """Without a band it does not matter where in a document its keys lie."""
+    """Without a band, positions of keys within a document do not matter."""
     case = PACKED.replace(causal=False, k_sequences=(20, 8, 3, 29))
     case = case.replace(kv_lengths=lengths, softcap=2.0)
     text, _ = check(attention(case, kernel), mesh, arrays_of(case), qkv(TOKENS))
@@ -326,7 +326,7 @@ def test_packed_keys_with_offsets_of_their_own_and_a_band_are_gathered(kernel, m
 
 
 def test_keys_with_the_offsets_of_fewer_queries_and_a_band_are_gathered(kernel, mesh):
-    """The last document ends with the queries, and with the keys: its diagonal is not the row's."""
+    """The last document has more keys than queries, so its diagonal is not the one of the row."""
     case = varlen("packed", (10, 6), k_sequences=(10, 22), hq=8, hk=4, d=8, dv=8, causal=True)
     call = attention(case, kernel)
     arrays = arrays_of(case) | {"cu_seqlens_q": jnp.asarray([0, 10, 40], jnp.int32)}
@@ -337,7 +337,7 @@ def test_keys_with_the_offsets_of_fewer_queries_and_a_band_are_gathered(kernel, 
 
 @pytest.mark.parametrize(("sq", "sk"), [(18, 18), (16, 18), (18, 16)], ids=str)
 def test_lengths_that_the_axis_does_not_divide_are_gathered(kernel, automatic, sq, sk):
-    """Asked of XLA by a constraint: arguments themselves must divide. Pad them, with kv_lengths, to keep them split."""
+    """Asked of XLA by a constraint, because arguments must divide. To keep them split, pad them and pass kv_lengths."""
     case = CAUSAL.replace(sq=sq, sk=sk)
     call = attention(case, kernel)
 

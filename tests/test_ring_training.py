@@ -1,4 +1,4 @@
-"""A training step in Flax with a split sequence: in scan over layers, with remat, on meshes of one to three axes."""
+"""A training step in Flax with a split sequence: scan over layers with remat, on meshes of one to three axes."""
 
 from functools import partial
 
@@ -37,7 +37,7 @@ class Block(nnx.Module):
 
 
 class Layers(nnx.Module):
-    """Blocks of stacked weights, run by scan; each is computed again in the backward, except for its attention."""
+    """Blocks with stacked weights, run by scan. The backward computes each block again, except for its attention."""
 
     def __init__(self, attend, policy, rngs):
         make = nnx.vmap(lambda rngs: Block(attend, rngs), in_axes=0, out_axes=0)
@@ -52,7 +52,7 @@ class Layers(nnx.Module):
 
 
 def ring_fn(query, key, value, *, implementation, is_causal=False, **_):
-    """An attention_fn that is manual over the sequence alone, so that XLA splits batch and heads."""
+    """An attention_fn that is manual over the sequence axis only, so that XLA splits batch and heads."""
     attend = partial(ring_attention, axis_name="sequence", causal=is_causal, implementation=implementation)
     shard = P(None, "sequence")
     mapped = jax.shard_map(attend, in_specs=(shard,) * 3, out_specs=shard, axis_names={"sequence"})
@@ -60,7 +60,7 @@ def ring_fn(query, key, value, *, implementation, is_causal=False, **_):
 
 
 def trained(attend, policy=KEEP_ATTENTION):
-    """(weights, the step): one gradient step on the weights and the batch, from (weights, x) to (weights, loss)."""
+    """(weights, step). The step maps (weights, x) to (weights, loss), with one gradient step on the weights."""
     graph, weights, others = nnx.split(Layers(attend, policy, nnx.Rngs(0)), nnx.Param, ...)
 
     def step(weights, x):
@@ -103,7 +103,7 @@ def by_heads(mesh, weights):
 
 @pytest.fixture(scope="module")
 def alone():
-    """The step on one device, in plain JAX."""
+    """The training step on one device, in plain JAX."""
     weights, step = trained(partial(attention_fn, implementation="xla"), policy=None)
     x = jax.random.normal(jax.random.key(1), (BATCH, LENGTH, WIDTH), jnp.float32)
     return jax.jit(step)(weights, x)
@@ -124,7 +124,7 @@ def test_a_training_step_with_a_split_sequence_is_that_of_one_device(kernel, alo
 
 
 def test_remat_keeps_what_the_ring_computed(kernel):
-    """As many forwards as backwards: without the policy each ring would run forward once more."""
+    """There are as many forwards as backwards; without the policy each ring would run its forward twice."""
     _, text = run_on({"sequence": 4}, partial(ring_fn, implementation=kernel))
     calls = custom_calls(text)
     assert calls["forward"] == calls["backward"] == 4

@@ -17,7 +17,7 @@ def normal(seed, *shape):
 
 
 def tables(half=D // 2, positions=POSITIONS):
-    """cos and sin, not of one angle, so that exchanging them shows."""
+    """Tables cos and sin. They are of different angles, so that exchanging them changes results."""
     return np.cos(normal(1, positions, half)), np.sin(normal(2, positions, half))
 
 
@@ -26,7 +26,8 @@ def i32(*values):
 
 
 def right(x, positions, cos, sin, interleaved=False):
-    """Pairs as complex numbers times cos + i·sin, float64; positions of x's shape before the heads."""
+    """The expected result in float64: pairs are complex numbers, multiplied by cos + i·sin. positions has x's shape
+    up to the heads."""
     x, half = np.asarray(x).astype(float), cos.shape[1]
     a, b = (np.arange(half) * 2 + i if interleaved else np.arange(half) + half * i for i in (0, 1))
     at = np.clip(np.broadcast_to(positions, x.shape[:-2]), 0, len(cos) - 1)
@@ -173,9 +174,8 @@ def test_append_kv_rotates_sixteen_bits_to_the_same_bits(dtype, implementation):
     call = dict(block_tables=PAGES, kv_lengths=BEFORE, implementation=implementation)
     got, _, _ = append_kv(*pools(dtype=dtype), key, value, rotary=rotary, **call)
     wanted, _, _ = append_kv(*pools(dtype=dtype), apply_rotary(key, at, *rotary), value, **call)
-    one_rounding = 2.0 ** (
-        -10 if dtype == jnp.float16 else -7
-    )  # where a product fused with a sum rounds otherwise
+    # A product that is fused with a sum may be rounded differently.
+    one_rounding = 2.0 ** (-10 if dtype == jnp.float16 else -7)
     np.testing.assert_allclose(
         np.asarray(got, np.float32), np.asarray(wanted, np.float32), rtol=one_rounding, atol=1e-6
     )
@@ -198,8 +198,8 @@ def test_append_kv_rotates_before_it_quantises(implementation):
 
 @pytest.mark.parametrize(("dtype", "step"), [(jnp.float16, 2.0**-12), (jnp.bfloat16, 2.0**-10)])
 def test_append_kv_rounds_what_it_rotates_to_the_keys_dtype_before_it_quantises(dtype, step, implementation):
-    """1.0625 + step is 1.0625 in the keys' dtype, which lies between two float8 and becomes the even one, 1; rounded
-    once it would be 1.125."""
+    """1.0625 + step is rounded to 1.0625 in the keys' dtype. This lies halfway between two float8 and becomes the even
+    one, 1. Rounded directly to float8, 1.0625 + step would become 1.125."""
     key = jnp.ones((2, 3, 2, D), dtype).at[..., : D // 2].set(1.0625)
     cos, sin = np.ones((12, D // 2), np.float32), np.full((12, D // 2), -step, np.float32)
     call = dict(block_tables=PAGES, kv_lengths=BEFORE, implementation=implementation)
@@ -214,8 +214,8 @@ def test_append_kv_rounds_what_it_rotates_to_the_keys_dtype_before_it_quantises(
 
 @pytest.mark.parametrize(("dtype", "step"), [(jnp.float16, 2.0**-12), (jnp.bfloat16, 2.0**-10)])
 def test_dynamic_scales_are_those_of_rotated_keys_in_the_keys_dtype(dtype, step, implementation):
-    """1.75 + step is 1.75 in the keys' dtype, for which a scale of 1 / 256 is enough, as float8's 448 / 256 is 1.75;
-    1.75 + step itself needs the next power of two."""
+    """1.75 + step is rounded to 1.75 in the keys' dtype. For 1.75 a scale of 1 / 256 is enough, because float8's
+    largest number is 448 and 448 / 256 = 1.75. For 1.75 + step the scale would be the next power of two."""
     key = jnp.ones((2, 3, 2, D), dtype).at[..., : D // 2].set(1.75)
     cos, sin = np.ones((12, D // 2), np.float32), np.full((12, D // 2), -step, np.float32)
     scales = {name: jnp.ones((6, 2), jnp.float32) for name in ("k_scale", "v_scale")}

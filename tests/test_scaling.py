@@ -1,4 +1,4 @@
-"""benchmarks/: the scaling suite's cells on forced host devices, its bars, its profiles, and what predict.py says."""
+"""benchmarks/: the scaling suite's cells on forced host devices, its bars and profiles, and predict.py's output."""
 
 import math
 import re
@@ -22,7 +22,7 @@ from benchmarks import (
 
 @pytest.fixture
 def two_devices(monkeypatch):
-    """The suite as on a machine of two devices, timing each call once."""
+    """Runs the suite as on a machine of two devices, timing each call once."""
     require_devices(2)
     monkeypatch.setattr(suite_scaling, "device_count", lambda: 2)
     monkeypatch.setattr(suite_scaling, "timed", once)
@@ -58,7 +58,7 @@ def test_a_way_that_does_not_compile_is_left_out_with_its_reason(two_devices, mo
     cells = list(suite_scaling.sequence_cells(64, h=2, d=16))
     assert cells[2]["times"]["zigzag"] == {"refused": "a cycle"}
     assert "zigzag" not in bars_scaling.verdict(cells[2])
-    assert bars_scaling.judge(cells) == []  # of other lengths
+    assert bars_scaling.judge(cells) == []  # these have other lengths
     assert len(predict.check(cells[2:3], predict.H200)) == 2 + 2
 
 
@@ -68,7 +68,8 @@ def test_batch_and_heads_are_timed_and_their_programs_have_no_collective(two_dev
     bars = {bar.name: bar for bar in bars_scaling.judge(cells)}
     assert bars["batch and heads, collectives"].met
     assert "batch and heads both, of linear" in bars
-    report.draw_bars(suite_scaling.SUITE, cells, pytest.importorskip("matplotlib.pyplot"))  # a limit of 0 too
+    # A limit of 0 must work too.
+    report.draw_bars(suite_scaling.SUITE, cells, pytest.importorskip("matplotlib.pyplot"))
 
 
 def test_links_are_timed_with_the_bytes_that_they_move(two_devices):
@@ -101,8 +102,8 @@ def test_every_mesh_takes_the_same_training_step(two_devices):
 
 
 def test_a_layers_memory_goes_down_with_the_devices():
-    """No array of a device's program is larger than a few shards. How many are alive at once is not asked here: XLA:CPU
-    drops the barriers that keep the shards of keys apart."""
+    """No array in a device's program is larger than a few shards. The number of arrays alive at once is not tested:
+    XLA:CPU drops the barriers that keep the shards of keys from being alive together."""
     require_devices(8)
     case = suite_scaling.ring_case(8192, "causal", 2, 16).replace(dtype="float32")
     for count in (2, 4, 8):

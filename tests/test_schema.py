@@ -15,12 +15,8 @@ from jax_flash import operands, spec
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "tests" / "kernels"
-BYTES = {
-    "activation": 2,
-    "pool": 1,
-    "bias": 4,
-    "boolean": 1,
-}  # in the driver's call; 4 for every other element
+# Element sizes in the driver's call; every other element has 4 bytes.
+BYTES = {"activation": 2, "pool": 1, "bias": 4, "boolean": 1}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +54,7 @@ def test_both_languages_read_the_same_dimensions(printed):
         for layout, names in zip(layouts, dims, strict=True):
             if names:
                 found[layout][name] = tuple(names.split())
-    without_kernels = {"tsinks"}  # JAX makes this tangent of others
+    without_kernels = {"tsinks"}  # JAX computes this tangent, so kernels do not take it
     wanted = {
         layout: {name: dims for name, dims in table.items() if name not in without_kernels}
         for layout, table in operands.DIMS.items()

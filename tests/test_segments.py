@@ -1,7 +1,7 @@
-"""Segments numbered in any order, over several tiles; and tiles of other segments, which no product reads.
+"""Segments in any order over several tiles, some of which no product must read.
 
-The kernels step through those tiles only that may share a segment (csrc/core/segments.h). On the emulator each case
-has one dtype.
+The kernels step only through tiles that may share a segment (csrc/core/segments.h). On the emulator each case has one
+dtype.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LOWEST, HIGHEST = -(2**31), 2**31 - 1
 
 
 def runs(numbers: tuple[int, ...], size: int) -> np.ndarray:
-    """So many rows of consecutive runs, as long as each other, with these numbers."""
+    """Segment ids of runs of equal length, one for each of these numbers."""
     return np.repeat(numbers, -(-size // len(numbers)))[:size]
 
 
@@ -38,7 +38,7 @@ def padded(size: int) -> np.ndarray:
     return documents
 
 
-# By size: the segments of queries or keys.
+# Each function makes the segment ids of queries or keys from their number.
 NUMBERINGS: dict[str, Callable[[int], np.ndarray]] = {
     "in order": lambda size: runs((0, 1, 2, 3, 4), size),
     "in order, then padding": padded,
@@ -60,7 +60,7 @@ BANDS = {
     "window, bias": {"window": (90, 30), "bias": (1, 2, SQ, SK)},
     "bias of keys": {"bias": (1, 1, 1, SK), "dropout_rate": 0.2},
 }
-# Each numbering with two of the bands.
+# Each numbering is combined with two of the bands.
 CASES = [
     Case(f"{numbering}: {band}", **SIZES | BANDS[band])
     for i, numbering in enumerate(NUMBERINGS)
@@ -69,7 +69,7 @@ CASES = [
 
 
 def numbered(case: Case, seed: int = 0) -> Inputs:
-    """The case's inputs, with segments as its name says. The second batch entry's come in reverse."""
+    """The case's inputs, with the segments that its name says. The second batch entry has them in reverse."""
     numbering = NUMBERINGS[case.name.split(": ")[0]]
     inputs = make_inputs(case, seed)
     ids = tuple(
@@ -107,7 +107,7 @@ DOCUMENT, BORDER = (128, 32) if EMULATED else (768, 192)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_other_segments_are_stepped_over(causal: bool, deterministic: bool) -> None:
-    """NaN in the middle of one reaches no row in the middle of another: no product reads both."""
+    """NaN in the middle of a segment reaches no row in the middle of another, since no product reads both."""
     dtype = checks.usual_dtype(IMPLEMENTATION)
     size = 3 * DOCUMENT
     case = Case("three documents", b=1, sq=size, sk=size, hq=2, hk=1, d=64, dv=64, causal=causal, dtype=dtype)

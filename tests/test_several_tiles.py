@@ -23,7 +23,7 @@ HALF = ("bfloat16", "float16")
 PADDED_HEAD_DIMS = ((8, 8), (40, 40), (64, 24), (72, 128), (160, 112), (224, 224), (320, 488))
 SQ, SK = (150, 170) if EMULATED else (300, 1104)
 SIZES = {"b": 1, "hq": 2, "hk": 1, "sq": SQ, "sk": SK}
-SCORES_EMULATED = 300_000  # that a case may have at most there
+SCORES_EMULATED = 300_000  # the largest number of scores of an emulated case
 
 general = {"softcap": 5.0, "bias": (1, 2, SQ, SK), "dropout_rate": 0.2, "window": (200, 50)}
 EVERY_HEAD_DIM = [
@@ -33,7 +33,7 @@ EVERY_HEAD_DIM = [
     if options is not general or not EMULATED
 ]
 
-# An option alone has kernels of its own on Hopper; a bias is read in the query's dtype there.
+# Each option alone has kernels of its own on Hopper, which read a bias in the query's dtype.
 OPTIONS = {
     "alibi": {"alibi_slopes": (2,)},
     "segments": {"segments": 3},
@@ -92,7 +92,8 @@ LARGE_HEAD_DIMS = [
             sinks=True,
             q_lengths=(SQ - 7, 64),
             kv_lengths=(SK - 20, 130),
-            **SIZES | {"b": 2, "hq": 6},  # dsinks is judged by its largest error over the heads
+            # More heads, since the limit for dsinks is the largest error over the heads.
+            **SIZES | {"b": 2, "hq": 6},
         ),
         Case("more tiles than clusters", causal=True, **SIZES | {"hq": 20, "hk": 10}),
         Case(
@@ -113,9 +114,22 @@ LARGE_HEAD_DIMS = [
     )
 ]
 
+# On Hopper one load of these keys serves both products.
+VALUES_ARE_KEYS = [
+    case.replace(name=f"{case.name} d{d}", d=d, dv=d, shared_kv=True)
+    for d in (264, 512)
+    for case in (
+        Case("causal", causal=True, **SIZES),
+        Case("window", window=(100, 33), **SIZES | {"hq": 20, "hk": 10}),
+        Case("lengths", q_lengths=(SQ - 7, 64), kv_lengths=(SK - 20, 130), **SIZES | {"b": 2}),
+        Case("softcap", softcap=7.0, causal=True, **SIZES),
+        varlen("packed", (130, 1, 0, 200, 64), **OTHER_KEYS, **PACKED),
+    )
+]
+
 
 def scores(case):
-    """Rows × keys of all heads."""
+    """The number of scores: rows × keys × heads."""
     if case.layout == "fixed":
         return case.b * case.hq * case.sq * case.sk
     keys = case.k_sequences or case.q_sequences
@@ -123,7 +137,7 @@ def scores(case):
 
 
 def in_dtypes(cases, dtypes=DTYPES):
-    """Each case in every dtype; emulated: in one of the three, in turn."""
+    """Each case in every dtype; on the emulator, in one of the three in turn."""
     if not EMULATED:
         return [in_dtype(case, dtype) for case in cases for dtype in dtypes]
     return in_one_dtype(cases)
@@ -134,13 +148,13 @@ def in_one_dtype(cases):
 
 
 def in_dtype(case, dtype):
-    """Head dims are multiples of 8: others are padded by a copy before a kernel sees them."""
+    """The case with head dims that are multiples of 8, because others are padded by a copy before a kernel runs."""
     d, dv = (-(-x // 8) * 8 for x in (case.d, case.dv))
     return case.replace(name=f"{case.name}, {dtype}", dtype=dtype, d=d, dv=dv)
 
 
 def check(case, deterministic=None):
-    """The results at the contract's tolerance, with NaN in all that is never read; half of the cases deterministic."""
+    """Checks at the contract's tolerance, with NaN wherever nothing is read. Half of the cases are deterministic."""
     inputs = poisoned(case, make_inputs(case))
     if deterministic is None:
         deterministic = sum(map(ord, case.name)) % 2 == 1
@@ -167,6 +181,12 @@ def test_each_mask(case):
 def test_each_option_alone(case):
     if case.bias is not None:
         case = case.replace(bias_dtype=case.dtype)
+    check(case)
+
+
+@pytest.mark.skipif(EMULATED, reason="the emulator has none of Hopper's kernels")
+@pytest.mark.parametrize("case", in_dtypes(VALUES_ARE_KEYS, HALF), ids=lambda case: case.name)
+def test_values_that_are_keys(case):
     check(case)
 
 
@@ -200,7 +220,7 @@ def hidden_rows(option):
 
 @pytest.mark.parametrize("option", ["mask", "segments"])
 def test_rows_that_an_option_hides_from_every_key_are_not_multiplied(option):
-    """Stronger than the contract: NaN in such a query, and in its cotangents, reaches no gradient of another."""
+    """Stronger than the contract: NaN in such a query, or in its cotangents, reaches no other row's gradient."""
     case, inputs, hidden = hidden_rows(option)
     spoiled = {
         name: jnp.where(hidden[:, None, None], jnp.nan, x).astype(case.dtype)

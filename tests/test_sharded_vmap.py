@@ -30,7 +30,7 @@ def test_under_vmap(kernel, mesh, name):
 
 
 def test_under_vmap_with_shared_keys(kernel, mesh):
-    """The mapped axis is sharded, the keys are not mapped: their gradient is summed over it."""
+    """The mapped axis is sharded. The keys are not mapped, so their gradient is summed over it."""
     arrays = arrays_of(GQA) | {"query": stack(GQA, 4)["query"]}
     call = jax.vmap(attention(GQA, kernel), in_axes=({"query": 0, "key": None, "value": None},))
     specs = qkv(P("data", None, None, "model"), P(None, None, "model"))
@@ -40,7 +40,7 @@ def test_under_vmap_with_shared_keys(kernel, mesh):
 
 
 def test_a_query_that_is_not_mapped_stays_whole_beside_mapped_keys(kernel, mesh):
-    """The mapped axis of the keys is split: nothing is gathered, and only the query's gradient is summed over it."""
+    """The keys' mapped axis is split. Nothing is gathered, and only the query's gradient is summed over it."""
     arrays = stack(GQA, 4) | {"query": arrays_of(GQA)["query"]}
     call = jax.vmap(attention(GQA, kernel), in_axes=({"query": None, "key": 0, "value": 0},))
     specs = qkv(P(None, None, "model"), P("data", None, None, "model"))
@@ -53,7 +53,7 @@ def test_a_query_that_is_not_mapped_stays_whole_beside_mapped_keys(kernel, mesh)
 
 @pytest.mark.parametrize("spec", [P(None, "data", None, "model"), P("data", None, None, "model")], ids=str)
 def test_dropout_keys_that_are_mapped(kernel, mesh, spec):
-    """Bits count from the shard's first batch entry and head with every key."""
+    """Dropout's bits count from the shard's first batch entry and head, with every key."""
     case = MHA.replace(dropout_rate=0.5)
     arrays = stack(case, 2)
     arrays["dropout_key"] = jax.random.split(jax.random.key(3), 2)

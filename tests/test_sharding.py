@@ -94,7 +94,7 @@ def test_fewer_kv_heads_than_devices_cost_one_reduction_of_their_gradients(kerne
 
 
 def test_kv_heads_are_split_as_far_as_they_go(kernel, mesh):
-    """8 query heads over 2 × 4 devices, 2 KV heads over the first 2."""
+    """8 query heads are split over 2 × 4 devices, and 2 KV heads over the axis of 2."""
     specs = qkv(P(None, None, ("data", "model")), P(None, None, "data"))
     specs["bias"] = P(None, ("data", "model"))
     case = FEW.replace(bias=(4, 8, 6, 6), dropout_rate=0.3)
@@ -106,7 +106,7 @@ def test_kv_heads_are_split_as_far_as_they_go(kernel, mesh):
 
 @pytest.mark.parametrize(("hq", "spec"), [(71, P("data")), (5, P()), (9, P("data", "model"))], ids=str)
 def test_one_kv_head_where_no_axis_divides_the_query_heads(kernel, mesh, hq, spec):
-    """Falcon-7B has 71 heads: batch and sequence are split all the same."""
+    """Falcon-7B has 71 heads, which no axis divides; batch and sequence are split all the same."""
     case = MHA.replace(sq=8, sk=8, hq=hq, hk=1)
     text, _ = check(attention(case, kernel), mesh, arrays_of(case), qkv(spec))
     assert "all-gather" not in collectives(text)
@@ -132,7 +132,7 @@ UNEVEN = {
 
 @pytest.mark.parametrize("name", UNEVEN)
 def test_shards_whose_groups_are_of_different_sizes_gather_no_query(kernel, mesh, name):
-    """Each takes the KV heads that its query heads attend to, one twice where it serves parts of two groups."""
+    """Each shard takes the KV heads that its query heads attend to; one that serves parts of two groups comes twice."""
     case, spec, shard = UNEVEN[name]
     case = case.replace(dropout_rate=0.3, bias=(1, case.hq, 6, 6), sinks=True)
     split_kv = P(None, None, "data" if case.hk == 6 and isinstance(spec[2], tuple) else None)
@@ -151,12 +151,12 @@ def test_the_gradients_of_keys_used_by_two_groups_of_a_shard_are_right_in_16_bit
 
 
 def test_the_gradients_of_keys_used_by_two_groups_of_a_shard_are_summed_in_float32(kernel, mesh):
-    """256 + 1 + 1 of the first shard and 1 of the second: bfloat16 has 258 and 260, and rounds 257 to 256."""
+    """The terms are 256 + 1 + 1 on the first shard and 1 on the second. In bfloat16 256 + 1 is 256, losing terms."""
     query, key = jnp.zeros((2, 1, 12, 8), jnp.bfloat16), jnp.zeros((2, 1, 3, 8), jnp.bfloat16)
     dout = query.at[:, :, :4].set(jnp.asarray([256, 1, 1, 1], jnp.bfloat16)[:, None])
 
     @jax.jit
-    def dvalue(query, key, dout):  # of one key, whose weight is 1
+    def dvalue(query, key, dout):  # the gradient of one key, whose weight is 1
         return jax.vjp(lambda value: flash_attention(query, key, value, implementation=kernel), key)[1](dout)[
             0
         ]
@@ -168,7 +168,7 @@ def test_the_gradients_of_keys_used_by_two_groups_of_a_shard_are_summed_in_float
 
 
 def test_a_shard_of_query_heads_that_ends_within_an_axis_of_the_keys(kernel, mesh):
-    """8 heads over 2 × 4 devices: Shardy splits 4 KV heads over half of an axis, which no PartitionSpec says."""
+    """8 heads over 2 × 4 devices. Shardy splits 4 KV heads over half of an axis, which no PartitionSpec can express."""
     text, _ = check(attention(GQA, kernel), mesh, arrays_of(GQA), qkv(P(None, None, ("data", "model")), P()))
     assert shard_shapes(text, "forward") == shard_shapes(text, "backward") == {(4, 6, 1, 8)}
 
@@ -201,12 +201,12 @@ def test_the_gradient_of_a_broadcast_bias_is_summed_over_the_shards_that_share_i
     shared = P("data" if bias[0] > 1 else None, "model" if bias[1] > 1 else None)
     specs = qkv(BATCH_HEADS) | OPTIONS | {"bias": shared, "mask": shared, "alibi_slopes": P("model")}
     text, _ = check(attention(case, kernel), mesh, arrays_of(case), specs)
-    # The closed form of a bias without a key dimension is XLA's own sum, one mesh axis after the other.
+    # The gradient of a bias without a key dimension is a plain sum, which XLA computes one mesh axis after the other.
     assert collectives(text) == {"all-reduce": 2 if bias[-1] == 1 else 1}
 
 
 def test_one_batch_entry_and_one_head_on_each_device(kernel, mesh):
-    """Sizes of 1 that come from splitting are no broadcasting: nothing but sinks is summed."""
+    """Sizes of 1 that result from splitting must not be taken for broadcasting: only sinks are summed."""
     case = EVERYTHING.replace(b=2, hq=4, hk=4, mask=(2, 4, 1, 10), bias=(2, 4, 6, 10), alibi_slopes=(2, 4))
     case = case.replace(q_lengths=(6, 2), kv_lengths=(7, 9))
     text, _ = check(attention(case, kernel), mesh, arrays_of(case), qkv(BATCH_HEADS) | OPTIONS)
@@ -231,7 +231,7 @@ def test_dropout_drops_the_same_weights_for_any_sharding(kernel, mesh, spec):
 
 
 def test_operands_left_whole_are_split_where_query_is(kernel, mesh):
-    """Only query is sharded; the rest follows without communication, its gradients are whole again."""
+    """Only query is sharded. The other operands are split like it without communication; their gradients are whole."""
     arrays = arrays_of(EVERYTHING)
     text = forward(attention(EVERYTHING, kernel), mesh, arrays, {"query": BATCH_HEADS})
     assert not collectives(text)
@@ -291,7 +291,7 @@ def test_empty_arrays_are_split_too(kernel, mesh, case):
     ids=["12 heads, 3 KV heads", "6 heads", "batch of 3", "12 heads, 6 KV heads"],
 )
 def test_heads_and_batches_that_do_not_divide_are_right(kernel, automatic, case, spec):
-    """Over 2 × 4 devices, asked of XLA by a constraint: arguments themselves must divide."""
+    """Over 2 × 4 devices, through a sharding constraint, because arguments themselves must divide."""
     call = attention(case, kernel)
 
     def constrained(arrays):

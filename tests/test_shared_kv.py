@@ -1,7 +1,7 @@
-"""`value=None`, and `v_pages=None` without `value_dim`: V is K, of which one array is read, sent and differentiated.
+"""`value=None`, and `v_pages=None` without `value_dim`: V is K, so one array is read, sent and differentiated.
 
-The named cases of tests/cases.py with `shared_kv` go through every option and both modes of differentiation; here are
-JAX's transformations, devices and pages.
+The cases of tests/cases.py with `shared_kv` test every option and both modes of differentiation. This file tests JAX's
+transformations, devices and pages.
 """
 
 from functools import partial
@@ -31,7 +31,7 @@ def arrays_of(case, seed=0):
 
 
 def apart(arrays):
-    """The same call with the keys once more as values."""
+    """The same call with a copy of the keys as values."""
     return arrays | {"value": arrays["key"]}
 
 
@@ -46,7 +46,7 @@ def test_it_is_the_call_with_the_keys_as_values_and_their_gradients_added(implem
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_both_gradients_are_added_before_they_are_rounded(implementation, dtype):
-    """Below 128 keys the CPU multiplies in float32, so that only out is rounded before, from which delta is made."""
+    """Only out, from which delta is computed, is rounded before: below 128 keys the CPU multiplies in float32."""
     if implementation == "cuda":
         pytest.skip("CUDA adds two rounded gradients")
     rng = np.random.default_rng(0)
@@ -59,7 +59,7 @@ def test_both_gradients_are_added_before_they_are_rounded(implementation, dtype)
     out = p @ k if implementation == "xla" else out
     ds = p * (dout @ k.T - (dout * out).sum(1, keepdims=True))
     right = ds.T @ q / 8 + p.T @ dout
-    digits = {"bfloat16": 8, "float16": 11}[dtype]  # rounded once: half a unit in the last place
+    digits = {"bfloat16": 8, "float16": 11}[dtype]  # one rounding is half a unit in the last place
     np.testing.assert_allclose(got, right, rtol=1.01 * 2.0**-digits, atol=1e-5)
 
 
@@ -180,7 +180,7 @@ def test_flop_counts_both_products():
 
 
 def test_cuda_adds_the_gradients_of_a_backward_of_keys_and_values(lowers_for_cuda):
-    """The custom call has three results, the third of which is added to the second."""
+    """The custom call has three results; JAX adds the third to the second."""
     x = jax.ShapeDtypeStruct((2, 64, 4, 24), jnp.bfloat16)
 
     def gradient(q, k):

@@ -1,4 +1,4 @@
-"""Pools that keys and values share: [K | V] in one row, and heads K0 V0 K1 V1 …, read where they lie."""
+"""Pools that keys and values share, rows [K | V] or heads K0 V0 K1 V1 …, are read in place."""
 
 import jax
 import jax.numpy as jnp
@@ -60,14 +60,15 @@ def test_columns_of_neither_are_not_read(size, layout):
 def test_the_pool_has_one_gradient(dtype, layout):
     for case in (PREFILL.replace(dtype=dtype, sinks=True), MIXED.replace(dtype=dtype)):
         call = shared(case, 8, layout, start=72, columns=144)
-        filled = jnp.nan_to_num(call.arrays["key"])  # gradients of NaN beside them would be NaN in the oracle
+        # The oracle would give NaN for the gradients of unused NaN.
+        filled = jnp.nan_to_num(call.arrays["key"])
         call.arrays["key"] = filled
         pages.check(call, IMPLEMENTATION, gradients=True)
 
 
 @pytest.mark.parametrize("implementation", [IMPLEMENTATION, "xla"])
 def test_values_may_overlap_the_keys(implementation):
-    """Values in columns [8, 24) of the keys, whose gradient is the sum of both."""
+    """Values are columns [8, 24) of the keys; the pool's gradient is the sum of both."""
     rng = np.random.default_rng(0)
     query = jnp.asarray(rng.standard_normal((2, 3, 4, 32)), jnp.float32)
     pool = jnp.asarray(rng.standard_normal((9, 5, 2, 40)), jnp.float32)
@@ -92,7 +93,7 @@ def test_values_may_overlap_the_keys(implementation):
 
 
 def test_a_latent_pool_may_have_more_columns_than_the_query():
-    """576 of 640 columns, as serving engines pad them."""
+    """The pool has 640 columns, to which serving engines pad, and the query has 576."""
     case = DECODE.replace(hq=16, hk=1, d=576, dv=512, dtype="bfloat16")
     call = latent(case, 16)
     pool = np.asarray(call.arrays["key"])
@@ -151,8 +152,9 @@ def test_kv_heads_are_split_without_a_collective(kernel):
 
 
 def test_no_copy_of_the_pool(kernel):
-    """A pool of heads K0 V0 K1 V1 … is reshaped and read in place: temporaries are a fraction of it."""
-    pool = jax.ShapeDtypeStruct((4096, 16, 8, 64), jnp.bfloat16)  # beside which splits need little
+    """A pool of heads K0 V0 K1 V1 … is reshaped and read in place: temporaries take a fraction of its memory."""
+    # Large compared with the workspace of split keys.
+    pool = jax.ShapeDtypeStruct((4096, 16, 8, 64), jnp.bfloat16)
     query, tables = jnp.ones((4, 1, 8, 64), jnp.bfloat16), jnp.zeros((4, 64), jnp.int32)
 
     def run(pool):

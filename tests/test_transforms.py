@@ -46,7 +46,7 @@ def test_value_and_grad_returns_the_value_of_the_call(kernel):
 
 @pytest.mark.parametrize("used", ["out", "lse"])
 def test_the_cotangents_of_out_and_lse_flow_alone(kernel, used):
-    """A loss of one of the two results; the other's cotangent is a symbolic zero."""
+    """A loss of one of the two results; the cotangent of the other is a symbolic zero."""
 
     def run(implementation):
         call = attention(BIASED, implementation)
@@ -74,7 +74,7 @@ def test_jacrev_stacks_the_gradients_of_every_output(kernel):
 
 
 def test_an_unused_bias_gradient_costs_nothing(kernel):
-    """Dead code elimination removes its pass; a used one is one more call."""
+    """Dead code elimination removes its pass. If the gradient is used, its pass is one more call."""
     run = with_gradients(attention(BIASED, kernel))
 
     def without(arrays):
@@ -178,7 +178,7 @@ def axes(names, arrays):
     ("case", "names"), MAPPED, ids=lambda x: x.layout if isinstance(x, Case) else "+".join(x)
 )
 def test_vmap_is_a_loop_over_the_mapped_arguments(kernel, case, names):
-    """Results and gradients of each call, whichever arguments are mapped and whichever are shared."""
+    """Compares results and gradients with a loop, for mapped and shared arguments of each kind."""
     each = entries(case)
     mapped = {name: stack([arrays[name] for arrays in each]) for name in names}
     one = jax.jit(with_gradients(attention(case, kernel)))
@@ -219,7 +219,7 @@ def test_vmap_takes_any_axis_in_and_out(kernel):
 
 
 def test_nested_vmaps_map_different_arguments(kernel):
-    """Outer: query and bias; inner: key and value. Every pair is its own call."""
+    """Outer: query and bias; inner: key and value. Every pair is a call of its own."""
     each = entries(BIASED)
     outer, inner = ("query", "bias"), ("key", "value")
     arrays = each[0] | {name: stack([a[name] for a in each]) for name in (*outer, *inner)}
@@ -237,7 +237,7 @@ def test_nested_vmaps_map_different_arguments(kernel):
 
 
 def test_an_inner_vmap_maps_some_of_an_outer_ones_arguments(kernel):
-    """Outer: query, key and value; inner: query again, whose two axes are not those of one longer one for the keys."""
+    """Outer: query, key, value; inner: query again. The keys have one of its two axes, so these cannot be merged."""
     each = entries(PLAIN)
     arrays = each[0] | {name: stack([a[name] for a in each]) for name in ("key", "value")}
     queries = stack([stack([a["query"], -a["query"]]) for a in each])
@@ -376,7 +376,7 @@ def test_what_a_scan_saves_is_computed_once(kernel):
 
 
 def test_xlas_slice_fusions_for_gpus_do_not_see_the_forward(lowers_for_cuda):
-    """On a machine without a GPU: they would call it a second time, to write to what a scan saves."""
+    """Without a GPU: such a fusion would call the forward a second time, to write its result to what a scan saves."""
     traced = jax.jit(saved_in_a_scan).trace(jnp.ones((1, 128, 2, 64), jnp.bfloat16))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     call, rest = text.split(":3 = stablehlo.custom_call @jax_flash_forward")

@@ -33,7 +33,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_the_page_quotes_the_message_of(mistake):
     (quote,) = (quote for quote in QUOTED if mistake in quote)
-    x64 = jax.enable_x64("64" in mistake)  # else JAX makes float32 and int32 of the shapes
+    x64 = jax.enable_x64("64" in mistake)  # without x64, JAX would make float32 and int32 of the shapes
     with x64, pytest.raises((ValueError, TypeError, NotImplementedError)) as raised:
         MISTAKES[mistake]()
     assert quote in str(raised.value)

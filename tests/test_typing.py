@@ -1,4 +1,4 @@
-"""What type checkers and `help` show of the public functions, and that both come from the same options."""
+"""Type checkers and `help` show the public functions' options, and both take them from the same definitions."""
 
 import dataclasses
 import inspect
@@ -17,7 +17,7 @@ from jax_flash.paged import validate as paged_validate
 
 ROOT = Path(__file__).parent.parent
 RESULTS = {"return_lse", "return_max"}
-FUNCTIONS = {  # the options of the overloads, and those by which they differ
+FUNCTIONS = {  # the TypedDict of the overloads' options, and the options in which overloads differ
     jax_flash.flash_attention: (options.FixedOptions, RESULTS),
     jax_flash.flash_attention_varlen: (options.VarlenOptions, RESULTS),
     jax_flash.paged_attention: (options.PagedOptions, RESULTS),
@@ -36,7 +36,7 @@ each_function = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f._
 
 def test_mypy_sees_what_the_file_of_uses_says():
     pytest.importorskip("mypy")
-    command = [sys.executable, "-m", "mypy", "--strict"]  # pyproject.toml allows for untyped calls of jax
+    command = [sys.executable, "-m", "mypy", "--strict"]  # pyproject.toml allows untyped calls of jax
     found = subprocess.run(
         [*command, "tests/typed_uses.py"],
         cwd=ROOT,
@@ -58,9 +58,8 @@ def test_the_overloads_have_the_options_of_the_signature_with_the_same_types(fun
     listed = typing.get_type_hints(wanted)
     assert any("unpacked" in parameters for parameters in named.values())
     for overload, parameters in named.items():
-        if (
-            "unpacked" not in parameters and "named" not in inspect.signature(overload).parameters
-        ):  # not the one by position
+        # The overload for options by position has no option names to compare.
+        if "unpacked" not in parameters and "named" not in inspect.signature(overload).parameters:
             assert parameters | set(listed) == set(inspect.signature(function).parameters)
             assert differs <= parameters
             assert not parameters & set(listed)

@@ -80,7 +80,7 @@ def test_options_two_by_two_in_plain_jax(case):
 
 
 def near(dtype):
-    """How closely two orders of the same sums agree in a dtype."""
+    """The tolerance within which two orders of the same sums agree in a dtype."""
     return dict(rtol=1e-5, atol=1e-5) if dtype == "float32" else dict(rtol=2e-2, atol=2e-2)
 
 
@@ -198,7 +198,7 @@ def test_a_call_repeated_gives_the_same_bits(kernel):
 
 
 def test_gradients_of_long_documents_have_the_same_bits_whatever_memory_held(kernel):
-    """Many tiles add to each dQ, and between the calls freed memory holds other numbers, which a count might be."""
+    """Many tiles add to each dQ. Freed memory holds other numbers between the calls, which a counter must not read."""
     long, repeats = ((100, 4000, 300, 1500), 60) if kernel == "cuda" else ((20, 150, 70), 2)
     case = varlen("long documents", long, hq=8, hk=8, d=128, dv=128, causal=True, dtype="bfloat16")
     checks.require_case(kernel, case)

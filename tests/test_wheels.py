@@ -1,4 +1,4 @@
-"""A machine with a GPU but no CUDA library, or with the library for another CUDA than its jax's."""
+"""A machine with a GPU that has no CUDA library, or one for another CUDA version than its jax's."""
 
 import importlib.util
 import subprocess
@@ -10,7 +10,7 @@ from jax_flash.backends import local_devices
 
 needs_gpu = pytest.mark.skipif(not local_devices("cuda"), reason="needs a GPU")
 
-# Before jax_flash is imported, which registers what it finds: a library inside the package is hidden.
+# Runs before jax_flash is imported, because the import registers libraries. Hides a library inside the package.
 CALL = """
 import importlib.util, jax, jax.numpy as jnp, sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Zigzag order: which chunks a shard holds, the way back, and where its tokens stand."""
+"""Zigzag order: the chunks of each shard, the inverse permutation, and the positions of its tokens."""
 
 import jax
 import jax.numpy as jnp

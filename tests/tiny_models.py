@@ -85,7 +85,7 @@ CONFIGS = {
             "sliding_attention": dict(rope_type="default", rope_theta=1e4),
         },
     ),
-    "gemma4_text": dict(  # with what several models have
+    "gemma4_text": dict(  # options that several models have
         SIZES,
         num_hidden_layers=4,
         layer_types=["sliding_attention", "full_attention"] * 2,
@@ -141,9 +141,8 @@ def _weight(kind, name, shape):
         # Gemma 4 does not divide its scores by √d.
         size = 0.25 if kind == "gemma4_text" and name.endswith("q_norm.weight") else 1.0
         return (size * (one + 0.3 * draw)).astype(np.float32)
-    size = (
-        0.1 if "embed" in name else 1.5 / np.sqrt(shape[-1])
-    )  # else a token's own embedding decides what follows
+    # With larger embeddings, a token's own embedding would decide the next token.
+    size = 0.1 if "embed" in name else 1.5 / np.sqrt(shape[-1])
     return (size * draw).astype(np.float32)
 
 
@@ -171,7 +170,7 @@ def write_safetensors(file, tensors):
 
 
 def golden_checkpoint(folder, kind, dtype=np.float32):
-    """The checkpoint whose results golden(kind) has."""
+    """Writes the checkpoint whose results golden(kind) has."""
     entry = golden(kind)
     tensors = {name: x.astype(dtype) for name, x in weights(kind, entry["tensors"]).items()}
     config = dict(entry["config"], dtype=np.dtype(dtype).name)

@@ -1,6 +1,6 @@
-"""What users see of the types: mypy --strict reads this file (tests/test_typing.py), nothing runs it.
+"""The types that users see. mypy --strict reads this file (tests/test_typing.py); nothing runs it.
 
-A line with `type: ignore` must be an error, of that kind: mypy warns of one that is not needed.
+A line with `type: ignore` must be an error of that kind, because mypy reports an ignore that is not needed.
 """
 
 from functools import partial
@@ -103,7 +103,7 @@ append_kv(pool, pool, k, v, tables, lengths, page_layout="dhn")  # type: ignore[
 append_kv(pool, pool, k, v, tables, lengths, scale="by page")  # type: ignore[call-overload]
 dot_product_attention(q, k, v, causal=True)  # type: ignore[call-overload]
 
-# Options from a dict: a TypedDict is checked, of other dicts mypy knows one type for all values.
+# Options from a dict: a TypedDict is checked. For other dicts mypy knows one type for all values.
 of_one_type, of_several = {"causal": True}, {"causal": True, "window": (128, 0), "scale": 0.5}
 of_any_type: dict[str, Any] = {"return_lse": True}
 typed: FixedOptions = {"causal": True, "window": (128, 0)}

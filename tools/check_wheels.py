@@ -1,9 +1,10 @@
 """Checks the wheels in a folder as a release needs them: `python tools/check_wheels.py [dist] [--partial]`.
 
-Every wheel of packages/release.json is there, has the version of jax_flash/_version.py and the folder has nothing
-else but the sdist; what a wheel holds runs on the glibc that its tag names, no newer than release.json's; its size is
-within the limit; its metadata renders on the package index; an abi3 wheel uses the stable ABI alone. --partial takes
-the wheels that are there, and --any-glibc a newer glibc, as of wheels built on a developer's machine.
+Every wheel of packages/release.json must be there and have the version of jax_flash/_version.py; the folder may hold
+nothing else but the sdist. A wheel's contents must run on the glibc that its tag names, which must be no newer than
+release.json's; its size must be within the limit; its metadata must render on the package index; and an abi3 wheel must
+use only the stable ABI. --partial checks only the wheels that are there. --any-glibc allows a newer glibc, as in wheels
+built on a developer's machine.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ CHECKERS = ("auditwheel", "abi3audit", "twine")
 
 
 def problems_of(wheel: Path, name: str, bin_: Path, any_glibc: bool) -> list[str]:
-    """What is wrong with the file of this entry of `wheels`; empty where nothing is."""
+    """The faults of the file of this entry of `wheels`; empty if there are none."""
     found = [*wrong_contents(wheel, name), *wrong_tag(wheel, bin_, any_glibc)]
     megabytes = wheel.stat().st_size / 1e6
     if megabytes > RELEASE["max_megabytes"]:
@@ -48,7 +49,7 @@ def wrong_contents(wheel: Path, name: str) -> list[str]:
 
 
 def wrong_tag(wheel: Path, bin_: Path, any_glibc: bool) -> list[str]:
-    """The wheel's own tag against what auditwheel finds in it, and against release.json."""
+    """The faults of the wheel's tag, compared with the tag that auditwheel finds, and with release.json."""
     machine, newest = RELEASE["platform"]["machine"], RELEASE["platform"]["glibc"]
     said = subprocess.run([bin_ / "auditwheel", "show", wheel], capture_output=True, text=True)
     pattern = rf'"manylinux_(\d+)_(\d+)_{machine}"'

@@ -23,7 +23,7 @@ HANDLERS = {name: f"JaxFlash{id_}Cuda" for id_, name in PASSES}
 
 
 class BuildError(Exception):
-    """What the compiler said."""
+    """The compiler's message."""
 
 
 def build(

@@ -26,7 +26,7 @@ from release import RELEASE, run
 DEBIAN = "https://deb.debian.org/debian"
 SUITE = "dists/trixie/non-free/binary-amd64/Packages.xz"
 FATBINARY = "nvidia/cu13/bin/fatbinary"
-# Where the Debian package has them, and where nvcc looks for them.
+# The paths of the Debian package, and those at which nvcc looks for the same files.
 PROGRAMS = {f"./usr/bin/{name}": f"bin/{name}" for name in ("bin2c", "cudafe++", "nvlink", "ptxas")}
 PROGRAMS |= {
     "./usr/lib/nvidia-cuda-toolkit/bin/crt/link.stub": "bin/crt/link.stub",
@@ -47,7 +47,7 @@ LIBRARIES =+ $(_SPACE_) "-L$(TOP)/lib64"
 # CUDA 12's wheels have no static libraries.
 STAND_INS = {
     "libcudart_static.a": b"INPUT(libcudart.so.12)\n",  # a linker script
-    "libcudadevrt.a": b"!<arch>\n",  # the device runtime, empty: nvcc names it when it links, nothing here uses it
+    "libcudadevrt.a": b"!<arch>\n",  # empty: nvcc names it when it links, but nothing uses it
 }
 
 
@@ -138,7 +138,7 @@ def unpack_wheels(wheels: list[str], prefix: Path, all_programs: bool) -> None:
 
 
 def place(name: str, programs: bool) -> PurePosixPath | None:
-    """Where a wheel's file belongs under the prefix; None for what a build does not need."""
+    """The place of a wheel's file under the prefix; None if a build does not need it."""
     parts = PurePosixPath(name).parts
     folders = {"include": "include", "lib": "lib64"} | ({"bin": "bin", "nvvm": "nvvm"} if programs else {})
     if len(parts) < 4 or parts[0] != "nvidia" or parts[2] not in folders or name.endswith((".py", "/")):

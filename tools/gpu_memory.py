@@ -2,10 +2,10 @@
 
     python3 tools/gpu_memory.py [units bands memcheck initcheck synccheck racecheck]
 
-bands: every operand between bands of NaN that must come back unharmed, calls from two threads on two streams. The
-last four are compute-sanitizer's tools, each operand in an allocation of its own. racecheck takes an arrival at a
-barrier for what the thread itself has done: it has a build of its own, in which every lane of a warp arrives where
-otherwise the first does for all. Needs a GPU, cmake, nvcc and jax's headers.
+bands: every operand lies between bands of NaN, which must be unchanged afterwards; two threads make the calls on two
+streams. The last four are compute-sanitizer's tools, with each operand in an allocation of its own. racecheck believes
+that an arrival at a barrier orders only the arriving thread's own accesses. So it has a build of its own, in which
+every lane of a warp arrives; otherwise the first lane arrives for all. Needs a GPU, cmake, nvcc and jax's headers.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ GUARDS = {
     "racecheck": "race",
     "initcheck": "fresh",
 }
-EVERY_LANE = "every-lane"  # racecheck's build, in the other's folder
+EVERY_LANE = "every-lane"  # racecheck's build, in a folder of the other build
 CHECKS = ("units", *GUARDS)
 SANITIZER = ("compute-sanitizer", "--print-limit", "20", "--error-exitcode", "9", "--tool")
-# One call of four is of no kernel's turn, and with paged one of three is append_kv's.
+# Every fourth call targets no kernel, and every third call of the driver `paged` is append_kv's.
 CALLS_PER_TURN = {"dense": 4 / 3, "paged": 2}
 
 
@@ -46,7 +46,7 @@ class Slice:
     count: int
 
     def run(self, folder: Path) -> str:
-        """What it printed; raises where it found something."""
+        """The driver's output; raises if it found a fault."""
         command = [str(folder / f"memory_{self.driver}_cuda"), str(self.count), str(self.first)]
         if self.check != "bands":
             command = [*SANITIZER, self.check, *command]
@@ -94,15 +94,15 @@ def main() -> int:
 
 
 def count_kernels(folder: Path, driver: str) -> int:
-    """Those that the driver is to reach."""
+    """The number of kernels that the driver has to reach."""
     printed = Slice("bands", driver, 1, 1).run(folder)
     return int(re.search(r"of the (\d+) kernels", printed)[1])  # type: ignore[index]
 
 
 def run_units(folder: Path) -> bool:
-    """Whether every wrapper and layout does what it should."""
+    """Whether every wrapper and layout passes its tests."""
     right = True
-    for program in ("cuda_units", "hopper_units"):  # the second where sm_90a is built
+    for program in ("cuda_units", "hopper_units"):  # the second exists if sm_90a is built
         if not (folder / program).exists():
             continue
         done = subprocess.run([folder / program], capture_output=True, text=True)
@@ -114,7 +114,7 @@ def run_units(folder: Path) -> bool:
 
 
 def run(check: str, kernels: dict[str, int], folder: Path, processes: int) -> bool:
-    """Whether the calls in which every kernel has its turn, shared out to processes, leave no finding."""
+    """Whether the calls that target each kernel, divided among processes, find no fault."""
     slices = []
     for driver, count in kernels.items():
         calls = int(count * CALLS_PER_TURN[driver]) + 2
@@ -132,7 +132,7 @@ def run(check: str, kernels: dict[str, int], folder: Path, processes: int) -> bo
 
 
 def attempt(one: Slice, folder: Path) -> str | None:
-    """Its error, if it has one."""
+    """The error of one slice of calls, or None."""
     try:
         one.run(folder)
     except RuntimeError as error:

@@ -44,14 +44,14 @@ PAGED = {
 
 
 def plan(arguments: str) -> dict[str, str]:
-    """For each pass of a call the kernel's arch, pass and score option, or `–` where there is none."""
+    """For each pass of a call: the kernel's arch, pass and score option, or `–` if there is no kernel."""
     parser = argparse.ArgumentParser()
     plan_command.add_arguments(parser)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         plan_command.run(parser.parse_args(arguments.split()))
     kernels = re.findall(r"^(sm\d+) (\w+) \S+ (\w+) d=", printed.getvalue(), re.MULTILINE)
-    asked = {"decode": "forward"}  # decode runs a forward
+    asked = {"decode": "forward"}  # decode is a part of a forward
     return {asked.get(pass_, pass_): name(arch, pass_, score) for arch, pass_, score in kernels}
 
 

@@ -153,7 +153,7 @@ class Copy:
     """A copy of the tree, with what is built of it. Nothing outside build/mutants is ever written."""
 
     workers: int
-    gpu_rows: tuple[str, ...] = ()  # of the library for a GPU
+    gpu_rows: tuple[str, ...] = ()  # rows of the library for a GPU
     root: Path = WORK / "tree"
     built: str = ""  # the kind and instruction set of the last build; "" if files have changed since
 
@@ -241,7 +241,7 @@ class Copy:
 @dataclass(frozen=True)
 class Outcome:
     failed: bool
-    by: str  # the first test that failed
+    by: str  # the test that failed first
     said: str
 
 

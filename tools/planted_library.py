@@ -1,4 +1,5 @@
-"""A CUDA library with a planted bug: of the library without one, only what the bug changes is compiled again."""
+"""A CUDA library with a planted bug. Only what the bug changes is compiled again; the rest is the library without
+it."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ EMULATOR = "tests/kernels/emulator"
 NAME = "libjax_flash_cuda.so"
 ROW = re.compile(r"JF_KERNEL\((.*)\)")
 SCORES = (Path(__file__).resolve().parents[1] / "csrc" / "scores.def").read_text()
-# Words for several kinds of scores.
+# Words that stand for several kinds of scores.
 SEVERAL = {
     name: set(kinds.split(" | "))
     for name, kinds in re.findall(r"^JF_SCORES\((\w+), (.*)\)$", SCORES, re.MULTILINE)
@@ -25,7 +26,7 @@ SEVERAL = {
 
 
 def table(lines: list[str], rows: tuple[str, ...]) -> list[str]:
-    """Of csrc/kernels.def the architectures, append's rows and these, each with some of its scores.
+    """The architectures of csrc/kernels.def, append's rows, and these rows, each with some of its scores.
 
     A row is named by its first columns but the design and the element: "sm90 forward dense 64 64: plain | segments" is
     the first one of these with those scores.
@@ -58,7 +59,8 @@ class Library:
     workers: int = 2
 
     def build(self, runs: str, rows: tuple[str, ...]) -> None:
-        """Without a bug: the rows of head dims 64 and 512 on the emulator, or these of bfloat16 for a GPU."""
+        """Builds the library without a bug: for the emulator the rows of head dims 64 and 512, for a GPU these of
+        bfloat16."""
         self.folder.mkdir(parents=True, exist_ok=True)
         settings = {"Python_EXECUTABLE": sys.executable, "JAX_FLASH_HEAD_DIMS": "64;512"}
         settings |= {"JAX_FLASH_CUDA_ARCHS": "90-real"}
@@ -85,12 +87,12 @@ class Library:
         self.restore()
 
     def restore(self) -> None:
-        """Has tests load the one without a bug."""
+        """Makes tests load the library without a bug."""
         self.place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(self.folder / NAME, self.place)
 
     def plant(self, file: str, text: str, objects: tuple[str, ...], to: Path) -> Path:
-        """Builds the library with `text` in the place of a file of csrc, in the folder `to`.
+        """Builds, in the folder `to`, the library with `text` in place of a file of csrc.
 
         Of the kernels, only those in objects whose name contains one of `objects` get the bug; without any, all do.
         """
@@ -106,9 +108,8 @@ class Library:
         link = jobs[NAME].replace(f"-o {NAME} ", f"-o {to / NAME} ")
         for i, output in enumerate(changed):
             new = str(to / f"{i}.o")
-            command = (
-                jobs[output].replace(output, new).replace(" -Werror ", " ")
-            )  # a bug may leave names unused
+            # Without -Werror, because a bug may leave names unused.
+            command = jobs[output].replace(output, new).replace(" -Werror ", " ")
             for source in (f"{self.root}/{EMULATOR}/../../../csrc", f"{self.root}/csrc"):
                 command = command.replace(source, f"{to}/csrc")
             _run("bash", "-c", command, folder=self.folder)

@@ -1,6 +1,6 @@
 """What a release is made of, read from packages/release.json by every tool, CMake and the workflows.
 
-python tools/release.py matrix            what .github/workflows/release.yml repeats its jobs over, as `name=JSON` lines
+python tools/release.py matrix            the job lists of .github/workflows/release.yml, as `name=JSON` lines
 python tools/release.py tag v0.1.0        fails unless the tag names the version of jax_flash/_version.py
 """
 

@@ -1,4 +1,4 @@
-"""A pytest plugin: each failure is written at once, so that a run which its time limit ends keeps its tracebacks.
+"""A pytest plugin that writes each failure at once, so that a run keeps its tracebacks if a time limit ends it.
 
 JAX_FLASH_FAILURES=out/failures.txt PYTHONPATH=tools python -m pytest -p report_failures tests
 """

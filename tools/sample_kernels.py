@@ -2,8 +2,8 @@
 
     python tools/sample_kernels.py >build/sample.def      then cmake -DJAX_FLASH_KERNELS=build/sample.def
 
-Every loop of every family is compiled from it, rows of float16 and bfloat16 in one of the two in turns. It grows with
-families, passes and loaders, not with head dims, and so does the time of `make cuda-compile`.
+It compiles every loop of every family. Rows of float16 and bfloat16 alternate between the two. Its size, and the time
+of `make cuda-compile`, grow with families, passes and loaders, but not with head dims.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ OTHERS = 64
 
 
 def sample(lines: list[str]) -> list[str]:
-    """The architectures, and the rows chosen in the table's order; without the head dim a group has its smallest."""
+    """The architectures, and the chosen rows in the table's order. A group without the head dim has its smallest
+    one."""
     groups: dict[tuple[str, ...], list[tuple[tuple[int, int], str]]] = {}
     for line in lines:
         if row := ROW.match(line):
@@ -45,7 +46,7 @@ def sample(lines: list[str]) -> list[str]:
 
 
 def of_loaders(line: str, loaders: set[str]) -> str:
-    """A row of both loaders that was chosen for one of them has that one."""
+    """Restricts a row of both loaders to the one that was chosen."""
     return line if len(loaders) != 1 else re.sub(r"\bboth\b", min(loaders), line)
 
 

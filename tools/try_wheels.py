@@ -67,7 +67,7 @@ def run_program(python: str | Path, name: str, text: str, folder: str) -> None:
 
 
 def resolve(install: list[str | Path], major: str, folder: str) -> None:
-    """What pip would install for the extra, which has to hold the folder's wheel and jax's plugin."""
+    """Checks that pip would install the folder's wheel and jax's plugin for the extra."""
     extra = f"jax-flash[cuda{major}]=={version()}"
     done = subprocess.run(
         [*(x for x in install if x != "-q"), "--dry-run", "--ignore-installed", extra],

@@ -1,4 +1,5 @@
-// Division of numbers in [0, 2³¹) by one that is known before a kernel is launched: a product and a shift.
+// Divides numbers in [0, 2³¹) by a number that is known before a kernel is launched, with a product and a
+// shift.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// The draft mask says which of a sequence's new tokens, its last keys, each of its query rows sees. The band
-// alone decides about earlier keys.
+// The draft mask says which new tokens each query row of a sequence sees; the new tokens are the sequence's
+// last keys. The band alone decides about earlier keys.
 #pragma once
 
 #include <cstdint>

@@ -21,7 +21,7 @@ struct Float8<DType::kF8E4M3> {
   static constexpr float kDenormalUnit = 16384.0f;    // its last bit is worth one step of the denormals, 2^-9
   static constexpr uint32_t kLargest = 0x43E00000u;   // 448
   static constexpr uint8_t kLargestBits = 0x7E;
-  static constexpr uint32_t kSpecial = 0x07F00000u;  // after the shift, numbers from here on are NaN
+  static constexpr uint32_t kSpecial = 0x07F00000u;  // after the shift, numbers from here on stand for NaN
   static constexpr uint32_t kSpecialRebias = 0x78000000u;
 };
 template <>

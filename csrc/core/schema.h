@@ -137,7 +137,7 @@ constexpr const Array& array_of(const char* name) {
   return find(kOwn, name);
 }
 
-// The optional operands, by Operand.
+// The optional operands, indexed by Operand.
 inline constexpr const Array* kOptional[] = {
 #define JF_OPTIONAL(id, name, ...) &array_of(#name),
 #define JF_OPTIONAL_TANGENT(id, name, other) &array_of(#name),
@@ -157,7 +157,7 @@ inline constexpr AppendArray kAppendRequired[] = {
 #include "../operands.def"
 };
 
-// By AppendOperand.
+// The optional operands of append_kv, indexed by AppendOperand.
 inline constexpr AppendArray kAppendOptional[] = {
 #define JF_APPEND_OPTIONAL(id, name, element, ...) {#name, element, {__VA_ARGS__}, &AppendProblem::name},
 #include "../operands.def"

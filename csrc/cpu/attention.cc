@@ -98,7 +98,7 @@ int64_t workers_for(double multiplies) {
   return static_cast<int64_t>(std::min(multiplies / kPerWorker, 1e6)) + 1;
 }
 
-constexpr double kTangentProducts = 2.5;  // products of the tangent pass over the forward's
+constexpr double kTangentProducts = 2.5;  // products of the tangent pass, relative to the forward's
 constexpr double kCostOfCopying = 4;      // cost of copying an element, in multiply-adds
 
 double score_count(const Problem& p) {
@@ -153,7 +153,7 @@ class ParallelParts {
   const std::vector<Part>& parts() const { return parts_; }
   float* memory(const Part& part) const { return memory_->get() + part.offset; }
 
-  // Whether the tile at `index` of the grid is one of them.
+  // Whether the tile at `index` of the grid is among them.
   bool has(int64_t index, const Splits& splits, const RowTile& tile) const {
     return index < end_ && splits.is_parallel(tile);
   }
@@ -185,7 +185,7 @@ void run_range(int64_t begin, int64_t end, int32_t most, At at, Run run) {
   if (count > 0) run(tiles, count);
 }
 
-// Tiles in `parallel` are skipped.
+// Runs the forward of tiles [begin, end) on this thread, except for those in `parallel`.
 void forward_range(const Problem& p, const Splits& splits, const ParallelParts& parallel, int64_t begin,
                    int64_t end) {
   const auto at = [&](int64_t index, RowTile& tile) {
@@ -197,11 +197,11 @@ void forward_range(const Problem& p, const Splits& splits, const ParallelParts& 
             [&](const RowTile* tiles, int32_t count) { kernels().forward(p, tiles, count, scratch()); });
 }
 
-// The ends of contiguous ranges of tiles, each a work item: large ranges first, because a range packs
-// shared keys once, then ever smaller ones, which balance the threads. The ranges do not change any bit of
-// the result.
+// Divides the tiles into contiguous ranges, which are the work items, and returns the ranges' ends. A range
+// packs shared keys once, so the first ones are large; the later ones are ever smaller, which balances the
+// threads. The ranges do not change any bit of the result.
 std::vector<int64_t> range_ends(const Splits& splits, int64_t size, int64_t threads) {
-  // Ranges per thread if all were as long as the first, or the last.
+  // The first range has 1 / kFirst of a thread's share of the work, the last ones 1 / kLast.
   constexpr double kFirst = 1.5, kLast = 64;
   std::vector<int64_t> ends;
   if (size == 0) return ends;
@@ -276,7 +276,7 @@ void run_backward(const Problem& p, const Starts& starts, const ThreadPool& pool
   const int64_t query_floats = query_tiles * kernels().query_tile_floats(p);
   const int64_t width =
       std::max<int64_t>(1, std::min({grid.units(), kMaxSharedFloats / query_floats, pool.threads}));
-  // KV heads that the query heads in progress can belong to.
+  // The largest number of KV heads that the query heads in progress can belong to.
   const int64_t key_slots = grid.group() == 1 ? 0 : (width - 1) / grid.group() + 2;
   const int64_t key_floats = key_tiles * kernels().key_tile_floats(p);
   const CachedFloats memory(width * query_floats + key_slots * key_floats);

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "isa.h"
-// isa.h goes first: it makes the core force-inlined.
+// Included after isa.h, which makes the functions of core/ force-inlined.
 #include "../core/float8.h"
 
 namespace jax_flash::JF_ISA {
@@ -37,7 +37,7 @@ JF_INLINE UInt round_magnitude(UInt magnitude, uint32_t rebias, uint32_t smalles
 JF_INLINE UInt narrow_f16(Float x) {
   const UInt bits = reinterpret_cast<UInt>(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
   UInt h = round_magnitude<13>(magnitude, 0x38000000u, 0x38800000u, 0.5f);  // denormals in steps of 2^-24
-  h = magnitude >= 0x477FF000u ? UInt{} + 0x7C00u : h;                      // rounds past 65504
+  h = magnitude >= 0x477FF000u ? UInt{} + 0x7C00u : h;  // numbers past 65504 round to infinity
   h = magnitude > 0x7F800000u ? UInt{} + 0x7E00u : h;
   return h | sign;
 }
@@ -79,8 +79,8 @@ JF_INLINE Float widen_halves(Half h) {
 #endif
 }
 
-// float8_e5m2 is the upper byte of f16. float8_e4m3fn is f16 with an exponent bias of 7 instead of 15 and a
-// shorter mantissa, except for NaN: widened to f16 it is 2⁸ times too small.
+// float8_e5m2 is the upper byte of f16. float8_e4m3fn is f16 with a shorter mantissa and an exponent bias of
+// 7 instead of 15, so its bits, read as f16, are a number 2⁸ times too small. Only NaN has other bits.
 template <DType dtype>
 JF_INLINE Float widen_float8(Bytes x) {
   const Half wide = __builtin_convertvector(x, Half);

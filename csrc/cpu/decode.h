@@ -12,7 +12,7 @@ inline constexpr int32_t kStepKeys = 2;           // keys per microkernel call; 
 inline constexpr int32_t kAheadBytes = 12 << 10;  // distance of the prefetch of every cache line
 inline constexpr int32_t kPageAheadBytes = 80 << 10;  // distance of the prefetch of one line per memory page
 inline constexpr int32_t kPageBytes = 4 << 10;
-// Heads of a key are prefetched as one range up to this stride, in widths (2 in a shared pool).
+// Up to this stride between heads, in head widths, a key's heads are prefetched as one range.
 inline constexpr int32_t kMostApart = 4;
 static_assert(kDecodeKeys % kLanes == 0);
 

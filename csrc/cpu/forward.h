@@ -112,7 +112,8 @@ static void attend_keys(const Head& head, const QueryRows& t, const PackedKeys& 
   const int32_t ld = row_words<E>(p.head_dim);
   const ScoreOperands scores_of{t.q, ld, keys.k, panel_words<E>(p.head_dim), depth_words<E>(p.head_dim)};
   for (int32_t j = 0; j < keys.size(); j += kPanel) {
-    multiply_score_panel<E>(scores_of, j, t.blocks, columns, s, kScoreRow, lane_max);  // S = Q Kᵀ
+    multiply_score_panel<E>(scores_of, j, t.blocks, columns, s, kScoreRow,
+                            head.has_options ? nullptr : lane_max);  // S = Q Kᵀ
   }
   // The maxima of all rows come first: each waits on a chain of lane reductions, and the chains of
   // successive rows overlap.

@@ -78,7 +78,8 @@ class RowGrid {
     }
   }
 
-  int64_t slots() const { return slots_; }  // per head of a leading entry; packed layouts leave some empty
+  // Slots per head of a leading entry; packed layouts leave some empty.
+  int64_t slots() const { return slots_; }
   int64_t heads() const { return heads_; }
   int64_t size() const { return problem_.leading.count() * heads_ * slots_; }
 
@@ -130,7 +131,8 @@ class RowGrid {
   const Starts& starts_;
   Side side_;
   int32_t tile_, heads_;
-  int32_t chunks_ = 1, chunk_ = 1;  // query heads of a KV head in chunks: their number, heads of each
+  // A KV head's query heads are cut into chunks: their number, and the heads of each.
+  int32_t chunks_ = 1, chunk_ = 1;
   int64_t slots_ = 0, per_entry_ = 0;
 };
 

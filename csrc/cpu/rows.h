@@ -19,7 +19,7 @@ struct Rows {
   float factor = 1.0f, missing = 0.0f;
   PageTable table = {};  // no pages if `entries` is null
   int64_t page_stride = 0;
-  const float* page_factors = nullptr;  // of page 0
+  const float* page_factors = nullptr;  // factor of page 0
   int64_t page_factor_stride = 0;
   const float* row_factors = nullptr;  // factors of the rows that are read next (with_row_factors())
 

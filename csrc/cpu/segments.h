@@ -9,7 +9,7 @@
 
 namespace jax_flash::JF_ISA {
 
-// The segments of some rows of a head, and those of its keys.
+// The segment ids of some rows of a head, and of its keys.
 struct RowSegments {
   SegmentSet rows;
   const int32_t* keys = nullptr;  // from key 0 on; null: the call has no segments

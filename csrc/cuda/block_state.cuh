@@ -1,4 +1,4 @@
-// Where a query tile's operands lie, for the portable forward.
+// The location of a query tile's operands, for the portable forward.
 #pragma once
 
 #include "core/problem.h"
@@ -8,21 +8,21 @@
 
 namespace jax_flash {
 
-// What all threads of a CTA need of its query tile. It is in shared memory, because registers are full of S
-// and O.
+// The state of a CTA's query tile that all its threads need. It is in shared memory, because registers are
+// full of S and O.
 template <class T>
 struct BlockState {
   BlockWork work;
   Band band;
-  ScoreOperands score;  // of the general kernels
-  Interval tiles;       // key tiles that any row of the query tile sees
+  ScoreOperands score;  // for general kernels
+  Interval tiles;       // key tiles in which any row of the query tile sees a key
   Interval whole;       // keys that all its rows see
   int32_t end;          // one past the last key that is read
   GlobalRows<const T> query;
   GlobalRows<T> out;
-  uint32_t* row_max;  // of the sequence's first row, if the call asks for it
+  uint32_t* row_max;  // at the sequence's first row, if the call asks for it
 
-  // `column`: the first one of V and O that the CTA works on.
+  // `column`: the first column of V and O that the CTA works on.
   __device__ void prepare(const Problem& p, const GridTiles& grid, int32_t block_m, int32_t block_n,
                           int32_t column) {
     work = find_work<Over::kQueries>(p, grid, block_m);

@@ -1,6 +1,8 @@
-// What block masks leave to tiles: lists that kernels of score kind Blocks go through.
+// What block masks and boolean masks leave to tiles: lists that kernels of score kinds Blocks and ListedMask
+// go through.
 #include "core/sequence.h"
 #include "core/visible/key_tiles.h"
+#include "core/visible/mask_tiles.h"
 #include "cuda/launch.h"
 #include "cuda/registry.h"
 #include "cuda/work.cuh"
@@ -10,24 +12,35 @@ namespace {
 
 constexpr int kConsumersOfTile = 2;
 
+// Where a call's mask comes from: at() is what it shows to the heads from `head` on.
+struct GivenBlocks {
+  __device__ BlockMask at(const Problem& p, int64_t leading, const Sequence& s, int32_t head) const {
+    return block_mask_of(p, leading, s, head);
+  }
+};
+struct FoundTiles {
+  MaskTiles tiles;
+  __device__ MaskTiles at(const Problem&, int64_t leading, const Sequence& s, int32_t head) const {
+    return tiles.at(leading, s.index, head);
+  }
+};
+
 // What rows [rows.lo, rows.hi) of head h see of keys, not empty, of one block.
-__device__ SeenPiece seen_piece(const Band& band, const BlockMask& blocks, int32_t h, const Interval& rows,
+template <class Mask>
+__device__ SeenPiece seen_piece(const Band& band, const Mask& blocks, int32_t h, const Interval& rows,
                                 const Interval& keys) {
   if (rows.empty() || intersect(band.rows(rows.lo, rows.hi), keys).empty()) return SeenPiece::kNone;
-  const int32_t column = keys.lo / blocks.block_keys;
-  bool any = false, all = true;
-  for (int32_t at = rows.lo / blocks.block_rows; at <= (rows.hi - 1) / blocks.block_rows; ++at) {
-    const bool sees = blocks.sees_block(h, at, column);
-    any |= sees, all &= sees;
-  }
+  const SeenPiece seen = blocks.seen_in_block(h, rows, keys);
+  if (seen != SeenPiece::kAll) return seen;
   const Interval whole = band.common(rows.lo, rows.hi);
-  if (!any) return SeenPiece::kNone;
-  return all && whole.lo <= keys.lo && keys.hi <= whole.hi ? SeenPiece::kAll : SeenPiece::kSome;
+  return whole.lo <= keys.lo && keys.hi <= whole.hi ? SeenPiece::kAll : SeenPiece::kSome;
 }
 
 // A warp for each query tile: its list. keys: of a key tile.
+template <class Source>
 __global__ void __launch_bounds__(32)
-    list_key_tiles(const __grid_constant__ Problem p, const __grid_constant__ KeyLists to, int32_t keys) {
+    list_key_tiles(const __grid_constant__ Problem p, const __grid_constant__ Source source,
+                   const __grid_constant__ KeyLists to, int32_t keys) {
   const auto lane = static_cast<int32_t>(threadIdx.x);
   const int32_t groups = p.heads / to.heads;
   const int64_t list = blockIdx.x, head_slot = list / to.query_tiles, entry = head_slot / groups;
@@ -36,11 +49,11 @@ __global__ void __launch_bounds__(32)
   const int64_t leading = entry / p.batch;
   const Sequence s = fixed_sequence(p, leading, static_cast<int32_t>(entry % p.batch));
   const Band band = make_band(p, leading, s);
-  const BlockMask blocks = block_mask_of(p, leading, s, head);
+  const auto blocks = source.at(p, leading, s, head);
   const bool paired = to.heads > 1;
   const int32_t end = min(row + (paired ? kRowBlock : kConsumersOfTile * kRowBlock), s.q_len);
   const Interval seen = band.rows(row, end);
-  const int32_t pieces = keys / to.keys;  // of a tile
+  const int32_t pieces = keys / to.keys;  // pieces per tile
   KeyPieces* const own = to.tiles + list * to.most;
   int32_t count = 0, last = 0;  // pieces so far, and the first key of the last
   for (int32_t first = seen.lo / to.keys * to.keys; first < seen.hi; first += 32 * to.keys) {
@@ -67,14 +80,15 @@ __global__ void __launch_bounds__(32)
   const int32_t of_last = count - count / pieces * pieces;
   for (int32_t i = of_last; of_last > 0 && i < pieces; ++i)
     own[count / pieces].piece[i] = KeyPieces::make(kNoKeys, SeenPiece::kNone, SeenPiece::kNone);
-  // Past the sequence other keys may follow, and empty pieces come as zeros.
+  // Keys of another sequence may follow this one, and empty pieces are loaded as zeros.
   const bool cut = last + to.keys > s.k_len && s.k_len < p.k_rows;
   const int32_t before_last = (of_last > 0 ? of_last - 1 : pieces - 1) * to.keys;
   to.lists[list] = {(count + pieces - 1) / pieces, cut ? before_last + s.k_len - last : keys};
 }
 
 // What rows see of keys, neither empty, that may be of several blocks.
-__device__ SeenPiece seen_keys(const Band& band, const BlockMask& blocks, int32_t h, const Interval& rows,
+template <class Mask>
+__device__ SeenPiece seen_keys(const Band& band, const Mask& blocks, int32_t h, const Interval& rows,
                                const Interval& keys) {
   bool any = false, all = true;
   for (int32_t key = keys.lo; key < keys.hi; key = (key / blocks.block_keys + 1) * blocks.block_keys) {
@@ -86,10 +100,10 @@ __device__ SeenPiece seen_keys(const Band& band, const BlockMask& blocks, int32_
 }
 
 constexpr int kStepWarps = 8;
-enum StepKind { kOfFirst, kOfSecond, kOfBoth, kStepKinds };  // of which consumer some keys are seen
+enum StepKind { kOfFirst, kOfSecond, kOfBoth, kStepKinds };  // the consumers that see some keys of a step
 
-// The place of the i-th step of a kind, of so many: those of both consumers come first, then those of one in
-// turns, so that one consumer has no long run without work.
+// The place of the i-th step of a kind in a list with so many steps of each kind. Steps of both consumers
+// come first, then those of either one in turn, so that no consumer is without work for long.
 __device__ int32_t place_of(StepKind kind, int32_t i, const int32_t (&steps)[kStepKinds]) {
   const int32_t pairs = min(steps[kOfFirst], steps[kOfSecond]);
   if (kind == kOfBoth) return i;
@@ -97,9 +111,10 @@ __device__ int32_t place_of(StepKind kind, int32_t i, const int32_t (&steps)[kSt
 }
 
 // A CTA for each key tile: its list, of query tiles of `rows` rows.
+template <class Source>
 __global__ void __launch_bounds__(32 * kStepWarps)
-    list_steps(const __grid_constant__ Problem p, const __grid_constant__ StepLists to, int32_t tiles,
-               int32_t rows) {
+    list_steps(const __grid_constant__ Problem p, const __grid_constant__ Source source,
+               const __grid_constant__ StepLists to, int32_t tiles, int32_t rows) {
   __shared__ int32_t of_warp[kStepKinds][kStepWarps];
   const auto thread = static_cast<int32_t>(threadIdx.x), warp = thread / 32;
   const int64_t list = blockIdx.x, head_slot = list / tiles, entry = head_slot / p.kv_heads;
@@ -108,11 +123,11 @@ __global__ void __launch_bounds__(32 * kStepWarps)
   const int64_t leading = entry / p.batch;
   const Sequence s = fixed_sequence(p, leading, static_cast<int32_t>(entry % p.batch));
   const Band band = make_band(p, leading, s);
-  const BlockMask blocks = block_mask_of(p, leading, s, head);
+  const auto blocks = source.at(p, leading, s, head);
   const Interval seen = tiles_of(band.queries(key, key + kConsumersOfTile * kRowBlock), rows);
   int32_t* const own = to.steps + list * to.most;
   int32_t steps[kStepKinds] = {0, 0, 0};
-  for (const bool stores : {false, true}) {  // once to count them
+  for (const bool stores : {false, true}) {  // the first pass counts the steps
     int32_t before[kStepKinds] = {0, 0, 0};
     for (int32_t first = 0; first < heads * seen.size(); first += 32 * kStepWarps) {
       const int32_t h = (first + thread) / seen.size(), tile = seen.lo + (first + thread) % seen.size();
@@ -124,7 +139,7 @@ __global__ void __launch_bounds__(32 * kStepWarps)
                             {begin, begin + kRowBlock});
       }
       const bool is_seen[] = {of[0] != SeenPiece::kNone, of[1] != SeenPiece::kNone};
-      uint32_t same[kStepKinds];  // lanes
+      uint32_t same[kStepKinds];  // the lanes whose step has the same kind
       for (int kind = 0; kind < kStepKinds; ++kind) {
         same[kind] =
             __ballot_sync(~0u, is_seen[0] == (kind != kOfSecond) && is_seen[1] == (kind != kOfFirst));
@@ -147,19 +162,32 @@ __global__ void __launch_bounds__(32 * kStepWarps)
   if (thread == 0) to.counts[list] = steps[kOfFirst] + steps[kOfSecond] + steps[kOfBoth];
 }
 
+// Makes the lists of a plan that has any.
+template <class Source>
+cudaError_t launch_lists(const Problem& p, const Source& source, const LaunchPlan& plan, void* workspace,
+                         cudaStream_t stream) {
+  if (plan.keys.lists >= 0) {
+    const int64_t lists = p.leading.count() * p.batch * p.kv_heads * plan.keys.tiles;
+    return launch(list_steps<Source>, lists, 32 * kStepWarps, 0, stream, p, source,
+                  step_lists(p, plan.keys, workspace), static_cast<int32_t>(plan.keys.tiles),
+                  plan.keys.other_block);
+  }
+  if (plan.queries.lists < 0) return cudaSuccess;
+  const KeyLists lists = key_lists(p, plan.queries, workspace);
+  return launch(list_key_tiles<Source>,
+                p.leading.count() * p.batch * (p.heads / lists.heads) * plan.queries.tiles, 32, 0, stream, p,
+                source, lists, plan.queries.other_block);
+}
+
 }  // namespace
 
 cudaError_t launch_blocks(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
-  const TileGrid& grid = plan.queries;
-  if (plan.keys.lists >= 0 && p.batch > 0) {
-    const int64_t lists = p.leading.count() * p.batch * p.kv_heads * plan.keys.tiles;
-    return launch(list_steps, lists, 32 * kStepWarps, 0, stream, p, step_lists(p, plan.keys, workspace),
-                  static_cast<int32_t>(plan.keys.tiles), plan.keys.other_block);
-  }
-  if (grid.lists < 0 || p.batch == 0) return cudaSuccess;
-  const KeyLists lists = key_lists(p, grid, workspace);
-  return launch(list_key_tiles, p.leading.count() * p.batch * (p.heads / lists.heads) * grid.tiles, 32, 0,
-                stream, p, lists, grid.other_block);
+  if (p.batch == 0) return cudaSuccess;
+  const TileGrid& grid = plan.keys.lists >= 0 ? plan.keys : plan.queries;
+  if (grid.mask_tiles < 0) return launch_lists(p, GivenBlocks{}, plan, workspace, stream);
+  const MaskTiles tiles = mask_tiles(p, grid, workspace);
+  if (cudaError_t e = launch_mask_tiles(p, tiles, stream); e != cudaSuccess) return e;
+  return launch_lists(p, FoundTiles{tiles}, plan, workspace, stream);
 }
 
 }  // namespace jax_flash

@@ -4,7 +4,6 @@
 #include "core/problem.h"
 #include "cuda/ptx/global.cuh"
 #include "cuda/ptx/math.cuh"
-#include "cuda/ptx/reduce.cuh"
 #include "cuda/softmax.cuh"
 #include "cuda/tile/accumulator.cuh"
 #include "cuda/tile/copy.cuh"
@@ -12,11 +11,11 @@
 
 namespace jax_flash {
 
-// Where the lse and the sinks of a sequence's rows lie.
+// The location of the lse and the sinks of a sequence's rows.
 struct LseRows {
   float* data;
   int64_t stride;
-  const float* sinks;  // null: none
+  const float* sinks;  // null if there are none
 
   __device__ __forceinline__ void prepare(const Problem& p, const BlockWork& work) {
     data = p.lse.as<float>() + work.offset(p, p.lse, work.head, work.tile.q_begin);
@@ -24,13 +23,13 @@ struct LseRows {
     sinks = nullptr;
     if (p.sinks) sinks = p.sinks.as<const float>() + work.offset(p, p.sinks, work.head, work.tile.q_begin);
   }
-  // The logit of row i's sink, −inf for none.
+  // The logit of row i's sink; −inf if there is none.
   __device__ __forceinline__ float sink(const Problem& p, int32_t i, const TileWork& tile) const {
     return ptx::load_global(sinks + i * p.sinks.row, sinks && i < tile.q_len, -INFINITY);
   }
 };
 
-// Where a row lies, in elements from row 0.
+// The location of a row, in elements from row 0.
 struct StridedRows {
   int64_t stride;
   __device__ __forceinline__ int64_t operator()(int32_t row) const { return row * stride; }
@@ -128,25 +127,6 @@ template <class T, class O>
 __device__ __forceinline__ void store_rows_from_registers(const O& o, const GlobalRows<T> out, int32_t row,
                                                           int32_t end) {
   store_rows_from_registers(o, out.data, out.columns, StridedRows{out.stride}, row, end);
-}
-
-// Adds an accumulator atomically to rows [0, end) of `to`, whose blocks of 16 columns have the order of
-// ptx::add_quad.
-template <class A>
-__device__ __forceinline__ void add_rows(const A& a, Placement at, const GlobalRows<float>& to, int32_t end) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int slot = 0; slot < A::kSlots; ++slot) {
-    const int row = at.row + slot / 2 * at.row_step + slot % 2 * 8 + lane / 4;
-    float* const first = to.data + row * to.stride;
-#pragma unroll
-    for (int n = 0; n < A::kColumnTiles; n += 2) {
-      const int column = at.column + n / 2 * at.column_step;
-      if (row < end && column < to.columns)
-        ptx::add_quad(first + column, lane % 4, a.at(slot, n, 0), a.at(slot, n, 1), a.at(slot, n + 1, 0),
-                      a.at(slot, n + 1, 1));
-    }
-  }
 }
 
 }  // namespace jax_flash

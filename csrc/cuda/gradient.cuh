@@ -15,9 +15,10 @@
 
 namespace jax_flash {
 
-// lse in powers of two, and delta. A row that sees no key has lse = −inf; +inf instead makes its P = 0.
+// lse, times log2(e). A row that sees no key has lse = −inf; this returns +inf instead, which makes its P =
+// 0.
 __device__ __forceinline__ float row_lse(float lse) { return lse == -INFINITY ? INFINITY : lse * kLog2e; }
-// True where |lse| is so large that its rounding error would show in P.
+// True if |lse| is so large that its rounding error changes P.
 __device__ __forceinline__ bool lse_too_large(float row_lse) {
   return kLargeShift <= fabsf(row_lse) && fabsf(row_lse) < INFINITY;
 }
@@ -29,7 +30,7 @@ __device__ __forceinline__ void clamp_for_large_lse(float& x, float row_lse) {
 }
 __device__ __forceinline__ float row_delta(float lse, float delta) { return lse == -INFINITY ? 0 : delta; }
 
-// lse, in powers of two, and delta of a query tile, in shared memory.
+// lse, times log2(e), and delta of a query tile, in shared memory.
 template <int M>
 struct QueryStatistics {
   float lse[M], delta[M];
@@ -73,7 +74,7 @@ template <class T>
 struct GradientBlock {
   BlockWork work;
   Band band;
-  ScoreOperands score;  // where the score variant reads any
+  ScoreOperands score;  // if the score variant reads any
   Interval tiles;       // the tiles to iterate over: queries for a key tile, keys for a query tile
   GlobalRows<const T> key, value, query, dout;  // query and dout of the (first) query head
   const float *lse, *delta;
@@ -124,14 +125,14 @@ __device__ __forceinline__ void probabilities(S& s, const Rows& rows, float scal
   for_each(s, [&](float& x, int, int, int) { x = ptx::exp2(x); });
 }
 
-// What tile_gradient() calls where dP is there already.
+// The Wait of tile_gradient() for callers that have dP already.
 struct NoWait {
   __device__ __forceinline__ void operator()() const {}
 };
 
-// S → P and dP → dS, in place, of a Score variant's object that has prefetched what it needs. P has dropout
-// applied, but not its factor 1 / (1 − rate), and is multiplied by Score::kWeightScale. `partial`: the band
-// hides some of the tile. wait_dp() is called before dP is read.
+// Computes S → P and dP → dS in place, with the object of a Score variant that has prefetched what it needs.
+// P has dropout applied, without its factor 1 / (1 − rate), and is multiplied by Score::kWeightScale.
+// `partial`: the band hides some of the tile. wait_dp() is called before dP is read.
 template <GradientOf kOf = GradientOf::kProduct, class Score, class Tile, class S, class Rows,
           class Wait = NoWait>
 __device__ __forceinline__ void tile_gradient(Score& score, const Tile& tile, const Rows& rows, bool partial,
@@ -166,8 +167,8 @@ __device__ __forceinline__ void tile_gradient(Score& score, const Tile& tile, co
   score.drop_weights(s, tile);  // P ← drop(P)
 }
 
-// The same in two, where one warp has S and another dP. The first makes S → P, as above, and W = P ∘
-// score'(S), with a minus where dropout drops it;
+// The two halves of tile_gradient() for kernels in which one warp has S and another has dP. The first warp
+// computes S → P as above, and W = P ∘ score'(S), which is negative where dropout drops the element.
 template <class Score, class Tile, class S, class Rows>
 __device__ __forceinline__ void tile_weights(Score& score, const Tile& tile, const Rows& rows, bool partial,
                                              S& s, S& w) {
@@ -182,7 +183,7 @@ __device__ __forceinline__ void tile_weights(Score& score, const Tile& tile, con
   score.mark_dropped(w, tile);
   score.drop_weights(s, tile);  // P ← drop(P)
 }
-// and the second dS = |W| (drop(dP) − delta). `factor`: dropout_scale().
+// The second warp computes dS = |W| (drop(dP) − delta). `factor`: dropout_scale().
 template <class Score>
 __device__ __forceinline__ float score_gradient(float w, float dp, float delta, float factor) {
   if constexpr (Score::kDropout) {

@@ -8,7 +8,7 @@
 
 namespace jax_flash {
 
-// Thread blocks: their number, times the slices of columns that each tile has.
+// The grid: a number of thread blocks, times the slices of columns per tile.
 struct Blocks {
   int64_t count;
   int32_t slices = 1;

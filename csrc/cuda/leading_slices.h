@@ -1,4 +1,4 @@
-// A call with several leading dimensions as calls with one. Tensor maps have room for one.
+// Splits a call with several leading dimensions into calls with one, because tensor maps have room for one.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,7 +9,7 @@
 
 namespace jax_flash {
 
-// How many slices a call has: all leading dimensions but the last.
+// The number of slices of a call: the entries of all leading dimensions but the last.
 inline int64_t leading_slices(const Problem& p) {
   return p.leading.rank <= 1 ? 1 : p.leading.count() / p.leading.size[p.leading.rank - 1];
 }
@@ -22,7 +22,7 @@ inline Problem leading_slice(const Problem& p, int64_t index) {
   Problem slice = p;
   slice.leading = {1, {p.leading.size[last]}};
   const auto cut = [&](const schema::Array& array) {
-    if (!array.view) return;  // of the tangent pass, which has no tensor maps
+    if (!array.view) return;  // arrays of the tangent pass have no tensor maps
     View& view = slice.*array.view;
     const int64_t bytes = element_bytes(p, array.element);
     if (view) view.data = view.as<uint8_t>() + view.leading_offset(others, index) * bytes;
@@ -33,7 +33,7 @@ inline Problem leading_slice(const Problem& p, int64_t index) {
   return slice;
 }
 
-// Calls launch(slice) for all of them, in order.
+// Calls launch(slice) for all slices, in order.
 template <class Launch>
 cudaError_t for_each_slice(const Problem& p, Launch launch) {
   if (p.leading.rank <= 1) return launch(p);

@@ -8,7 +8,7 @@
 
 namespace jax_flash {
 
-// S [.., keys from `key`] ← value where hidden(key, limit), with limit = bound(slot).
+// S [.., keys from `key`] ← value if hidden(key, limit), with limit = bound(slot).
 template <class S, class Bound, class Hidden>
 __device__ __forceinline__ void hide(S& s, int32_t key, float value, Bound bound, Hidden hidden) {
 #pragma unroll
@@ -24,7 +24,7 @@ __device__ __forceinline__ void hide(S& s, int32_t key, float value, Bound bound
   }
 }
 
-// Which columns are hidden: those before the limit, or those from the limit on.
+// The columns that are hidden: those before the limit, or those from the limit on.
 struct BeforeLimit {
   __device__ __forceinline__ bool operator()(int32_t column, int32_t limit) const { return column < limit; }
 };
@@ -32,7 +32,8 @@ struct FromLimit {
   __device__ __forceinline__ bool operator()(int32_t column, int32_t limit) const { return column >= limit; }
 };
 
-// S ← value outside the band, of a transposed S: the band of a key limits the rows, as a lane has fewer keys.
+// S ← value outside the band, for a transposed S. The band of each key limits the rows, because a lane has
+// fewer keys than rows.
 template <class S>
 __device__ __forceinline__ void mask_transposed(S& s, const Band& band, int32_t row, int32_t key,
                                                 float value = -INFINITY) {
@@ -52,7 +53,7 @@ __device__ __forceinline__ void mask_transposed(S& s, const Band& band, int32_t 
   hide_rows([](Interval seen) { return seen.hi; }, FromLimit{});
 }
 
-// S ← −inf outside the band. `begins`, `ends`: whether the band of some row does so within the tile.
+// S ← −inf outside the band. `begins`, `ends`: whether some row's band begins, or ends, within the tile.
 template <class S>
 __device__ __forceinline__ void mask(S& s, const Band& band, int32_t row, int32_t key, bool begins = true,
                                      bool ends = true) {
@@ -62,15 +63,15 @@ __device__ __forceinline__ void mask(S& s, const Band& band, int32_t row, int32_
   if (ends) hide(s, key, -INFINITY, [&](int slot) { return band.last_key(row + S::row(slot)); }, FromLimit{});
 }
 
-// Whether every row of a warp's S sees all its keys. The vote tells the compiler that the branch is uniform.
+// Whether every row of a warp's S sees all keys. The vote tells the compiler that the branch is uniform.
 template <class S>
 __device__ __forceinline__ bool all_seen(const S&, const Band& band, int32_t row, int32_t key) {
   const Interval all = band.common(row, row + S::kRows);
   return __all_sync(~0u, all.lo <= key && key + S::kColumns <= all.hi);
 }
 
-// S ← 0 where it is hidden, rows past the sequence included: hidden scores may be anything, and must not
-// choose how visible ones are computed.
+// S ← 0 where it is hidden, and in rows past the sequence. Hidden scores may have any value, which must not
+// decide how visible ones are computed.
 template <class S>
 __device__ __forceinline__ void clear_unseen(S& s, const Band& band, int32_t row, int32_t key) {
   hide(s, key, 0, [&](int slot) { return band.first_key(row + S::row(slot)); }, BeforeLimit{});

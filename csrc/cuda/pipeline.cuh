@@ -48,7 +48,7 @@ struct BlockPipeline {
   __device__ __forceinline__ void arrive_by_warp(uint32_t use) const {
     ptx::barrier_arrive_by_warp(full_barrier(use));
   }
-  // This warp has read the stage; one thread alone has.
+  // Says that this warp has read the stage; release_by_thread() says that one thread has.
   __device__ __forceinline__ void release(uint32_t use) const {
     ptx::barrier_arrive_by_warp(empty_barrier(use));
   }

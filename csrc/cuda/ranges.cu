@@ -1,4 +1,5 @@
-// What ranges leave to blocks of query rows and to tiles, which kernels of score kind Ranges skip tiles by.
+// Finds the keys that ranges leave visible to blocks of query rows and to tiles. Kernels of score kind Ranges
+// use this to skip tiles.
 #include "core/sequence.h"
 #include "core/visible/row_blocks.h"
 #include "cuda/launch.h"
@@ -13,7 +14,7 @@ constexpr int kMostWarps = 4;
 // The clamped starts of packed sequences, of all leading entries; null for the fixed layouts.
 struct SequenceStarts {
   const int32_t *query = nullptr, *key = nullptr;
-  int32_t apart = 0;  // from one leading entry to the next
+  int32_t apart = 0;  // stride of leading entries
 
   __device__ Sequence sequence(const Problem& p, int64_t leading, int32_t index) const {
     if (!query) return fixed_sequence(p, leading, index);
@@ -24,10 +25,10 @@ struct SequenceStarts {
 // The rows of a slot of a table, within a sequence.
 struct SlotRows {
   int64_t leading;
-  int32_t index, row;  // the sequence, and the first row in it
+  int32_t index, row;  // the sequence, and the row's position in it
 };
 
-// `rows`: of an entry, or of all sequences, that begin at `starts`.
+// `rows`: the rows of an entry, or of all sequences, whose first rows are `starts`.
 __device__ SlotRows rows_of_slot(const Problem& p, const int32_t* starts, int32_t apart, int32_t rows,
                                  int32_t block, int64_t slot) {
   const int64_t slots = slots_of_entry(p.packed(), rows, p.batch, block);
@@ -47,7 +48,7 @@ __device__ __forceinline__ Interval from_lane(Interval x, int apart) {
   return {__shfl_xor_sync(~0u, x.lo, apart), __shfl_xor_sync(~0u, x.hi, apart)};
 }
 
-// The rows of all lanes.
+// Combines the limits of all lanes.
 __device__ LimitsOfRows limits_of_warp(LimitsOfRows x) {
   for (int apart = 1; apart < 32; apart *= 2)
     x.add({from_lane(x.any, apart), from_lane(x.all, apart), from_lane(x.hole, apart),
@@ -59,7 +60,7 @@ __device__ Interval intersection_of_warp(Interval x) {
   return x;
 }
 
-// The keys that a warp's block of rows from `row` on sees, over all heads that have ranges of their own.
+// What the rows of a warp's block, from `row` on, see at all heads that have their own ranges.
 __device__ SeenByBlock seen_by_block(const Problem& p, int64_t leading, const Sequence& s, int32_t row) {
   const Band band = make_band(p, leading, s);
   const RowRanges ranges = row_ranges(p, leading, s, 0);
@@ -82,7 +83,7 @@ __device__ SeenByBlock seen_by_block(const Problem& p, int64_t leading, const Se
   return limits.seen(gap);
 }
 
-// The same for a tile of several blocks.
+// Likewise for a tile of several blocks.
 __device__ SeenByTile seen_by_tile(const SeenByBlock* blocks, int32_t count) {
   SeenByTile tile{{0, 0}, {0, INT32_MAX}};
   for (int32_t i = 0; i < count; ++i) {
@@ -96,7 +97,7 @@ __device__ SeenByTile seen_by_tile(const SeenByBlock* blocks, int32_t count) {
   return tile;
 }
 
-// A CTA for each tile of query rows, a warp for each of its blocks. tiles: null where only blocks are wanted.
+// A CTA handles a tile of query rows, and each warp one of its blocks. tiles: null if only blocks are needed.
 __global__ void __launch_bounds__(32 * kMostWarps)
     find_seen_keys(const __grid_constant__ Problem p, const SequenceStarts starts, int32_t warps,
                    SeenByBlock* blocks, SeenByTile* tiles) {
@@ -105,7 +106,7 @@ __global__ void __launch_bounds__(32 * kMostWarps)
   const SlotRows at = rows_of_slot(p, starts.query, starts.apart, p.q_rows, warps * kRowBlock, blockIdx.x);
   const Sequence s = starts.sequence(p, at.leading, at.index);
   const int32_t rows = p.packed() ? s.q_len : p.q_rows, row = at.row + warp * kRowBlock;
-  if (at.row < 0 || at.row >= rows) return;  // no sequence's slot
+  if (at.row < 0 || at.row >= rows) return;  // the slot belongs to no sequence
   const SeenByBlock seen = seen_by_block(p, at.leading, s, row);
   if (lane() == 0) {
     of_warp[warp] = seen;
@@ -116,8 +117,8 @@ __global__ void __launch_bounds__(32 * kMostWarps)
   if (threadIdx.x == 0 && tiles) tiles[blockIdx.x] = seen_by_tile(of_warp, warps);
 }
 
-// The tiles of query rows that see a key tile: from the first to the last, and the most that see nothing of
-// it between two that do. The bits of 32 tiles are added at a time.
+// The query tiles that see a key tile: the interval from the first to the last, and the longest gap of query
+// tiles in it that do not. Adds the bits of 32 tiles at a time.
 struct SeenByQueries {
   Interval any{0, 0}, gap{0, 0};
 
@@ -134,8 +135,8 @@ struct SeenByQueries {
   }
 };
 
-// A warp for each key tile. rows: the query rows of the first to the last query tile that sees it; gaps:
-// query tiles between them that do not. Where sums are ordered key tiles have no gaps.
+// A warp handles a key tile. rows: the query rows from the first to the last query tile that sees it; gaps:
+// the query tiles between them that do not. If sums are ordered, key tiles have no gaps.
 __global__ void __launch_bounds__(32)
     find_seeing_queries(const __grid_constant__ Problem p, const SequenceStarts starts,
                         const SeenByBlock* blocks, int32_t query_tile, int32_t key_tile, Interval* rows,
@@ -166,7 +167,8 @@ __global__ void __launch_bounds__(32)
 
 SequenceStarts starts_of(const Problem& p, const TileGrid& grid, bool queries, const void* workspace) {
   if (!p.packed()) return {};
-  const int32_t* padded = query_starts(p, grid, workspace);  // of the rows that are tiled
+  // First rows of the padded sequences whose rows are tiled.
+  const int32_t* padded = query_starts(p, grid, workspace);
   const int32_t* others = padded + p.batch + 2;
   return {queries ? padded : others, queries ? others : padded, 2 * (p.batch + 2)};
 }

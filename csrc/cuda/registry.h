@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <numeric>
 #include <span>
 #include <type_traits>
@@ -13,21 +14,23 @@
 #include "core/plan/columns.h"
 #include "core/plan/launch_plan.h"
 #include "core/problem.h"
+#include "core/visible/mask_tiles.h"
 
 namespace jax_flash {
 
-// `tangents`: filled for the tangent pass alone.
+// `tangents`: only used by the tangent pass.
 using Launch = cudaError_t(const Problem& p, const Tangents* tangents, const LaunchPlan& plan,
                            void* workspace, cudaStream_t stream);
 
-// cudaErrorNotSupported: another row has to run the call.
+// Returns cudaErrorNotSupported if another row has to run the call.
 using AppendLaunch = cudaError_t(const AppendProblem& p, const Device& device, cudaStream_t stream);
 
 std::span<const KernelRow> built_kernels();
-Launch* launch_of(int32_t kernel);  // an index into built_kernels(), of a row of any pass but append
+// The launch function of built_kernels()[kernel], a row of any pass but append.
+Launch* launch_of(int32_t kernel);
 AppendLaunch* append_launch_of(int32_t kernel);
 
-// A pass's launch_row, which takes the tangents only where they are its operands.
+// Calls a pass's launch_row(), with the tangents if it takes them.
 template <auto kLaunchRow>
 cudaError_t call_launch_row(const Problem& p, const Tangents* tangents, const LaunchPlan& plan,
                             void* workspace, cudaStream_t stream) {
@@ -39,7 +42,7 @@ cudaError_t call_launch_row(const Problem& p, const Tangents* tangents, const La
   }
 }
 
-// Calls launch.operator()<kind>() with the plan's score variant, which is one of the row's.
+// Calls launch.operator()<kind>() for the plan's score kind, which is one of the row's.
 template <Row kRow, class LaunchKind>
 cudaError_t launch_score(ScoreKind kind, LaunchKind launch) {
   cudaError_t status = cudaErrorNotSupported;
@@ -55,11 +58,13 @@ cudaError_t launch_score(ScoreKind kind, LaunchKind launch) {
   return status;
 }
 
-// Writes a plan's schedules, and what segments, ranges or block masks leave to each tile, to the workspace.
+// Writes a plan's schedules, and what segments, ranges or masks leave to each tile, to the workspace.
 cudaError_t launch_schedules(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream);
 cudaError_t launch_segments(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream);
 cudaError_t launch_ranges(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream);
 cudaError_t launch_blocks(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream);
+// Finds how much a boolean mask shows of its tiles.
+cudaError_t launch_mask_tiles(const Problem& p, const MaskTiles& tiles, cudaStream_t stream);
 
 // The schedule of a grid; null if it has none.
 inline const TileWork* schedule_of(const TileGrid& grid, const void* workspace) {
@@ -73,12 +78,12 @@ inline const Interval* segments_of(const TileGrid& grid, const void* workspace) 
   return reinterpret_cast<const Interval*>(static_cast<const char*>(workspace) + grid.segments);
 }
 
-// What kernels for ranges skip tiles by: the blocks of query rows, and either query tiles or, of key tiles,
-// the query rows from the first to the last that sees one, and a gap of query tiles between them.
+// The tables by which kernels for ranges skip tiles. The forward takes `tiles`, the backward `rows` and
+// `gaps`; they begin at the same address.
 struct RangeTables {
-  SeenByBlock* blocks = nullptr;
-  SeenByTile* tiles = nullptr;
-  Interval *rows = nullptr, *gaps = nullptr;
+  SeenByBlock* blocks = nullptr;              // the keys that each block of query rows sees
+  SeenByTile* tiles = nullptr;                // the keys that each query tile sees
+  Interval *rows = nullptr, *gaps = nullptr;  // by key tile: rows that see it, and query tiles that do not
 };
 
 inline RangeTables range_tables(const Problem& p, const TileGrid& grid, void* workspace) {
@@ -91,7 +96,34 @@ inline RangeTables range_tables(const Problem& p, const TileGrid& grid, void* wo
   return {first, reinterpret_cast<SeenByTile*>(first + blocks), rows, rows + key_tiles};
 }
 
-// The lists that block masks leave to the query tiles of a grid, of which each has two consumers.
+// The tiles of a boolean mask.
+inline MaskTiles mask_tiles(const Problem& p, const TileGrid& grid, void* workspace) {
+  const View& mask = p.mask;
+  MaskTiles tiles{static_cast<uint8_t*>(workspace) + grid.mask_tiles};
+  tiles.rows = mask.row ? static_cast<int32_t>(ceil_div(p.q_rows, kRowBlock)) : 1;
+  tiles.columns = static_cast<int32_t>(ceil_div(p.k_rows, kRowBlock));
+  tiles.row = mask.row ? tiles.columns : 0;
+  int64_t size = int64_t{tiles.rows} * tiles.columns;
+  const auto stride = [&](bool own, int64_t entries) {
+    const int64_t result = own ? size : 0;
+    if (own) size *= entries;
+    return result;
+  };
+  tiles.head = stride(mask.head, p.heads);
+  tiles.batch = stride(mask.batch, p.batch);
+  tiles.leading =
+      stride(std::any_of(mask.leading, mask.leading + p.leading.rank, [](int64_t x) { return x; }),
+             p.leading.count());
+  tiles.heads = size / std::max<int64_t>(1, int64_t{tiles.rows} * tiles.columns);
+  return tiles;
+}
+
+// The keys of a piece of a key tile: of one block, or of one tile of a boolean mask.
+inline int32_t keys_of_piece(const Problem& p, int32_t tile_keys) {
+  return std::gcd(p.block_mask ? p.spec.block_keys : kRowBlock, tile_keys);
+}
+
+// The lists that masks leave to the query tiles of a grid, of which each has two consumers.
 inline KeyLists key_lists(const Problem& p, const TileGrid& grid, void* workspace) {
   const int32_t heads = 2 * kRowBlock / grid.block;
   const auto most = static_cast<int32_t>(ceil_div(p.k_rows, grid.other_block));
@@ -100,13 +132,13 @@ inline KeyLists key_lists(const Problem& p, const TileGrid& grid, void* workspac
   return {tiles,
           reinterpret_cast<KeyList*>(tiles + lists * most),
           most,
-          std::gcd(p.spec.block_keys, grid.other_block),
+          keys_of_piece(p, grid.other_block),
           grid.block,
           heads,
           static_cast<int32_t>(grid.tiles)};
 }
 
-// The lists of steps that block masks leave to the key tiles of a grid.
+// The lists of steps that masks leave to the key tiles of a grid.
 inline StepLists step_lists(const Problem& p, const TileGrid& grid, void* workspace) {
   const auto most = static_cast<int32_t>(p.heads / p.kv_heads * ceil_div(p.q_rows, grid.other_block));
   const int64_t lists = p.leading.count() * p.batch * p.kv_heads * grid.tiles;
@@ -132,16 +164,16 @@ inline GridTiles grid_tiles(const TileGrid& grid, const void* workspace) {
   return {schedule_of(grid, workspace), segments_of(grid, workspace), static_cast<int32_t>(grid.tiles)};
 }
 
-// The starts of packed sequences of queries: [n + 1] for each leading entry, 2 · (n + 2) apart, after the
-// schedule of the queries.
+// The first row of each of the n packed sequences of queries, and the end of the last one: [n + 1] for each
+// leading entry, with a stride of 2 · (n + 2), behind the schedule of the queries.
 inline const int32_t* query_starts(const Problem& p, const TileGrid& grid, const void* workspace) {
   return reinterpret_cast<const int32_t*>(schedule_of(grid, workspace) + p.leading.count() * grid.tiles) + 1;
 }
 
 }  // namespace jax_flash
 
-// The launch function of a built row: the files that cmake/kernels.cmake writes use it once per row and
-// dtype, after including the family's pass, which defines launch_row.
+// Defines the launch function of a built row. The files that cmake/kernels.cmake writes expand this macro
+// once per row and dtype, after including the family's pass, which defines launch_row.
 #define JF_DEFINE_LAUNCH(name, dtype, ...)                                                              \
   namespace jax_flash {                                                                                 \
   namespace columns {                                                                                   \
@@ -153,7 +185,7 @@ inline const int32_t* query_starts(const Problem& p, const TileGrid& grid, const
   }                                                                                                     \
   }
 
-// The same for a row of append.
+// Likewise for a row of append.
 #define JF_DEFINE_APPEND_LAUNCH(name, dtype, ...)                                       \
   namespace jax_flash {                                                                 \
   namespace columns {                                                                   \

@@ -1,5 +1,5 @@
-// The result row_max while a call computes it: integers of the same order as the scores, 0 for none. Memory
-// is cleared before the kernels, and JAX makes floats of them (jax_flash/largest.py).
+// The result row_max in the form that kernels compute: integers with the order of the scores, or 0 if there
+// is none. They are cleared before the kernels, and JAX converts them to floats (jax_flash/largest.py).
 #pragma once
 
 #include <cmath>
@@ -15,7 +15,7 @@
 
 namespace jax_flash {
 
-// Where the results of a sequence's rows lie: as those of lse do.
+// The results of a sequence's rows; they have the layout of lse.
 __device__ __forceinline__ uint32_t* row_maxima(const Problem& p, const float* lse) {
   return p.row_max.as<uint32_t>() + (lse - p.lse.as<const float>());
 }
@@ -34,17 +34,15 @@ __device__ __forceinline__ void store_row_maxima(const Problem& p, const Softmax
   }
 }
 
-// Raises the results of a warp's rows [row, end) to the largest of S in a tile of keys. `to`: that of the
-// sequence's first row. power(x, slot): the score of which S has x, in powers of two.
+// Raises the results of a warp's rows [row, end) to the largest elements of S in a tile of keys. `to`: the
+// result of the sequence's first row. power(x, slot): the score, times log2(e), that element x of S stands
+// for.
 template <class S, class Power>
 __device__ __forceinline__ void raise_row_maxima(const S& s, uint32_t* to, int64_t stride, int32_t row,
                                                  int32_t end, Power power) {
 #pragma unroll
   for (int slot = 0; slot < S::kSlots; ++slot) {
-    float top = s.at(slot, 0, 0);
-#pragma unroll
-    for (int i = 1; i < 2 * S::kColumnTiles; ++i) top = fmaxf(top, s.at(slot, i / 2, i % 2));
-    top = power(row_max(top), slot) * kLn2;
+    const float top = power(row_max(thread_max(s, slot)), slot) * kLn2;
     const int32_t i = row + S::row(slot);
     if (threadIdx.x % 4 == 0 && i < end && top > -INFINITY) ptx::raise(to + i * stride, ordered(top));
   }

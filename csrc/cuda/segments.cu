@@ -1,6 +1,7 @@
-// What segments and ranges leave to each tile of a grid: the rows of the other side, within the band, from
-// the first to the last that may share a segment with the tile and that see, or are seen by, one of its rows
-// at some head. It is found once for all heads, so that a kernel's CTA only reads the interval of its tile.
+// Finds what segments and ranges leave to each tile of a grid: an interval of rows of the other side, within
+// the band. It reaches from the first to the last row that may share a segment with the tile and that sees,
+// or is seen by, one of its rows at some head. It is computed once for all heads, so a kernel's CTA only
+// reads the interval of its tile.
 #include "core/segments.h"
 #include "core/visible/ranges.h"
 
@@ -18,7 +19,7 @@ __device__ __forceinline__ SegmentSet from_lane(const SegmentSet& set, int apart
           __shfl_xor_sync(~0u, set.bits, apart)};
 }
 
-// Rows of the other side: the smallest interval that holds them, and how many they are.
+// Rows of the other side: the smallest interval that holds them, and their number.
 struct Rows {
   Interval hull{INT32_MAX, 0};
   int32_t count = 0;
@@ -29,7 +30,7 @@ struct Rows {
   }
 };
 
-// The rows of all threads; for thread 0.
+// Combines the rows of all threads; thread 0 gets the result.
 __device__ Rows rows_of_block(Rows x) {
   __shared__ int4 of_warp[kWarps];
   for (int apart = 1; apart < 32; apart *= 2)
@@ -48,14 +49,14 @@ struct RangesOfTile {
   RowRanges ranges;
   int32_t heads, begin, end;
 
-  // What query row i sees of `keys` at one of the heads.
+  // The keys among `keys` that query row i sees at one or more of the heads.
   __device__ Interval seen(int32_t i, const Interval& keys) const {
     Interval all{0, 0};
     for (int32_t h = 0; h < heads; ++h) all = hull_of(all, ranges.seen(h, i, keys).hull);
     return all;
   }
 
-  // From the first to the last key that one of the tile's rows sees; for all threads.
+  // The interval from the first to the last key that one of the tile's rows sees. All threads get it.
   __device__ Interval keys_of_rows() const {
     __shared__ Interval all;
     Rows own;
@@ -75,9 +76,9 @@ struct RangesOfTile {
   }
 };
 
-// The segments of a tile, and those of the other side.
+// The segments of a tile, compared with those of the other side.
 struct SegmentsOfTile {
-  SegmentSet set;  // in every warp
+  SegmentSet set;  // every warp has it
   const int32_t* others = nullptr;
 
   // Adds the segments of own[begin, end).
@@ -92,10 +93,10 @@ struct SegmentsOfTile {
 struct FoundSegments {
   Interval* to;
   int32_t* one_segment;
-  int32_t tiles, block;  // of a batch entry, rows of one
+  int32_t tiles, block;  // tiles of a batch entry; rows per tile
 };
 
-// One CTA per tile of a batch entry, and one per part after these.
+// One CTA per tile of a batch entry, followed by one per part.
 template <Over over>
 __global__ void __launch_bounds__(kThreads)
     find_segments(const __grid_constant__ Problem p, const FoundSegments tiles, const FoundSegments parts,

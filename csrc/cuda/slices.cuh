@@ -1,6 +1,6 @@
-// Slices of columns. Where a head is wider than the registers of a CTA hold (Row::slice_columns), the grid's
-// second dimension counts slices of its columns. Each makes S of the whole head, and the products of its own
-// columns.
+// Slices of columns. If a head is wider than the registers of a CTA allow (Row::slice_columns), the grid's
+// second dimension counts slices of its columns. Each CTA computes S from the whole head, and the products of
+// its own columns.
 #pragma once
 
 #include <cstdint>
@@ -16,14 +16,14 @@ __device__ __forceinline__ int32_t first_column() {
   return C::kSliced ? static_cast<int32_t>(blockIdx.y) * C::kSliceColumns : 0;
 }
 
-// Where the slice begins in a tile that holds all columns, in bytes. There it is itself a SharedTile of
-// kSliceColumns, since tiles lie panel by panel.
+// The byte offset of the slice in a tile that holds all columns. The slice is itself a SharedTile of
+// kSliceColumns, because tiles are stored panel by panel.
 template <class C, class Tile>
 __device__ __forceinline__ uint32_t slice_offset() {
   return C::kSliced ? blockIdx.y * Tile::panel_offset(C::kSliceColumns / kChunk<typename Tile::Element>) : 0;
 }
 
-// slices_of() for a kernel; a constant where it has no slices.
+// slices_of() for a kernel; a constant if it has no slices.
 template <class C>
 constexpr JF_HD int32_t slice_count(int32_t columns) {
   return C::kSliced ? slices_of(columns, C::kSliceColumns) : 1;

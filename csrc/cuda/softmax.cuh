@@ -20,6 +20,16 @@ __device__ __forceinline__ float row_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
+// The largest of what a thread holds of a row.
+template <class S>
+__device__ __forceinline__ float thread_max(const S& s, int slot) {
+  float even = s.at(slot, 0, 0), odd = s.at(slot, 0, 1);
+#pragma unroll
+  for (int n = 1; n < S::kColumnTiles; ++n)
+    even = fmaxf(even, s.at(slot, n, 0)), odd = fmaxf(odd, s.at(slot, n, 1));
+  return fmaxf(even, odd);
+}
+
 // From this |scale · m| on the rounding of scale · s + shift would show in P, and S − m is computed first.
 inline constexpr float kLargeShift = 1 << 20;
 
@@ -28,8 +38,8 @@ inline constexpr float kLargeShift = 1 << 20;
 template <int kSlots>
 struct OnlineSoftmax {
   static constexpr bool kBounded = false;
-  static constexpr float kRescaleThreshold = 8;  // of update_lazily: P ≤ 2^8
-  static constexpr int kManyTiles = 10;  // column tiles from which on maxima by bits are faster on sm_90
+  static constexpr float kRescaleThreshold = 8;  // for update_lazily(): P ≤ 2^8
+  static constexpr int kManyTiles = 10;  // from so many column tiles on, maxima by bits are faster on sm_90
   static constexpr float kEmptyRow = FLT_MAX;  // the shift of a row that has seen no key
   float shift[kSlots];
   float l[kSlots];  // this lane's share of Σ P
@@ -40,7 +50,7 @@ struct OnlineSoftmax {
     for (int slot = 0; slot < kSlots; ++slot) shift[slot] = kEmptyRow, l[slot] = 0;
   }
 
-  // Where P would exceed 2^kRescaleThreshold, which is rare after the first tiles: m ← max(m, rowmax S),
+  // If P would exceed 2^kRescaleThreshold, which is rare after the first tiles: m ← max(m, rowmax S),
   // l ← α l, O ← α O.
   template <class S, class O>
   __device__ __forceinline__ void update_lazily(const S& s, O& o) {
@@ -54,7 +64,7 @@ struct OnlineSoftmax {
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       const float next =
-          fminf(shift[slot], -row_max(thread_max(s, slot)) * scale);  // kEmptyRow where all is hidden
+          fminf(shift[slot], -row_max(thread_max(s, slot)) * scale);  // kEmptyRow if all keys are hidden
       alpha[slot] = ptx::exp2(next - shift[slot]);
       shift[slot] = next;
       l[slot] *= alpha[slot];
@@ -95,12 +105,13 @@ struct OnlineSoftmax {
       shift[slot] = shift[slot] == within[slot] ? before[slot] : shift[slot] - row_term[slot];
   }
 
-  // The largest score of a row, after update(); −∞: it has seen no key.
+  // The largest score of a row, after update(); −∞ if the row has seen no key.
   __device__ __forceinline__ float maximum(int slot) const {
     return shift[slot] == kEmptyRow ? -INFINITY : -shift[slot] * kLn2;
   }
 
-  // A row's factor of O, 1 / Σ P, and its lse. `sink`: a logit that is part of the sum alone; −inf: none.
+  // 1 / Σ P, the factor of a row's O, and the row's lse. `sink`: a logit that is only added to the sum; −inf
+  // if there is none.
   struct Final {
     float factor, lse;
   };
@@ -115,12 +126,12 @@ struct OnlineSoftmax {
     const float largest = fmaxf(top, sink_log2);
     const float alpha = ptx::exp2(top - largest);
     const float total = fmaf(sum, alpha, ptx::exp2(sink_log2 - largest));
-    const bool none = largest == -INFINITY && sum == 0;  // a NaN alone has no maximum
+    const bool none = largest == -INFINITY && sum == 0;  // a row with only NaN has no maximum either
     return {none ? 0 : alpha * ptx::reciprocal(total),
             none ? -INFINITY : (largest + ptx::log2(total)) * kLn2};
   }
 
-  // The maxima of what a thread holds of its rows.
+  // The maxima of a thread's own elements of each row.
   template <class S>
   __device__ __forceinline__ static void thread_maxima(const S& s, float (&maxima)[kSlots]) {
     if constexpr (S::kColumnTiles >= kManyTiles) {
@@ -129,15 +140,6 @@ struct OnlineSoftmax {
 #pragma unroll
       for (int slot = 0; slot < kSlots; ++slot) maxima[slot] = thread_max(s, slot);
     }
-  }
-
-  template <class S>
-  __device__ __forceinline__ static float thread_max(const S& s, int slot) {
-    float even = s.at(slot, 0, 0), odd = s.at(slot, 0, 1);
-#pragma unroll
-    for (int n = 1; n < S::kColumnTiles; ++n)
-      even = fmaxf(even, s.at(slot, n, 0)), odd = fmaxf(odd, s.at(slot, n, 1));
-    return fmaxf(even, odd);
   }
 
   // The maximum of the bits as integers, of which one instruction of sm_90 compares three, is that of the
@@ -187,7 +189,7 @@ struct OnlineSoftmax {
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       const float top = row_max(maxima[slot]);
-      // Each row by its own test, so that its result does not depend on the other rows of the warp.
+      // Each row is tested by itself, so that its result does not depend on the other rows of the warp.
       const float next = fmaf(top, scale, shift[slot]) > kRescaleThreshold ? -top * scale : shift[slot];
       const float alpha = ptx::exp2(next - shift[slot]);
       shift[slot] = next;
@@ -197,15 +199,15 @@ struct OnlineSoftmax {
   }
 };
 
-// The softmax of scores within [−bound, bound], where P has float32's range: m is never computed and O never
-// rescaled. The scores come with the shift added, which is the same for all rows.
+// The softmax of scores within [−bound, bound], if P has float32's range: m is never computed and O never
+// rescaled. The shift, which is the same for all rows, has already been added to the scores.
 template <int kSlots>
 struct BoundedSoftmax : OnlineSoftmax<kSlots> {
   using Base = OnlineSoftmax<kSlots>;
   using Base::l, Base::shift;
   static constexpr bool kBounded = true;
 
-  // P = e^(s − bound), or more where that might be less than e^−80.
+  // P = e^(s − bound), or larger if that could be less than e^−80.
   __device__ __forceinline__ explicit BoundedSoftmax(float bound) : Base(1) {
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) shift[slot] = -kLog2e * fminf(bound, 80 - bound);
@@ -229,7 +231,7 @@ struct BoundedSoftmax : OnlineSoftmax<kSlots> {
         }
   }
 
-  // To be called before finish(), which is the base's.
+  // Must be called before finish(), which the base class has.
   __device__ __forceinline__ void mark_empty_rows() {
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot)
@@ -237,15 +239,15 @@ struct BoundedSoftmax : OnlineSoftmax<kSlots> {
   }
 };
 
-// The online softmax of scores of any magnitude: where |shift| is large S becomes S − m, and the shift 0. M
-// is the type of m: volatile float where it is seldom read and registers are few.
+// The online softmax of scores of any magnitude: if |shift| is large, S becomes S − m, and the shift 0. M
+// is the type of m: volatile float if it is seldom read and there are few registers.
 template <int kSlots, class M>
 struct UnboundedSoftmax : OnlineSoftmax<kSlots> {
   using Base = OnlineSoftmax<kSlots>;
   using Base::l, Base::scale, Base::shift;
   M m[kSlots];
-  bool subtracted = false;  // some shift is 0 instead of −scale · m
-  // Whether the maxima of a tile are NaN where an element is, unless it has its sign bit set.
+  bool subtracted = false;  // some row has a shift of 0 instead of −scale · m
+  // Whether a NaN among a tile's elements makes the maxima NaN, unless its sign bit is set.
   template <class S>
   static constexpr bool kFindsNan = S::kColumnTiles >= Base::kManyTiles;
 
@@ -266,7 +268,7 @@ struct UnboundedSoftmax : OnlineSoftmax<kSlots> {
     Base::thread_maxima(s, maxima);
     update_by(s, maxima, alpha);
   }
-  // The same where NaN may be hidden: hide() makes them −∞ in S.
+  // Likewise if NaN may be hidden: hide() sets hidden elements of S to −∞.
   template <class S, class Hide>
   __device__ __forceinline__ void update(S& s, float (&alpha)[kSlots], Hide hide) {
     static_assert(kFindsNan<S>);
@@ -291,7 +293,7 @@ struct UnboundedSoftmax : OnlineSoftmax<kSlots> {
   }
 
  private:
-  // `maxima`: of what the thread holds of its rows.
+  // `maxima`: the maxima of the thread's own elements of each row.
   template <class S>
   __device__ __forceinline__ void update_by(S& s, const float (&maxima)[kSlots], float (&alpha)[kSlots]) {
     float largest_shift = 0;
@@ -324,8 +326,8 @@ struct UnboundedSoftmax : OnlineSoftmax<kSlots> {
     for (int slot = 0; slot < kSlots; ++slot) subtracted |= subtract_maximum(s, slot);
   }
 
-  // Updates a row whose maximum in this tile is `top`, and returns α: by the shift, or by m where some shifts
-  // are 0. The two round differently.
+  // Updates a row whose maximum in this tile is `top`, and returns α: by the shift, or by m if some rows have
+  // a shift of 0. The two round differently.
   __device__ __forceinline__ float update_shift(int slot, float top) {
     const bool rises = fmaf(top, scale, shift[slot]) > Base::kRescaleThreshold;
     const float next = rises ? -top * scale : shift[slot], alpha = ptx::exp2(next - shift[slot]);
@@ -341,7 +343,7 @@ struct UnboundedSoftmax : OnlineSoftmax<kSlots> {
     return ptx::exp2((before - next) * scale);
   }
 
-  // S ← S − m in a row whose shift is large, which becomes 0; whether it did.
+  // If a row's shift is large: S ← S − m, and the shift becomes 0. Returns whether that was done.
   template <class S>
   __device__ __forceinline__ bool subtract_maximum(S& s, int slot) {
     if (fabsf(shift[slot]) < kLargeShift) return false;

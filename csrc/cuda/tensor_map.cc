@@ -24,7 +24,7 @@ Encode find_encode() {
 }
 
 constexpr cuuint32_t kRank = 5;
-constexpr cuuint64_t kUnusedStride = 16;  // of a dimension of size 1: any valid stride
+constexpr cuuint64_t kUnusedStride = 16;  // for a dimension of size 1, any valid stride
 
 // Sizes, strides in bytes from the second dimension on, and the box of a map, innermost dimension first.
 struct Layout5 {
@@ -47,7 +47,8 @@ CUtensorMapDataType half_type(const Problem& p) {
   return p.dtype == DType::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
 }
 
-// Whether a page has one row of all heads after the other, or one head's rows after the other.
+// rows_first: a page stores row after row, each with all heads. heads_first: it stores head after head, each
+// with all rows.
 bool rows_first(const Problem& p, const View& view, int32_t columns) {
   return (p.kv_heads == 1 || view.head == columns) && view.batch == int64_t{p.page_size} * view.row;
 }
@@ -58,7 +59,7 @@ bool heads_first(const Problem& p, const View& view) {
 }  // namespace
 
 cudaError_t make_tensor_map(CUtensorMap& map, const Problem& p, const View& view, const MapShape& shape) {
-  const int32_t element_bytes = shape.is_float32 ? 4 : 2;
+  constexpr int32_t kElementBytes = 2;
   const int64_t strides[] = {view.head, view.row, view.batch, view.leading[0]};
   const int64_t sizes[] = {shape.heads, shape.rows, shape.batch, p.leading.count()};
   Layout5 layout{{static_cast<cuuint64_t>(shape.columns)},
@@ -68,15 +69,14 @@ cudaError_t make_tensor_map(CUtensorMap& map, const Problem& p, const View& view
   for (cuuint32_t i = 0; i + 1 < kRank; ++i) {
     const bool used = strides[i] != 0 && sizes[i] > 1;
     layout.dims[i + 1] = used ? static_cast<cuuint64_t>(sizes[i]) : 1;
-    layout.bytes[i] = used ? static_cast<cuuint64_t>(strides[i]) * element_bytes : kUnusedStride;
+    layout.bytes[i] = used ? static_cast<cuuint64_t>(strides[i]) * kElementBytes : kUnusedStride;
   }
-  const auto type = shape.is_float32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : half_type(p);
   const auto swizzle =
-      shape.box_columns * element_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
+      shape.box_columns * kElementBytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
   // An operand without rows may have no memory. Nothing of it is copied, but the map needs a valid address.
   const bool empty = shape.rows == 0 || shape.heads == 0 || shape.batch == 0;
   void* data = empty ? p.query.data : view.data;
-  return encode(map, data, layout, type, swizzle);
+  return encode(map, data, layout, half_type(p), swizzle);
 }
 
 bool has_page_map(const Problem& p, const View& view, int32_t columns) {

@@ -8,12 +8,11 @@
 
 namespace jax_flash {
 
-// An operand [leading, batch, row, head, column] of 16-bit elements or of float32. A box is [box_rows,
+// An operand [leading, batch, row, head, column] of 16-bit elements. A box is [box_rows,
 // box_heads, box_columns], one panel of a SharedTile with its swizzle.
 struct MapShape {
   int32_t columns, heads, rows, batch;
   int32_t box_columns, box_rows;
-  bool is_float32 = false;
   int32_t box_heads = 1;
 };
 

@@ -1,4 +1,4 @@
-// Which tile of which sequence and head a CTA works on, and where its operands lie.
+// The tile, the sequence and the head that a CTA works on, and the location of its operands.
 #pragma once
 
 #include <cstdint>
@@ -26,15 +26,15 @@ struct BlockWork {
     return {tile.index, batch_row, tile.q_begin, tile.k_begin, tile.q_len, tile.k_len};
   }
   __device__ __forceinline__ Band band(const Problem& p) const { return make_band(p, leading, sequence()); }
-  // For kernels with one leading dimension at most. No function is called, since a warp that has given
-  // registers up (setmaxnreg) has too few for a call.
+  // For kernels with at most one leading dimension. It calls no function, because a warp that has given up
+  // registers (setmaxnreg) has too few for a call.
   __device__ __forceinline__ Band band_inline(const Problem& p) const {
     return make_band(p.spec, sequence(),
                      has_position(p) ? diagonal_shift(p, leading * p.position.leading[0]) : 0);
   }
 };
 
-// Heads whose tiles are worked on at the same time: few enough for their K and V to stay in L2.
+// Heads whose tiles are worked on together: few enough that their K and V stay in L2.
 inline constexpr uint32_t kHeadsTogether = 16;
 
 // A tile's number among the `count` tiles of all heads.
@@ -42,9 +42,9 @@ struct TileNumber {
   uint32_t number, count;
 };
 
-// The work of a tile of packed sequences. Sequences come in the schedule's order, longest first; within one
-// one group of heads follows the other, and in a group tile follows tile, each of all its heads. Slot s of
-// the schedule stands for numbers [s · heads, (s + 1) · heads).
+// The work of a tile of packed sequences. Sequences come in the schedule's order, longest first. Within a
+// sequence, one group of heads follows the other, and within a group tile follows tile, each with all heads
+// of the group. Slot s of the schedule stands for numbers [s · heads, (s + 1) · heads).
 template <Over over>
 __device__ __forceinline__ BlockWork find_packed_work(const Problem& p, const TileWork* schedule,
                                                       int32_t tiles, int32_t block, TileNumber wanted,
@@ -68,20 +68,22 @@ __device__ __forceinline__ BlockWork find_packed_work(const Problem& p, const Ti
   return work;
 }
 
-// The work of a tile. The tiles of a group of heads are neighbours, and with a causal mask the longest come
-// first (the last queries, the first keys), so that the last CTAs to run have short ones. kUneven: query
-// tiles differ without a causal mask, too. heads_of_tile: neighbouring heads that query tiles have rows of.
+// The work of a tile. The tiles of a group of heads have consecutive numbers. With a causal mask the longest
+// come first (the last queries, the first keys), so that the last CTAs to run have short ones. kUneven: query
+// tiles differ without a causal mask, too. heads_of_tile: the number of successive heads that a query tile
+// covers.
 template <Over over, bool kUneven = false>
 __device__ __forceinline__ BlockWork find_work(const Problem& p, const TileWork* schedule, int32_t tiles,
                                                int32_t block, TileNumber wanted,
                                                uint32_t heads_together = kHeadsTogether,
                                                int32_t heads_of_tile = 1) {
-  if (p.packed())  // a deterministic backward's tiles of one head wait for each other
+  if (p.packed())  // in a deterministic backward, tiles of one head wait for each other
     return find_packed_work<over>(p, schedule, tiles, block, wanted,
                                   p.spec.deterministic ? heads_together : 1);
   constexpr bool kQueries = over == Over::kQueries;
   const uint32_t heads = kQueries ? p.heads / heads_of_tile : p.kv_heads, all = wanted.count / tiles;
-  // Without a causal mask query tiles are equally long, and share most K and V in one head after the other.
+  // Without a causal mask query tiles are equally long, and share more K and V if the heads come one after
+  // the other.
   const uint32_t group = kQueries && !kUneven && p.spec.right < 0 ? 1 : heads_together;
   const uint32_t first = wanted.number / (group * tiles) * group;
   const uint32_t together = min(group, all - first), number = wanted.number - first * tiles;
@@ -98,14 +100,14 @@ __device__ __forceinline__ BlockWork find_work(const Problem& p, const TileWork*
   return work;
 }
 
-// The work of this CTA, where each has one tile.
+// The work of this CTA in grids with one CTA per tile.
 template <Over over>
 __device__ __forceinline__ BlockWork find_work(const Problem& p, const GridTiles& tiles, int32_t block) {
   return find_work<over>(p, tiles.schedule, tiles.count, block, {blockIdx.x, gridDim.x});
 }
 
-// What segments leave of `seen`, the rows of the other side that the band leaves to a tile. `segments`: of
-// all tiles of the grid, from launch_segments.
+// The part of `seen` (the rows of the other side that the band leaves to a tile) that segments leave.
+// `segments`: for all tiles of the grid, from launch_segments.
 __device__ __forceinline__ Interval trim_to_segments(const Interval* segments, int32_t tiles, int32_t block,
                                                      const Problem& p, const BlockWork& work, Interval seen) {
   if (!segments) return seen;

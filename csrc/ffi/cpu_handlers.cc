@@ -19,6 +19,7 @@ struct HeadDims {
 
   bool within(HeadDims most) const { return key <= most.key && value <= most.value; }
 };
+// The largest head dims of a call: of all passes, of the forward over latent pools, and of append's rows.
 constexpr HeadDims kLargest{kMaxHeadDim, kMaxHeadDim}, kLargestLatent{kMaxLatentDim, kMaxHeadDim},
     kLargestRows{kMaxPoolColumns, kMaxHeadDim};
 
@@ -41,6 +42,7 @@ ffi::Error guarded(ffi::ThreadPool& threads, HeadDims dims, HeadDims most, Run r
   return ffi::Error::Success();
 }
 
+// Asks the operating system for large pages for the results.
 void prefer_large_results(ffi::RemainingRets rets) {
   for (size_t i = 0; i < rets.size(); ++i) {
     const ffi::AnyBuffer result = **rets.get<ffi::AnyBuffer>(i);

@@ -48,7 +48,7 @@ Enum by_name(const Enum (&values)[kCount], const std::string& name) {
   throw std::invalid_argument("plan: " + name + " is not one of " + known);
 }
 
-// A size that is an expression of JAX.
+// A symbolic size: an expression of jax.export's symbolic dimensions.
 struct PythonSymbol final : Dim::Symbol {
   nb::object expression;
   explicit PythonSymbol(nb::object value) : expression(std::move(value)) {}
@@ -140,7 +140,7 @@ T size_as(nb::object value) {
   }
 }
 
-// Sizes from the names of dimensions in csrc/operands.def.
+// The sizes of a call from a dictionary {name of a dimension in csrc/operands.def: its size}.
 template <class T>
 Sizes<T> sizes_of(const AttentionSpec& spec, const nb::dict& given) {
   Sizes<T> sizes;

@@ -115,9 +115,7 @@ class Gemma3(CausalLM):
             of an image or none.
           images: tokens' shape and width, the image encoder's vectors, read where spans ≥ 0.
         """
-        x = self.embed(tokens)
-        if images is not None:
-            x = jnp.where((spans >= 0)[..., None], images.astype(x.dtype), x)
+        x = self.embed_with_images(tokens, spans, images)
         return self.run(x, cache, None if spans is None else image_mask(spans, cache))
 
     @classmethod
@@ -134,6 +132,13 @@ class Gemma3(CausalLM):
     def embed(self, tokens: jax.Array) -> jax.Array:
         """[...] → [..., width], times √width in the model's dtype."""
         return super().embed(tokens) * jnp.asarray(self.config.hidden_size**0.5, self.config.dtype)
+
+    def embed_with_images(
+        self, tokens: jax.Array, spans: jax.Array | None, images: jax.Array | None
+    ) -> jax.Array:
+        """The same with the images' vectors in the place of their tokens; arguments as `__call__` says."""
+        x = self.embed(tokens)
+        return x if images is None else jnp.where((spans >= 0)[..., None], images.astype(x.dtype), x)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """[..., width] → [..., vocabulary], float32."""

@@ -148,9 +148,8 @@ class Gemma4(Gemma3):
         spans: jax.Array | None = None,
         images: jax.Array | None = None,
     ) -> jax.Array:
-        x = self.embed(tokens)
+        x = self.embed_with_images(tokens, spans, images)
         if images is not None:
-            x = jnp.where((spans >= 0)[..., None], images.astype(x.dtype), x)
             tokens = jnp.where(spans >= 0, self.config.pad_token_id, tokens)
         own, shared = self.of_layers(tokens, x), {}
         mask = None if spans is None else image_mask(spans, cache)

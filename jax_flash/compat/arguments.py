@@ -61,19 +61,18 @@ class Cache:
         return check.lengths("cache_seqlens", cache_seqlens, b, "b")
 
     def lengths(self, ends: jax.Array) -> jax.Array:
-        """The numbers of keys of sequences with these ends, which are clamped to the cache."""
+        """The numbers of keys of sequences with these ends; the ends are clamped to the cache."""
         return ends if self.start is None else jnp.clip(ends, 0, self.capacity) - self.start
 
     def without_padding(self) -> Cache:
-        """The same keys, for reading, with every sequence at the start of its row of the table."""
+        """The same keys, to be read only, with every sequence at the start of its row of the table."""
         if self.start is None:
             return self
         rows, s_max = self.k_pages.shape[:2]
         token = jnp.arange(s_max, dtype=jnp.int32)[None]
-        slot = self.start[:, None] + token  # a page of one key may begin anywhere
-        inside = (self.tables >= 0) & (
-            self.tables < rows
-        )  # entries past a row are past its sequence's length
+        slot = self.start[:, None] + token  # with pages of one key, a sequence may begin at any slot
+        # Slots past the end of a cache row are never read, because they lie past its sequence's length.
+        inside = (self.tables >= 0) & (self.tables < rows)
         tables = jnp.where(inside, self.tables * jnp.int32(s_max) + slot, jnp.int32(-1))
         k, v = (x.reshape(rows * s_max, 1, *x.shape[2:]) for x in (self.k_pages, self.v_pages))
         return Cache(k, v, tables, None)
@@ -144,7 +143,7 @@ def softcap(check: Checker, softcap: Any) -> float | None:
 
 
 def refuse_weights(check: Checker, wanted: bool, dropout_p: float, function: str) -> None:
-    """Raises where flash_attn would return attention weights: with return_attn_probs and dropout."""
+    """Raises if return_attn_probs is combined with dropout, since flash_attn would then return attention weights."""
     if check.flag("return_attn_probs", wanted) and dropout_p:
         raise check.fail(
             f"return_attn_probs with dropout_p {dropout_p} asks for the attention weights, which never exist as an "

@@ -37,7 +37,7 @@ def flash_attn_func(
 def flash_attn_func(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
 
 
-def flash_attn_func(  # type: ignore[misc]  # which has no `unpacked`
+def flash_attn_func(  # type: ignore[misc]  # only an overload has `unpacked`
     q: ArrayLike,
     k: ArrayLike,
     v: ArrayLike,
@@ -66,7 +66,7 @@ def flash_attn_func(  # type: ignore[misc]  # which has no `unpacked`
       alibi_slopes: float32 `[hq]` or `[b, hq]`; adds −slope·|i + sk − sq − j|.
       deterministic: makes the backward pass bit-for-bit reproducible.
       return_attn_probs: returns `(out, softmax_lse, None)` with float32 softmax_lse `[b, hq, sq]`.
-      dropout_key: `jax.random.key`. It drops other weights than flash_attn's generator.
+      dropout_key: `jax.random.key`. The weights that it drops are not those that flash_attn's generator drops.
       implementation: as in `flash_attention`.
 
     Returns:
@@ -125,7 +125,7 @@ def flash_attn_varlen_func(
 def flash_attn_varlen_func(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
 
 
-def flash_attn_varlen_func(  # type: ignore[misc]  # which has no `unpacked`
+def flash_attn_varlen_func(  # type: ignore[misc]  # only an overload has `unpacked`
     q: ArrayLike,
     k: ArrayLike,
     v: ArrayLike,

@@ -1,4 +1,4 @@
-"""Warnings of what an adapter has to copy or to store, since its library's arguments say it in another way."""
+"""Warnings about copies and storage that an adapter needs because its library's arguments differ from this one's."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..checker import Checker
 
 
 class CostWarning(UserWarning):
-    """A call that is right, but that copies or stores more than the same call by this library's own arguments."""
+    """The call is right, but it copies or stores more than the same call with this library's own arguments."""
 
 
 def warn(check: Checker, what: str, instead: str) -> None:
-    """Warns of a cost, and of what avoids it. Python shows each text once."""
+    """Warns about a cost, and says how to avoid it. Python shows each text once."""
     warnings.warn(f"{check.op}: {what}; {instead}", CostWarning, stacklevel=2)
 
 

@@ -27,7 +27,8 @@ from ..options import ArrayLike, Implementation, Number
 
 _CHECK = Checker("easydel.flash_attention")
 _CHECK_SDPA = Checker("easydel.scaled_dot_product_attention")
-_PADDING = (-1, -2)  # ids of queries and keys outside of every segment, which differ so that they see nothing
+# Ids of queries and keys outside every segment; they differ, so that such queries see no key.
+_PADDING = (-1, -2)
 
 
 def flash_attention(
@@ -207,13 +208,13 @@ def _seen(info: Any) -> tuple[Array | None, tuple[Array, Array] | None]:
     if mask is None:
         return None, ids
     mask = jnp.asarray(mask).astype(bool)
-    if mask.ndim == 2:  # of keys
+    if mask.ndim == 2:  # the mask is one of keys
         mask = mask[:, None, None]
     return mask[:, None] if mask.ndim == 3 else mask, ids
 
 
 def _sinks(aux: ArrayLike, heads: int) -> Array:
-    """One sink for each head, which adds to the sum what all of the head's do."""
+    """One sink for each head, which adds as much to the softmax's sum as all of the head's sinks together."""
     given = _CHECK.array("softmax_aux", aux).astype(jnp.float32)
     if given.ndim not in (1, 2) or (given.ndim == 2 and given.shape[0] not in (1, heads)):
         raise _CHECK.fail(f"softmax_aux must have shape [sinks] or [{heads}, sinks], got {given.shape}")

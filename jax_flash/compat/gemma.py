@@ -49,7 +49,7 @@ def patch(*modules: type, ranges: bool = False, implementation: Implementation |
     for module in modules:
         if not (isinstance(module, type) and hasattr(module, "init_cache") and hasattr(module, "use_gqa")):
             raise _CHECK.fail(f"modules must be Attention classes of gemma, got {module!r}", TypeError)
-        # Flax wraps the methods of a module where its class is made, and not those that are assigned later.
+        # Flax wraps a module's methods when its class is created, but not methods that are assigned later.
         made: Any = type(module.__name__, (module,), {"__call__": _method(ranges, implementation)})
         setattr(module, "__call__", made.__call__)  # noqa: B010
 
@@ -83,7 +83,7 @@ def _method(ranges: bool, implementation: Implementation | None) -> Any:
             self.attention_weights(_weights(self, query, key, seen))
         many = None
         mask = masks.dense(seen[:, None])
-        if ranges and seen.shape[1] > 1:  # a single row's mask is as small as its ranges
+        if ranges and seen.shape[1] > 1:  # for a single row the mask is no larger than its ranges
             mask, many = _ranges(seen)
         dtype = jnp.result_type(query, key, value)
         out = flash_attention(
@@ -105,7 +105,7 @@ def _method(ranges: bool, implementation: Implementation | None) -> Any:
 
 
 def _shares(self: Any) -> bool:
-    """Whether layers hand their keys on, as those of Gemma 3n and 4 do."""
+    """Whether layers pass their keys on, as in Gemma 3n and 4."""
     return hasattr(self, "qk_norm_with_scale")
 
 
@@ -121,7 +121,7 @@ def _projected(self: Any, x: Array, segment_pos: Array, shared: _Cache | None) -
     """Query, key and value after norms and rotary embedding; `shared` keys are already embedded."""
     from gemma.gm.math import _positional_embeddings
 
-    # A parameter exists where it is used, so that the unused ones of gemma's checkpoints are used, too.
+    # In Flax a parameter exists only if it is used, so parameters that gemma itself does not need are used, too.
     made = shared is None or _is_gemma_4(self)
     key: Any = None
     value: Any = None
@@ -153,7 +153,7 @@ def _projected(self: Any, x: Array, segment_pos: Array, shared: _Cache | None) -
 def _store(self: Any, cache: _Cache, tokens: int) -> Any:
     """A function that writes the new tokens of an array `[b, t, …]` into the cache, which is a ring."""
     end, size = cache["end_index"], cache["v"].shape[1]
-    if _is_gemma_4(self):  # each row has an end of its own
+    if _is_gemma_4(self):  # each row ends at its own position
         slots = (end[:, None] + jnp.arange(tokens)) % size
         rows = jnp.arange(end.shape[0])[:, None]
         return lambda name, new: cache[name].at[rows, slots].set(new)

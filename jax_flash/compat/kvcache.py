@@ -36,7 +36,7 @@ def flash_attn_with_kvcache(
 def flash_attn_with_kvcache(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
 
 
-def flash_attn_with_kvcache(  # type: ignore[misc]  # which has no `unpacked`
+def flash_attn_with_kvcache(  # type: ignore[misc]  # only an overload has `unpacked`
     q: ArrayLike,
     k_cache: ArrayLike,
     v_cache: ArrayLike,

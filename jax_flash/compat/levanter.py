@@ -17,7 +17,7 @@ from ..batch_dims import as_bias, over_batch_dims
 from ..checker import Checker
 from ..options import Implementation
 
-NamedArray = Any  # haliax's, which is imported only where one is made
+NamedArray = Any  # haliax's class; haliax is imported only when one is made
 Axis = Any
 
 
@@ -147,12 +147,12 @@ def dot_product_attention(
 
 @dataclass(frozen=True)
 class _Axes:
-    """The axes of one call by what they are for: batch dims, positions, KV head, query heads of one, head dims."""
+    """The axes of one call, by their purpose: batch dims, positions, KV head, query heads of a KV head, head dims."""
 
     batch: tuple[Axis, ...]
     q_pos: Axis
     k_pos: Axis
-    kv_head: tuple[Axis, ...]  # one, or none
+    kv_head: tuple[Axis, ...]  # one axis, or none
     group: tuple[Axis, ...]
     key: Axis
     value: Axis
@@ -174,7 +174,7 @@ class _Axes:
                 f"key {_text(key)} must have {_text(known | {dim.name})}, and value {_text(value)} these and a head "
                 f"dim, beside query {_text(query)}"
             )
-        # As Levanter has it: the last shared axis counts heads, unless query begins with it.
+        # Levanter's rule: the last shared axis counts heads, unless query begins with it.
         at_front = bool(shared) and not group and query.axes[0] == shared[-1]
         cut = len(shared) if at_front else max(len(shared) - 1, 0)
         return cls(tuple(shared[:cut]), q_pos, k_pos, tuple(shared[cut:]), tuple(group), dim, values[0])
@@ -247,7 +247,7 @@ class _Axes:
 
 @dataclass
 class _Seen:
-    """What the rows see: causal and window as options, and arrays that have all batch dims."""
+    """The keys that rows see: causal and window as options, and arrays with all batch dims."""
 
     causal: bool = False
     window: tuple[int, int] | None = None
@@ -267,7 +267,7 @@ class _Seen:
             found.arrays["offset"] = axes.entries(check, "mask's causal_offset", offset)
         window = getattr(mask, "sliding_window", None)
         if window is not None:
-            found.window = (window - 1, 0)  # a query, and the keys before it
+            found.window = (window - 1, 0)  # the query's own key, and the keys before it
         if mask.explicit_mask is not None:
             found.arrays["dense"] = axes.scores(check, "mask's explicit_mask", mask.explicit_mask).astype(
                 bool

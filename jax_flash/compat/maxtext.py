@@ -32,8 +32,8 @@ from .costs import warn_dense
 
 _CHECK = Checker("maxtext.apply_attention")
 _HIDDEN = -0.7 * float(np.finfo(np.float32).max)  # MaxText's DEFAULT_MASK_VALUE
-_ACTIVE = 1  # its DECODING_ACTIVE_SEQUENCE_INDICATOR
-_PADDING = -2  # of keys, whose ids MaxText hides where they are negative
+_ACTIVE = 1  # MaxText's DECODING_ACTIVE_SEQUENCE_INDICATOR
+_PADDING = -2  # for keys with negative ids, which MaxText hides
 _TYPES = ("global", "local_sliding", "chunk", "mla", "compressed", "full", "block_diffusion")
 
 
@@ -69,14 +69,14 @@ def apply_attention(
       query: `[b, sq, hq, d]`, which MaxText has scaled.
       key, value: `[b or 1, sk, hk, d]` and `[b or 1, sk, hk, dv]`, arrays or MaxText's quantised KVTensor, which are
         dequantised.
-      decoder_segment_ids: `[b, sk]`; a query sees keys of its own segment, none of a negative one. When decoding, keys
-        whose id is 1.
+      decoder_segment_ids: `[b, sk]`; a query sees the keys of its own segment, and keys with a negative id are hidden.
+        When decoding, it sees the keys whose id is 1.
       lengths: `[b]`, keys in use, with use_ragged_attention.
       previous_chunk: an array whose second dimension is the position of the first query.
       bidirectional_mask: `[b, sk]`, True for tokens of images: neighbours that are True see each other.
       sinks: `[hq]`, in the softmax's sum.
-      indexer_mask: `[b, sq, sk]`, 0 where a query may attend; it stays dense, with a warning, as do compressed_mask,
-        which is that of the last keys, and MoBA's blocks.
+      indexer_mask: `[b, sq, sk]`, 0 where a query may attend. It stays dense, which gives a warning.
+      compressed_mask: a mask of the last keys, which stays dense too, as do MoBA's blocks.
       record_max_logits: sets `self.max_logits` to the largest logit of each sequence and head, `[b, hq]`.
       qk_product_einsum, wv_product_einsum, pad_kv_total, compress_ratio: ignored; they steer MaxText's own products.
       implementation: as in `flash_attention`.
@@ -86,11 +86,12 @@ def apply_attention(
       and 1, `[b, sq, hq, 1]`, are the maximum and the sum by which MaxText merges its two caches.
 
     Raises:
-      NotImplementedError: for dropout, as the call does not say whether it is deterministic, and for batches in striped
-        order (`context_parallel_reorder_strategy`).
+      NotImplementedError: for dropout, because MaxText's call does not say whether dropout is to be applied, and for
+        batches in striped order (`context_parallel_reorder_strategy`).
       ValueError, TypeError: as in `flash_attention`.
 
-    Deviations from MaxText: a query that sees nothing gives 0, and an image that several segments share is split there.
+    Deviations from MaxText: a query that sees nothing gives 0, and an image that lies in several segments is cut at
+    their borders.
     """
     del qk_product_einsum, wv_product_einsum, pad_kv_total, compress_ratio
     kind = str(getattr(self.attention_type, "value", self.attention_type))
@@ -137,7 +138,7 @@ def apply_attention(
         _record(self, results[2])
     if model_mode == "train":
         return out, None, None
-    # A row without keys must not make the merged rows NaN: MaxText's masks are finite.
+    # If a row sees no key, its lse must be finite like MaxText's masks, or it would make the merged row NaN.
     maximum = jnp.maximum(lse, _HIDDEN).transpose(0, 2, 1)[..., None]
     return out, maximum, jnp.ones_like(maximum)
 
@@ -163,7 +164,7 @@ def cudnn_flash_attention(
 
 
 class _Place:
-    """The position of the first query among the keys, and of each one."""
+    """The position of the first query among the keys, and the positions of all queries."""
 
     def __init__(self, op: Any, query: Array, key: Array, decoding: bool, previous_chunk: Any):
         self.sq, self.sk = query.shape[1], key.shape[1]
@@ -179,7 +180,7 @@ class _Place:
 
 
 def _array(x: Any, query: Array) -> Array:
-    """Keys or values in query's dtype, for all of its batch."""
+    """Keys or values in query's dtype, broadcast to query's batch."""
     array: Array = jnp.asarray(x.dequant() if hasattr(x, "dequant") else x, query.dtype)
     if array.shape[0] == 1 != query.shape[0]:
         array = jnp.broadcast_to(array, (query.shape[0], *array.shape[1:]))
@@ -197,7 +198,7 @@ def _ragged(lengths: Array | None, ids: Array | None, batch: int) -> Array:
 def _segments(
     ids: Array | None, kv_ids: Array | None, query: Array, key: Array, decoding: bool, place: _Place
 ) -> tuple[Array, Array] | None:
-    """The segments of queries and keys, so that keys with negative ids are nobody's."""
+    """The segments of queries and keys. Keys with negative ids get a segment that no query has."""
     if ids is None:
         return None
     batch = query.shape[0]
@@ -207,7 +208,7 @@ def _segments(
     else:
         keys = (ids if kv_ids is None else kv_ids).astype(jnp.int32)
         rows = ids.astype(jnp.int32)
-        if rows.shape[1] != place.sq:  # the ids of all chunks so far
+        if rows.shape[1] != place.sq:  # these are the ids of all chunks so far
             rows = rows[:, place.first : place.first + place.sq]
         keys = jnp.where(keys < 0, _PADDING, keys)
         rows = jnp.where(rows < 0, _PADDING - 1, rows)
@@ -244,7 +245,7 @@ def _limits(op: Any, kind: str, place: _Place) -> Mask:
 
 
 def _spans(images: Array, place: _Place) -> Mask:
-    """The tokens of the same image, as one range of keys for each query; none for a query that is text."""
+    """The tokens of the same image, as one range of keys for each query; no keys for a query that is text."""
     image = jnp.asarray(images).astype(bool)
     index = jnp.arange(image.shape[1], dtype=jnp.int32)
     text = ~image
@@ -266,7 +267,7 @@ def _dense(
     op: Any, kind: str, query: Array, key: Array, ids: Any, model_mode: str, previous_chunk: Any, images: Any,
     compressed: Any, positions: Any, kv_ids: Any, indexer: Any, place: _Place,
 ) -> Array:  # fmt: skip
-    """What MaxText's own functions hide, as a boolean array; for what has no sparse form."""
+    """The mask that MaxText's own functions apply, as a boolean array, for masks without a sparse form."""
     shape = (query.shape[0], query.shape[2], place.sq, place.sk)
     warn_dense(
         _CHECK,
@@ -353,7 +354,7 @@ def _ring(
 
 
 def _record(op: Any, largest: Array) -> None:
-    """The largest logits, where MaxText's QK-clip looks for them."""
+    """Stores the largest logits where MaxText's QK-clip reads them."""
     from flax import nnx
 
     op.max_logits = nnx.Intermediate(largest)

@@ -1,4 +1,4 @@
-"""flash_attn's options as type checkers see them in the overloads, which differ by what a call returns."""
+"""flash_attn's options as type checkers see them in the overloads, which differ in what a call returns."""
 
 from __future__ import annotations
 

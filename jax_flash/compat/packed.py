@@ -36,7 +36,7 @@ def flash_attn_qkvpacked_func(
 ) -> Any: ...
 @overload  # with options from a dict, whose types mypy does not know one by one
 def flash_attn_qkvpacked_func(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
-def flash_attn_qkvpacked_func(  # type: ignore[misc]  # which has no `unpacked`
+def flash_attn_qkvpacked_func(  # type: ignore[misc]  # only an overload has `unpacked`
     qkv: ArrayLike, dropout_p: float = 0.0, softmax_scale: Number | None = None, causal: bool = False,
     window_size: WindowSize = (-1, -1), softcap: Number = 0.0, alibi_slopes: ArrayLike | None = None,
     deterministic: bool = False, return_attn_probs: bool = False,
@@ -88,7 +88,7 @@ def flash_attn_kvpacked_func(
 ) -> Any: ...
 @overload  # with options from a dict, whose types mypy does not know one by one
 def flash_attn_kvpacked_func(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
-def flash_attn_kvpacked_func(  # type: ignore[misc]  # which has no `unpacked`
+def flash_attn_kvpacked_func(  # type: ignore[misc]  # only an overload has `unpacked`
     q: ArrayLike, kv: ArrayLike, dropout_p: float = 0.0, softmax_scale: Number | None = None, causal: bool = False,
     window_size: WindowSize = (-1, -1), softcap: Number = 0.0, alibi_slopes: ArrayLike | None = None,
     deterministic: bool = False, return_attn_probs: bool = False,
@@ -141,7 +141,7 @@ def flash_attn_varlen_qkvpacked_func(
 ) -> Any: ...
 @overload  # with options from a dict, whose types mypy does not know one by one
 def flash_attn_varlen_qkvpacked_func(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
-def flash_attn_varlen_qkvpacked_func(  # type: ignore[misc]  # which has no `unpacked`
+def flash_attn_varlen_qkvpacked_func(  # type: ignore[misc]  # only an overload has `unpacked`
     qkv: ArrayLike, cu_seqlens: IndexLike, max_seqlen: Any, dropout_p: float = 0.0,
     softmax_scale: Number | None = None, causal: bool = False, window_size: WindowSize = (-1, -1),
     softcap: Number = 0.0, alibi_slopes: ArrayLike | None = None, deterministic: bool = False,
@@ -201,7 +201,7 @@ def flash_attn_varlen_kvpacked_func(
 ) -> Any: ...
 @overload  # with options from a dict, whose types mypy does not know one by one
 def flash_attn_varlen_kvpacked_func(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
-def flash_attn_varlen_kvpacked_func(  # type: ignore[misc]  # which has no `unpacked`
+def flash_attn_varlen_kvpacked_func(  # type: ignore[misc]  # only an overload has `unpacked`
     q: ArrayLike, kv: ArrayLike, cu_seqlens_q: IndexLike, cu_seqlens_k: IndexLike, max_seqlen_q: Any,
     max_seqlen_k: Any, dropout_p: float = 0.0, softmax_scale: Number | None = None, causal: bool = False,
     window_size: WindowSize = (-1, -1), softcap: Number = 0.0, alibi_slopes: ArrayLike | None = None,

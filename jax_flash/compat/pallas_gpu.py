@@ -24,7 +24,7 @@ _POOL = "hk p ps d"
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """Pallas's tile sizes, for code that makes them; they have no effect here."""
+    """Pallas's tile sizes. Code that makes them still works, but they have no effect."""
 
     block_q: int = 128
     block_k: int = 128

@@ -2,7 +2,7 @@
 
 `ragged_paged_attention` has the arguments of `jax.experimental.pallas.ops.tpu.ragged_paged_attention`;
 `ragged_paged_attention_update`, which writes the new keys and values first, those of tpu-inference's v3 and hd64
-kernels, sglang-jax's v3 and EasyDeL's. They read and write the pool where it lies, without a copy of it.
+kernels, sglang-jax's v3 and EasyDeL's. They read and write the pool in place, without a copy.
 
 What differs:
 
@@ -190,9 +190,9 @@ def ragged_paged_attention_update(
 
 
 def _stored(x: jax.Array, scale: float | None, dtype: Any) -> jax.Array:
-    """x `[tokens, h, d]` as a cache of this dtype holds it."""
-    by_head = None if scale is None else jnp.full(x.shape[1], scale, jnp.float32)
-    return quantise.stored(x, by_head, dtype)
+    """x `[tokens, h, d]` converted to the cache's dtype."""
+    by_row = None if scale is None else jnp.full(x.shape[:-1], scale, jnp.float32)
+    return quantise.stored(x, by_row, dtype)
 
 
 def _refuse_unknown(check: Checker, tuning: dict[str, Any]) -> None:
@@ -224,7 +224,7 @@ class _Scores:
 
 @dataclass(frozen=True)
 class _Pool:
-    """A cache `[p, ps, …]`, whose rows are `pairs` of K and V, each of `width` columns; `used` of the pairs hold keys.
+    """A cache `[p, ps, …]`. Its rows are `pairs` of K and V, of `width` columns each; `used` of the pairs hold keys.
 
     Packing may add pairs. With V after each K, a pair is a head of a pool that keys and values share.
     """
@@ -263,7 +263,7 @@ class _Pool:
 
     @property
     def heads(self) -> int:
-        """The KV heads of `shared`: one that has all columns of a row where only one pair is used."""
+        """The number of KV heads of `shared`: one, with all columns of a row, if only one pair is used."""
         return 1 if self.used == 1 else self.pairs
 
     def shared(self) -> jax.Array:
@@ -273,8 +273,8 @@ class _Pool:
     def append(
         self, batch: _Batch, new: tuple[jax.Array, jax.Array], implementation: Implementation | None
     ) -> _Pool:
-        """The pool with new rows at the end of each sequence. They are given the cache's shape, not it theirs: a
-        reshape before an operation in place would make XLA copy the cache."""
+        """The pool with new rows at the end of each sequence. The rows are reshaped to the cache's shape and not the
+        reverse: a reshape before an operation in place would make XLA copy the cache."""
         tokens, heads, d = new[0].shape
         missing = self.pairs - heads, self.width - d
         rows = jnp.pad(jnp.stack(new, 2), ((0, 0), (0, missing[0]), (0, 0), (0, missing[1])))
@@ -293,7 +293,7 @@ class _Pool:
 
 @dataclass(frozen=True)
 class _Batch:
-    """The sequences: `tables [n, pages]`, `lengths [n]`, 0 past those in use, and the offsets of their queries."""
+    """The sequences: `tables [n, pages]`, `lengths [n]` (0 for unused sequences), and the offsets of their queries."""
 
     tables: jax.Array
     lengths: jax.Array
@@ -360,7 +360,7 @@ def _attend(
     if sinks is not None:
         sinks = jnp.broadcast_to(jnp.asarray(sinks, jnp.float32).reshape(-1), (hq,))
     group = hq // pool.used
-    unused = (pool.heads - pool.used) * group  # query heads of heads that packing adds
+    unused = (pool.heads - pool.used) * group  # query heads that belong to the KV heads that packing adds
     if unused:
         query = jnp.pad(query, ((0, 0), (0, unused), (0, 0)))
         sinks = None if sinks is None else jnp.pad(sinks, (0, unused))

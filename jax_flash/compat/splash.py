@@ -70,7 +70,7 @@ class SegmentIds(NamedTuple):
 
 
 class QKVLayout(IntEnum):
-    """For code that makes BlockSizes; it has no effect here."""
+    """Splash's layouts. Code that makes BlockSizes still works, but they have no effect."""
 
     HEAD_DIM_MINOR = 1
     SEQ_MINOR = 2
@@ -78,7 +78,7 @@ class QKVLayout(IntEnum):
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """Splash's tile sizes, for code that makes them; they have no effect here."""
+    """Splash's tile sizes. Code that makes them still works, but they have no effect."""
 
     block_q: int
     block_kv: int
@@ -125,7 +125,7 @@ class SplashAttentionKernel:
     dense: Any  # boolean [1, hq|1, sq, sk], or None
     band: Band
     shape: tuple[Any, ...]  # query heads, queries, keys
-    shards: tuple[int, int]  # of heads and queries
+    shards: tuple[int, int]  # devices that split heads, and queries
     is_mqa: bool
     save_residuals: bool
     softcap: Number | None
@@ -278,7 +278,7 @@ def make_splash_mha(
         return replace(kernel, dense=_dense(mask, "it is traced"))
     heads = [NumpyMask(x) for x in np.asarray(mask)] if not hasattr(mask, "masks") else list(mask.masks)
     found = _of_heads(heads)
-    if shards[1] > 1:  # each device has rows of its own
+    if shards[1] > 1:  # each device has its own rows
         found = [x.ranges(*shape[1:]) if isinstance(x, Band) else x for x in found]
     if len(found) == 1 and isinstance(found[0], Band):
         return replace(kernel, band=found[0])
@@ -307,7 +307,7 @@ def make_splash_mqa_single_device(mask: Any, **options: Any) -> SplashAttentionK
 
 
 def _of_heads(heads: list[Any]) -> list[Found]:
-    """What each head's mask shows; one for all where they show the same."""
+    """The structure of each head's mask, or one for all heads if they are equal."""
     known: dict[int, Found] = {}
     for x in heads:
         if id(x) not in known:

@@ -1,4 +1,4 @@
-"""Splash attention's masks: classes of the same names, and what kernels skip by in place of a mask's elements."""
+"""Splash attention's mask classes, and the structure of a mask that lets kernels skip instead of reading elements."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-_ELEMENTS = 1 << 24  # of a mask that are looked at together
+_ELEMENTS = 1 << 24  # the elements of a mask that are evaluated together
 
 
 class Mask:
@@ -238,7 +238,7 @@ Found = Band | np.ndarray  # ranges are int32 [1 or 2, 2, sq], elements boolean 
 
 
 def structure(mask: Any) -> Found:
-    """What a mask of one head shows: as a band, else one or two ranges of keys to each row, else every element."""
+    """The structure of a mask for one head: a band, else one or two ranges of keys for each row, else all elements."""
     band = _band(mask)
     if band is not None:
         return band
@@ -254,7 +254,7 @@ def _band(mask: Any) -> Band | None:
     """The band of a mask of this module or of JAX's, by the name of its class."""
     rows = getattr(mask, "q_sequence", None)
     if rows is not None and not np.array_equal(rows, np.arange(mask.shape[0])):
-        return None  # JAX's masks whose queries are in another order
+        return None  # JAX's masks may have queries in another order
     kind = type(mask).__name__
     if kind == "FullMask":
         return Band()
@@ -273,14 +273,14 @@ def _band(mask: Any) -> Band | None:
 
 
 def _ranges(mask: Any, sq: int, sk: int) -> np.ndarray | None:
-    """The ranges of each row, int32 `[1 or 2, 2, sq]`; None where a row has more than two."""
+    """The ranges of each row, int32 `[1 or 2, 2, sq]`; None if a row has more than two."""
     found = np.zeros((2, 2, sq), np.int32)
     step = max(_ELEMENTS // max(sk, 1), 1)
     for first in range(0, sq, step):
         seen = np.asarray(mask[first : min(first + step, sq), :], bool)
         edges = np.diff(seen.astype(np.int8), axis=1, prepend=0, append=0)
         for side, sign in enumerate((1, -1)):
-            row, key = np.nonzero(edges == sign)  # in order of rows
+            row, key = np.nonzero(edges == sign)  # in the order of the rows
             nth = np.arange(len(row)) - np.searchsorted(row, row)
             if (nth > 1).any():
                 return None
@@ -294,7 +294,7 @@ def _band_of_ranges(ranges: np.ndarray, sk: int) -> Band | None:
         return None
     lo, hi = ranges[0].astype(int)
     i = np.arange(len(lo))
-    # Rows at the edge of the keys do not tell where a side of the band is: any other row does.
+    # Rows at the edge of the keys do not determine a side of the band, but all other rows do.
     inner_lo, inner_hi = (lo > 0) & (lo < hi), (hi < sk) & (lo < hi)
     left = int((i - lo)[inner_lo][0]) if inner_lo.any() else None
     right = int((hi - 1 - i)[inner_hi][0]) if inner_hi.any() else None

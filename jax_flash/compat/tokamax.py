@@ -111,7 +111,7 @@ def tokamax_attention(
     return_residuals: bool = False,
     implementation: Implementation | None = None,
 ) -> Array | tuple[Array, tuple[Array, Array]]:
-    """What tokamax calls, with `tokamax.dot_product_attention(…, implementation=[tokamax_attention])`.
+    """The function that tokamax calls with `tokamax.dot_product_attention(…, implementation=[tokamax_attention])`.
 
     Args:
       q, k, v, bias, logits_soft_cap, is_causal, precision, q_sharding, implementation: as in `dot_product_attention`.
@@ -166,7 +166,7 @@ def tokamax_attention(
 
 @dataclass
 class _Call:
-    """The arrays of one call; those of the mask have all batch dims, each full or 1."""
+    """The arrays of one call. Each batch dim of the mask's arrays has the call's size or 1."""
 
     check: Checker
     query: Array
@@ -205,7 +205,7 @@ class _Call:
         return (*self.batch, self.query.shape[-2], self.query.shape[-3], self.key.shape[-3])
 
     def see(self, mask: Any, is_causal: bool, q_indices: Any, k_indices: Any) -> None:
-        """Sets what the rows see: causal by this library's own option, ranges of keys, and a dense array."""
+        """Sets which keys the rows see: by this library's causal option, ranges of keys, and a dense array."""
         parts = _Parts.of(mask)
         causal = self.check.flag("is_causal", is_causal) or parts.is_causal
         self.causal = causal and q_indices is None and k_indices is None
@@ -237,7 +237,7 @@ class _Call:
             else:
                 dense.append(keys[..., None, :] <= rows[..., :, None])
         for bound, sign in ((parts.q_start, 1), (parts.q_end, -1)):
-            if bound is not None and bound.shape[-1] == 1:  # of all keys alike
+            if bound is not None and bound.shape[-1] == 1:  # the bound is the same for all keys
                 highs.append(jnp.where(_at_least(sign, rows, bound), INT32_MAX, 0))
             elif bound is not None:
                 dense.append(_at_least(sign, rows[..., :, None], bound[..., None, :]))
@@ -294,8 +294,8 @@ class _Call:
 
 @dataclass
 class _Parts:
-    """The fields of tokamax's Mask: arrays […, N, T] of queries, […, N, S] of keys, a boolean one, and its CausalMask
-    where that has an offset or a window."""
+    """The fields of tokamax's Mask: arrays […, N, T] per query, […, N, S] per key, a boolean one, and its CausalMask
+    if it has an offset or a window."""
 
     bool_mask: Array | None = None
     q_start: Array | None = None
@@ -322,12 +322,12 @@ class _Parts:
 
 
 def _int32(x: Any) -> Array:
-    """Indices of any integer type; those that int32 does not hold are past every key."""
+    """Converts integers to int32. Indices that int32 cannot hold are clipped to values outside all keys."""
     x = jnp.asarray(x)
     held = np.iinfo(x.dtype)
     return jnp.clip(x, max(held.min, -INT32_MAX), min(held.max, INT32_MAX)).astype(jnp.int32)
 
 
 def _at_least(sign: int, x: Array, bound: Array) -> Array:
-    """x ≥ bound, or x < bound for sign −1."""
+    """x ≥ bound; x < bound if the sign is −1."""
     return x >= bound if sign > 0 else x < bound

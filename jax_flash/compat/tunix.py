@@ -29,7 +29,7 @@ __all__ = ["BlockSizes", "PrefillKernel", "SegmentIds", "make_splash_mha"]
 @partial(jax.tree_util.register_dataclass, data_fields=splash.DATA_FIELDS, meta_fields=splash.META_FIELDS)
 @dataclass(frozen=True, eq=False)
 class PrefillKernel(splash.SplashAttentionKernel):
-    """A `SplashAttentionKernel` that is given a prompt's whole cache, and reads as many keys as the mask has."""
+    """A `SplashAttentionKernel` that gets the whole cache of a prompt, and reads as many keys as the mask has."""
 
     def __call__(
         self,

@@ -58,7 +58,7 @@ def append_kv(
 def append_kv(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
 
 
-def append_kv(  # type: ignore[misc]  # which has no `unpacked`
+def append_kv(  # type: ignore[misc]  # only an overload has `unpacked`
     k_pages: ArrayLike,
     v_pages: ArrayLike | None,
     key: ArrayLike,
@@ -207,9 +207,8 @@ def _slots(spec: AppendSpec, operands: Operands) -> _Slots:
     position = jnp.pad(lengths, (0, 1))[sequence] + row
     inside = (row >= 0) & (position < capacity)
     at = jnp.where(inside, position // page_size, 0)
-    page = jnp.pad(tables, ((0, 1), (0, 1)), constant_values=-1)[
-        sequence, at
-    ]  # padded, because a table may be empty
+    # The tables are padded, because they may be empty.
+    page = jnp.pad(tables, ((0, 1), (0, 1)), constant_values=-1)[sequence, at]
     return _Slots(sequence, position, page, inside & (page >= 0) & (page < pages), lengths)
 
 

@@ -61,7 +61,7 @@ def paged_attention(
 def paged_attention(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
 
 
-def paged_attention(  # type: ignore[misc]  # which has no `unpacked`
+def paged_attention(  # type: ignore[misc]  # only an overload has `unpacked`
     query: ArrayLike,
     k_pages: ArrayLike,
     v_pages: ArrayLike | None,

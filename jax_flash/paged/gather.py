@@ -45,7 +45,8 @@ def contiguous(spec: AttentionSpec, operands: Operands) -> tuple[AttentionSpec, 
     for name, scale in (("key", "k_scale"), ("value", "v_scale")):
         dense[name] = _gather(operands[name], operands["block_tables"], spec.page_layout, operands.get(scale))
     d = operands["query"].shape[-1]
-    whole = spec.value_start == 0 and same_dim(spec.value_dim, d)  # V is K, as contiguous keys may have it
+    # V is K, which contiguous keys may express as well.
+    whole = spec.value_start == 0 and same_dim(spec.value_dim, d)
     if spec.shared_kv:
         dense["key"] = dense["key"][..., :d]
         values = dense["value"][..., spec.value_start : spec.value_start + spec.value_dim]
@@ -89,7 +90,7 @@ def differentiable(spec: AttentionSpec, operands: Operands) -> tuple[AttentionSp
 def scatter_gradient(
     spec: AttentionSpec, gradient: jax.Array, tables: jax.Array, pool: jax.Array
 ) -> jax.Array:
-    """The gradient of a pool from that of the gathered keys, of its first columns, summed in float32 where sequences
+    """The gradient of a pool, from that of the gathered keys in its first columns. It is summed in float32 if sequences
     share pages."""
     by_token = tokens_first(pool, spec.page_layout)
     pages, page_size = by_token.shape[:2]
@@ -99,13 +100,13 @@ def scatter_gradient(
 
 
 def in_columns(x: jax.Array, columns: Any, start: int = 0) -> jax.Array:
-    """x in float32, padded with zeros to `columns` columns, of which it is those from `start` on."""
+    """x in float32, placed at columns from `start` on in an array of `columns` columns, with zeros elsewhere."""
     after = columns - start - x.shape[-1]
     return jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 1) + [(start, after)])
 
 
 def rows_missing_pages(spec: AttentionSpec, operands: Operands) -> jax.Array:
-    """Whether a query row sees a key on a page outside the pool, `[n, sq, h]` or `[tq, h]`; h is 1 where all heads see
+    """Whether a query row sees a key on a page outside the pool, `[n, sq, h]` or `[tq, h]`; h is 1 if all heads see
     the same keys."""
     tables = operands["block_tables"]
     page_size = tokens_first(operands["key"], spec.page_layout).shape[1]
@@ -113,7 +114,7 @@ def rows_missing_pages(spec: AttentionSpec, operands: Operands) -> jax.Array:
     before = jnp.pad(jnp.cumsum(outside, axis=1, dtype=jnp.int32), ((0, 1), (1, 0)))  # [n + 1, pages + 1]
     sequence, row, nq = (x[..., None] for x in _query_rows(spec, operands))
     nk = jnp.clip(operands["kv_lengths"], 0, table_capacity(tables, page_size))
-    nk = jnp.pad(nk, (0, 1))[sequence]  # padded, because there may be no sequence at all
+    nk = jnp.pad(nk, (0, 1))[sequence]  # the padding is needed if there is no sequence at all
     diagonal = row + (nk - nq) if spec.align == "bottom_right" else row
     diagonal = diagonal + reference.first_offset(operands)
     first = jnp.zeros_like(diagonal) if spec.left == UNLIMITED else jnp.maximum(diagonal - spec.left, 0)
@@ -162,9 +163,9 @@ def _drafts_missing(
     rows: tuple[jax.Array, jax.Array, jax.Array],
     seen: tuple[jax.Array, jax.Array],
 ) -> jax.Array:
-    """Whether a row sees a new token on a page outside the pool, as its draft mask tells.
+    """Whether a row sees, by its draft mask, a new token on a page outside the pool.
 
-    rows: the sequence of each, its position there, and the sequence's first new token; seen: the first and the last key
+    rows: each row's sequence, its position in it, and the sequence's first new token; seen: the first and the last key
     that the band and the ranges leave.
     """
     sequence, row, new = rows
@@ -188,7 +189,7 @@ def _any_missing(
 
 
 def _query_rows(spec: AttentionSpec, operands: Operands) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Per query row its sequence, its position there (−1 outside every sequence), and the sequence's rows."""
+    """For each query row: its sequence, its position in it (−1 outside every sequence), and the sequence's rows."""
     query = operands["query"]
     if spec.layout == "paged":
         n, sq = query.shape[:2]
@@ -198,7 +199,7 @@ def _query_rows(spec: AttentionSpec, operands: Operands) -> tuple[jax.Array, jax
 
 
 def locate(cu_seqlens: jax.Array, tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Per packed token its sequence, its position there (−1 outside every sequence), and the sequence's rows."""
+    """For each packed token: its sequence, its position in it (−1 outside every sequence), and the sequence's rows."""
     cu = jax.lax.cummax(jnp.clip(cu_seqlens, 0, tokens))
     token = jnp.arange(tokens, dtype=jnp.int32)
     owner = jnp.searchsorted(cu, token, side="right").astype(jnp.int32) - 1
@@ -235,7 +236,7 @@ def scale_of_pages(scale: jax.Array, pages: jax.Array) -> jax.Array:
 
 
 def _pages_or_none(tables: jax.Array, pages: int) -> jax.Array:
-    """The tables with an index past the pool for negative entries, which JAX would count from the end."""
+    """The tables, with negative entries replaced by an index past the pool, because JAX counts those from the end."""
     return jnp.where(tables < 0, jnp.int32(pages), tables)
 
 

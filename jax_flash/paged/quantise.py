@@ -1,8 +1,8 @@
-"""What float8 pools store, and the scales that `append_kv(scale="dynamic")` keeps (csrc/core/float8.h has the same).
+"""The elements of float8 pools, and the scales that `append_kv(scale="dynamic")` keeps (as csrc/core/float8.h does).
 
 A page's scale is the smallest power of two that brings the largest of its finite elements into the float8 dtype's
-range. It is that of the first token when a page begins, at slot 0, and grows with later ones: earlier tokens are then
-requantised, which is exact for a power of two except for numbers that become subnormal. So however often it grows,
+range. When a page begins, at slot 0, it is the scale of the first token. It grows with later tokens: earlier ones are
+then requantised, which is exact for a power of two except for numbers that become subnormal. So however often it grows,
 |stored · scale − x| ≤ |x| / 16 + scale / 512 for float8_e4m3fn, |x| / 8 + scale / 65536 for float8_e5m2.
 """
 
@@ -41,9 +41,8 @@ def append(
     wide = rows.astype(jnp.float32)
     largest = jnp.max(jnp.abs(jnp.where(jnp.isfinite(wide), wide, 0)), axis=-1, initial=0)  # [t, hk]
     needed = scale_for(jnp.zeros(scale.shape, jnp.float32).at[page].max(largest, mode="drop"), pool.dtype)
-    first = (
-        jnp.full(pages, page_size, jnp.int32).at[page].min(slot, mode="drop")
-    )  # slot that is written, of a page
+    # The first slot of each page that is written.
+    first = jnp.full(pages, page_size, jnp.int32).at[page].min(slot, mode="drop")
     continues = ((first > 0) & (first < page_size))[:, None] & (scale > 0) & jnp.isfinite(scale)
     before = jnp.where(continues, scale, 0)
     after = jnp.where((first < page_size)[:, None], jnp.maximum(before, needed), scale)

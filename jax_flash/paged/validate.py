@@ -76,7 +76,7 @@ def attention(op: str, arguments: PagedArguments) -> tuple[AttentionSpec, Operan
 
 
 def _draft_mask(check: Checker, arguments: PagedArguments, n: Any, rows: Any) -> jax.Array:
-    """[n | 1, rows, rows]; with packed queries, for which rows is None, of any size."""
+    """[n | 1, rows, rows]; any size for packed queries, for which rows is None."""
     mask = check.array("draft_mask", arguments.draft_mask)
     if mask.dtype != jnp.bool_:
         raise check.fail(
@@ -173,7 +173,7 @@ def _check_stored(check: Checker, arguments: AppendArguments, k: jax.Array) -> N
 
 
 def _appended_values(check: Checker, arguments: AppendArguments, k: jax.Array) -> jax.Array:
-    """The argument value; where values are a part of the keys, an array without columns."""
+    """The argument `value`; if values are a part of the keys, an array without columns."""
     if arguments.v_pages is not None:
         return check.array("value", arguments.value)
     for name in ("value", "v_scale"):
@@ -183,9 +183,9 @@ def _appended_values(check: Checker, arguments: AppendArguments, k: jax.Array) -
 
 
 def _value_columns(check: Checker, arguments: PagedArguments, operands: Operands) -> tuple[int, int]:
-    """How many columns of the pool are V, and the first of them, where V has no pages of its own; else 0, 0.
+    """The number of the pool's columns that are V, and the first of them, if V has no pages of its own; else 0, 0.
 
-    Adds V's scale where it is K's.
+    Adds V's scale if it is K's.
     """
     columns, start = arguments.value_dim, arguments.value_start
     if arguments.v_pages is not None:
@@ -246,7 +246,7 @@ def _dynamic(check: Checker, arguments: AppendArguments, operands: Operands) -> 
             raise check.fail(
                 f'scale="dynamic" updates {name} [p, hk] = {wanted}, got {got}; start with jnp.ones'
             )
-    operands.setdefault("v_scale", operands["k_scale"])  # of values without columns
+    operands.setdefault("v_scale", operands["k_scale"])  # for values without columns
     return True
 
 
@@ -256,7 +256,8 @@ def _head_axis(arguments: Pools) -> int:
 
 
 def _pools(check: Checker, arguments: Pools, names: tuple[str, str], owner: str, like: jax.Array) -> Operands:
-    """The two pools, by the operands' names, and their scales, checked against the argument `owner`, `like`."""
+    """The two pools, by the operands' names, and their scales, after checks against the argument `owner`, whose array
+    is `like`."""
     layout = arguments.page_layout
     if layout not in PAGE_LAYOUTS:
         raise check.fail(f"page_layout must be one of {PAGE_LAYOUTS}, got {layout!r}")
@@ -307,7 +308,7 @@ def _pools(check: Checker, arguments: Pools, names: tuple[str, str], owner: str,
 
 
 def _scales(check: Checker, name: str, given: Any, by_page: tuple[Any, Any]) -> jax.Array:
-    """Scales as `[p, hk]`, or `[1, hk]` where a KV head has the same on all pages."""
+    """Scales as `[p, hk]`, or `[1, hk]` if a KV head has the same scale on all pages."""
     if isinstance(given, numbers.Real) and not isinstance(given, bool):
         given = jnp.float32(check.number(name, given))
     scale = check.float32(name, given)

@@ -1,1 +1,1 @@
-"""Attention over a sequence whose shards lie on several devices."""
+"""Attention over a sequence that is split over several devices."""

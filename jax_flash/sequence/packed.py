@@ -1,7 +1,7 @@
 """Packed sequences over devices: a ring of one row with segment ids for its documents.
 
-A document's diagonal is the row's, where queries and keys have the same offsets; without a band it does not matter.
-Tokens outside every sequence see nothing and are not seen.
+If queries and keys have the same offsets, a document's diagonal is the row's; without a band this does not matter.
+Tokens outside every sequence see nothing, and nothing sees them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _UNSEEN = -1, -2  # ids of queries and of keys outside every sequence
 
 
 def may_be_ring(spec: AttentionSpec, shapes: Mapping[str, Sequence[Any]]) -> bool:
-    """Whether a row of packed sequences may stay split: not where bits, slopes, masks or the diagonal go by the
-    position in each sequence."""
+    """Whether a row of packed sequences may stay split. It may not if dropout's bits, slopes, masks or the diagonal
+    depend on positions within each sequence."""
     if spec.layout != "varlen" or {"dropout", "ranges", "block_mask"} & {*spec.operands}:
         return False
     if "alibi_slopes" in spec.operands and shapes["alibi_slopes"][-2] != 1:
@@ -35,7 +35,7 @@ def may_be_ring(spec: AttentionSpec, shapes: Mapping[str, Sequence[Any]]) -> boo
 
 
 def run(pass_: Pass, spec: AttentionSpec, ring: Ring, operands: Operands, call: Call) -> list[Array]:
-    """As `passes.run`, of a pass over packed sequences."""
+    """Runs `passes.run` on packed sequences."""
     queries, used, _ = _documents(operands["cu_seqlens_q"], operands["query"].shape[0], ring)
     keys, seen, place = _documents(operands["cu_seqlens_k"], operands["key"].shape[0], ring)
     if "kv_lengths" in operands:
@@ -59,14 +59,15 @@ def run(pass_: Pass, spec: AttentionSpec, ring: Ring, operands: Operands, call: 
     names = tuple(name for name in OPTIONAL if name in made)
     row = replace(spec, layout="fixed", align="top_left", same_offsets=False, operands=names, ring=ring)
     results = [x[0] for x in passes.run(pass_, row, made, call)]
-    if pass_ is FORWARD and "sinks" in operands:  # which rows of a sequence see, and others do not
+    if pass_ is FORWARD and "sinks" in operands:  # only rows of a sequence may see the sinks
         results[1] = jnp.where(used, results[1], -jnp.inf)
     return results
 
 
 def _documents(offsets: Array, tokens: int, ring: Ring) -> tuple[Array, Array, Array]:
-    """Of this device's tokens: the number of the sequence, whether there is one, and the place in it."""
+    """For each of this device's tokens: the number of its sequence, whether it has one, and its position in it."""
     position = lax.axis_index(ring.axes) * tokens + jnp.arange(tokens, dtype=jnp.int32)
     starts = lax.cummax(jnp.clip(offsets, 0, tokens * ring.size))
-    document = jnp.searchsorted(starts, position, side="right").astype(jnp.int32)  # 0: before the first
+    # 0: before the first sequence.
+    document = jnp.searchsorted(starts, position, side="right").astype(jnp.int32)
     return document, (document > 0) & (document < starts.shape[0]), position - starts[document - 1]

@@ -1,8 +1,8 @@
 """Every pass over a sequence that is split over devices: a ring of the same pass over its parts.
 
-A device multiplies its own rows by the keys of one shard after the other (schedule.py) and joins the results, in
-float32 (sums.py). Keys come straight from the device that owns them, while those before are multiplied; their gradients
-go straight back. There are no leading dimensions here (vmap adds them).
+A device multiplies its own rows by the keys of one shard after the other (schedule.py) and joins the results in
+float32 (sums.py). Keys come directly from the device that owns them, while the keys before them are multiplied; their
+gradients go directly back. There are no leading dimensions here (vmap adds them).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from .sums import GRADIENTS, MERGED, MERGED_MAX, PAIRS, TANGENTS, Arrays, Total,
 
 
 def takes_blocks(spec: AttentionSpec, rows: int, keys: int) -> bool:
-    """Whether parts of a call may have a block mask: `position` tells where its blocks begin and where the diagonal is,
-    which agree unless lengths shift the diagonal."""
+    """Whether parts of a call may have a block mask. `position` says where both the blocks and the diagonal begin,
+    which is the same place unless lengths shift the diagonal."""
     shifted = spec.align == "bottom_right" and (
         rows != keys or {"q_lengths", "kv_lengths"} & {*spec.operands}
     )
@@ -29,7 +29,8 @@ def takes_blocks(spec: AttentionSpec, rows: int, keys: int) -> bool:
 
 def run(pass_: Pass, spec: AttentionSpec, operands: Operands, call: Call) -> list[Array]:
     """The results of one pass on this device; `call` runs a pass on a part."""
-    if "dout" in operands:  # else XLA fetches keys once for forward and backward, and holds them in between
+    # Without this XLA fetches keys once for forward and backward, and keeps them in between.
+    if "dout" in operands:
         operands = lax.optimization_barrier(operands)
     shard = Shard(pass_, spec, operands)
     if pass_ is FORWARD or pass_ is TANGENT:
@@ -38,23 +39,23 @@ def run(pass_: Pass, spec: AttentionSpec, operands: Operands, call: Call) -> lis
 
 
 def _by_rows(shard: Shard, call: Call) -> list[Array]:
-    """out, lse and row_max, as far as they are asked for, or tangents of the first two."""
+    """out, lse and row_max, if requested; or the tangents of out and lse."""
     query = shard.operands["query"]
     merged = MERGED_MAX if shard.spec.row_max else MERGED
     total = Total(merged if shard.pass_ is FORWARD else TANGENTS, query.shape[1])
     for visit, work, block in _calls(shard, total):
         _add(shard, total, work.queries, tuple(shard.compute(call, visit, work, block)))
     out, *by_row = total.result()
-    # A barrier, or XLA writes the result in float32 for what it fuses with a reader of it, such as delta.
+    # Without a barrier, XLA writes the result in float32 if it fuses it with a reader such as delta.
     joined: list[Array] = lax.optimization_barrier([out.astype(query.dtype), *by_row])
     return joined
 
 
 def _backward(shard: Shard, call: Call) -> list[Array]:
-    """dquery, dkey and, where V is no part of K, dvalue.
+    """dquery, dkey and, unless V is a part of K, dvalue.
 
-    The first call on a device's own keys comes before all others, while the next keys arrive, and the rest of them at
-    the end, while the last gradients return.
+    The first call on a device's own keys runs before all others, while the next keys arrive. The rest of its calls run
+    at the end, while the last gradients return.
     """
     query, key = shard.operands["query"], shard.operands["key"]
     names, kind = (("key",), GRADIENTS) if shard.spec.shared_kv else (("key", "value"), PAIRS)
@@ -93,11 +94,11 @@ def _bias_gradient(shard: Shard, call: Call) -> list[Array]:
 
 
 def _calls(shard: Shard, total: Total) -> Iterator[tuple[Visit, Work, Block]]:
-    """The calls, with their keys.
+    """The calls, each with its keys.
 
-    The keys of the next visit are under way meanwhile, and no others, so that memory does not grow with the number of
-    devices: the next ones leave, and those that have arrived are used, when the `total` of a visit is there. A forward
-    of several calls fetches K under the first and V under the second, so that they need not be joined.
+    During a visit only the keys of the next visit are in flight, so that memory does not grow with the number of
+    devices: when the `total` of a visit is there, the next keys are sent and those that have arrived are used. A
+    forward of several calls fetches K during the first and V during the second, so that they need not be joined.
     """
     own = block = shard.block
     for n, visit in enumerate(shard.visits):
@@ -117,7 +118,7 @@ def _calls(shard: Shard, total: Total) -> Iterator[tuple[Visit, Work, Block]]:
 
 
 def _add(shard: Shard, total: Total, part: Range, arrays: Arrays, begin: int = 0) -> None:
-    """Adds what a call gave for a part of a shard, whose tokens the total has from `begin` on."""
+    """Adds the result of a call for a part of a shard; the total has the shard's tokens from `begin` on."""
     starts = part.starts(begin)
     for start in sorted(set(starts)):
         here = None if len(set(starts)) == 1 else shard.entry([int(x == start) for x in starts]) == 1

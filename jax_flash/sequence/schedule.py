@@ -1,4 +1,4 @@
-"""Which queries each device multiplies by which keys, and when: known while tracing, so that keys which no query sees
+"""Which queries each device multiplies by which keys, and when. This is known while tracing, so keys that no query sees
 are neither multiplied nor sent.
 
 Device i computes the results of its own queries. At distance t it takes the keys of device (i − t) mod n.
@@ -15,44 +15,44 @@ import numpy as np
 
 from ..spec import UNLIMITED, AttentionSpec, Ring
 
-# What goes by the position in the sequence.
+# Operands that depend on the position in the sequence.
 _PLACED = {"q_lengths", "kv_lengths", "mask", "bias", "alibi_slopes", "dropout", "ranges", "block_mask"}
-_ALIGNMENT = 64  # of cuts: kernels load whole tiles
-HALVED = 4096  # queries of a shard from which on half of them take longer than a transfer is started
+_ALIGNMENT = 64  # cuts are multiples of it, because kernels load whole tiles
+HALVED = 4096  # with so many queries in a shard, half of them take longer than starting a transfer
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive tokens of a shard, whose position in the sequence is linear in the number of the device."""
+    """Consecutive tokens of a shard. Their position in the sequence is a linear function of the device's number."""
 
-    offset: int  # of the chunk in the shard
+    offset: int  # index in the shard of the chunk's first token
     size: int
     first: int  # its position in the sequence on device 0
-    stride: int  # from one device to the next
+    stride: int  # distance between its positions on two adjacent devices
 
     def position(self, device: Any) -> Any:
-        """Where the chunk begins in the sequence, on this device or on these."""
+        """The position of the chunk's first token in the sequence, on this device or on each of several."""
         return self.first + self.stride * device
 
 
 @dataclass(frozen=True)
 class Range:
-    """A part of one chunk, each device's own."""
+    """A part of a chunk; the chunk may differ between devices."""
 
-    chunks: tuple[Chunk, ...]  # one for each device
-    start: int  # in the chunk
+    chunks: tuple[Chunk, ...]  # one per device
+    start: int  # offset in the chunk
     size: int
 
     def starts(self, begin: int = 0) -> list[int]:
-        """Where the part begins on each device, in an array that has the shard's tokens from `begin` on."""
+        """The offset of the part on each device, in an array that has the shard's tokens from `begin` on."""
         return [chunk.offset + self.start - begin for chunk in self.chunks]
 
 
 @dataclass(frozen=True)
 class Work:
-    """One call of each device: a part of its queries by a part of the keys that it has at this distance.
+    """One call of each device: a part of its queries with a part of the keys that it has at this distance.
 
-    Where `whole`, every row sees every key, on all devices. One call of each row is its `first`.
+    If `whole`, every row sees every key, on all devices. Each row has one call that is its `first`.
     """
 
     queries: Range
@@ -63,9 +63,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Visit:
-    """What the devices do at one distance.
+    """The work of all devices at one distance.
 
-    The tokens from `start` on, `size` of them, travel of each shard of keys, over the pairs (source, destination).
+    Of each shard of keys, `size` tokens from `start` on are sent, from source to destination for each pair of `route`.
     """
 
     distance: int
@@ -92,9 +92,9 @@ def visits(
     shifts: tuple[int, int],
     halves: bool = False,
 ) -> list[Visit]:
-    """The visits, beginning with a device's own keys. `shifts` are the least and the largest possible key on the
-    diagonal of the sequence's first query. With `halves` the first visit has two calls, where shards are large and most
-    of their keys travel."""
+    """The visits, beginning with a device's own keys. `shifts`: the least and the largest key that can be on the
+    diagonal of the sequence's first query. With `halves` the first visit has two calls if shards are large and most of
+    their keys are sent."""
     found = []
     for distance in range(ring.size):
         run = distance == 0 and _is_run(spec, queries, keys, shifts)
@@ -104,7 +104,7 @@ def visits(
             for k, key in enumerate([_run(keys)] if run else keys)
         }
         needed = {qk: pair for qk, pair in pairs.items() if pair.seen.any()}
-        if distance == 0:  # where each query begins, whether it sees a key or not
+        if distance == 0:  # the place at which each query begins, even if it sees no key
             work = [pairs[q, k].whole_work(first=q == k) for q, k in pairs if (q, k) in needed or q == k]
         else:
             work = _balanced(needed, ring.size) or [pair.work() for pair in needed.values()]
@@ -119,20 +119,21 @@ def visits(
 def _is_run(
     spec: AttentionSpec, queries: Sequence[Chunk], keys: Sequence[Chunk], shifts: tuple[int, int]
 ) -> bool:
-    """Whether what a device's queries see of its own keys is a causal mask of the shard, although chunks of others lie
-    in between."""
+    """Whether a device's queries see its own keys as by a causal mask over the shard, although chunks of other devices
+    lie between its own."""
     causal = spec.left == UNLIMITED and spec.right == 0 and shifts == (0, 0)
     return causal and tuple(queries) == tuple(keys) and not _is_placed(spec)
 
 
 def _run(parts: Sequence[Chunk]) -> Chunk:
-    """Chunks of a shard as one; only its distance to itself has a meaning."""
+    """The chunks of a shard as one. Only its distance to itself has a meaning."""
     size = sum(part.size for part in parts)
     return Chunk(0, size, 0, size)
 
 
 def _halved(spec: AttentionSpec, ring: Ring, work: Work, shifts: tuple[int, int]) -> tuple[Work, ...]:
-    """A call on a device's own keys as two, each of half of the queries; none where these are few or see nothing."""
+    """Splits a call on a device's own keys into two, each with half of the queries; none if there are few, or if one
+    sees nothing."""
     query, key = work.queries.chunks[0], work.keys.chunks[0]
     half = _to_tile(query.size // 2, query.size)
     parts = [
@@ -145,13 +146,13 @@ def _halved(spec: AttentionSpec, ring: Ring, work: Work, shifts: tuple[int, int]
 
 
 def _is_placed(spec: AttentionSpec) -> bool:
-    """Whether an operand goes by the position in the sequence."""
+    """Whether an operand depends on the position in the sequence."""
     return not _PLACED.isdisjoint(spec.operands)
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """A chunk of queries and a chunk of the keys at a distance."""
+    """A chunk of queries, and a chunk of the keys at some distance."""
 
     spec: AttentionSpec
     ring: Ring
@@ -181,7 +182,7 @@ class _Pair:
 
     @cached_property
     def full(self) -> np.ndarray:
-        """Whether, on each device, every query sees every key of the band."""
+        """Whether, on each device, the band lets every query see every key."""
         least, largest = self.offsets
         full = self.seen.copy()
         if self.spec.right != UNLIMITED:
@@ -191,12 +192,12 @@ class _Pair:
         return full
 
     def whole_work(self, first: bool = False) -> Work:
-        """All queries by all keys."""
+        """The call of all queries and all keys."""
         queries, keys = (Range((part,) * self.ring.size, 0, part.size) for part in (self.query, self.key))
         return Work(queries, keys, bool(self.full.all()), first)
 
     def work(self) -> Work:
-        """The queries and the keys that the band reaches on any device."""
+        """The call of the queries and the keys that the band reaches on any device."""
         least, largest = (x[self.seen] for x in self.offsets)
         work = self.whole_work()
         rows, columns = [0, self.query.size], [0, self.key.size]
@@ -210,21 +211,21 @@ class _Pair:
 
 
 def _cut(whole: Range, start: int, stop: int) -> Range:
-    """The part of a range from start to stop, as far as there is; whole tiles where the range is of whole tiles."""
+    """The part of a range from start to stop, within the range; whole tiles if the range consists of whole tiles."""
     start, stop = _to_tile(max(0, start), whole.size), min(whole.size, -_to_tile(-stop, whole.size))
     return replace(whole, start=start, size=stop - start)
 
 
 def _to_tile(x: int, size: int) -> int:
-    """The last beginning of a tile up to x, where the whole is of whole tiles."""
+    """The last tile boundary up to x, if `size` is a multiple of the tile."""
     step = 1 if size % _ALIGNMENT else _ALIGNMENT
     return x // step * step
 
 
 def _balanced(needed: dict[tuple[int, int], _Pair], devices: int) -> list[Work]:
-    """The same number of calls on every device, each with chunks of its own choice; none where that cannot be.
+    """The same number of calls on every device, each with its own chunks; empty if that is impossible.
 
-    In zigzag order with a causal mask every device needs two of the four pairs of chunks, though not the same ones.
+    In zigzag order with a causal mask every device needs two of the four pairs of chunks, but not the same ones.
     """
     chosen = [[qk for qk, pair in needed.items() if pair.seen[i]] for i in range(devices)]
     if len({len(pairs) for pairs in chosen}) > 1 or len(chosen[0]) == len(needed):

@@ -1,4 +1,5 @@
-"""What one device holds of a call over a split sequence, and the parts that it computes: calls with a `position`."""
+"""The operands of one device in a call over a split sequence, and the parts that it computes: calls with a
+`position`."""
 
 from __future__ import annotations
 
@@ -16,10 +17,10 @@ from ..operands import BACKWARD, DROPOUT_BATCH, DROPOUT_ROW, FORWARD, OPTIONAL, 
 from ..spec import UNLIMITED, AttentionSpec, Ring
 from .schedule import Chunk, Range, Visit, Work, chunks, visits
 
-COPIED = 16 << 20  # elements from which on copies are faster than one concatenation
+COPIED = 16 << 20  # from this many elements on, copies are faster than one concatenation
 
 Operands = dict[str, Array]
-Block = dict[tuple[str, ...], Array]  # the keys at a distance: arrays that travelled as one, by their names
+Block = dict[tuple[str, ...], Array]  # the keys at a distance, sent as one: names of operands → array
 Call = Callable[[Pass, AttentionSpec, Operands], Sequence[Array]]
 
 
@@ -59,45 +60,46 @@ class Shard:
 
     @property
     def _splits(self) -> bool:
-        """Whether several calls are to hide several transfers: with a band, whose tiles kernels take from a counter.
+        """Whether several calls are to hide several transfers. They are if there is a band, because kernels then take
+        tiles from a counter.
 
-        Equal tiles have a fixed order: a CTA that NCCL's kernel delays keeps its own, so that every transfer delays a
+        Equal tiles have a fixed order: a CTA that NCCL's kernel delays keeps its tiles, so that every transfer delays a
         call.
         """
         return self.spec.limited and self.pass_ in (FORWARD, BACKWARD)
 
     def in_turns(self, visit: Visit) -> bool:
-        """Whether K and V arrive under two calls of a visit, and need not be joined."""
+        """Whether K and V arrive during two calls of a visit, so that they need not be joined."""
         return self._splits and self.pass_ is FORWARD and len(visit.work) > 1
 
     @property
     def in_order(self) -> bool:
-        """Whether keys that arrive wait for the first call, which takes longer than they do; else XLA may take those
-        of a neighbour first, which it sends results back to."""
+        """Whether keys that arrive wait for the first call, which takes longer than they do. Otherwise XLA may first
+        use the keys of a neighbour to which results have to be sent back."""
         return len(self.visits[0].work) > 1 or self.visits[-1].distance == 0
 
     @property
     def block(self) -> Block:
-        """This device's own keys, with all that there is one of for each key."""
+        """This device's own keys, with all operands that have an element per key."""
         sent = [name for name in self.operands if "sk" in self.spec.dims[name] and name not in self._again]
         return {(name,): self.operands[name] for name in sent}
 
     @property
     def _again(self) -> dict[str, str]:
-        """The operands that are others again: V and its tangent where V is K."""
+        """Operands that are the same arrays as others: V, and its tangent, if V is K."""
         pairs = {"value": "key", "tvalue": "tkey"} if self.spec.shared_kv else {}
         return {name: other for name, other in pairs.items() if name in self.operands}
 
     # --- transfers -----------------------------------------------------------------------------------------------
 
     def halves(self, block: Block) -> tuple[Block, Block]:
-        """This device's keys, and their values."""
+        """This device's keys, and its values."""
         values: Block = {names: x for names, x in block.items() if names == ("value",)}
         return {names: x for names, x in block.items() if names not in values}, values
 
     def fetch(self, block: Block, visit: Visit) -> Block:
-        """This device's own keys for those that visit them, and those that it visits from their owners; zeros where it
-        sees none."""
+        """Exchanges keys: sends this device's own to those that need them, and receives those of the visit from their
+        owners; zeros if it sees none of them."""
         if visit.distance == 0:
             return block
         return self.send(
@@ -109,9 +111,9 @@ class Shard:
         )
 
     def send(self, arrays: Operands, route: Sequence[tuple[int, int]]) -> Block:
-        """Arrays of one dtype travel as one: XLA has one transfer under way at a time, and a call hides only one.
+        """Sends arrays of one dtype as one, because XLA runs one transfer at a time, and a call hides only one.
 
-        Those of one shape are joined along a new dimension, others along the head dim, so that heads may lie on
+        Arrays of one shape are joined along a new dimension, others along the head dim, so that heads may lie on
         automatic mesh axes.
         """
         arrived: Block = {}
@@ -124,9 +126,9 @@ class Shard:
         return arrived
 
     def take(self, block: Block, part: Range | None = None, begin: int = 0) -> Operands:
-        """The arrays of a block, or of a part of the keys, which it has from `begin` on.
+        """The arrays of a block, or of a part of its keys; the block has the keys from `begin` on.
 
-        A call reads them where they lie in what has arrived, as long as only slices, and then a reshape, come between.
+        A call reads them in place in the received array, if only slices and a final reshape come between.
         """
         found: Operands = {}
         for names, joined in block.items():
@@ -157,7 +159,7 @@ class Shard:
             elif name == "kv_lengths":
                 made[name] = _within(x, column, keys.size)
             elif name == "sinks" and not (self.pass_ is FORWARD and work.first):
-                continue  # each row sums over its sink once
+                continue  # each row must count its sink only once
             elif name not in made:
                 axis = self._rows(name)
                 made[name] = x if axis is None else self._slice(x, axis, queries)
@@ -169,14 +171,14 @@ class Shard:
         if work.whole:
             spec = replace(spec, left=UNLIMITED, right=UNLIMITED)
         diagonal = spec.limited or "alibi_slopes" in made
-        if diagonal or "block_mask" in made:  # of these two the second has no shift
+        if diagonal or "block_mask" in made:  # only the diagonal has a shift, not the block mask
             shift = self._shift() if diagonal else 0
             made["position"] = jnp.stack(jnp.broadcast_arrays(row + shift, column), -1)
         spec = replace(spec, operands=tuple(name for name in OPTIONAL if name in made))
         each = "position" in made and made["position"].ndim == 2
         results = self._by_batch_entry(call, spec, made) if each else list(call(self.pass_, spec, made))
-        # XLA on GPUs would fuse a call with an update of a part of a buffer by its result, which may make a cycle where
-        # the update depends on another result of the call (Total.result): it does not look beyond a barrier.
+        # XLA on GPUs would fuse a call with an update of a part of a buffer by its result. That may make a cycle if the
+        # update depends on another result of the call (Total.result). XLA does not fuse across a barrier.
         apart: list[Array] = lax.optimization_barrier(results)
         return apart
 
@@ -189,7 +191,7 @@ class Shard:
         return self._position(work.keys, visit.distance)
 
     def _position(self, part: Range, distance: int) -> Array:
-        """Where a part begins of what the device at this distance owns."""
+        """The position of a part's first token among the tokens of the device at this distance."""
         n = self.ring.size
         if len(set(part.chunks)) == 1:
             owner = lax.rem(self.device + (n - distance), jnp.int32(n)) if distance else self.device
@@ -199,28 +201,28 @@ class Shard:
         return self.entry(starts)
 
     def has_columns(self, name: str) -> bool:
-        """Whether a mask or bias has a column for each key of the whole sequence, so that parts take some of them."""
+        """Whether a mask or bias has a column for each key of the whole sequence, so that parts slice its columns."""
         return name in ("mask", "bias", "tbias") and self.operands[name].shape[-1] != 1
 
     def place(self, total: Array | None, dbias: Array, visit: Visit, work: Work) -> Array:
-        """The gradient of a bias, with that of a part added."""
+        """The gradient of a bias, to which that of a part has been added."""
         bias = self.operands["bias"]
         if total is None:
             total = jnp.zeros(bias.shape, dbias.dtype)
         starts = work.queries.starts()
         row = self.entry(starts if bias.shape[2] != 1 else [0] * self.ring.size)
-        none = jnp.int32(0)  # as the others, which JAX wants of one type
+        none = jnp.int32(0)  # of the type of the other indices, because JAX requires one type
         start = (none, none, row, self.column(visit, work))
         added = lax.dynamic_slice(total, start, dbias.shape) + dbias
         return lax.dynamic_update_slice(total, added, start)
 
     def entry(self, table: Sequence[int]) -> Array:
-        """This device's entry."""
+        """This device's entry of a table."""
         mine: Array = lax.dynamic_index_in_dim(jnp.asarray(table, jnp.int32), self.device, keepdims=False)
         return mine
 
     def _slice(self, x: Array, axis: int, part: Range, begin: int = 0) -> Array:
-        """A part of an array along the tokens of a shard, of which it has those from `begin` on."""
+        """A part of an array along the tokens of a shard; the array has those from `begin` on."""
         starts = part.starts(begin)
         if len(set(starts)) == 1:
             return lax.slice_in_dim(x, starts[0], starts[0] + part.size, axis=axis)
@@ -235,7 +237,7 @@ class Shard:
         return axis if self.operands[name].shape[axis] == self.operands["query"].shape[1] else None
 
     def _by_batch_entry(self, call: Call, spec: AttentionSpec, made: Operands) -> list[Array]:
-        """As `call`, where batch entries lie differently: each is one entry of a leading dimension."""
+        """Like `call`, for batch entries at different positions: each becomes one entry of a leading dimension."""
         if "dropout" in made:
             entries = jnp.arange(made["query"].shape[0], dtype=jnp.uint32)
             made["dropout"] = jax.vmap(made["dropout"].at[DROPOUT_BATCH].add)(entries)
@@ -251,7 +253,7 @@ class Shard:
         return [x.sum(0) if shared else x[:, 0] for x in results]
 
     def _by_entry(self, name: str) -> bool:
-        """Whether an operand has something of its own for each batch entry."""
+        """Whether an operand differs between batch entries."""
         b, *_ = self.spec.dims[name]
         return b == "b" or (b == "b*" and self.operands[name].shape[0] != 1)
 
@@ -264,7 +266,7 @@ class Shard:
         return q * self.ring.size, k * self.ring.size
 
     def _shifts(self) -> tuple[int, int]:
-        """The least and the largest key on the diagonal of query 0 that lengths may lead to."""
+        """The least and the largest key that lengths may put on the diagonal of query 0."""
         if self.spec.align == "top_left":
             return 0, 0
         sq, sk = self._sizes
@@ -272,7 +274,7 @@ class Shard:
         return least, sk - (0 if "q_lengths" in self.operands else sq)
 
     def _shift(self) -> Any:
-        """The key on the diagonal of query 0; `[b]` where it depends on lengths."""
+        """The key on the diagonal of query 0; `[b]` if it depends on lengths."""
         if self.spec.align == "top_left":
             return 0
         nq, nk = (
@@ -283,7 +285,8 @@ class Shard:
 
 
 def _within(lengths: Array, start: Array, size: int) -> Array:
-    """How many rows of a part are in use; a negative length is 0 before the subtraction, which could wrap around."""
+    """The number of a part's rows in use. A negative length becomes 0 before the subtraction, which could wrap
+    around."""
     return jnp.clip(jnp.maximum(lengths, 0) - start, 0, size)
 
 

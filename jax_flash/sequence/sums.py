@@ -1,7 +1,7 @@
-"""What the parts of a call add up to: sums of gradients and tangents, merges of results.
+"""Joins the parts of a call: sums of gradients and tangents, merges of results.
 
-Parts stay as the calls return them until they are joined, once in each visit, all at once and element by element, so
-that XLA makes one kernel of it: nothing is copied or widened before.
+Parts stay as the calls return them until they are joined, once per visit. All are joined at once, element by element,
+so that XLA makes one kernel of it and copies or widens nothing before.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from jax import Array, lax
 
 from ..merge import combine
 
-Arrays = tuple[Array, ...]  # that are joined together, as out and lse
+Arrays = tuple[Array, ...]  # arrays that are joined together, such as out and lse
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How arrays are joined: along which axes their tokens lie, and what a part has where it has no token."""
+    """How arrays are joined: the axis of their tokens, and the values of tokens that a part does not have."""
 
     axes: tuple[int, ...]
     fills: tuple[float, ...]
@@ -44,14 +44,15 @@ def wide(x: Array) -> Array:
 
 MERGED = Kind((1, 2), (0.0, -float("inf")), _merge)  # out [b, s, h, d] and lse [b, h, s]
 MERGED_MAX = Kind((1, 2, 2), (0.0, -float("inf"), -float("inf")), _merge)  # and row_max [b, h, s]
-TANGENTS = Kind((1, 2), (0.0, 0.0), _sum)  # likewise
+TANGENTS = Kind((1, 2), (0.0, 0.0), _sum)  # of out and lse
 GRADIENTS = Kind((1,), (0.0,), _sum)  # dquery
 PAIRS = Kind((1, 1), (0.0, 0.0), _sum)  # dkey and dvalue
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a call gave for the tokens from `start` on; where `here` is given, only on devices where it is true."""
+    """The results of a call for the tokens from `start` on. If `here` is given, only devices where it is true have
+    them."""
 
     start: int
     arrays: Arrays
@@ -70,7 +71,7 @@ class Total:
         self.parts.append(Part(start, arrays, here))
 
     def before(self, arrays: Any) -> Any:
-        """The same arrays, for what XLA may begin only when the parts so far are there."""
+        """The same arrays, with a barrier: XLA may use them only when the parts so far have been computed."""
         arrays, parts = lax.optimization_barrier((arrays, [part.arrays for part in self.parts]))
         self.parts = [replace(part, arrays=x) for part, x in zip(self.parts, parts, strict=True)]
         return arrays
@@ -89,10 +90,10 @@ class Total:
         return self._padded(self.parts[0])
 
     def _within(self, whole: Arrays, some: list[Part]) -> Arrays:
-        """The join of a whole part with others of some rows: all other rows stay as they are.
+        """Joins a whole part with others that have some of the rows; the other rows stay as they are.
 
-        They are concatenated, not updated in place: XLA on GPUs (jax 0.11) updates one element per thread, which takes
-        longer than to copy all.
+        They are concatenated and not updated in place, because XLA on GPUs (jax 0.11) updates one element per thread,
+        which takes longer than copying all.
         """
         start = some[0].start
         stop = start + self._rows(some[0])
@@ -110,14 +111,14 @@ class Total:
         )
 
     def _here(self, part: Part) -> Arrays:
-        """A part's arrays, or nothing on devices where it is not."""
+        """A part's arrays; on devices that do not have the part, the values for missing tokens."""
         if part.here is None:
             return part.arrays
         pairs = zip(part.arrays, self.kind.fills, strict=True)
         return tuple(jnp.where(part.here, x, fill) for x, fill in pairs)
 
     def _padded(self, part: Part) -> Arrays:
-        """A part with all tokens."""
+        """A part, padded to all tokens."""
         before, after = part.start, self.size - part.start - self._rows(part)
 
         def pad(x: Array, fill: float, axis: int) -> Array:

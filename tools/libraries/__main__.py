@@ -23,16 +23,6 @@ from tools.release import version
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "libraries.md"
 PINS = tomllib.loads(Path(__file__).with_name("pins.toml").read_text())
-HEAD = """# Libraries that run on jax_flash
-
-`make libraries` installs each library at a pinned version (`tools/libraries/pins.toml`), replaces its attention by our
-[adapter](from-another-library.md), runs its own attention tests on a CPU and compares calls with its own attention,
-with gradients where it has them. "ours" are calls written here, where no registry has tests; "tests of" names the
-commit of a clone (`--checkouts`).
-
-| library | version | tests passed | calls compared | why not | date | jax_flash |
-|---|---|---|---|---|---|---|
-"""
 
 
 def main() -> int:
@@ -63,10 +53,10 @@ def main() -> int:
             continue
         row = run_library(name, PINS[name], folder / name, wheel, options.checkouts)
         failed |= bool(row.pop("failed"))
-        rows = read_page() | {name: line(row)}
-        print(rows[name], flush=True)
+        text = line(row)
+        print(text, flush=True)
         if not options.keep_page:
-            PAGE.write_text(HEAD + "\n".join(rows[name] for name in sorted(rows)) + "\n")
+            PAGE.write_text(with_row(PAGE.read_text(), text))
     return int(failed)
 
 
@@ -194,12 +184,11 @@ def line(row: dict[str, Any]) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def read_page() -> dict[str, str]:
-    """The rows of the page as it is, by library."""
-    if not PAGE.exists():
-        return {}
-    rows = [x for x in PAGE.read_text().splitlines() if x.startswith("| ") and not x.startswith("| library")]
-    return {row.split("|")[1].strip(): row for row in rows}
+def with_row(page: str, row: str) -> str:
+    """The page with a library's row in the place of its old one; rows are in alphabetical order."""
+    head, _, rows = page.rpartition("---|\n")
+    found = {x.split("|")[1].strip(): x for x in [*rows.splitlines(), row]}
+    return f"{head}---|\n" + "\n".join(found[name] for name in sorted(found)) + "\n"
 
 
 def run(*command: object) -> None:

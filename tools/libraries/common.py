@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 _RANDOM = jax.random.key(21)
+_TESTS = Path(__file__).resolve().parents[2] / "tests"
 
 
 def source() -> Path:
@@ -118,15 +119,19 @@ class Library:
         self.reasons: dict[str, int] = {}
         self.surprises: list[str] = []
 
-    def pytest(self, *paths: Path | str, options: Iterable[str] = ()) -> None:
-        """Runs test files in this process, where the library is already patched."""
+    def pytest(self, *paths: Path | str, options: Iterable[str] = (), ours: bool = False) -> None:
+        """Runs test files in this process, where the library is already patched; `ours` are files of this tree."""
         counter = _Counter()
         arguments = ["-q", "--tb=short", "-p", "no:cacheprovider", *options]
         # Their files' own ini files ask for plugins that are not installed.
         pytest.main([*arguments, "-c", os.devnull, *map(str, paths)], plugins=[counter])
         for name, outcome in counter.outcome.items():
             if outcome != "skipped":
-                self.count(name, outcome == "passed", counter.error.get(name, ""))
+                self.count(name, outcome == "passed", counter.error.get(name, ""), ours)
+
+    def our_tests(self, *tests: str) -> None:
+        """Runs those tests of this tree that compare an adapter with the library itself."""
+        self.pytest(*(_TESTS / test for test in tests), options=["--noconftest"], ours=True)
 
     def case(self, name: str, run: Callable[[], Any]) -> None:
         """Counts a call written here, which passes if it returns, for libraries whose tests are on no registry."""
@@ -135,16 +140,15 @@ class Library:
             run()
         except Exception as error:
             passed, message = False, f"{type(error).__name__}: {error}".splitlines()[0]
-        self.ours += 1
-        self.ours_passed += passed
-        self._explain(name, passed, message)
+        self.count(name, passed, message, ours=True)
 
-    def count(self, name: str, passed: bool, error: str = "") -> None:
-        self.total += 1
-        self.passed += passed
-        self._explain(name, passed, error)
-
-    def _explain(self, name: str, passed: bool, error: str) -> None:
+    def count(self, name: str, passed: bool, error: str, ours: bool) -> None:
+        if ours:
+            self.ours += 1
+            self.ours_passed += passed
+        else:
+            self.total += 1
+            self.passed += passed
         if passed:
             return
         reason = next((why for pattern, why in self.expected.items() if fnmatch.fnmatch(name, pattern)), None)

@@ -22,7 +22,7 @@ EXPECTED: dict[str, str] = {}
 
 def main() -> int:
     comparison = Comparison(SCORES)
-    own.ragged_paged_attention = beside_own(
+    own.ragged_paged_attention, own.ref_ragged_paged_attention = beside_own(
         comparison, ragged_paged_attention, own.ref_ragged_paged_attention
     )
     test_util.is_device_tpu_at_least = lambda version: True  # the tests that skip elsewhere

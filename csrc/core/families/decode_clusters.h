@@ -1,6 +1,6 @@
 // Decode of few and short sequences on sm_90a, in which each KV head of a sequence has a cluster of CTAs
-// (cuda/decode/hopper_cluster.cuh): the shared memory of a CTA, for plan and kernel, and the calls that it
-// serves.
+// (cuda/decode/hopper_cluster.cuh). This file has, for plan and kernel, the layout of a CTA's shared memory
+// and the calls that the kernel serves.
 #pragma once
 
 #include <algorithm>
@@ -12,14 +12,16 @@
 
 namespace jax_flash::clusters {
 
-inline constexpr int32_t kMostCtas = 16;  // of a cluster
+inline constexpr int32_t kMostCtas = 16;  // CTAs per cluster
 
 // Shared-memory offsets; the merge buffer aliases the ring.
 struct Layout {
   int32_t warp_ring, merge_o, merge_softmax;
-  int32_t parts, softmax;  // from the n CTAs: O [items of this CTA, n] float4; m and l [M, n]
-  int32_t barrier;         // counts the bytes that arrive there
-  int32_t entries;         // block-table entries of each thread's keys in the ring
+  // What this CTA merges of all n CTAs' results: O as [items, n] float4, where an item is four columns of a
+  // row, and m and l as [M, n].
+  int32_t parts, softmax;
+  int32_t barrier;  // counts the bytes that arrive in `parts` and `softmax`
+  int32_t entries;  // block-table entries of each thread's keys in the ring
   int32_t bytes;
 };
 
@@ -36,7 +38,7 @@ constexpr Layout layout(const Row& r, int32_t element_size) {
   return at;
 }
 
-// The launch of a call by a row. Every KV head of every sequence has a cluster.
+// How a row would launch a call, and whether that is faster. Every KV head of every sequence has a cluster.
 class Choice {
  public:
   Choice(const KernelRow& row, const Call& call)
@@ -46,7 +48,7 @@ class Choice {
         wave_(int64_t{call.device.sm_count} * row.blocks) {}
 
   // CTAs of a cluster, a power of two. All clusters must be co-resident; those of more than 2 CTAs reach only
-  // half of the SMs. Each CTA has at least one tile, in clusters of 16 two.
+  // half of the SMs. Each CTA has at least one tile, or two in clusters of 16.
   int32_t size() const {
     int32_t ctas = 1;
     while (ctas < kMostCtas) {
@@ -65,8 +67,9 @@ class Choice {
     return !knows_lengths() && (call_.device.always_cluster || ceil_div(tiles_, size()) > kManyTiles);
   }
 
+  // Whether clusters are faster than the portable decode.
   bool is_faster() const {
-    constexpr int64_t kFewTiles = 8, kMostTiles = 64;  // of a CTA
+    constexpr int64_t kFewTiles = 8, kMostTiles = 64;  // tiles per CTA
     constexpr double kFilled = 0.9;  // share of the SMs, or of the last wave, that has a CTA
     if (columns_ == 0 || tiles_ == 0) return false;
     const int64_t ctas = size(), tiles = ceil_div(tiles_, ctas), sms = call_.device.sm_count;
@@ -77,7 +80,7 @@ class Choice {
   }
 
  private:
-  static constexpr int64_t kManyTiles = 16;  // of a CTA
+  static constexpr int64_t kManyTiles = 16;  // tiles per CTA
 
   static bool fills(int64_t part, int64_t whole, double least) {
     return static_cast<double>(part) >= least * static_cast<double>(whole);
@@ -100,7 +103,7 @@ inline int64_t shared_bytes(const KernelRow& row, const Call& call) {
   return std::max<int64_t>(in_clusters, decode_layout(row, 2).bytes) + kBlockStateBytes;
 }
 
-// Whether a row runs a call, and better than the portable decode does.
+// Whether a row runs a call and is faster than the portable decode.
 inline bool serves(const KernelRow& row, const Call& call) {
   constexpr int64_t kPadding = 32;  // most columns that a head dim is padded by
   const AttentionSpec& spec = call.spec;

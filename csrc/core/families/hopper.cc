@@ -78,6 +78,7 @@ class Forward final : public PassTraits {
   // Tensor maps have room for one leading dimension. Over pages a TMA box is a multiple of 8 rows of a page.
   bool serves(const KernelRow& row, const Call& call) const override {
     if (call.shapes.page_size % 8) return false;
+    if (call.device.sm_count < hopper::sharers(row)) return false;
     return packs_heads(row) ? serves_packed_heads(row, call) : call.shapes.leading_rank <= 1;
   }
   bool beats_decode(const KernelRow& row, const Call&) const override { return packs_heads(row); }
@@ -103,16 +104,17 @@ class Forward final : public PassTraits {
                              : pairs ? s.heads / 2
                                      : s.heads,
                              pairs ? row.block_m / 2 : row.block_m, workspace);
-    plan.cluster_size = uses_clusters(row, call, plan) ? row.multicast : 1;
-    const bool unequal = call.tiles_differ() || s.q_rows % row.block_m;
+    const int32_t multicast = uses_clusters(row, call, plan) ? row.multicast : 1;
+    plan.cluster_size = multicast * hopper::sharers(row);
+    const bool unequal = call.tiles_differ() || lists_tiles(plan.score) || s.q_rows % row.block_m;
     const TileGrid& grid = plan.queries;
-    const int64_t cluster = plan.cluster_size;
-    const int64_t slices = slices_of(s.value_dim, row.slice_columns());
-    const int64_t blocks =
-        grid.blocks == 0 ? 0 : grid.blocks / grid.tiles * ceil_div(grid.tiles, cluster) * cluster * slices;
+    const int64_t slices = row.is_sliced() ? slices_of(s.value_dim, row.slice_columns()) : 1;
+    const int64_t blocks = grid.blocks == 0 ? 0
+                                            : grid.blocks / grid.tiles * ceil_div(grid.tiles, multicast) *
+                                                  plan.cluster_size * slices;
     if (plan.score == ScoreKind::kRanges) {
       add_ranges(call, s.q_rows, row.block_n, plan.queries, workspace);
-    } else if (plan.score == ScoreKind::kBlocks) {
+    } else if (lists_tiles(plan.score)) {
       add_key_lists(call, row.block_n, plan.queries, workspace);
     } else {
       add_segments(call, s.q_rows, plan.queries, workspace, true);
@@ -174,28 +176,29 @@ class Forward final : public PassTraits {
   }
 };
 
-// CTAs own key tiles, compute their dK and dV, and add dQ to a float32 accumulator, in key-tile order if the
+// CTAs own key tiles, compute their dK and dV, and add dQ to float32 sums, in key-tile order if the
 // call is deterministic. The portable rows run calls without queries, for which no tensor map can be made,
 // and calls whose bias or mask cannot be copied 8 keys at a time. They also run calls that would need cluster
-// kernels with a bias or mask and other options.
+// kernels with a bias or mask and other options. A boolean mask alone needs no copies where its tiles are
+// listed.
 class Backward final : public PassTraits {
  public:
   bool serves(const KernelRow& row, const Call& call) const override {
     const AttentionSpec& spec = call.spec;
-    if (row.design == Design::kCluster && (spec.has(Operand::kBias) || spec.has(Operand::kMask))) {
+    if (hopper::backward_in_clusters(row) && stages_tiles(row, call)) {
       ScoreKind score;
       if (!find_score(row, call, score) || (score != ScoreKind::kBias && score != ScoreKind::kMask))
         return false;
     }
     if (spec.has(Operand::kBlockMask) && !lists_steps(row, call)) return false;
     if (spec.has(Operand::kBias) && !call.shapes.bias_in_chunks) return false;
-    if (spec.has(Operand::kMask) && !call.shapes.mask_in_chunks) return false;
+    if (spec.has(Operand::kMask) && !lists_mask(row, call) && !call.shapes.mask_in_chunks) return false;
     return call.shapes.q_rows > 0 && call.device.sm_count >= cluster_of(row);
   }
 
   int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
-    if (row.design != Design::kCluster) return hopper::backward_shared_bytes(row);
-    if (call.spec.has(Operand::kBias) || call.spec.has(Operand::kMask)) return hopper::kMaxSharedBytes;
+    if (!hopper::backward_in_clusters(row)) return hopper::backward_shared_bytes(row);
+    if (stages_tiles(row, call)) return hopper::kMaxSharedBytes;
     return hopper::backward_cluster_shared_bytes(row, hopper::backward_cluster_stages(row, 0));
   }
 
@@ -205,13 +208,13 @@ class Backward final : public PassTraits {
     plan.keys = tile_grid(call, s.k_rows, s.kv_heads, row.block_n, workspace);
     if (plan.score == ScoreKind::kRanges) {
       add_ranges(call, s.k_rows, row.block_m, plan.keys, workspace);
-    } else if (plan.score == ScoreKind::kBlocks) {
+    } else if (lists_tiles(plan.score)) {
       add_step_lists(call, row.block_m, plan.keys, workspace);
     } else {
       add_segments(call, s.k_rows, plan.keys, workspace);
     }
-    plan.accumulator = workspace.add(sums_of_dq(row, call.spec, dims_of(s)).value());
-    const bool unequal = call.tiles_differ() || s.k_rows % row.block_n;
+    plan.dq_sums = workspace.add(dq_sums_bytes(call.spec, dims_of(s), row.block_m).value());
+    const bool unequal = call.tiles_differ() || lists_tiles(plan.score) || s.k_rows % row.block_n;
     plan.cluster_size = cluster_of(row);
     plan_persistent(plan.keys.blocks * plan.cluster_size, unequal, s.q_rows, row.teams, call, workspace,
                     plan);
@@ -226,9 +229,7 @@ class Backward final : public PassTraits {
     return schedule_bound(spec, s, s.k_rows) +
            max(max(segments_bound(spec, s, s.k_rows), ranges_bound(spec, s, s.k_rows)),
                step_lists_bound(spec, s)) +
-           aligned(
-               max(accumulator_bytes(spec, s), tiled_accumulator_bytes(spec, s, hopper::kMostQueryRows))) +
-           tickets + aligned(kCounterBytes);
+           aligned(dq_sums_bytes(spec, s, kLargestQueryTile)) + tickets + aligned(kCounterBytes);
   }
 
  private:
@@ -236,20 +237,20 @@ class Backward final : public PassTraits {
   // dQ, so deterministic calls do not use them.
   static bool lists_steps(const KernelRow& row, const Call& call) {
     const Shapes& s = call.shapes;
-    return !call.spec.deterministic && s.kv_heads > 0 && s.heads / s.kv_heads <= ListedStep::kMostHeads &&
-           ceil_div(s.q_rows, row.block_m) <= ListedStep::kMostTiles;
+    return !call.spec.deterministic && ListedStep::fit(s.heads, s.kv_heads, s.q_rows, row.block_m);
+  }
+  // Whether the call has a boolean mask alone, whose tiles the row's kernel takes from lists.
+  static bool lists_mask(const KernelRow& row, const Call& call) {
+    ScoreKind score;
+    return find_score(row, call, score) && score == ScoreKind::kListedMask;
+  }
+  // Whether the row's kernel stages tiles of a bias or mask.
+  static bool stages_tiles(const KernelRow& row, const Call& call) {
+    return call.spec.has(Operand::kBias) || (call.spec.has(Operand::kMask) && !lists_mask(row, call));
   }
   // CTAs that work on one key tile together.
   static int32_t cluster_of(const KernelRow& row) {
-    return row.design == Design::kCluster ? hopper::kBackwardCtas : 1;
-  }
-
-  // Bytes of the dQ accumulator: row-major for cluster kernels; else row-major or tiled, as the score's
-  // kernel needs it.
-  static Dim sums_of_dq(const KernelRow& row, const AttentionSpec& spec, const DimShapes& s) {
-    const Dim by_rows = accumulator_bytes(spec, s);
-    return row.design == Design::kCluster ? by_rows
-                                          : max(by_rows, tiled_accumulator_bytes(spec, s, row.block_m));
+    return hopper::backward_in_clusters(row) ? hopper::kClusterCtas : 1;
   }
 };
 

@@ -13,10 +13,17 @@ inline constexpr int64_t kStateBytes = 2048;         // upper bound: barriers an
 inline constexpr int64_t kMaxSharedBytes = 232'448;  // limit of a CTA
 inline constexpr int64_t kElementBytes = 2;          // float16 and bfloat16
 
-// For each team: Q of one tile, and `stages` tiles of K and V with the columns of a slice.
+inline constexpr int32_t kClusterCtas = 2;
+// CTAs of a cluster that work on the same tile, each on its own columns of the head.
+constexpr int32_t sharers(const Row& r) { return r.design == Design::kClusterColumns ? kClusterCtas : 1; }
+
+// For each team: Q of one tile, and `stages` tiles of K and V with the columns of a slice. CTAs that share a
+// tile have their columns of Q and K, and one part of S in float32.
 constexpr int64_t forward_tile_bytes(const Row& r) {
-  return kElementBytes *
-         (int64_t{r.block_m} * r.head_dim + int64_t{r.block_n} * r.stages * (r.head_dim + r.slice_columns()));
+  const int32_t d = r.head_dim / sharers(r);
+  const int64_t part = sharers(r) > 1 ? static_cast<int64_t>(sizeof(float)) * r.block_m * r.block_n : 0;
+  return kElementBytes * (int64_t{r.block_m} * d + int64_t{r.block_n} * r.stages * (d + r.slice_columns())) +
+         part;
 }
 
 // Whether the plain dense kernel stores o by TMA from shared memory; only for tiles where that was measured
@@ -35,7 +42,6 @@ constexpr int64_t forward_shared_bytes(const Row& r) {
 // The backward: K and V of a key tile, `stages` tiles of Q and dO with lse and delta, a few tiles of dS, and
 // dQ in float32 or one more tile of dS.
 inline constexpr int32_t kScoreGradientStages = 3;
-inline constexpr int32_t kMostQueryRows = 128;       // of a query tile
 inline constexpr int64_t kKeyTileStateBytes = 1024;  // upper bound: barriers and the state of the key tile
 
 constexpr int64_t backward_shared_bytes(const Row& r) {
@@ -57,24 +63,29 @@ constexpr int32_t bias_gradient_stages(const Row& r, int32_t width, bool mask) {
   return r.stages < fit ? r.stages : fit;
 }
 
-inline constexpr int32_t kBackwardCtas = 2;  // of a cluster
+constexpr bool backward_in_clusters(const Row& r) {
+  return r.design == Design::kCluster || r.design == Design::kClusterColumns;
+}
 
-// The backward in 2-CTA clusters. A CTA has K and V of its half of the tile's keys, half of the columns of K
-// of the other keys, `stages` tiles of Q with lse and delta, halves of tiles of dO, tiles of dS, and perhaps
-// its part of dQ in float32. `score_bytes`: the bias and mask of its keys.
+// The backward in 2-CTA clusters. A CTA has K and V of its 64 keys, `stages` tiles of Q with lse and delta,
+// halves of tiles of dO, tiles of dS, and perhaps its part of dQ in float32. If it has half of the tile's
+// keys, it also has half of the columns of K of the other keys; if it has half of the columns, the other
+// CTA's parts of Sᵀ and dPᵀ in float32. `score_bytes`: the bias and mask of its keys.
 struct BackwardClusterStages {
   int32_t dout_halves, ds;
   bool dq;
 };
 
 constexpr int64_t backward_cluster_shared_bytes(const Row& r, BackwardClusterStages has) {
-  const int64_t keys = r.block_n / 2 * (int64_t{r.head_dim} + r.head_dim / 2 + r.value_dim);
-  const int64_t queries = r.block_m * (int64_t{r.stages} * r.head_dim + has.dout_halves * r.value_dim / 2);
+  const int32_t d = r.head_dim / sharers(r), dv = r.value_dim / sharers(r);
+  const int64_t keys = kConsumerRows * (int64_t{d} + (sharers(r) > 1 ? 0 : d / 2) + dv);
+  const int64_t queries = r.block_m * (int64_t{r.stages} * d + has.dout_halves * dv / 2);
   const int64_t ds = int64_t{has.ds} * r.block_m * r.block_n;
-  const int64_t dq = has.dq ? int64_t{r.block_m} * r.head_dim / 2 : 0,
+  const int64_t dq = has.dq ? int64_t{r.block_m} * d / 2 : 0,
+                parts = sharers(r) > 1 ? 2 * int64_t{r.block_m} * r.block_n : 0,
                 statistics = 2 * int64_t{r.stages} * r.block_m;
-  return kElementBytes * (keys + queries + ds) + static_cast<int64_t>(sizeof(float)) * (dq + statistics) +
-         kStateBytes;
+  return kElementBytes * (keys + queries + ds) +
+         static_cast<int64_t>(sizeof(float)) * (dq + parts + statistics) + kStateBytes;
 }
 
 // Room for bias and mask.
@@ -82,8 +93,8 @@ constexpr int64_t backward_cluster_score_bytes(const Row& r, BackwardClusterStag
   return kMaxSharedBytes - backward_cluster_shared_bytes(r, has);
 }
 
-// Two stages of each. If `score_bytes` leave too little room, dQ is not staged; if that is not enough, dO has
-// one and a half tiles, then dS one.
+// Two stages of each. If `score_bytes` leave too little room, dQ is not staged. If that is not enough, dO has
+// one and a half tiles; then dS has one.
 constexpr BackwardClusterStages backward_cluster_stages(const Row& r, int64_t score_bytes) {
   constexpr BackwardClusterStages kFewest{3, 1, false};
   for (const BackwardClusterStages has : {BackwardClusterStages{4, 2, true}, {4, 2, false}, {3, 2, false}}) {

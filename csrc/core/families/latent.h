@@ -1,4 +1,4 @@
-// Decode over latent pools on the host, for the families that have a kernel of it (latent_layout.h).
+// Host side of decode over latent pools, for the families that have a kernel for it (latent_layout.h).
 #pragma once
 
 #include <algorithm>
@@ -11,11 +11,12 @@
 
 namespace jax_flash::latent {
 
-inline constexpr int64_t kMostBlocks = 256;  // CTAs, one on an SM
-inline constexpr int64_t kMostRows = 64;     // of a chunk
-inline constexpr int64_t kLeastKeys = 16;    // of a key tile
-inline constexpr int64_t kLeastTiles = 8;    // of a CTA, as merging a part costs as much as some tiles
-inline constexpr int64_t kSplitKeys = 2048;  // of a split in batch-invariant mode
+inline constexpr int64_t kMostBlocks = 256;  // CTAs, one per SM
+inline constexpr int64_t kMostRows = 64;     // query rows per chunk
+inline constexpr int64_t kLeastKeys = 16;    // keys per key tile
+// Tiles per CTA, because merging a part costs as much as some tiles.
+inline constexpr int64_t kLeastTiles = 8;
+inline constexpr int64_t kSplitKeys = 2048;  // keys per split in batch-invariant mode
 
 class Decode : public PassTraits {
  public:
@@ -51,7 +52,7 @@ class Decode : public PassTraits {
     const int64_t wave = std::min<int64_t>(int64_t{call.device.sm_count} * row.blocks, kMostBlocks);
     const int64_t most = ceil_div(all * tiles, kLeastTiles);
     grid.ranges = static_cast<int32_t>(std::min(std::max<int64_t>(1, wave / s.kv_heads), most));
-    // Entries of equal length are then cut into the same number of equal parts.
+    // With this rule, entries of equal length are cut into the same number of equal parts.
     constexpr int64_t kMostLost = 16;  // at most 1 / kMostLost of the CTAs may idle
     const int64_t whole = all > 0 ? grid.ranges / all * all : 0;
     if (whole > 0 && (grid.ranges - whole) * kMostLost <= grid.ranges)
@@ -63,7 +64,7 @@ class Decode : public PassTraits {
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
     if (!are_latent(spec, s)) return 0;
     const Dim group = s.kv_heads.known() && s.kv_heads.value() == 0 ? Dim(0) : s.heads / s.kv_heads;
-    // Upper bound: at least one chunk per token, of the smallest size.
+    // Upper bound: at least one chunk per token, with the smallest chunk size.
     const Dim tokens = spec.packed() ? s.q_rows + s.batch : s.batch * s.q_rows;
     const Dim rows = s.leading * tokens * (group / kMostRows + 1) * s.kv_heads * kMostRows;
     const Dim slots = spec.num_splits > 0    ? Dim(std::min(spec.num_splits, kMaxSplits))

@@ -36,7 +36,7 @@ class Forward final : public ByQueryTiles {
   }
 };
 
-// CTAs own key tiles and compute their dK and dV. dQ is added to a float32 accumulator; deterministic calls
+// CTAs own key tiles and compute their dK and dV. dQ is added to float32 sums; deterministic calls
 // compute it in a second kernel, over query tiles.
 class Backward final : public PassTraits {
  public:
@@ -55,7 +55,7 @@ class Backward final : public PassTraits {
       plan.queries = tile_grid(call, s.q_rows, s.heads, row.block_m, workspace);
       add_segments(call, s.q_rows, plan.queries, workspace);
     } else {
-      plan.accumulator = workspace.add(accumulator_bytes(call.spec, dims_of(s)).value());
+      plan.dq_sums = workspace.add(dq_sums_bytes(call.spec, dims_of(s), row.block_m).value());
     }
   }
 
@@ -63,7 +63,8 @@ class Backward final : public PassTraits {
     const auto tiles = [&](const Dim& rows) {
       return schedule_bound(spec, s, rows) + segments_bound(spec, s, rows);
     };
-    return tiles(s.k_rows) + (spec.deterministic ? tiles(s.q_rows) : aligned(accumulator_bytes(spec, s)));
+    return tiles(s.k_rows) +
+           (spec.deterministic ? tiles(s.q_rows) : aligned(dq_sums_bytes(spec, s, kLargestQueryTile)));
   }
 };
 
@@ -103,9 +104,9 @@ class LatentDecode final : public latent::Decode {
 // Limits of the calls that decode serves, and of its grid.
 constexpr int64_t kMostRows = 64;  // query rows of a KV head over pages; with more, the call is compute-bound
 constexpr int64_t kMostTile = 32;  // query rows of a column
-constexpr int64_t kLeastKeys = 64;      // of a key tile
+constexpr int64_t kLeastKeys = 64;      // keys per key tile
 constexpr int64_t kMostBlocks = 1024;   // most CTAs of a grid that splits sequences
-constexpr int64_t kSplitKeys = 2048;    // of a split in batch-invariant mode
+constexpr int64_t kSplitKeys = 2048;    // keys per split in batch-invariant mode
 constexpr int64_t kMostRowsDense = 16;  // query rows of a KV head without pages
 
 // The number of CTAs of a column: one wave, or a few waves if one would leave SMs idle.

@@ -157,16 +157,16 @@ constexpr int32_t decode_merge_pitch(const Row& r) { return decode_merge_columns
 // Whether Q is kept in shared memory, because in registers it would leave too few.
 constexpr bool decode_shares_queries(int32_t block_m, int32_t head_dim) { return block_m * head_dim > 2048; }
 
-inline constexpr int32_t kDecodeSegmentBytes = 88;  // of decode::Segment
-inline constexpr int32_t kDecodeRowBytes = 12;      // of a row's scale and the range of its keys
+inline constexpr int32_t kDecodeSegmentBytes = 88;  // size of decode::Segment
+inline constexpr int32_t kDecodeRowBytes = 12;      // a row's scale and the range of its keys
 
 struct DecodeLayout {
   int32_t warp_ring;      // bytes of one warp's ring; the warps' rings lie one after the other from 0 on
   int32_t merge_o;        // O [warps, M, merge pitch] float32
   int32_t queries;        // decode_shares_queries: Q, its scale and the range of its keys, until O is merged
   int32_t merge_softmax;  // m and l [warps, M], two float32
-  int32_t segments;       // [warps, stages + 2]: of the keys in the stages, one before and one after
-  int32_t pages;          // int32 [warps, stages, keys of a warp]: pages of the keys that are loaded next
+  int32_t segments;  // [warps, stages + 2]: the segments of the keys in the stages, one before and one after
+  int32_t pages;     // int32 [warps, stages, keys of a warp]: pages of the keys that are loaded next
   int32_t bytes;
 };
 

@@ -24,7 +24,8 @@ struct Shapes : Sizes<int64_t> {  // page_size and draft_rows are 0 without page
   int32_t leading_rank;
   int64_t bias[4];             // only for the bias gradient: sizes of dbias, 1 where it is reduced
   bool bias_in_tiles = false;  // TMA can load tiles of the bias
-  // Whether the bias has query's 16-bit dtype and can be copied 8 keys at a time; whether the mask can.
+  // Whether the bias, and the mask, can be copied 8 keys at a time; a bias must also have query's 16-bit
+  // dtype.
   bool bias_in_chunks = false, mask_in_chunks = false;
 };
 

@@ -23,7 +23,7 @@ constexpr int32_t kOfScores = 0
 #include "../../scores.def"
     ;
 
-// The forward loads the bias in tiles by TMA, gradients load 8 keys at a time by cp.async.
+// The forward loads the bias in tiles by TMA; gradients load it 8 keys at a time by cp.async.
 bool bias_is_served(const Call& call) {
   return call.pass == Pass::kForward ? call.shapes.bias_in_tiles : call.shapes.bias_in_chunks;
 }
@@ -32,6 +32,17 @@ bool bias_is_served(const Call& call) {
 // call's first row and key.
 bool serves_blocks(const Call& call) {
   return !call.spec.packed() && !call.spec.has(Operand::kPosition) && call.spec.block_keys % 32 == 0;
+}
+
+// Whether kernels can list the tiles that a boolean mask leaves: in calls whose tiles begin at the first row
+// and key. Lists have no fixed order for the additions to dQ, so deterministic gradients do not use them.
+bool lists_mask_tiles(const Call& call) {
+  const AttentionSpec& spec = call.spec;
+  const Shapes& s = call.shapes;
+  if (spec.packed() || spec.paged() || spec.has(Operand::kPosition) || s.q_rows == 0 || s.k_rows == 0)
+    return false;
+  return call.pass == Pass::kForward || (call.pass == Pass::kBackward && !spec.deterministic &&
+                                         ListedStep::fit(s.heads, s.kv_heads, s.q_rows, kRowBlock));
 }
 
 // The kind of the call's only option, if that kind has kernels for it; kGeneral with several options.
@@ -57,17 +68,18 @@ ScoreKind only_option(const Call& call) {
 
 // The kernels that compute a call's scores, the most specific first.
 struct Candidates {
-  ScoreKind kinds[3];
+  ScoreKind kinds[4];
 
-  explicit Candidates(const Call& call)
-      : kinds{only_option(call), ScoreKind::kGeneral, ScoreKind::kGeneralDropout} {
-    if (call.spec.has(Operand::kDropout)) {  // the general kernel has no dropout
-      kinds[1] = ScoreKind::kGeneralDropout;
-      if (kinds[0] == ScoreKind::kGeneral) kinds[0] = ScoreKind::kGeneralDropout;
-    }
+  explicit Candidates(const Call& call) {
+    const ScoreKind only = only_option(call);
+    const bool dropout = call.spec.has(Operand::kDropout);  // the general kernel has none
+    kinds[2] = dropout ? ScoreKind::kGeneralDropout : ScoreKind::kGeneral;
+    kinds[1] = only == ScoreKind::kGeneral ? kinds[2] : only;
+    kinds[0] = only == ScoreKind::kMask && lists_mask_tiles(call) ? ScoreKind::kListedMask : kinds[1];
+    kinds[3] = ScoreKind::kGeneralDropout;
   }
 
-  // The index of the first candidate that the row is built for; std::size(kinds): none.
+  // The index of the first candidate that the row is built for, or std::size(kinds) if there is none.
   size_t of(const KernelRow& row) const {
     size_t i = 0;
     while (i < std::size(kinds) && !row.takes(kinds[i])) ++i;

@@ -19,7 +19,8 @@ inline constexpr Pass forward = Pass::kForward, backward = Pass::kBackward,
 inline constexpr uint32_t dense = bit(Loader::kDense), paged = bit(Loader::kPaged), both = dense | paged,
                           runtime = both;
 inline constexpr Design tiles = Design::kTiles, packed_heads = Design::kPackedHeads,
-                        split_keys = Design::kSplitKeys, cluster = Design::kCluster, latent = Design::kLatent,
+                        split_keys = Design::kSplitKeys, cluster = Design::kCluster,
+                        cluster_columns = Design::kClusterColumns, latent = Design::kLatent,
                         latent_few = Design::kLatentFew, tokens = Design::kTokens, bulk = Design::kBulk,
                         dynamic = Design::kDynamic;
 inline constexpr uint32_t float16 = bit(DType::kF16), bfloat16 = bit(DType::kBF16), half = float16 | bfloat16,

@@ -14,7 +14,7 @@ class Dim {
  public:
   enum class Op { kAdd, kMultiply, kFloorDivide, kMax, kMin };
 
-  // An expression. The Python module has the only implementation.
+  // An expression in symbolic sizes. Only the Python module implements it.
   struct Symbol {
     virtual ~Symbol() = default;
     virtual Dim apply(Op op, const Dim& left, const Dim& right) const = 0;

@@ -19,7 +19,8 @@ struct TileGrid {
   int64_t schedule = -1;       // offset of the varlen schedule in the workspace; -1: blockIdx gives the tile
   int64_t segments = -1;       // offset of the interval that segments leave to each tile; -1: no segments
   int64_t ranges = -1;         // offset of the table of cuda/ranges.cu: what tiles see by ranges; -1: none
-  int64_t lists = -1;          // offset of the lists of cuda/blocks.cu, for block masks; -1: none
+  int64_t lists = -1;          // offset of the lists of cuda/blocks.cu; -1: none
+  int64_t mask_tiles = -1;     // offset of what a boolean mask shows of tiles (cuda/mask_tiles.cu); -1: none
   int32_t other_block = 0;     // with ranges or lists: rows of a tile of the other side
 };
 
@@ -46,7 +47,7 @@ struct DecodeGrid {
 // A call with packed sequences may run two kernels, decode and then the forward. One plan serves both:
 // `decode` and `decode_kernel` belong to decode, `score` and `shared` to the forward.
 //
-// The forward runs over query tiles. The backward runs over key tiles and adds dQ to the accumulator or,
+// The forward runs over query tiles. The backward runs over key tiles and adds dQ to float32 sums or,
 // where dQ has to be repeatable, a second kernel over query tiles computes dQ. The bias gradient runs over
 // the tiles of dbias, whose CTAs are counted in `queries`.
 struct LaunchPlan {
@@ -55,12 +56,14 @@ struct LaunchPlan {
   ScoreKind score = ScoreKind::kPlain;
   TileGrid queries, keys;
   DecodeGrid decode;
-  int32_t cluster_size = 1;  // 2: 2-CTA clusters with multicast K/V, each CTA with one of two adjacent tiles;
-                             // in the backward with multicast Q/dO, each CTA with half of a key tile
+  // CTAs of a cluster. The two of a forward share multicast K and V, each with one of two adjacent query
+  // tiles; those of a backward share multicast Q and dO, each with half of a key tile. Those of
+  // Design::kClusterColumns have the same tile, each with half of a head's columns.
+  int32_t cluster_size = 1;
   int32_t persistent_ctas = 0;  // CTAs among which the tiles are distributed; 0: one CTA per tile
   int64_t tile_counter = -1;    // offset of the tile counter (4 bytes, cleared by the launch) in the
                                 // workspace; -1: CTA i takes tiles i, i + CTAs, …
-  int64_t accumulator = -1;     // offset of dQ in float32; -1: none
+  int64_t dq_sums = -1;         // offset of dQ in float32; -1: none
   int64_t dq_tickets = -1;      // offset of the tickets that order the additions to dQ; -1: no order
   int64_t shared = 0;           // bytes of shared memory per CTA
   int64_t workspace = 0;        // bytes of the workspace that are used
@@ -99,18 +102,13 @@ struct TileSegments {
   const Interval* part_keys = nullptr;  // for parts of kSegmentPart rows; null if the plan has none
   const SeenByBlock* blocks = nullptr;  // in kernels for ranges: what blocks and tiles of rows see
   const SeenByTile* tiles = nullptr;
-  KeyLists lists{};  // in kernels for block masks: the key tiles of query tiles
+  KeyLists lists{};  // in kernels that go through lists: the key tiles of query tiles
 };
 
 inline constexpr int64_t kWorkspaceAlignment = 256;  // bytes; alignment of each part of the workspace
 inline constexpr int32_t kSegmentPart = kRowBlock;   // rows of a consumer warpgroup
 inline constexpr int64_t kSmallestTile =
     16;  // fewest rows in csrc/kernels.def, which bound the number of tiles
-
-// Columns of a head in the float32 accumulator of dQ: whole blocks of 16.
-inline constexpr int32_t kAccumulatorBlock = 16;
-JF_HD int32_t accumulator_columns(int32_t head_dim) {
-  return (head_dim + kAccumulatorBlock - 1) / kAccumulatorBlock * kAccumulatorBlock;
-}
+inline constexpr int64_t kLargestQueryTile = 128;  // most query rows of the backward there
 
 }  // namespace jax_flash

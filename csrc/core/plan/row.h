@@ -34,12 +34,18 @@ inline constexpr int32_t kScoreKinds = 0
 #include "../../scores.def"
     ;
 
+// Whether a kind's kernels go through lists of tiles (core/visible/key_tiles.h).
+constexpr bool lists_tiles(ScoreKind kind) {
+  return kind == ScoreKind::kBlocks || kind == ScoreKind::kListedMask;
+}
+
 // The algorithm of a kernel. csrc/kernels.def describes them.
 enum class Design : int32_t {
   kTiles,
   kPackedHeads,
   kSplitKeys,
   kCluster,
+  kClusterColumns,
   kLatent,
   kLatentFew,
   kTokens,
@@ -73,10 +79,11 @@ struct Row {
   constexpr bool is_latent() const { return design == Design::kLatent || design == Design::kLatentFew; }
 
   // Columns of V and O in a tile. Up to this width O of 16 query rows fits in a warp's registers. Wider
-  // values are cut into slices, each with its own CTAs, which compute S again.
+  // values are cut into slices, each with its own CTAs, which compute S again, or are divided among the CTAs
+  // of a cluster, which compute S together.
   static constexpr int32_t kSliceColumns = 256;
   constexpr int32_t slice_columns() const { return value_dim < kSliceColumns ? value_dim : kSliceColumns; }
-  constexpr bool is_sliced() const { return value_dim > kSliceColumns; }
+  constexpr bool is_sliced() const { return value_dim > kSliceColumns && design != Design::kClusterColumns; }
 
   // The row with another tile shape, because a kernel for score options may need smaller tiles.
   constexpr Row with_tile(int32_t m, int32_t n) const {

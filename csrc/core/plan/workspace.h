@@ -78,49 +78,56 @@ inline Dim ranges_bound(const AttentionSpec& spec, const DimShapes& s, const Dim
   return spec.has(Operand::kRanges) ? aligned(ranges_bytes(spec, s, rows, kRowBlock)) : Dim(0);
 }
 
-// Bytes of the lists of key tiles for 64 query rows of two heads or 128 of one, with block masks. A key tile
-// has at least `keys` keys.
+// Bytes of the lists of key tiles for 64 query rows of two heads or 128 of one, with block masks or a boolean
+// mask. A key tile has at least `keys` keys.
 inline Dim key_lists_bytes(const DimShapes& s, int64_t keys) {
   const Dim lists = s.leading * s.batch * s.heads * (s.q_rows / (2 * kRowBlock) + 1);
   return lists * (((s.k_rows + (keys - 1)) / keys) * int64_t{sizeof(KeyPieces)} + int64_t{sizeof(KeyList)});
 }
 
-// Bytes of the lists of query tiles of `rows` rows for each 128 keys, with block masks.
+// Bytes of the lists of query tiles of `rows` rows for each 128 keys, likewise.
 inline Dim step_lists_bytes(const DimShapes& s, int64_t rows) {
   const Dim lists = s.leading * s.batch * ((s.k_rows + (2 * kRowBlock - 1)) / (2 * kRowBlock));
   return lists * (s.heads * ((s.q_rows + (rows - 1)) / rows) + s.kv_heads) * int64_t{sizeof(int32_t)};
 }
 
-// Upper bounds of the lists of all kernels for block masks.
+// Bytes of what a boolean mask shows of tiles; fewer are used where it is broadcast.
+inline Dim mask_tiles_bytes(const DimShapes& s) {
+  return s.leading * s.batch * s.heads * ((s.q_rows + (kRowBlock - 1)) / kRowBlock) *
+         ((s.k_rows + (kRowBlock - 1)) / kRowBlock);
+}
+
+// Upper bounds of the lists of all kernels for block masks and boolean masks.
+inline Dim lists_bound(const AttentionSpec& spec, const DimShapes& s, const Dim& lists) {
+  const Dim tiles = spec.has(Operand::kMask) ? aligned(mask_tiles_bytes(s)) : Dim(0);
+  return spec.has(Operand::kBlockMask) || spec.has(Operand::kMask) ? aligned(lists) + tiles : Dim(0);
+}
 inline Dim key_lists_bound(const AttentionSpec& spec, const DimShapes& s) {
-  return spec.has(Operand::kBlockMask) ? aligned(key_lists_bytes(s, kRowBlock)) : Dim(0);
+  return lists_bound(spec, s, key_lists_bytes(s, kRowBlock));
 }
 inline Dim step_lists_bound(const AttentionSpec& spec, const DimShapes& s) {
-  return spec.has(Operand::kBlockMask) ? aligned(step_lists_bytes(s, kRowBlock)) : Dim(0);
+  return lists_bound(spec, s, step_lists_bytes(s, kRowBlock));
 }
 
-// The float32 accumulator of dQ.
-inline Dim accumulator_bytes(const AttentionSpec& spec, const DimShapes& s) {
-  const Dim columns = (s.head_dim + (kAccumulatorBlock - 1)) / kAccumulatorBlock * kAccumulatorBlock;
-  return s.leading * (spec.packed() ? Dim(1) : s.batch) * s.q_rows * s.heads * columns * 4;
-}
-
-// Query tiles of a head in the tiled accumulator and among the tickets: those of a batch entry, or the slots
-// of all packed sequences (slot_count in core/sequence.h).
+// Query tiles of a head among the sums and the tickets of dQ: those of a batch entry, or at least the slots
+// of all packed sequences (first_slot in core/sequence.h). The rows of all tiles grow with `tile`.
 inline Dim dq_tiles(const AttentionSpec& spec, const Dim& rows, const Dim& sequences, int64_t tile) {
-  return spec.packed() ? rows / tile + sequences : (rows + (tile - 1)) / tile;
+  return (rows + (tile - 1)) / tile + (spec.packed() ? sequences : Dim(0));
 }
 
-// The float32 accumulator of dQ in tiles of `tile` query rows, each contiguous.
-inline Dim tiled_accumulator_bytes(const AttentionSpec& spec, const DimShapes& s, int64_t tile) {
-  const Dim tiles = dq_tiles(spec, s.q_rows, s.batch, tile);
-  return s.leading * (spec.packed() ? Dim(1) : s.batch) * s.heads * tiles * tile * s.head_dim * 4;
+inline Dim dq_tiles_of_all_heads(const AttentionSpec& spec, const DimShapes& s, int64_t tile) {
+  const Dim heads = s.leading * (spec.packed() ? Dim(1) : s.batch) * s.heads;
+  return heads * dq_tiles(spec, s.q_rows, s.batch, tile);
+}
+
+// The float32 sums of dQ, in tiles of `tile` query rows.
+inline Dim dq_sums_bytes(const AttentionSpec& spec, const DimShapes& s, int64_t tile) {
+  return dq_tiles_of_all_heads(spec, s, tile) * tile * s.head_dim * 4;
 }
 
 // The tickets that order the additions to dQ.
 inline Dim dq_tickets_bytes(const AttentionSpec& spec, const DimShapes& s, int64_t tile) {
-  return s.leading * (spec.packed() ? Dim(1) : s.batch) * s.heads * dq_tiles(spec, s.q_rows, s.batch, tile) *
-         4;
+  return dq_tiles_of_all_heads(spec, s, tile) * 4;
 }
 
 inline DimShapes dims_of(const Shapes& s) { return {s.as<Dim>(), s.leading}; }
@@ -137,9 +144,16 @@ inline void add_ranges(const Call& call, int64_t rows, int32_t other_block, Tile
   grid.other_block = other_block;
 }
 
+// Adds the workspace of a boolean mask's tiles.
+inline void add_mask_tiles(const Call& call, TileGrid& grid, Workspace& workspace) {
+  if (call.spec.has(Operand::kMask))
+    grid.mask_tiles = workspace.add(mask_tiles_bytes(dims_of(call.shapes)).value());
+}
+
 // Adds the workspace of the lists of key tiles, of `keys` keys each, for the query tiles of a grid.
 inline void add_key_lists(const Call& call, int32_t keys, TileGrid& grid, Workspace& workspace) {
   if (grid.blocks == 0) return;
+  add_mask_tiles(call, grid, workspace);
   grid.lists = workspace.add(key_lists_bytes(dims_of(call.shapes), keys).value());
   grid.other_block = keys;
 }
@@ -147,6 +161,7 @@ inline void add_key_lists(const Call& call, int32_t keys, TileGrid& grid, Worksp
 // Adds the workspace of the lists of steps, query tiles of `rows` rows each, for the key tiles of a grid.
 inline void add_step_lists(const Call& call, int32_t rows, TileGrid& grid, Workspace& workspace) {
   if (grid.blocks == 0) return;
+  add_mask_tiles(call, grid, workspace);
   grid.lists = workspace.add(step_lists_bytes(dims_of(call.shapes), rows).value());
   grid.other_block = rows;
 }

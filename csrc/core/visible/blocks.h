@@ -5,7 +5,14 @@
 
 namespace jax_flash {
 
-inline constexpr int32_t kLeastBlock = 16;  // rows and keys of a block are multiples of it
+inline constexpr int32_t kLeastBlock = 16;  // divides the numbers of rows and keys in a block
+
+// How much of some keys some rows see.
+enum class SeenPiece : int32_t { kAll = 0, kNone = 1, kSome = 2 };
+
+JF_HD SeenPiece seen_piece_of(bool any, bool all) {
+  return !any ? SeenPiece::kNone : all ? SeenPiece::kAll : SeenPiece::kSome;
+}
 
 // The blocks of one sequence, from a first head on. Rows past the last block see nothing, and no row sees
 // keys past it.
@@ -20,6 +27,16 @@ struct BlockMask {
 
   JF_HD bool sees_block(int32_t h, int32_t at, int32_t column) const {
     return at < rows && column < columns && seen[h * head + at * row + column] != 0;
+  }
+  // How much of the keys, which are of one block, the rows of head h see; neither interval is empty.
+  JF_HD SeenPiece seen_in_block(int32_t h, const Interval& rows, const Interval& keys) const {
+    const int32_t column = keys.lo / block_keys;
+    bool any = false, all = true;
+    for (int32_t at = rows.lo / block_rows; at <= (rows.hi - 1) / block_rows; ++at) {
+      const bool sees = sees_block(h, at, column);
+      any |= sees, all &= sees;
+    }
+    return seen_piece_of(any, all);
   }
   // Whether the blocks of head h let any of `rows` see any of `keys`; neither interval is empty.
   JF_HD bool any_sees(int32_t h, const Interval& rows, const Interval& keys) const {

@@ -1,19 +1,18 @@
-// Lists for block masks: for each query tile the key tiles that it sees, and for each key tile the query
-// tiles that see it. A kernel makes them once per call (cuda/blocks.cu) for the kernels of score kind Blocks.
+// Lists for block masks and boolean masks: for each query tile the key tiles that it sees, and for each key
+// tile the query tiles that see it. A kernel makes them once per call (cuda/blocks.cu) for the kernels of
+// score kinds Blocks and ListedMask.
 #pragma once
 
 #include "blocks.h"
 
 namespace jax_flash {
 
-inline constexpr int32_t kMostPieces = 4;    // of a key tile
+inline constexpr int32_t kMostPieces = 4;    // pieces per key tile
 inline constexpr int32_t kNoKeys = 1 << 30;  // first key of an empty piece: past every sequence
 
-// How much of a piece the rows of a consumer warpgroup see.
-enum class SeenPiece : int32_t { kAll = 0, kNone = 1, kSome = 2 };
-
 // A key tile consists of pieces of consecutive keys, stored one after the other. A piece is given by its
-// first key, a multiple of 16, and how much of it the rows of both consumers see. Unused pieces are 0.
+// first key, a multiple of 16, and how much of it the rows of both consumer warpgroups see. Unused pieces are
+// 0.
 struct alignas(16) KeyPieces {
   int32_t piece[kMostPieces];
 
@@ -53,6 +52,10 @@ struct KeyLists {
 struct ListedStep {
   static constexpr int32_t kMostHeads = 1 << 7, kMostTiles = 1 << 20;
 
+  // Whether there is a step for every query head of a KV head and every query tile of `tile` rows.
+  static bool fit(int64_t heads, int64_t kv_heads, int64_t rows, int64_t tile) {
+    return kv_heads > 0 && heads / kv_heads <= kMostHeads && ceil_div(rows, tile) <= kMostTiles;
+  }
   JF_HD static int32_t make(int32_t head, int32_t tile, SeenPiece first, SeenPiece second) {
     return head << 24 | KeyPieces::make(tile << 4, first, second);
   }

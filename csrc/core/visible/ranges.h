@@ -6,7 +6,7 @@
 
 namespace jax_flash {
 
-// The keys that a row sees: all of `hull` but those in `hole`, which lies between the row's two ranges.
+// A row sees the keys in `hull` that are not in `hole`, the gap between the row's two ranges.
 struct SeenKeys {
   Interval hull, hole;
 
@@ -24,11 +24,11 @@ JF_HD Interval hull_of(Interval a, Interval b) {
 struct RowRanges {
   const int32_t* limits = nullptr;  // lo and hi of each range; null: every row sees all keys
   int64_t head = 0, row = 0;        // strides, in elements
-  bool two = false;                 // two ranges a row, else one
+  bool two = false;                 // each row has two ranges, else one
 
   JF_HD explicit operator bool() const { return limits != nullptr; }
 
-  // `keys` are those that the band leaves to the row. Rows past the sequence's length get none, and have no
+  // `keys`: the keys that the band leaves to the row. A row past the sequence's length sees none; it has no
   // limits that could be read.
   JF_HD SeenKeys seen(int32_t h, int32_t i, Interval keys) const {
     if (!limits || keys.empty()) return {keys, {0, 0}};

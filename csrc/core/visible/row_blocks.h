@@ -27,7 +27,7 @@ JF_HD Interval shrink_gap(Interval gap, Interval seen) {
   return {seen.hi, gap.hi};
 }
 
-// Accumulates over rows, in any order; partial results of threads are added up likewise.
+// Accumulates over rows in any order. Threads merge their partial results in the same way.
 struct LimitsOfRows {
   Interval any{INT32_MAX, 0};     // the smallest lo, the largest hi
   Interval all{0, INT32_MAX};     // the largest lo, the smallest hi

@@ -12,8 +12,8 @@ bool runs(const KernelRow& row, const AppendProblem& p, const Device& device) {
          row.takes(p.pool_dtype) && (row.design == Design::kDynamic) == p.dynamic;
 }
 
-// The same call on pairs of float8 elements, which are stored as they are, as elements of 16 bits. All sizes
-// and strides are multiples of the head dims, which are even.
+// The same call on 16-bit elements, for float8 elements that are stored as they are: each stands for a pair.
+// All sizes and strides are multiples of the head dims, which are even.
 AppendProblem in_pairs(AppendProblem p) {
   for (View* view : {&p.key, &p.value, &p.k_pages, &p.v_pages}) {
     for (int64_t* stride : {&view->batch, &view->head, &view->row}) *stride /= 2;
@@ -26,7 +26,7 @@ AppendProblem in_pairs(AppendProblem p) {
 
 }  // namespace
 
-// The rows of the newest arch come first, then the table's order decides; a row may leave a call to the next.
+// Rows of the newest arch are tried first, then in the table's order. A row may leave a call to the next row.
 cudaError_t launch_append(const AppendProblem& p, const Device& device, cudaStream_t stream) {
   if (is_float8(p.dtype)) return launch_append(in_pairs(p), device, stream);
   const int64_t tokens = int64_t{p.q_rows} * (p.packed() ? 1 : p.batch);

@@ -1,5 +1,5 @@
-// Kernel parameters of append_kv. A kernel fetches its parameters from memory when it starts, which is much
-// of a short call's time; so there are few of them, and divisions are products.
+// Kernel parameters of append_kv. A kernel fetches its parameters from memory when it starts, which takes
+// much of a short call's time. So there are few parameters, and divisions are replaced by products.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -27,7 +27,7 @@ struct AppendView {
   }
 };
 
-// New keys or values [token, h], and what they are written to.
+// New keys or values [token, h], and the pool that they are written to.
 struct AppendStream {
   AppendView rows, pool, scale;
   int32_t width;  // head dim
@@ -36,21 +36,21 @@ struct AppendStream {
 struct AppendCall {
   AppendStream key, value;
   AppendView block_tables, kv_lengths, cu_seqlens, cos, sin;
-  Divisor rows;       // new tokens of a sequence; of all together where they are packed
-  Divisor runs;       // of a sequence, at most, where all have the same number of tokens
+  Divisor rows;  // new tokens of a sequence; if sequences are packed, of all together
+  Divisor runs;  // upper bound of the runs of a sequence, if all sequences have the same number of tokens
   Divisor page_size;  //
   int32_t sequences, tokens, heads;
-  int32_t earlier;  // packed sequences before these, of other launches
+  int32_t earlier;  // number of packed sequences that earlier launches handle
   int32_t capacity, pages, positions, rotated;
   bool packed, interleaved;
-  DType stored;  // of the pools
+  DType stored;  // dtype of the pools
 };
 
-// The most packed sequences of a launch: what is kept of them takes 64 KB of shared memory.
+// The most packed sequences per launch; their starts take 64 KB of shared memory.
 inline constexpr int32_t kMostSequences = 8191;
 
-// The call of sequences [first, first + kMostSequences) of the outer leading entry `outer`; the last leading
-// dimension is one of the kernel's grid.
+// The part of the call with sequences [first, first + kMostSequences) of the outer leading entry `outer`. The
+// last leading dimension is a dimension of the kernel's grid.
 inline AppendCall make_call(const AppendProblem& p, int64_t outer, int32_t first) {
   const int last = p.leading.rank - 1;
   const int64_t inner = last < 0 ? 1 : p.leading.size[last];
@@ -79,7 +79,8 @@ inline AppendCall make_call(const AppendProblem& p, int64_t outer, int32_t first
   return call;
 }
 
-// Calls run(call, entries) for each launch of a call, in order; `entries` of the last leading dimension.
+// Calls run(call, entries) for each launch of a call, in order. `entries`: size of the last leading
+// dimension.
 template <class Run>
 cudaError_t for_each_launch(const AppendProblem& p, Run run) {
   const int64_t entries = p.leading.rank > 0 ? p.leading.size[p.leading.rank - 1] : 1;

@@ -1,7 +1,7 @@
 // append_kv with dynamic scales: a page's scale follows its largest element (core/float8.h).
 //
-// A block has one run of tokens that go to one page, and each of its warps one KV head at a time. Tables may
-// send several runs to one page: then the first run's block takes all of them, in order.
+// A block handles one run of tokens that go to one page; each of its warps handles one KV head at a time. If
+// the tables send several runs to one page, the first run's block handles all of them, in order.
 #pragma once
 
 #include <cstdint>
@@ -14,18 +14,18 @@
 namespace jax_flash::append::inline JF_ARCH_NAMESPACE {
 
 struct DynamicParts {
-  Divisor runs, groups;  // of a leading entry; groups of kWarps heads
+  Divisor runs, groups;  // runs of a leading entry; groups of kWarps heads
 };
 
-// The maximum over a warp of a number's bits.
+// The maximum over a warp, of numbers given by their bits.
 __device__ __forceinline__ uint32_t warp_maximum(uint32_t x) {
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) x = max(x, __shfl_xor_sync(~0u, x, step));
   return x;
 }
 
-// Requantises the slots before `end` of a page at one KV head by one warp. float8 with its bytes taken one by
-// one: a page's scale seldom changes.
+// One warp requantises the slots before `end` of a page at one KV head. It takes float8 byte by byte, because
+// a page's scale seldom changes.
 __device__ __forceinline__ void requantise(const AppendCall& call, const AppendStream& stream, int32_t entry,
                                            int32_t page, int32_t head, int32_t end, PageScale scale) {
   if (scale.before == scale.after) return;
@@ -36,7 +36,7 @@ __device__ __forceinline__ void requantise(const AppendCall& call, const AppendS
   }
 }
 
-// Writes a run at one KV head, by one warp. `units`: of one head.
+// One warp writes a run at one KV head. `units`: the units of one head.
 template <class T, int kWord>
 __device__ __forceinline__ void write_run(const AppendCall& call, const Units& units, int32_t entry,
                                           int32_t head, const Run& run) {
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads)
   const auto same = [&](int32_t number) {
     return number < all && find_run(call, entry, starts, number).page == first.page;
   };
-  bool taken = false;  // by the block of an earlier run
+  bool taken = false;  // whether the block of an earlier run handles this run
   for (int32_t number = thread; number < own; number += kThreads) taken |= same(number);
   if (__syncthreads_or(taken)) return;
   if (head < call.heads) write_run<T, kWord>(call, units, entry, head, first);
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads)
       if (found[i] && head < call.heads)
         write_run<T, kWord>(call, units, entry, head, find_run(call, entry, starts, base + i));
     }
-    __syncthreads();  // `found` is not read any more
+    __syncthreads();  // `found` will be written again
   }
 }
 
@@ -117,7 +117,7 @@ template <class T>
 cudaError_t launch_dynamic(const AppendProblem& p, cudaStream_t stream) {
   return with_words<T>(p, 1, [&]<int kWord>(const Units& units) {
     return for_each_launch(p, [&](const AppendCall& call, int64_t entries) {
-      // How many runs packed tokens have is known on the device alone.
+      // Only the device knows how many runs packed tokens have.
       const int64_t most = int64_t{call.sequences} * 2 + call.tokens / call.page_size.value;
       const int64_t runs =
           call.packed ? std::min<int64_t>(most, call.tokens) : int64_t{call.sequences} * call.runs.value;

@@ -1,7 +1,7 @@
-// append_kv by bulk copies (sm_90 and newer), where the pool has the caller's dtype: a warp has a token at a
-// time. Its rows come to shared memory, are rotated there and leave for the pool; V never passes a register.
-// While the first rows and angles are on their way, every warp looks up for itself which of its slots a later
-// token overwrites (own.cuh), as no barrier is needed then.
+// append_kv by bulk copies (sm_90 and newer), for pools of the caller's dtype. A warp handles one token at a
+// time: bulk copies bring its rows to shared memory, where keys are rotated, and from there to the pool. V
+// never passes through registers. While the first rows and angles are loaded, every warp finds out by itself
+// which of its slots a later token overwrites (own.cuh), so no barrier is needed.
 #pragma once
 
 #include <algorithm>
@@ -18,24 +18,27 @@
 
 namespace jax_flash::append::inline JF_ARCH_NAMESPACE {
 
-inline constexpr int kLeastBytes = 2048;  // of a token: a warp's work on it is worth while
-inline constexpr int kLeastTokens = 3;    // of a block: fewer wait for their slots rather than for memory
-inline constexpr int kRunsAtOnce = 5;     // that a lane looks up together
-inline constexpr int kRunsOfWarp = 160;   // more are looked up by the block
+inline constexpr int kLeastBytes = 2048;  // bytes per token; for fewer, a warp per token is not worth while
+// Tokens per block; with fewer, looking up slots takes longer than the copies.
+inline constexpr int kLeastTokens = 3;
+// A run is the tokens of a sequence that go to one page (tokens.cuh).
+inline constexpr int kRunsAtOnce = 5;    // runs that a lane looks up together
+inline constexpr int kRunsOfWarp = 160;  // a warp looks up this many runs; if there are more, the block does
 
-// The copies of a lane, in bytes: the key, the value, the cosines or the sines of each token, in pieces of
-// adjacent bytes. Heads that are adjacent make one piece, others one each.
+// The copies of a lane. Each lane copies one part of every token: the key, the value, the cosines or the
+// sines. Adjacent heads make one piece; otherwise each head is a piece.
 struct BulkLane {
   const uint8_t* from;
   uint8_t* to;  // the pool; null for angles
   int64_t entry_from, row, piece_from;
   int64_t entry_to, page, slot, piece_to;
-  int32_t at, bytes, pieces;  // at: where in a stage
+  int32_t at, bytes, pieces;  // at: offset in a stage
 };
-inline constexpr int kBulkLanes = 4, kAngleLane = 2;  // the first of the angles
+// kAngleLane: the lane of the cosines; the next one has the sines.
+inline constexpr int kBulkLanes = 4, kAngleLane = 2;
 
-// A block has `tokens` tokens of one leading entry, and each of its warps `stages` stages. A stage: a token's
-// keys at all heads, its values, its cosines, its sines.
+// A block handles `tokens` tokens of one leading entry, and each of its warps has `stages` stages. A stage
+// holds a token's keys at all heads, its values, its cosines and its sines.
 struct BulkParts {
   BulkLane lanes[kBulkLanes];
   Divisor chunks;
@@ -51,6 +54,7 @@ BulkLane row_lane(const AppendCall& call, const AppendStream& stream, int32_t at
   constexpr auto kSize = static_cast<int64_t>(sizeof(T));
   const AppendView &rows = stream.rows, &pool = stream.pool;
   const bool whole = rows.head == stream.width && pool.head == stream.width;
+  // Latent pools have no values: their width is 0, and so is the number of pieces.
   return {static_cast<const uint8_t*>(rows.data),
           static_cast<uint8_t*>(pool.data),
           rows.leading * kSize,
@@ -64,7 +68,7 @@ BulkLane row_lane(const AppendCall& call, const AppendStream& stream, int32_t at
           static_cast<int32_t>(stream.width * (whole ? call.heads : 1) * kSize),
           stream.width == 0 ? 0
           : whole           ? 1
-                            : call.heads};  // latent pools have no values
+                            : call.heads};
 }
 inline BulkLane angle_lane(const AppendView& table, int32_t at, int32_t bytes) {
   constexpr int64_t kSize = sizeof(float);
@@ -75,8 +79,9 @@ inline BulkLane angle_lane(const AppendView& table, int32_t at, int32_t bytes) {
   return lane;
 }
 
-// The parts of a call on a device whose CTAs may have `shared_memory` bytes, of which `starts` go to packed
-// sequences; no stages: the call is better off without bulk copies.
+// How a call is divided among warps and stages. `starts` bytes of each CTA's shared memory are taken by the
+// Starts of packed sequences. If the result has no stages, the call is to run without bulk copies, which is
+// faster.
 template <class T, Row R>
 BulkParts bulk_parts(const AppendCall& call, int64_t entries, const Device& device, int64_t starts) {
   const int64_t most = int64_t{R.blocks} * device.sm_count;
@@ -91,7 +96,7 @@ BulkParts bulk_parts(const AppendCall& call, int64_t entries, const Device& devi
   const int64_t tokens = ceil_div(entries * call.tokens, most);
   parts.tokens = static_cast<int32_t>(std::clamp<int64_t>(tokens, 1, kMostTokens));
   parts.chunks = Divisor(ceil_div(call.tokens, parts.tokens));
-  constexpr int64_t kReserved = 1024;  // of each CTA
+  constexpr int64_t kReserved = 1024;  // bytes of each CTA that the driver reserves
   const int64_t room =
       device.shared_memory / R.blocks - static_cast<int64_t>(sizeof(Shared)) - kReserved - starts;
   const bool is_small = parts.row_bytes() < kLeastBytes || tokens < kLeastTokens;
@@ -104,8 +109,8 @@ BulkParts bulk_parts(const AppendCall& call, int64_t entries, const Device& devi
   return parts;
 }
 
-// Which of a warp's tokens, `first` and every kWarps-th after it, a later one overwrites. Lane i has the page
-// and slot of token i.
+// One bit for each of a warp's tokens (`first` and every kWarps-th after it): whether a later token
+// overwrites it. Lane i passes the page and slot of token i.
 static __device__ __noinline__ uint32_t find_overwritten(const AppendCall& call, int32_t entry, Starts starts,
                                                          int32_t first, int32_t count, int32_t page,
                                                          int32_t slot) {
@@ -123,16 +128,16 @@ static __device__ __noinline__ uint32_t find_overwritten(const AppendCall& call,
   return __reduce_or_sync(~0u, marks);
 }
 
-// A warp of append_bulk, and its tokens: those of the block from its number on, kWarps apart.
+// A warp of append_bulk. Its tokens are those of the block from the warp's number on, kWarps apart.
 template <class T, int kWord>
 struct BulkWarp {
   const AppendCall& call;
   const Units& units;
   const BulkParts& parts;
-  int32_t entry, first, count;  // first: the warp's first token; count: of the warp, at most 32
+  int32_t entry, first, count;  // first: the warp's first token; count: its number of tokens, at most 32
   uint32_t memory, full;        // its stages, and their barriers
-  BulkLane own;                 // no pieces in lanes that copy nothing
-  Slot to{kNowhere, 0, 0, 0};   // lane i: of token i
+  BulkLane own;                 // without pieces in lanes that copy nothing
+  Slot to{kNowhere, 0, 0, 0};   // lane i has the slot of token i
   uint32_t overwritten = 0;     // a bit for each token that a later one overwrites
 
   __device__ __forceinline__ static int lane() { return static_cast<int>(threadIdx.x % 32); }
@@ -148,16 +153,16 @@ struct BulkWarp {
     own.from += entry * own.entry_from, own.to += entry * own.entry_to;
   }
 
-  // Starts to load a row of this lane's into a stage.
-  __device__ __forceinline__ void load(int32_t of_row, int32_t stage) const {
+  // Starts to load this lane's part of a token into a stage: a row of K or V, or a row of cosines or sines.
+  __device__ __forceinline__ void load(int32_t source_row, int32_t stage) const {
     const uint32_t at = memory + stage * parts.stage_bytes() + own.at;
-    const uint8_t* const from = own.from + of_row * own.row;
+    const uint8_t* const from = own.from + source_row * own.row;
 #pragma unroll 1
     for (int32_t piece = 0; piece < own.pieces; ++piece)
       ptx::copy_bytes(at + piece * own.bytes, from + piece * own.piece_from, static_cast<uint32_t>(own.bytes),
                       barrier(stage));
   }
-  // The rows of a token, and its angles, which its position decides.
+  // Loads the rows of a token, and the angles at its position.
   __device__ __forceinline__ void load_rows(int32_t i, int32_t stage) const {
     if (lane() == 0) ptx::barrier_expect(barrier(stage), static_cast<uint32_t>(parts.stage_bytes()));
     __syncwarp();
@@ -167,14 +172,15 @@ struct BulkWarp {
     return rotary_row(max(__shfl_sync(~0u, to.position, i), 0), call.positions);
   }
 
-  // Rotates the key of a stage. A lane has every 32nd pair of words.
+  // Rotates the key in a stage. Each lane takes every 32nd pair of words.
   __device__ __forceinline__ void rotate(int32_t stage) const {
     uint8_t* const rows = ptx::dynamic_shared() +
                           (memory + stage * parts.stage_bytes() - ptx::shared_address(ptx::dynamic_shared()));
     const auto* const cos = reinterpret_cast<const float*>(rows + parts.row_bytes());
     const int32_t pairs = units.pairs.value;
     int32_t head = units.pairs.quotient(lane()), pair = lane() - head * pairs;
-    const int32_t heads = units.pairs.quotient(32), others = 32 - heads * pairs;  // from one to the next
+    // A lane's next pair is this many heads and pairs further.
+    const int32_t head_step = units.pairs.quotient(32), pair_step = 32 - head_step * pairs;
     for (int32_t number = lane(); number < units.key_pairs; number += 32) {
       Unit<T, T, kWord> unit;
       unit.second = 0;
@@ -188,12 +194,12 @@ struct BulkWarp {
       unit.sin = *reinterpret_cast<const Words<float, kWord>*>(cos + call.rotated + angle);
       unit.rotate(call);
       *a = unit.a, *b = unit.b;
-      head += heads, pair += others;
+      head += head_step, pair += pair_step;
       if (pair >= pairs) pair -= pairs, ++head;
     }
   }
 
-  // Stores what a stage has become.
+  // Stores the rows of a stage to the pool.
   __device__ __forceinline__ void store(int32_t stage, int32_t page, int32_t slot) const {
     ptx::fence_async_shared();
     __syncwarp();
@@ -206,16 +212,16 @@ struct BulkWarp {
     ptx::bulk_commit();
   }
 
-  // Finds where the warp's tokens go. Angles of the first tokens are asked for before the pages are looked
-  // up.
+  // Finds the slots of the warp's tokens. Loads of the first tokens' angles are issued before the pages are
+  // looked up.
   __device__ __forceinline__ void find(const Starts& starts) {
     const Place place = lane() < count ? find_place(call, entry, starts, row(lane())) : Place{0, -1, 0};
     to = {kNowhere, place.position - place.index * call.page_size.value, place.position, place.sequence};
     if (place.position >= 0) to.page = page_at(call, entry, place.sequence, place.index);
 #pragma unroll 1
     for (int32_t i = 0; i < min(count, parts.stages); ++i) {
-      const int32_t of_row = angle_row(i);
-      if (lane() >= kAngleLane) load(of_row, i);
+      const int32_t angles = angle_row(i);
+      if (lane() >= kAngleLane) load(angles, i);
     }
     const int32_t all = all_runs(call, starts);
     if (count == 0 || all > kRunsOfWarp) return;
@@ -236,11 +242,11 @@ struct BulkWarp {
       }
       const int32_t next = i + parts.stages;
       if (next < count) {
-        const int32_t of_angles = angle_row(next), of_row = lane() < kAngleLane ? row(next) : of_angles;
+        const int32_t angles = angle_row(next), source_row = lane() < kAngleLane ? row(next) : angles;
         ptx::bulk_wait_read<0>();  // the stores have read the stage
         if (lane() == 0) ptx::barrier_expect(barrier(stage), static_cast<uint32_t>(parts.stage_bytes()));
         __syncwarp();
-        load(of_row, stage);
+        load(source_row, stage);
       }
       if (++stage == parts.stages) stage = 0, phase ^= 1;
     }
@@ -248,8 +254,8 @@ struct BulkWarp {
   }
 
  private:
-  // Whether another run goes to the page of one of the warp's tokens. Every lane looks runs up, kRunsAtOnce
-  // together.
+  // Whether another run goes to the page of one of the warp's tokens. All lanes look runs up, kRunsAtOnce at
+  // a time.
   __device__ __forceinline__ bool meets(const Starts& starts, const Place& place, int32_t all) const {
     bool found = false;
 #pragma unroll 1
@@ -321,17 +327,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   own.run();
 }
 
-// Whether the build has the kernel's code for this device; it may be built for other cards alone.
+// Whether the build has the kernel's code for this device, since it may have been built for other cards only.
 template <class Kernel>
 bool has_code(Kernel kernel) {
   cudaFuncAttributes attributes{};
   if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess) return true;
-  cudaGetLastError();  // which the next launch would return
+  cudaGetLastError();  // clears the error, or the next launch would return it
   return false;
 }
 
-// Returns cudaErrorNotSupported for features that can only be copied one by one, and for few or small tokens.
-// If earlier launches of the call have written tokens by then, the next row's kernel writes them again.
+// Returns cudaErrorNotSupported if alignment allows only single features to be copied, and for few or small
+// tokens. The kernel of the next row of csrc/kernels.def then writes all tokens of the call, also those that
+// earlier launches of this one have written.
 template <class T, Row R>
 cudaError_t launch_row(const AppendProblem& p, const Device& device, cudaStream_t stream) {
   static_assert(R.warps == kWarps);

@@ -1,9 +1,9 @@
 // The tokens that a block writes: their slots, and which of them a later token overwrites.
 //
-// Two tokens may be sent to one slot, and then the later one must win. That takes a page that stands twice in
-// what the tables are read for: a block looks all pages up. Only if one of its own pages occurs again, it
-// looks up the slots of all later tokens and skips its own tokens that one of them overwrites. So
-// every slot has one writer, and no block waits for another.
+// Two tokens may be sent to one slot, and then the later one must win. This happens only if two table entries
+// name one page, so every block looks all pages up. Only if one of its own pages occurs again does a block
+// look up the slots of all later tokens, and it skips its own tokens that one of them overwrites. So every
+// slot has one writer, and no block waits for another.
 #pragma once
 
 #include <cstdint>
@@ -12,9 +12,10 @@
 
 namespace jax_flash::append {
 
-inline constexpr int kAtOnce = 2;   // runs that a thread looks up together
-inline constexpr int32_t kFew = 8;  // own tokens: more are compared only where a filter has their page
-inline constexpr int32_t kMostTokens = 128;  // of a block
+inline constexpr int kAtOnce = 2;  // runs that a thread looks up together
+// Up to this many own tokens are compared directly; with more, a filter of their pages comes first.
+inline constexpr int32_t kFew = 8;
+inline constexpr int32_t kMostTokens = 128;  // tokens per block
 inline constexpr int32_t kFilterBits = 10;
 
 struct Shared {
@@ -39,7 +40,7 @@ struct Own {
   }
 };
 
-// Whether a run of other tokens goes to the page of an own one.
+// Whether a run of other tokens goes to the page of one of the own tokens.
 __device__ __forceinline__ bool meets_own(const AppendCall& call, const Own& own, const Run& run,
                                           const Shared& shared) {
   bool meets = false;
@@ -51,7 +52,7 @@ __device__ __forceinline__ bool meets_own(const AppendCall& call, const Own& own
   return meets;
 }
 
-// Marks the own tokens that `row`, a later one, overwrites.
+// Marks the own tokens that the later token `row` overwrites.
 __device__ __forceinline__ void mark_overwritten(const Own& own, int32_t row, const Slot& slot,
                                                  Shared& shared) {
   for (int32_t i = 0; i < min(own.count, row - own.first); ++i) {
@@ -70,7 +71,7 @@ static __device__ __noinline__ void find_overwritten(const AppendCall& call, int
   __syncthreads();
 }
 
-// find_own where every token has a thread, which looks up where it goes.
+// find_own() for blocks that have a thread for every token; each thread looks up the slot of its token.
 __device__ __forceinline__ void find_own_of_few(const AppendCall& call, int32_t entry, const Own& own,
                                                 const Starts& starts, Shared& shared) {
   const auto row = static_cast<int32_t>(threadIdx.x);
@@ -83,8 +84,8 @@ __device__ __forceinline__ void find_own_of_few(const AppendCall& call, int32_t 
   __syncthreads();
 }
 
-// The slots of the own tokens, and which of them a later token overwrites. By all threads, after starts are
-// found.
+// Finds the slots of the own tokens, and which of them a later token overwrites. All threads must call this,
+// after the starts have been found.
 __device__ __forceinline__ void find_own(const AppendCall& call, int32_t entry, const Own& own,
                                          const Starts& starts, Shared& shared) {
   const auto thread = static_cast<int32_t>(threadIdx.x);
@@ -98,7 +99,7 @@ __device__ __forceinline__ void find_own(const AppendCall& call, int32_t entry, 
   bool meets = false;
   int32_t number = thread;
 #pragma unroll 1
-  do {  // once even where no sequence has a token
+  do {  // runs once even if no sequence has a token
     Run runs[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {

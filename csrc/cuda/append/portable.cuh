@@ -1,7 +1,7 @@
 // append_kv on every card: writes new keys and values into the slots of a page pool. Keys are rotated, and
-// both are quantised where the pool is float8, in dynamic.cuh with scales that follow the pages.
+// keys and values are quantised if the pool is float8 (in dynamic.cuh, with scales that follow the pages).
 //
-// Every block has a range of tokens (own.cuh), and a thread words of a token.
+// A block handles a range of tokens (own.cuh), and each of its threads handles words of a token.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,8 +17,8 @@
 
 namespace jax_flash::append::inline JF_ARCH_NAMESPACE {
 
-// The parts of a call: a block has `tokens` tokens of one leading entry, and the units [slice · units, …) of
-// each.
+// How the call is divided: a block handles `tokens` tokens of one leading entry, and of each token `units`
+// units, from slice · units on.
 struct Parts {
   Divisor chunks, slices, units;
   int32_t tokens;
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int32_t first = (part - entry * parts.chunks.value) * parts.tokens;
   const int32_t count = min(parts.tokens, call.tokens - first);
   const int32_t first_unit = slice * parts.units.value;
-  const int32_t items = count * parts.units.value;  // those past the last unit do nothing
+  const int32_t items = count * parts.units.value;  // items past the last unit do nothing
   const auto used = [&](int32_t item) {
     return item < items && first_unit + parts.units.remainder(item) < units.all;
   };

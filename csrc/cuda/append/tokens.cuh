@@ -10,28 +10,29 @@
 namespace jax_flash::append {
 
 inline constexpr int kThreads = 256, kWarps = kThreads / 32;
-inline constexpr int32_t kNowhere = -1;  // instead of a page: nothing is written
+inline constexpr int32_t kNowhere = -1;  // stands for a page; nothing is written
 
-// Where a token goes. Its position is that within its sequence.
+// The slot of a token, and the token's position within its sequence.
 struct Slot {
   int32_t page, slot, position, sequence;
 };
 
-// Tokens of a sequence that go to adjacent slots of a page, entry `index` of its row of the block tables.
+// Tokens of a sequence that go to adjacent slots of a page. `index`: the page's entry in the sequence's table
+// row.
 struct Run {
-  int32_t page, slot, position, sequence, index;  // slot, position, row: of the first token
+  int32_t page, slot, position, sequence, index;  // slot, position and row are the first token's
   int32_t row, count;
 };
 
-// Packed sequences, in shared memory: the first row of each and the end of the last, and the first of its
-// runs and the end of the last's. Unused where all sequences have the same number of tokens.
+// For packed sequences, in shared memory: the first row of each sequence and the end of the last one, and
+// likewise the first run. Unused if all sequences have the same number of tokens.
 struct Starts {
   int32_t *rows, *runs;  // [sequences + 1]
 
   static constexpr int64_t bytes(int64_t sequences) { return 2 * (sequences + 1) * int64_t{sizeof(int32_t)}; }
 };
 
-// The most runs that `count` tokens of a sequence make.
+// Upper bound of the runs that `count` tokens of a sequence make.
 __device__ __forceinline__ int32_t runs_of(const AppendCall& call, int32_t count) {
   if (count == 0) return 0;
   const int32_t whole = call.page_size.quotient(count - 1);  // ⌈(count − 1) / page size⌉ + 1
@@ -53,7 +54,7 @@ __device__ __forceinline__ int32_t scan_block(int32_t& x, int32_t first, int32_t
     if (lane >= step) through = op(through, other);
   }
   const int32_t before = __shfl_up_sync(~0u, through, 1);
-  __syncthreads();  // `shared` is not read any more
+  __syncthreads();  // `shared` may be written again
   if (lane == 31) shared[warp] = through;
   __syncthreads();
   int32_t all = first;
@@ -67,15 +68,15 @@ __device__ __forceinline__ int32_t scan_block(int32_t& x, int32_t first, int32_t
   return all;
 }
 
-// The entries of Starts that a thread finds.
+// The entries of Starts that this thread computes.
 __device__ __forceinline__ Interval own_starts(const AppendCall& call) {
-  const int32_t share = (call.sequences + kThreads) / kThreads;  // of sequences + 1
+  const int32_t share = (call.sequences + kThreads) / kThreads;  // entries per thread, of sequences + 1
   const int32_t begin = static_cast<int32_t>(threadIdx.x) * share;
   return {begin, min(begin + share, call.sequences + 1)};
 }
 
-// Finds the first rows of packed sequences, the running maximum of cu_seqlens. `shared`: [kWarps]. Called by
-// all threads, which may read the rows after it.
+// Finds the first row of each packed sequence, the running maximum of cu_seqlens. All threads must call this,
+// and may read the rows afterwards. `shared`: [kWarps].
 __device__ inline void find_first_rows(const AppendCall& call, int32_t entry, const Starts& starts,
                                        int32_t* shared) {
   const auto maximum = [](int32_t a, int32_t b) { return max(a, b); };
@@ -84,7 +85,7 @@ __device__ inline void find_first_rows(const AppendCall& call, int32_t entry, co
   };
   const auto thread = static_cast<int32_t>(threadIdx.x);
   int32_t before = 0;
-  if (call.earlier > 0) {  // sequences of an earlier launch
+  if (call.earlier > 0) {  // earlier launches have handled some sequences
     int32_t x = 0;
     for (int32_t z = thread - call.earlier; z < 0; z += kThreads) x = max(x, start_of(z));
     before = scan_block(x, 0, shared, maximum);
@@ -97,7 +98,7 @@ __device__ inline void find_first_rows(const AppendCall& call, int32_t entry, co
   __syncthreads();
 }
 
-// Their first runs, likewise.
+// Finds the first run of each sequence, in the same way.
 __device__ inline void find_first_runs(const AppendCall& call, const Starts& starts, int32_t* shared) {
   const Interval own = own_starts(call);
   const auto runs = [&](int32_t z) {
@@ -110,7 +111,7 @@ __device__ inline void find_first_runs(const AppendCall& call, const Starts& sta
   __syncthreads();
 }
 
-// Finds all starts, likewise.
+// Finds the first rows and runs of all sequences.
 __device__ __forceinline__ void find_starts(const AppendCall& call, int32_t entry, const Starts& starts,
                                             int32_t* shared) {
   find_first_rows(call, entry, starts, shared);
@@ -135,7 +136,7 @@ __device__ __forceinline__ bool in_sequences(const AppendCall& call, const Start
   return call.packed ? row >= starts.rows[0] && row < starts.rows[call.sequences] : row < call.tokens;
 }
 
-// The sequence of a row that is in one.
+// The sequence of a row; the row must be in one.
 __device__ __forceinline__ int32_t sequence_of(const AppendCall& call, const Starts& starts, int32_t row) {
   return call.packed ? last_at_most(starts.rows, call.sequences, row) : call.rows.quotient(row);
 }
@@ -154,8 +155,8 @@ __device__ __forceinline__ int32_t page_at(const AppendCall& call, int32_t entry
   return static_cast<uint32_t>(page) < static_cast<uint32_t>(call.pages) ? page : kNowhere;
 }
 
-// The place of a token, whose page is not looked up: −1 as its position if it is in no sequence, or the table
-// is full.
+// A token's sequence and position, before its page is looked up. The position is −1 if the token is in no
+// sequence, or the table is full.
 struct Place {
   int32_t sequence, position, index;
 };
@@ -170,7 +171,7 @@ __device__ __forceinline__ Place find_place(const AppendCall& call, int32_t entr
   return {sequence, at, call.page_size.quotient(at)};
 }
 
-// Its slot: kNowhere if there is none, or its entry lies outside the pool.
+// The slot of a token: kNowhere if it has none, or if the table's entry lies outside the pool.
 __device__ inline Slot find_slot(const AppendCall& call, int32_t entry, const Starts& starts, int32_t row) {
   const Place to = find_place(call, entry, starts, row);
   if (to.position < 0) return {kNowhere, 0, 0, 0};
@@ -178,14 +179,14 @@ __device__ inline Slot find_slot(const AppendCall& call, int32_t entry, const St
           to.position, to.sequence};
 }
 
-// The sequence of a run, by its number below all_runs().
+// The sequence of a run, given the run's number, which is below all_runs().
 __device__ __forceinline__ int32_t sequence_of_run(const AppendCall& call, const Starts& starts,
                                                    int32_t number) {
   return call.packed ? last_at_most(starts.runs, call.sequences, number) : call.runs.quotient(number);
 }
 
-// A run but for its page, which is not looked up; no tokens if there is no such run, or nothing of it is
-// written. length: of its sequence, before.
+// A run, before its page is looked up. It has no tokens if there is no such run, or if none of it is written.
+// `length`: the sequence's length before the call.
 __device__ __forceinline__ Run place_run(const AppendCall& call, const Starts& starts, int32_t number,
                                          int32_t sequence, int32_t length) {
   const int32_t first = call.packed ? starts.runs[sequence] : sequence * call.runs.value;
@@ -206,7 +207,7 @@ __device__ __forceinline__ Run place_run(const AppendCall& call, const Starts& s
           static_cast<int32_t>(min(end - page_begin, size) - (position - page_begin))};
 }
 
-// A run; kNowhere as its page if it has no tokens, or its entry lies outside the pool.
+// A run with its page: kNowhere if the run has no tokens, or if the table's entry lies outside the pool.
 __device__ inline Run find_run(const AppendCall& call, int32_t entry, const Starts& starts, int32_t number) {
   const int32_t sequence = sequence_of_run(call, starts, number);
   Run run = place_run(call, starts, number, sequence, length_before(call, entry, sequence));

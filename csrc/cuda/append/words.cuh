@@ -18,11 +18,11 @@ struct alignas(std::min<size_t>(16, sizeof(T) * kWord)) Words {
   T x[kWord];
 };
 
-// The units of a token: of its key at all heads, pairs of words that are rotated and words that are not, then
-// words of its value.
+// The units of a token: pairs of words of its key that are rotated, words of its key that are not, and words
+// of its value, each at all heads.
 struct Units {
-  Divisor pairs, rest, value;  // of one head, at least 1 as a divisor
-  Divisor of_token;            // likewise of `all`
+  Divisor pairs, rest, value;  // of one head; 1 if there are none, because they divide
+  Divisor of_token;            // of all heads; 1 if there are none
   int32_t key_pairs, key_words, all;
 
   Units(int32_t heads, int32_t of_pairs, int32_t of_rest, int32_t of_value)
@@ -77,7 +77,7 @@ struct Unit {
     sin = *reinterpret_cast<const Words<float, kWord>*>(call.sin.at<const float>(entry, 0, 0, row) + angle);
   }
 
-  // Rotates, and rounds to T as if the key had come that way from the caller.
+  // Rotates, and rounds to T, as if the caller had passed the rotated key.
   __device__ __forceinline__ void rotate(const AppendCall& call) {
     if (second < 0) return;
     if constexpr (sizeof(T) == 2 && kWord > 1) {
@@ -161,7 +161,8 @@ struct Unit {
   }
 };
 
-// Calls run.operator()<kWord>(units) with words of 16 bytes where rows consist of them, else of one feature.
+// Calls run.operator()<kWord>(units), with words of 16 bytes if rows consist of such words, or of one
+// feature.
 template <class T, class Run>
 auto with_words(const AppendProblem& p, int32_t heads, Run run) {
   constexpr int kWide = 16 / static_cast<int>(sizeof(T));

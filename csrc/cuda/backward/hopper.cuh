@@ -10,11 +10,11 @@
 //        │ state_pipe, 2 tiles                       Pᵀ = exp(Sᵀ − lse), dSᵀ = Pᵀ ∘ (dPᵀ − delta)
 //        ▼                                           dS to shared memory ── ds_pipe ──► both
 //   warp 1, a thread: load   ── Q, dO: kStages ──►   dQ = dS K of step i − 1, dV += Pᵀ dO, dK += dSᵀ Q
-//     K, V, Q, dO by TMA     ◄── release ─────────   accumulator += dQ
+//     K, V, Q, dO by TMA     ◄── release ─────────   sums += dQ
 //   warp 2: statistics                             scale · dK and dV are stored
 //     lse, delta; Q and dO there ── ready_pipe ──►
 //
-// Where sums are ordered, the consumers leave dQ in shared memory for a thread of warp 3 (dq_pipe), which
+// If the order of sums is fixed, consumers store dQ in shared memory for a thread of warp 3 (dq_pipe), which
 // adds it by TMA.
 //
 // An arrow is a Pipeline (hopper/pipeline.cuh). docs/kernels/hopper-backward.md has the reasons and timings.
@@ -25,7 +25,6 @@
 #include "core/families/hopper_layout.h"
 #include "core/plan/launch_plan.h"
 #include "core/plan/workspace.h"
-#include "cuda/backward/convert.cuh"
 #include "cuda/backward/hopper_cluster.cuh"
 #include "cuda/backward/hopper_consumer.cuh"
 #include "cuda/backward/hopper_load.cuh"
@@ -45,7 +44,7 @@ namespace jax_flash {
 
 // A row of csrc/kernels.def.
 //
-// Ordered: one thread adds dQ to the accumulator (query_sums.cuh), so that it can wait for its ticket.
+// Ordered: one thread adds dQ to the sums (query_sums.cuh), so that it can wait for its ticket.
 // Otherwise each consumer adds its part from its registers.
 template <class T, Row R, ScoreKind Kind, bool Ordered>
 struct BackwardSm90 {
@@ -65,22 +64,23 @@ struct BackwardSm90 {
   static constexpr int kDqColumns = kDqByRows ? HeadDim : HeadDim / 2;
   using S = TransposedAccumulator<1, M / 8>;
   using Score = GradientScore<Kind, S>;
-  // Bias and mask lie where dQ does in kernels with ordered sums. A bias of 128 queries takes the third stage
-  // of dS as well.
+  // In kernels with ordered sums, bias and mask use the memory of dQ. A bias of 128 queries also uses the
+  // third stage of dS.
   static constexpr bool kSpareDs =
       (Kind == ScoreKind::kBias || Kind == ScoreKind::kGeneralDropout) && M > kConsumerRows;
   // Whether consumers alternate in issuing products (ping-pong).
   static constexpr bool kAlternates = M == kConsumerRows;
-  // With four tiles of dS none is released: a consumer that writes one has waited for the other's dS of two
-  // steps before, which came after the other's dQ of four steps before.
+  // With four tiles of dS no stage needs to be released: before a consumer overwrites a tile, it has waited
+  // for the other consumer's dS of two steps before, which came after that consumer's dQ of four steps
+  // before.
   static constexpr bool kReleasesDs = Ordered || stages_tiles(Kind);
   static constexpr int kDsStages =
       kReleasesDs ? hopper::kScoreGradientStages - (kSpareDs ? 1 : 0) : hopper::kScoreGradientStages + 1;
-  // The plain kernel's order with 64 query rows: dQ and dV are issued before dS is stored, and dPᵀ is added
-  // to −delta. A consumer that stores dS has still waited for the other's dS of the step before, which now
-  // comes after the other's dQ of three steps before. With 128 rows registers do not suffice.
+  // The order of the plain kernel with 64 query rows: dQ and dV are issued before dS is stored, and dPᵀ is
+  // added to −delta. A consumer that stores dS has still waited for the other's dS of the step before, which
+  // now comes after the other's dQ of three steps before. With 128 rows there are too few registers.
   static constexpr bool kSharesDsLate =
-      (Kind == ScoreKind::kPlain || Kind == ScoreKind::kRanges || Kind == ScoreKind::kBlocks) && !Ordered &&
+      (Kind == ScoreKind::kPlain || Kind == ScoreKind::kRanges || lists_tiles(Kind)) && !Ordered &&
       M == kConsumerRows;
   static constexpr bool kStartsFromDelta = kSharesDsLate;
   static constexpr int kTilesBytes =
@@ -93,7 +93,6 @@ struct BackwardSm90 {
   using Shared = BackwardShared<BackwardSm90>;
   struct Maps {
     CUtensorMap query, dout, key, value;
-    QuerySums sums;
   };
   static_assert(kConsumers == 2 && kThreads == 3 * kWarpgroup && registers_suffice(kThreads, kConsumers));
   static_assert(M == kConsumerRows || kDqByRows);
@@ -149,25 +148,26 @@ cudaError_t make_maps(typename C::Maps& maps, const Problem& p) {
   return cudaSuccess;
 }
 
-// Q, dO and sums of dQ of a KV head.
+// Bytes of Q, dO and the dQ accumulator of one KV head.
 inline int64_t head_bytes(const Problem& p) {
   const int64_t row = 2 * (p.head_dim + p.value_dim) + 4 * p.head_dim;
   return std::max<int64_t>(1, row * p.q_rows * (p.heads / p.kv_heads));
 }
 
 // KV heads whose tiles are worked on together: as many as have 32 MB of Q, dO and sums of dQ, which stay in
-// L2, but no more than 16, and with a band, where tiles differ, enough for the last ones to be short.
+// L2, but no more than 16, and with a band or a mask, where tiles differ, enough for the last ones to be
+// short.
 //
 // In a deterministic call 32, or 16 without a band; of clusters half as many: the fewer tiles of a head run
 // at a time, the less they wait for each other.
-inline uint32_t backward_heads_together(const Problem& p, uint32_t cluster_size) {
+inline uint32_t backward_heads_together(const Problem& p, ScoreKind score, uint32_t cluster_size) {
   constexpr int64_t kBytes = 32 << 20, kMost = 16, kFewestOfBand = 8;
-  const bool band = p.spec.left >= 0 || p.spec.right >= 0 || p.ranges;
+  const bool band = p.spec.left >= 0 || p.spec.right >= 0 || p.ranges || score == ScoreKind::kListedMask;
   if (p.spec.deterministic) return (band ? 2 * kMost : kMost) / cluster_size;
   return static_cast<uint32_t>(std::clamp<int64_t>(kBytes / head_bytes(p), band ? kFewestOfBand : 1, kMost));
 }
 
-// Long causal sequences with GQA: key tiles see different numbers of queries, so CTAs would drift to
+// For long causal sequences with GQA. Key tiles see different numbers of queries, so CTAs would drift to
 // different query heads, more than L2 holds. Instead, as many KV heads as the CTAs cover go back and forth
 // through the query tiles together, each time with all query heads of a group.
 inline void keep_in_step(PersistentTiles& tiles, const Problem& p, int32_t ctas) {
@@ -179,8 +179,8 @@ inline void keep_in_step(PersistentTiles& tiles, const Problem& p, int32_t ctas)
   tiles.heads_together = static_cast<uint32_t>(std::max(1, ctas / std::max(1, tiles.tiles_per_head)));
 }
 
-// log2 of the query tiles of a ticket: tiles of 256 rows, but at most a sixteenth of a sequence, because a
-// key tile begins a ticket after the key tile before it.
+// log2 of the query tiles per ticket. A ticket covers 256 rows, but at most a sixteenth of a sequence,
+// because each key tile is one ticket behind the key tile before it.
 inline int32_t query_ticket_shift(const Problem& p, int32_t block_m) {
   constexpr int64_t kRows = 256, kTickets = 16;
   const int64_t rows = p.packed() ? p.q_rows / std::max(p.batch, 1) : p.q_rows;
@@ -189,49 +189,44 @@ inline int32_t query_ticket_shift(const Problem& p, int32_t block_m) {
   return shift;
 }
 
-// Finds what a plan says of key tiles in the workspace, and clears the counts among it.
+// Finds the key grid's tables in the workspace, as the plan placed them, and clears the counters among them.
 inline cudaError_t make_key_grid(KeyGrid& grid, const Problem& p, const LaunchPlan& plan, void* workspace,
-                                 int32_t block_m, cudaStream_t stream) {
-  grid = {segments_of(plan.keys, workspace), static_cast<int32_t>(plan.keys.tiles), nullptr,
-          static_cast<int32_t>(dq_tiles(p.spec, p.q_rows, p.batch, block_m).value()),
+                                 const QuerySums& sums, int32_t block_m, cudaStream_t stream) {
+  grid = {segments_of(plan.keys, workspace), static_cast<int32_t>(plan.keys.tiles), sums, nullptr,
           query_ticket_shift(p, block_m)};
   if (plan.score == ScoreKind::kRanges) {
     const RangeTables tables = range_tables(p, plan.keys, workspace);
     grid.segments = tables.rows, grid.gaps = tables.gaps, grid.blocks = tables.blocks;
   }
-  if (plan.score == ScoreKind::kBlocks) grid.lists = step_lists(p, plan.keys, workspace);
+  if (lists_tiles(plan.score)) grid.lists = step_lists(p, plan.keys, workspace);
   if (plan.dq_tickets < 0) return cudaSuccess;
   grid.tickets = reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + plan.dq_tickets);
-  const int64_t heads = p.leading.count() * (p.packed() ? 1 : p.batch) * p.heads;
-  return cudaMemsetAsync(grid.tickets, 0, heads * grid.query_tiles * sizeof(uint32_t), stream);
+  const int64_t tickets = sum_entries(p) * p.heads * sums.tiles;
+  return cudaMemsetAsync(grid.tickets, 0, tickets * sizeof(uint32_t), stream);
 }
 
 template <class C, class T>
 cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void* workspace,
                                  cudaStream_t stream) {
-  auto* accumulator = reinterpret_cast<float*>(static_cast<char*>(workspace) + plan.accumulator);
-  const QuerySums sums = query_sums<C::kM>(p, accumulator);
-  const cudaError_t cleared =
-      C::kCluster > 1 ? clear_accumulator(p, accumulator, stream) : clear_sums<C::kM>(p, sums, stream);
-  if (cleared != cudaSuccess) return cleared;
+  const auto sums = query_sums<C::kM>(p, plan, workspace);
+  if (cudaError_t e = clear_sums<C::kM>(p, sums, stream); e != cudaSuccess) return e;
   const TileGrid& grid = plan.keys;
   if (grid.blocks > 0) {
     typename C::Maps maps;
-    if constexpr (C::kCluster == 1) maps.sums = sums;
     cudaError_t e = cudaSuccess;
     if constexpr (C::kCluster > 1) {
-      e = make_cluster_maps<C>(maps, p, accumulator);
+      e = make_cluster_maps<C>(maps, p);
     } else {
       e = make_maps<C>(maps, p);
     }
     if (e != cudaSuccess) return e;
     PersistentTiles tiles{schedule_of(grid, workspace), static_cast<int32_t>(grid.tiles),
                           static_cast<uint32_t>(grid.blocks), nullptr,
-                          backward_heads_together(p, C::kCluster)};
+                          backward_heads_together(p, plan.score, C::kCluster)};
     keep_in_step(tiles, p, plan.persistent_ctas / C::kCluster);
     if (e = clear_tile_counter(tiles, plan, workspace, stream); e != cudaSuccess) return e;
     KeyGrid key_grid;
-    if (e = make_key_grid(key_grid, p, plan, workspace, C::kM, stream); e != cudaSuccess) return e;
+    if (e = make_key_grid(key_grid, p, plan, workspace, sums, C::kM, stream); e != cudaSuccess) return e;
     constexpr size_t kShared = sizeof(typename C::Shared);
     if constexpr (C::kCluster > 1) {
       e = launch_clusters(backward_cluster_sm90<C>, C::kCluster, plan.persistent_ctas, C::kThreads, kShared,
@@ -242,16 +237,12 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
     }
     if (e != cudaSuccess) return e;
   }
-  if constexpr (C::kCluster > 1) {
-    return convert_accumulator<T>(p, accumulator, stream);
-  } else {
-    return convert_sums<T, C::kM>(p, sums, grid, workspace, stream);
-  }
+  return convert_sums<T, C::kM>(p, sums, grid, workspace, stream);
 }
 
 template <class T, Row R>
 cudaError_t launch_slice(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
-  if constexpr (R.design == Design::kCluster) {
+  if constexpr (hopper::backward_in_clusters(R)) {
     return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
       return launch_backward_sm90<BackwardClusterSm90<T, R, kKind>, T>(p, plan, workspace, stream);
     });
@@ -261,14 +252,14 @@ cudaError_t launch_slice(const Problem& p, const LaunchPlan& plan, void* workspa
         return launch_backward_sm90<BackwardSm90<T, R, kKind, kOrdered>, T>(p, plan, workspace, stream);
       };
       // Where bias or mask take the room that the ordered way to add dQ up needs, consumers wait for their
-      // tickets. Calls with blocks have none.
-      constexpr bool kOrdered = !stages_tiles(kKind) && kKind != ScoreKind::kBlocks;
+      // tickets. Calls whose steps are listed have none.
+      constexpr bool kOrdered = !stages_tiles(kKind) && !lists_tiles(kKind);
       return plan.dq_tickets < 0 ? run.template operator()<false>() : run.template operator()<kOrdered>();
     });
   }
 }
 
-// The slices use the workspace one after another, and each makes its own schedule there.
+// The slices run one after another in the same workspace, and each makes its own schedule there.
 template <class T, Row R>
 cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
   LaunchPlan of_slice = plan;

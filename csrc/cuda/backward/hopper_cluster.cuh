@@ -9,18 +9,22 @@
 //   warp 1, a thread: K, Q by TMA       Pᵀ to shared memory ── p_pipe ──►   dPᵀ = V dOᵀ
 //   warp 2: statistics                  dV += Pᵀ dO of step i − 1           dSᵀ = Pᵀ ∘ (dPᵀ − delta)
 //     lse, delta, bias, mask                                                dSᵀ to shared memory of both CTAs
-//   warp 3, a thread: V, dO by TMA                                              │ ds_pipe, ds_other_pipe
-//                                    3: dQ = dS K, and accumulator += dQ  ◄─────┘
+//   warp 3, a thread: V, dO by TMA                                              │ ds_pipe, parts
+//                                    3: dQ = dS K, and sums += dQ        ◄─────┘
 //
 // A warpgroup for each of the sums has as many registers as it needs, and the three wait for each other only
 // through stages of shared memory. With a score option W = Pᵀ ∘ score'(Sᵀ), with a minus where dropout drops
-// the element, goes from 1 to 2 in the place of Pᵀ. docs/kernels/hopper-backward.md has the reasons
-// and timings.
+// the element, goes from 1 to 2 in the place of Pᵀ.
+//
+// Above head dim 256 dK and dV of 64 keys need all registers of an SM. So both CTAs work on the same 64 keys
+// and queries (kSplitsColumns), each on half of the columns of K, V, Q and dO, and of dK, dV and dQ. They
+// send each other their parts of Sᵀ and dPᵀ, so that both have all of P and dS.
+//
+// docs/kernels/hopper-backward.md has the reasons and timings.
 #pragma once
 
 #include "core/families/hopper_layout.h"
 #include "core/plan/launch_plan.h"
-#include "cuda/backward/convert.cuh"
 #include "cuda/backward/hopper_cluster_consumer.cuh"
 #include "cuda/backward/hopper_cluster_dk.cuh"
 #include "cuda/backward/hopper_cluster_dq.cuh"
@@ -35,53 +39,55 @@
 
 namespace jax_flash {
 
-// A row of csrc/kernels.def. Tiles of K, Q, V and dO consist of two halves of their columns: ptxas allows a
-// wgmma no more columns than a quarter of the registers of a thread of four warpgroups, and halves are what
-// a CTA's dQ needs of K.
+// A row of csrc/kernels.def. A CTA's tiles of K, Q, V and dO consist of two halves of their columns: ptxas
+// allows a wgmma no more columns than a quarter of the registers of a thread of four warpgroups, and with
+// keys of its own a CTA's dQ needs half of K's columns.
 template <class T, Row R, ScoreKind Kind>
 struct BackwardClusterSm90 {
   using Element = T;
   static constexpr int HeadDim = R.head_dim, ValueDim = R.value_dim, M = R.block_m, N = R.block_n;
   static constexpr ScoreKind kKind = Kind;
-  static constexpr bool kOrdered = true;  // the accumulator has rows of all heads
+  static constexpr bool kOrdered = true;  // tickets may order the additions to dQ
   static constexpr bool kStartsFromDelta = false;
-  static constexpr int kCluster = hopper::kBackwardCtas, kConsumers = 3, kThreads = R.warps * 32;
+  static constexpr int kCluster = hopper::kClusterCtas, kConsumers = 3, kThreads = R.warps * 32;
+  // CTAs that share keys, each with columns of its own; and parts of a tile's keys that CTAs have of their
+  // own.
+  static constexpr int kSharers = hopper::sharers(R), kKeyParts = kCluster / kSharers;
+  static constexpr bool kSplitsColumns = kSharers > 1;
   static constexpr int kM = M, kN = N, kStages = R.stages;
-  // Bias or mask alone come in tiles; with other options there are no registers for that.
+  // Bias or mask alone are staged in tiles; with other options there are no registers for that.
   static constexpr ScoreKind kTilesOf = Kind == ScoreKind::kGeneralDropout ? ScoreKind::kPlain : Kind;
   static constexpr auto kHas =
       hopper::backward_cluster_stages(R, 2 * score_tile_bytes(kTilesOf, M, kConsumerRows));
   static constexpr int kDoStages = kHas.dout_halves, kDsStages = kHas.ds;
   static constexpr bool kDqByTma = kHas.dq;
   // Columns of dQ at a time.
-  static constexpr int kDqColumns = HeadDim > 192 ? HeadDim / 4 : HeadDim / 2;
-  using KHalf = SharedTile<T, kConsumerRows, HeadDim / 2>;
-  using VHalf = SharedTile<T, kConsumerRows, ValueDim / 2>;
-  using QHalf = SharedTile<T, M, HeadDim / 2>;
-  using DoHalf = SharedTile<T, M, ValueDim / 2>;
+  static constexpr int kDqColumns = (HeadDim > 192 ? HeadDim / 4 : HeadDim / 2) / kSharers;
+  using KHalf = SharedTile<T, kConsumerRows, HeadDim / kSharers / 2>;
+  using VHalf = SharedTile<T, kConsumerRows, ValueDim / kSharers / 2>;
+  using QHalf = SharedTile<T, M, HeadDim / kSharers / 2>;
+  using DoHalf = SharedTile<T, M, ValueDim / kSharers / 2>;
   using DsTile = SharedTile<T, N, M>;
-  using DqBlock = SharedTile<float, kConsumerRows, kAccumulatorBlock>;  // in the order of ptx::quad_position
   using S = TransposedAccumulator<1, M / 8>;
   using Score = typename std::conditional_t<stages_tiles(kTilesOf), GradientScoreOf<Kind, S>,
                                             HopperScoreOf<Kind, S>>::type;
   using Tiles = GradientTiles<kTilesOf, T, M, kConsumerRows, hopper::backward_cluster_score_bytes(R, kHas)>;
   using Fragments = FragmentsA<T, 1, M / 16>;
-  using DKHalf = Accumulator<1, HeadDim / 16>;
-  using DVHalf = Accumulator<1, ValueDim / 16>;
+  using DKHalf = Accumulator<1, QHalf::kColumns / 8>;
+  using DVHalf = Accumulator<1, DoHalf::kColumns / 8>;
   using DQ = Accumulator<1, kDqColumns / 8>;
-  // Registers of a thread of the producers and of the warpgroups that add up dV, dK and dQ. With the first of
-  // these is the score's derivative.
+  // Registers per thread of the producers and of the warpgroups that add up dV, dK and dQ. The warpgroup of
+  // dV also computes the score's derivative.
   static constexpr bool kWide = HeadDim > 192;
   static constexpr int kProducerRegisters = Score::kScalesGradient ? 40 : 48,
                        kDvRegisters = (kWide ? 256 : 240) - kProducerRegisters,
                        kDkRegisters = kWide ? 192 : 176, kDqRegisters = kWide ? 64 : 96;
   using Shared = BackwardClusterShared<BackwardClusterSm90>;
   struct Maps {
-    CUtensorMap query, dout, key, value, dquery;
-    float* accumulator;
+    CUtensorMap query, dout, key, value;
     int32_t ticket_shift;  // a ticket of a deterministic call covers 2^ticket_shift query tiles
   };
-  static_assert(N == kCluster * kConsumerRows && M == kConsumerRows && kThreads == 4 * kWarpgroup);
+  static_assert(N == kKeyParts * kConsumerRows && M == kConsumerRows && kThreads == 4 * kWarpgroup);
   static_assert(kWarpgroup * (kProducerRegisters + kDvRegisters + kDkRegisters + kDqRegisters) <= 65536);
   static_assert(sizeof(Shared) - sizeof(typename Tiles::Buffer) <=
                 hopper::backward_cluster_shared_bytes(R, kHas));
@@ -119,13 +125,13 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   }
   __syncwarp();
   ptx::sync_any_group(0, C::kThreads);
-  ptx::sync_cluster_of_any_lanes();  // until then the other CTA may arrive at, or write to, this one's memory
+  ptx::sync_cluster_of_any_lanes();  // before, the other CTA must not use this CTA's memory
 }
 
-// Query tiles of a ticket, as a power of two. Where sequences are short it is one, as a key tile begins a
-// ticket after the one before it, and there is no time for that.
+// Query tiles per ticket, as a power of two. It is one tile if sequences are short: each key tile is one
+// ticket behind the one before it, and a larger lag would take too much of the time.
 inline int32_t ticket_shift(const Problem& p, int32_t block_m) {
-  constexpr int64_t kManyTiles = 64;  // of a sequence
+  constexpr int64_t kManyTiles = 64;  // query tiles of a sequence
   const int64_t rows = p.packed() ? p.q_rows / std::max(p.batch, 1) : p.q_rows, heads = p.heads / p.kv_heads;
   int32_t shift = kTicketSteps;
   while (shift > 0 &&
@@ -135,10 +141,8 @@ inline int32_t ticket_shift(const Problem& p, int32_t block_m) {
 }
 
 template <class C>
-cudaError_t make_cluster_maps(typename C::Maps& maps, const Problem& p, float* accumulator) {
-  const int32_t batch = p.packed() ? 1 : p.batch, rows = C::kM / C::kCluster;
-  const int32_t columns = accumulator_columns(p.head_dim);
-  const View dquery = accumulator_view(p, accumulator);
+cudaError_t make_cluster_maps(typename C::Maps& maps, const Problem& p) {
+  const int32_t batch = p.packed() ? 1 : p.batch, rows = C::kM / C::kKeyParts;
   const struct {
     CUtensorMap& map;
     const View& view;
@@ -148,12 +152,10 @@ cudaError_t make_cluster_maps(typename C::Maps& maps, const Problem& p, float* a
       {maps.dout, p.dout, {p.value_dim, p.heads, p.q_rows, batch, C::DoHalf::kPanel * 8, rows}},
       {maps.key, p.key, {p.head_dim, p.kv_heads, p.k_rows, batch, C::KHalf::kPanel * 8, kConsumerRows}},
       {maps.value, p.value, {p.value_dim, p.kv_heads, p.k_rows, batch, C::VHalf::kPanel * 8, kConsumerRows}},
-      {maps.dquery, dquery, {columns, p.heads, p.q_rows, batch, kAccumulatorBlock, kConsumerRows, true}},
   };
   for (const auto& [map, view, shape] : all) {
     if (cudaError_t e = make_tensor_map(map, p, view, shape); e != cudaSuccess) return e;
   }
-  maps.accumulator = accumulator;
   maps.ticket_shift = ticket_shift(p, C::kM);
   return cudaSuccess;
 }

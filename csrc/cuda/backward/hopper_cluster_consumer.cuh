@@ -1,6 +1,6 @@
 // The base of the consumer warpgroups of cuda/backward/hopper_cluster.cuh, and the warpgroup that computes P
-// and dV. Scores are transposed, with a row for each of the CTA's 64 keys, so that Pᵀ and dSᵀ are the
-// left operands of dV and dK where they lie: in registers. A thread of the first two warpgroups has the same
+// and dV. Scores are transposed, with a row for each of the CTA's 64 keys, so that Pᵀ and dSᵀ are in
+// registers as the left operands of dV and dK. A thread of the first two warpgroups has the same
 // elements of Sᵀ and of dPᵀ.
 #pragma once
 
@@ -30,7 +30,7 @@ struct ClusterConsumer {
   using DsTile = typename C::DsTile;
   using Fragments = typename C::Fragments;
 
-  static constexpr int consumer = 0;  // of the CTA's keys
+  static constexpr int consumer = 0;  // the three warpgroups have the same 64 keys, so each is consumer 0
 
   const Problem& p;
   typename C::Shared& shared;
@@ -43,12 +43,13 @@ struct ClusterConsumer {
     return static_cast<uint32_t>(ptx::thread_index()) % kWarpgroup / 32 * 16;
   }
   __device__ __forceinline__ static int32_t rank() { return static_cast<int32_t>(ptx::cluster_rank()); }
+  __device__ __forceinline__ static int32_t part() { return key_part<C>(ptx::cluster_rank()); }
   __device__ __forceinline__ const typename C::Shared::Tile& tile() const {
     return shared.tiles[tile_index % kKeyTileStates];
   }
   // The warp's first key within the sequence.
   __device__ __forceinline__ int32_t key() const {
-    return uniform(tile().work.tile.row) + rank() * kConsumerRows + warp_row();
+    return uniform(tile().work.tile.row) + part() * kConsumerRows + warp_row();
   }
 
   // The stage that holds a half of a step's dO.
@@ -60,7 +61,7 @@ struct ClusterConsumer {
   // The address of a warp's 16 keys of Pᵀ, then of dSᵀ, for stmatrix and ldmatrix.
   __device__ __forceinline__ LaneAddress<DsTile> ds_address(uint32_t use) const {
     return {ptx::shared_address(shared.ds[use % C::kDsStages]),
-            static_cast<int>(rank() * kConsumerRows + warp_row() + ptx::lane_index() % 16),
+            static_cast<int>(part() * kConsumerRows + warp_row() + ptx::lane_index() % 16),
             static_cast<int>(ptx::lane_index() / 16)};
   }
 
@@ -91,8 +92,8 @@ struct ClusterConsumer {
     for (int k = 0; k < C::kM / 16; ++k) rounded.load(to.x[0][k], 0, k);
   }
 
-  // K ← 0 and V ← 0 in rows that are not in use: all three warpgroups together, each in its own copy of this
-  // code.
+  // K ← 0 and V ← 0 in rows that are not in use. All three warpgroups do this together, each in its own copy
+  // of this code.
   __device__ __forceinline__ void clear_keys() const {
     const int32_t clean = uniform(tile().clean_keys);
     if (clean >= C::kN) return;
@@ -103,10 +104,11 @@ struct ClusterConsumer {
     const auto rows_of = [clean](int32_t of) {
       return [count = clean - of * kConsumerRows](int row) { return row < count; };
     };
-    const auto own = rows_of(rank()), other = rows_of(1 - rank());
+    const auto own = rows_of(part());
     clear_rows<KHalf>(shared.k[0], own, thread, kThreads);
     clear_rows<KHalf>(shared.k[1], own, thread, kThreads);
-    clear_rows<KHalf>(shared.k_other, other, thread, kThreads);
+    if constexpr (!C::kSplitsColumns)
+      clear_rows<KHalf>(shared.k_other, rows_of(1 - part()), thread, kThreads);
     clear_rows<VHalf>(shared.v[0], own, thread, kThreads);
     clear_rows<VHalf>(shared.v[1], own, thread, kThreads);
     ptx::fence_async_shared();
@@ -142,7 +144,7 @@ struct ScoreConsumer : ClusterConsumer<C> {
   typename C::Fragments pt;  // Pᵀ, rounded
   typename C::DVHalf dv[2];  // dV [64, dv]
 
-  // Whether Pᵀ, as dV wants it, is what dSᵀ is made of, too.
+  // Whether dSᵀ is computed from the same Pᵀ as dV.
   static constexpr bool kSharesP = !C::Score::kScalesGradient && !C::Score::kDropout;
 
   __device__ __forceinline__ void start_scores(uint32_t use) {
@@ -156,6 +158,8 @@ struct ScoreConsumer : ClusterConsumer<C> {
   }
 
   __device__ __forceinline__ void start_dv(uint32_t use) {
+    ptx::hold(dv[0].x[0]);
+    ptx::hold(dv[1].x[0]);
     shared.delta_pipe.wait_full(use);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -170,35 +174,50 @@ struct ScoreConsumer : ClusterConsumer<C> {
   __device__ __forceinline__ void finish_dv(uint32_t use) {
     ptx::wgmma_wait<1>();
     ptx::hold(dv[0].x[0]);
-    shared.do_pipe.release_in_all(this->do_use(use, 0), C::kCluster);
+    shared.do_pipe.release_in_all(this->do_use(use, 0), C::kKeyParts);
     ptx::wgmma_wait<0>();
     ptx::hold(dv[1].x[0]);
     ptx::hold(pt.x[0]);
-    shared.do_pipe.release_in_all(this->do_use(use, 1), C::kCluster);
+    shared.do_pipe.release_in_all(this->do_use(use, 1), C::kKeyParts);
     shared.delta_pipe.release(use);
   }
 
-  // Waits for Sᵀ, while the products of the step before are in flight.
+  // Waits for Sᵀ, while kPending products of the step before are in flight.
   template <int kPending>
   __device__ __forceinline__ void wait_scores(uint32_t use) {
     ptx::wgmma_wait<kPending>();
     ptx::hold(s.x[0]);
-    shared.q_pipe.release_in_all(use, C::kCluster);
+    shared.q_pipe.release_in_all(use, C::kKeyParts);
   }
 
-  // Sᵀ → Pᵀ, rounded, and what dSᵀ is made of to the warpgroup that does so. finish() waits for the kPending
-  // products of the step before, dV += Pᵀ dO.
-  template <int kPending, class Finish>
-  __device__ __forceinline__ void finish_scores(const QueryStep& number, Finish finish) {
+  // Waits for Sᵀ over all columns, with no product in flight. meanwhile() is called while CTAs with columns
+  // of their own exchange their parts.
+  template <class Meanwhile>
+  __device__ __forceinline__ void complete_scores(uint32_t use, Meanwhile meanwhile) {
+    wait_scores<0>(use);
+    if constexpr (C::kSplitsColumns) {
+      shared.parts.s.send(s, 0, use);
+      meanwhile();
+      shared.parts.s.receive(s, 0, use);
+    }
+  }
+
+  // Sᵀ → Pᵀ, rounded, and what dSᵀ is made of to the warpgroup that does so. wait() waits for Sᵀ, and
+  // finish() for the products of the step before that are still in flight then, dV += Pᵀ dO.
+  template <class Wait, class Finish>
+  __device__ __forceinline__ void finish_scores(const QueryStep& number, Wait wait, Finish finish) {
     const QueryStep& step = shared.step_ring.get(number);
     const uint32_t use = step.number, stage = use % C::kStages;
     const auto partial = [&] {
       if constexpr (kMarksSteps<C>) return is_partial_of(shared.large_lse[stage], 0);
-      return !uniform(tile().whole[this->rank()]).contains(step.tile);
+      return !uniform(tile().whole[this->part()]).contains(step.tile);
     };
     if constexpr (kPlainSteps<C>) {
-      wait_scores<kPending>(use);
-      if (partial()) hide_unseen_keys<C>(s, p, tile(), step, this->key());
+      SeenByStep<C> seen;
+      if constexpr (SeenByStep<C>::kFetched)
+        if (partial()) seen.fetch(p, tile(), step, this->key());
+      wait();
+      if (partial()) hide_unseen_keys<C>(s, p, tile(), step, this->key(), seen);
       probabilities_of_keys<kLargeLseMask<C>>(s, shared.statistics[stage].lse, shared.large_lse[stage],
                                               p.spec.scale * kLog2e);
       shared.lse_pipe.release(use);
@@ -209,7 +228,7 @@ struct ScoreConsumer : ClusterConsumer<C> {
       using Tile = StepTile<ScoreConsumer>;
       typename C::Score score;
       score.prefetch_gradient(Tile{*this, step});
-      wait_scores<kPending>(use);
+      wait();
       if constexpr (!kSharesP) finish();  // for its registers
       const StepRows<S, C::kM> rows(shared.statistics[stage], shared.large_lse[stage]);
       S w;
@@ -228,7 +247,7 @@ struct ScoreConsumer : ClusterConsumer<C> {
     ptx::hold(pt.x[0]);
   }
 
-  // To the warpgroup that makes dSᵀ.
+  // Passes Pᵀ or W to the warpgroup that computes dSᵀ.
   __device__ __forceinline__ void share(const typename C::Fragments& x, uint32_t use) const {
     shared.p_pipe.wait_empty(use);
     const auto to = this->ds_address(use);
@@ -242,19 +261,21 @@ struct ScoreConsumer : ClusterConsumer<C> {
         [&](const QueryStep& step) {
           shared.k_pipe.wait_full(tile_index);
           start_scores(step.number);
-          finish_scores<0>(step, [] {});
+          finish_scores(step, [&] { complete_scores(step.number, [] {}); }, [] {});
         },
         [&](const QueryStep& step) {
-          start_scores(step.number);
-          ptx::hold(dv[0].x[0]);
-          ptx::hold(dv[1].x[0]);
-          start_dv(step.number - 1);
-          finish_scores<2>(step, [&] { finish_dv(step.number - 1); });
+          const uint32_t use = step.number;
+          start_scores(use);
+          if constexpr (C::kSplitsColumns) {
+            const auto multiply = [&] { start_dv(use - 1), finish_dv(use - 1); };
+            finish_scores(step, [&] { complete_scores(use, multiply); }, [] {});
+          } else {
+            start_dv(use - 1);
+            finish_scores(step, [&] { wait_scores<2>(use); }, [&] { finish_dv(use - 1); });
+          }
         },
         [&](uint32_t use) {
           shared.k_pipe.release(tile_index);
-          ptx::hold(dv[0].x[0]);
-          ptx::hold(dv[1].x[0]);
           start_dv(use);
           finish_dv(use);
         });
@@ -275,8 +296,9 @@ struct ScoreConsumer : ClusterConsumer<C> {
         for (auto& half : dv) for_each(half, [&](float& x, int, int, int) { x *= factor; });
       }
       auto to = tile().dvalue;
+      to.skip_columns(first_own_column<C, DoHalf>());
       store_rows_from_registers(dv[0], to, this->key(), tile().work.tile.end);
-      to.data += DoHalf::kColumns, to.columns -= DoHalf::kColumns;
+      to.skip_columns(DoHalf::kColumns);
       store_rows_from_registers(dv[1], to, this->key(), tile().work.tile.end);
       shared.state_pipe.release(tile_index);
     }

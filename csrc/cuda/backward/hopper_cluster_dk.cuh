@@ -1,4 +1,4 @@
-// The consumer warpgroup of cuda/backward/hopper_cluster.cuh that makes dS and adds up dK.
+// The consumer warpgroup of cuda/backward/hopper_cluster.cuh that computes dS and adds up dK.
 #pragma once
 
 #include <cstdint>
@@ -13,11 +13,14 @@ template <class C>
 struct ScoreGradientConsumer : ClusterConsumer<C> {
   using Base = ClusterConsumer<C>;
   using Base::Base, Base::p, Base::shared, Base::tile, Base::tile_index;
-  using typename Base::DoHalf, typename Base::QHalf, typename Base::S, typename Base::T, typename Base::VHalf;
+  using typename Base::DoHalf, typename Base::DsTile, typename Base::QHalf, typename Base::S,
+      typename Base::T, typename Base::VHalf;
 
   S dp;                      // dPᵀ, then dSᵀ  [64, M]
   typename C::Fragments ds;  // dSᵀ, rounded
   typename C::DKHalf dk[2];  // dK [64, d]
+
+  static constexpr bool kDsInRegisters = !C::kSplitsColumns;
 
   __device__ __forceinline__ void start_dp(uint32_t use) {
     shared.delta_pipe.wait_full(use);
@@ -29,19 +32,57 @@ struct ScoreGradientConsumer : ClusterConsumer<C> {
     ptx::wgmma_commit();
   }
 
-  __device__ __forceinline__ void start_dk(uint32_t use) {
+  // Waits for dPᵀ. meanwhile() is called while CTAs with columns of their own exchange their parts.
+  template <class Meanwhile>
+  __device__ __forceinline__ void finish_dp(uint32_t use, Meanwhile meanwhile) {
+    ptx::wgmma_wait<0>();
+    ptx::hold(dp.x[0]);
+    shared.do_pipe.release_in_all(this->do_use(use, 0), C::kKeyParts);
+    shared.do_pipe.release_in_all(this->do_use(use, 1), C::kKeyParts);
+    if constexpr (C::kSplitsColumns) {
+      shared.parts.dp.send(dp, 0, use);
+      meanwhile();
+      shared.parts.dp.receive(dp, 0, use);
+    }
+  }
+
+  // Issues half of dK += dSᵀ Q. If dPᵀ of the next step is in registers meanwhile, there are none for dSᵀ,
+  // and it is read from shared memory.
+  __device__ __forceinline__ void start_dk(int half, uint32_t use) {
+    const uint8_t* const q = shared.q[use % C::kStages][half];
+    if constexpr (kDsInRegisters) {
+      this->template start_sum<QHalf>(dk[half], ds, q);
+    } else {
+      const RowsDescriptor<DsTile> a(ptx::here(ptx::shared_address(shared.ds[use % C::kDsStages])));
+      const ColumnsDescriptor<QHalf> b(ptx::here(ptx::shared_address(q)));
+#pragma unroll
+      for (int step = 0; step < C::kM / 16; ++step)
+        ptx::Wgmma<T, QHalf::kColumns>::template multiply<false, 0, 1>(dk[half].x[0], a.at(step), b.at(step));
+    }
+  }
+
+  // dK += dSᵀ Q
+  __device__ __forceinline__ void add_dk(uint32_t use) {
+    ptx::hold(dk[0].x[0]);
+    ptx::hold(dk[1].x[0]);
+    if constexpr (!kDsInRegisters) shared.ds_pipe.wait_full(use);
     ptx::wgmma_fence();
-    this->template start_sum<QHalf>(dk[0], ds, shared.q[use % C::kStages][0]);
-    this->template start_sum<QHalf>(dk[1], ds, shared.q[use % C::kStages][1]);
+    start_dk(0, use);
+    start_dk(1, use);
     ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    ptx::hold(dk[0].x[0]);
+    ptx::hold(dk[1].x[0]);
+    if constexpr (kDsInRegisters) {
+      ptx::hold(ds.x[0]);
+    } else {
+      shared.p_pipe.release(use);
+    }
+    shared.q_pipe.release_in_all(use, C::kKeyParts);
   }
 
-  __device__ __forceinline__ void release_dout(uint32_t use) {
-    shared.do_pipe.release_in_all(this->do_use(use, 0), C::kCluster);
-    shared.do_pipe.release_in_all(this->do_use(use, 1), C::kCluster);
-  }
-
-  // dSᵀ = Pᵀ ∘ (dPᵀ − delta), with the score's own derivative, which goes to both CTAs.
+  // dSᵀ = Pᵀ ∘ (dPᵀ − delta), with the score's own derivative. CTAs with keys of their own send it to each
+  // other.
   __device__ __forceinline__ void differentiate(uint32_t use) {
     const uint32_t stage = use % C::kStages;
     const auto at = this->ds_address(use);
@@ -75,11 +116,13 @@ struct ScoreGradientConsumer : ClusterConsumer<C> {
     for (int k = 0; k < C::kM / 16; ++k) ptx::stmatrix_x4(at.at(0, 2 * k), ds.x[0][k]);
     ptx::fence_async_shared();
     ptx::barrier_arrive_by_warp(shared.ds_pipe.full_barrier(use));
-    if (ptx::lane_index() == 0)
-      ptx::copy_bytes_in(ptx::shared_address(shared.ds[use % C::kDsStages]) +
-                             (this->rank() * kConsumerRows + this->warp_row()) * C::DsTile::kPitch,
-                         16 * C::DsTile::kPitch, shared.ds_other_pipe.full_barrier(use), 1 - this->rank());
-    ptx::hold(ds.x[0]);
+    if constexpr (!C::kSplitsColumns) {
+      if (ptx::lane_index() == 0)
+        ptx::copy_bytes_in(ptx::shared_address(shared.ds[use % C::kDsStages]) +
+                               (this->rank() * kConsumerRows + this->warp_row()) * C::DsTile::kPitch,
+                           16 * C::DsTile::kPitch, shared.parts.ds.full_barrier(use), 1 - this->rank());
+    }
+    if constexpr (kDsInRegisters) ptx::hold(ds.x[0]);
   }
 
   __device__ __forceinline__ void run_tile() {
@@ -87,36 +130,18 @@ struct ScoreGradientConsumer : ClusterConsumer<C> {
         [&](const QueryStep& step) {
           shared.v_pipe.wait_full(tile_index);
           start_dp(step.number);
-          ptx::wgmma_wait<0>();
-          ptx::hold(dp.x[0]);
-          release_dout(step.number);
+          finish_dp(step.number, [] {});
           differentiate(step.number);
         },
         [&](const QueryStep& step) {
-          ptx::hold(dk[0].x[0]);
-          ptx::hold(dk[1].x[0]);
-          start_dk(step.number - 1);
-          ptx::wgmma_wait<0>();
-          ptx::hold(dk[0].x[0]);
-          ptx::hold(dk[1].x[0]);
-          ptx::hold(ds.x[0]);
-          shared.q_pipe.release_in_all(step.number - 1, C::kCluster);
+          if constexpr (!C::kSplitsColumns) add_dk(step.number - 1);
           start_dp(step.number);
-          ptx::wgmma_wait<0>();
-          ptx::hold(dp.x[0]);
-          release_dout(step.number);
+          finish_dp(step.number, [&] { add_dk(step.number - 1); });
           differentiate(step.number);
         },
         [&](uint32_t use) {
           shared.v_pipe.release(tile_index);
-          ptx::hold(dk[0].x[0]);
-          ptx::hold(dk[1].x[0]);
-          start_dk(use);
-          ptx::wgmma_wait<0>();
-          ptx::hold(dk[0].x[0]);
-          ptx::hold(dk[1].x[0]);
-          ptx::hold(ds.x[0]);
-          shared.q_pipe.release_in_all(use, C::kCluster);
+          add_dk(use);
         });
   }
 
@@ -131,11 +156,12 @@ struct ScoreGradientConsumer : ClusterConsumer<C> {
         shared.v_pipe.release(tile_index);
       }
       auto to = tile().dkey;
+      to.skip_columns(first_own_column<C, QHalf>());
 #pragma unroll
       for (auto& half : dk) {
         for_each(half, [&](float& x, int, int, int) { x *= p.spec.scale; });  // dK ← scale · dK
         store_rows_from_registers(half, to, this->key(), tile().work.tile.end);
-        to.data += QHalf::kColumns, to.columns -= QHalf::kColumns;
+        to.skip_columns(QHalf::kColumns);
       }
       shared.state_pipe.release(tile_index);
     }

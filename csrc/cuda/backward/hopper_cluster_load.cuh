@@ -33,6 +33,17 @@ struct ClusterGradientProducer : GradientProducer<C> {
     }
   }
 
+  // Starts the copy of half of a tile of Q or dO: of all columns to both CTAs, or of this CTA's columns.
+  template <class Half>
+  __device__ __forceinline__ static void load_query_half(const uint8_t* to, const CUtensorMap& map,
+                                                         uint32_t full, ptx::Coordinates at, int half) {
+    if constexpr (C::kSplitsColumns) {
+      load_half<Half>(to, map, full, at, half);
+    } else {
+      load_for_both<Half>(to, map, full, at, half * Half::kColumns);
+    }
+  }
+
   // One thread: Q of the first step, K, then Q of the other steps.
   __device__ __forceinline__ void load_queries() {
     for_steps(
@@ -45,8 +56,8 @@ struct ClusterGradientProducer : GradientProducer<C> {
           ptx::barrier_expect(shared.q_pipe.full_barrier(use), 2 * QHalf::kBytes);
 #pragma unroll
           for (int half = 0; half < 2; ++half)
-            load_for_both<QHalf>(shared.q[use % C::kStages][half], maps.query,
-                                 shared.q_pipe.full_barrier(use), at, half * QHalf::kColumns);
+            load_query_half<QHalf>(shared.q[use % C::kStages][half], maps.query,
+                                   shared.q_pipe.full_barrier(use), at, half);
           if (use == step_use) load_k(tile);
           if (this->ends_soon(tile, step)) shared.ending_pipe.arrive(tile_index);
         },
@@ -60,7 +71,7 @@ struct ClusterGradientProducer : GradientProducer<C> {
         });
   }
 
-  // One thread: dO of the first step, V, then dO of the other steps.
+  // One thread loads dO of the first step, V, then dO of the other steps.
   __device__ __forceinline__ void load_douts() {
     for_steps(
         [&](const Tile& tile, const QueryStep& step) {
@@ -73,8 +84,7 @@ struct ClusterGradientProducer : GradientProducer<C> {
             const uint32_t full = shared.do_pipe.full_barrier(use);
             shared.do_pipe.wait_empty(use);
             ptx::barrier_expect(full, DoHalf::kBytes);
-            load_for_both<DoHalf>(shared.d_out[use % C::kDoStages], maps.dout, full, at,
-                                  half * DoHalf::kColumns);
+            load_query_half<DoHalf>(shared.d_out[use % C::kDoStages], maps.dout, full, at, half);
           }
           if (static_cast<uint32_t>(step.number) == step_use) load_v(tile);
         },
@@ -87,19 +97,19 @@ struct ClusterGradientProducer : GradientProducer<C> {
         });
   }
 
-  // The first key of a CTA's half of the tile.
+  // The first of a CTA's keys.
   __device__ __forceinline__ static int32_t first_key(const Tile& tile, uint32_t rank) {
-    return tile.work.tile.k_begin + tile.work.tile.row + static_cast<int32_t>(rank) * kConsumerRows;
+    return tile.work.tile.k_begin + tile.work.tile.row + key_part<C>(rank) * kConsumerRows;
   }
 
-  // Starts the copy of half of the columns of the rows from `at` on.
+  // Starts the copy of half of this CTA's columns of the 64 rows from `at` on.
   template <class Half>
   __device__ __forceinline__ static void load_half(const uint8_t* to, const CUtensorMap& map, uint32_t full,
                                                    ptx::Coordinates at, uint32_t half) {
     constexpr int kColumns = Half::kPanel * 8;
 #pragma unroll
     for (int i = 0; i < Half::kColumns; i += kColumns) {
-      at.column = static_cast<int32_t>(half) * Half::kColumns + i;
+      at.column = first_own_column<C, Half>() + static_cast<int32_t>(half) * Half::kColumns + i;
       ptx::copy_box(ptx::shared_address(to) + Half::panel_offset(i / 8), map, full, at);
     }
   }
@@ -109,12 +119,14 @@ struct ClusterGradientProducer : GradientProducer<C> {
     const uint32_t rank = ptx::cluster_rank(), full = shared.k_pipe.full_barrier(tile_index);
     ptx::Coordinates at = coordinates_of(p.key, tile.work, tile.kv_head, 0);
     shared.k_pipe.wait_empty(tile_index);
-    ptx::barrier_expect(full, 3 * KHalf::kBytes);
+    ptx::barrier_expect(full, (C::kSplitsColumns ? 2 : 3) * KHalf::kBytes);
     at.row = first_key(tile, rank);
     load_half<KHalf>(shared.k[0], maps.key, full, at, 0);
     load_half<KHalf>(shared.k[1], maps.key, full, at, 1);
-    at.row = first_key(tile, 1 - rank);
-    load_half<KHalf>(shared.k_other, maps.key, full, at, rank);
+    if constexpr (!C::kSplitsColumns) {
+      at.row = first_key(tile, 1 - rank);
+      load_half<KHalf>(shared.k_other, maps.key, full, at, rank);
+    }
   }
 
   __device__ __forceinline__ void load_v(const Tile& tile) const {
@@ -152,13 +164,12 @@ struct ClusterGradientProducer : GradientProducer<C> {
     });
   }
 
-  // One warp: bias, mask, lse and delta. Rows that see no key get an lse that makes their P = 0.
+  // One warp loads bias, mask, lse and delta. Rows that see no key get an lse that makes their P = 0.
   __device__ __forceinline__ void load_statistics() {
     for_steps(
         [&](const Tile& tile, const auto& step) {
           if constexpr (C::Tiles::kStaged)
-            this->load_score_tile(
-                tile, step, tile.work.tile.row + static_cast<int32_t>(ptx::cluster_rank()) * kConsumerRows);
+            this->load_score_tile(tile, step, first_key(tile, ptx::cluster_rank()) - tile.work.tile.k_begin);
           const uint32_t use = step.number, stage = use % C::kStages;
           const auto fetch = [&](int32_t i) {
             const bool used = tile.seen.contains(i);

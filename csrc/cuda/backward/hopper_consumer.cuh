@@ -1,13 +1,13 @@
 // A consumer warpgroup of cuda/backward/hopper.cuh: 64 keys of a key tile. Scores are transposed, with a row
-// for each key, so that Pᵀ and dSᵀ are the left operands of dV and dK where they lie: in registers.
+// for each key, so that Pᵀ and dSᵀ are in registers as the left operands of dV and dK.
 #pragma once
 
 #include <cstdint>
 
 #include "cuda/backward/hopper_state.cuh"
 #include "cuda/backward/hopper_step.cuh"
+#include "cuda/backward/hopper_sums.cuh"
 #include "cuda/backward/query_step.cuh"
-#include "cuda/backward/query_sums.cuh"
 #include "cuda/epilogue.cuh"
 #include "cuda/gradient.cuh"
 #include "cuda/mask.cuh"
@@ -40,20 +40,20 @@ struct GradientConsumer {
   typename C::Fragments pt, dst;          // Pᵀ and dSᵀ, rounded
   typename C::DK dk;                      // dK [64, d]
   typename C::DV dv;                      // dV [64, dv]
-  typename C::DQ dq;                      // dQ: 64 rows of all keys' sum, or half of the columns
+  typename C::DQ dq;                      // 64 rows of the sum over all keys, or half of its columns
 
   __device__ __forceinline__ GradientConsumer(const Problem& problem, typename C::Shared& memory,
                                               const KeyGrid& key_grid, int index)
       : p(problem), shared(memory), grid(key_grid), consumer(index) {}
 
-  // Unsigned, as the remainder of a signed number takes more instructions.
+  // Unsigned, because the remainder of a signed number takes more instructions.
   __device__ __forceinline__ static uint32_t lane() {
     return static_cast<uint32_t>(ptx::thread_index()) % 32;
   }
   __device__ __forceinline__ static uint32_t warp_row() {
     return static_cast<uint32_t>(ptx::thread_index()) % kWarpgroup / 32 * 16;
   }
-  // Counts all consumer warps.
+  // The index of this warp among all consumer warps.
   __device__ __forceinline__ int warp_index() const {
     return consumer * kConsumerWarps + static_cast<int>(warp_row() / 16);
   }
@@ -92,8 +92,8 @@ struct GradientConsumer {
     ptx::wgmma_commit();
   }
 
-  // Issues dQ = dS K, with the dS of both consumers. listed: of a listed step its element; with the dS of
-  // those that see some of its keys, at least one.
+  // Issues dQ = dS K, with the dS of both consumers. `listed`: the step's list element, if steps come from a
+  // list; then only the dS of consumers that see some of their keys is used, and that of at least one.
   __device__ __forceinline__ void start_dq(uint32_t use, int32_t listed) {
     constexpr int kSteps = (kListsSteps<C> ? kConsumerRows : C::kN) / 16;
     const bool first = !kListsSteps<C> || KeyPieces::seen(listed, 0) != SeenPiece::kNone;
@@ -120,7 +120,8 @@ struct GradientConsumer {
     ptx::wgmma_commit();
   }
 
-  // A step of which none of the consumer's keys are seen: its part of the other keys' dQ of the step before.
+  // Passes a step in which no key of this consumer is seen: computes only the other consumer's part of dQ of
+  // the step before.
   template <bool kFirst>
   __device__ __forceinline__ void pass_step(uint32_t use, int32_t sum_before, int32_t listed_before) {
     shared.ready_pipe.release(use);
@@ -136,28 +137,18 @@ struct GradientConsumer {
     }
   }
 
-  // Adds dQ to the accumulator. `sum`: the number of the query tile there.
+  // Adds dQ to the sums. `sum`: the number of the query tile there.
   __device__ __forceinline__ void add_dq(int32_t sum) {
-    const SumPart part = sum_part<C>(p.head_dim, consumer);
-    float* const to = tile().sums + int64_t{sum} * (C::kM * p.head_dim) + part.first +
-                      warp_row() / kSumRows * kSumBlock + lane() * 4;
-#pragma unroll
-    for (int n = 0; n < C::DQ::kColumnTiles; ++n) {
-      if (n < part.columns) ptx::add_float4(to + n * kSumColumn, dq.x[0][n]);
-    }
+    Placement at = dq_placement<C>(consumer);
+    at.row += warp_row();
+    add_to_sums<C::kM>(sum_tile<C::kM>(p, tile().sums, sum), p.head_dim, dq, at);
   }
 
-  // Hands dQ to the thread that adds it up.
+  // Passes dQ, through shared memory, to the thread that adds it up.
   __device__ __forceinline__ void send_dq(uint32_t use) {
     const auto& pipe = shared.dq_pipe[consumer];
     pipe.wait_empty(use);
-    const uint32_t to =
-        ptx::shared_address(shared.dq[consumer] + warp_row() / kSumRows * kSumBlock + lane() * 4);
-#pragma unroll
-    for (int n = 0; n < C::DQ::kColumnTiles; ++n) {
-      const auto& x = dq.x[0][n];
-      ptx::store_shared(to + n * kSumColumn * sizeof(float), make_float4(x[0], x[1], x[2], x[3]));
-    }
+    store_part(dq, shared.dq[consumer], warp_row());
     ptx::fence_async_shared();
     ptx::barrier_arrive_by_warp(pipe.full_barrier(use));
   }
@@ -193,7 +184,7 @@ struct GradientConsumer {
     for (int k = 0; k < C::kM / 16; ++k) rounded.load(to.x[0][k], 0, k);
   }
 
-  // dSᵀ to shared memory, for both consumers' dQ.
+  // Stores dSᵀ in shared memory, for both consumers' dQ.
   __device__ __forceinline__ void share_ds(uint32_t use) {
     if constexpr (C::kReleasesDs) shared.ds_pipe.wait_empty(use);
     const LaneAddress<DsTile> to(ptx::shared_address(shared.ds[use % C::kDsStages]),
@@ -204,7 +195,7 @@ struct GradientConsumer {
     shared.ds_pipe.arrive_by_warp(use);
   }
 
-  // Takes a step's dQ out of the registers. `sum`: the number of its query tile in an accumulator by tiles.
+  // Takes a step's dQ out of the registers. `sum`: the number of its query tile among the sums.
   __device__ __forceinline__ void finish_dq(uint32_t use, int32_t sum) {
     ptx::hold(dq.x[0]);
     if constexpr (C::kReleasesDs) shared.ds_pipe.release(use);
@@ -217,11 +208,11 @@ struct GradientConsumer {
     }
   }
 
-  // Adds dQ after the key tiles whose tickets are earlier, of which each warp has raised the count.
+  // Adds dQ after the key tiles with earlier tickets. Every warp of those has raised the counter.
   __device__ __forceinline__ void add_dq_by_ticket(int32_t sum) {
     constexpr uint32_t kWarps = C::kConsumers * kConsumerWarps;
     uint32_t* const ticket = tile().tickets + sum;
-    const int32_t before = tiles_before<C>(grid, p, tile(), sum % tile().sum_tiles);
+    const int32_t before = tiles_before<C>(grid, p, tile(), sum % grid.sums.tiles);
     ptx::wait_at_least(ticket, before * kWarps);
     add_dq(sum);
     ptx::raise_by_warp(ticket);
@@ -234,13 +225,13 @@ struct GradientConsumer {
   }
 
   // Lets a consumer issue its sums. They alternate, so that one's exponentials overlap the other's products.
-  static constexpr int kTurn = 2;  // the first of their named barriers
+  static constexpr int kTurn = 2;  // the first of the consumers' named barriers
   __device__ __forceinline__ static void pass_turn(int to) {
     if constexpr (C::kAlternates) ptx::arrive_group(kTurn + to, C::kConsumers * kWarpgroup);
   }
 
-  // A step. dQ is the one of the step before, so that no consumer waits for the other's dS of this one.
-  // listed: of a list the element of the step before, then that of this one.
+  // A step. It computes dQ of the step before, so that no consumer waits for the other's dS of this step.
+  // `listed`: the list element of the step before; afterwards that of this one.
   template <bool kFirst>
   __device__ __forceinline__ void run_step(QueryStep& step, int32_t sum_before, int32_t& listed) {
     const uint32_t use = step.number, stage = use % C::kStages;
@@ -263,9 +254,12 @@ struct GradientConsumer {
       ptx::hold(dp.x[0]);
     };
     if constexpr (kPlainSteps<C>) {
+      SeenByStep<C> seen;
+      if constexpr (SeenByStep<C>::kFetched)
+        if (is_partial(step)) seen.fetch(p, tile(), step, key());
       ptx::wgmma_wait<1>();
       ptx::hold(s.x[0]);
-      if (is_partial(step)) hide_unseen_keys<C>(s, p, tile(), step, key());
+      if (is_partial(step)) hide_unseen_keys<C>(s, p, tile(), step, key(), seen);
       exponentiate(stage);  // Pᵀ = exp(Sᵀ − lse)
       wait_dp();
       differentiate(stage);  // dSᵀ = Pᵀ ∘ (dPᵀ − delta)
@@ -290,7 +284,7 @@ struct GradientConsumer {
     if constexpr (!kFirst) start_dq(use - 1, listed_before);  // dQ = dS K of the step before
     ptx::wgmma_fence();
     start_sum<DoTile>(dv, pt, shared.d_out[stage]);  // dV += Pᵀ dO
-    if constexpr (C::kSharesDsLate) share_ds(use);   // beside the products
+    if constexpr (C::kSharesDsLate) share_ds(use);   // overlaps with the products
     start_sum<QTile>(dk, dst, shared.q[stage]);      // dK += dSᵀ Q
     pass_turn(1 - consumer);
     if constexpr (!kFirst) {
@@ -315,7 +309,7 @@ struct GradientConsumer {
     clear_rows<KTile>(shared.k, is_clean, thread, kThreads);
     clear_rows<VTile>(shared.v, is_clean, thread, kThreads);
     ptx::fence_async_shared();
-    __syncwarp();  // lanes have cleared different numbers of chunks, and bar.sync is for converged warps
+    __syncwarp();  // lanes have cleared different numbers of chunks, and bar.sync needs converged warps
     ptx::sync_group(1, kThreads);
   }
 
@@ -337,7 +331,7 @@ struct GradientConsumer {
     if constexpr (kStagesSegments<C>) find_segments();
     QueryStep step = QueryStep::first(walk, step_use);
     const int32_t end = step.number + walk.steps();
-    const auto sum_of = [&] { return step.head * tile().sum_tiles + step.tile; };
+    const auto sum_of = [&] { return step.head * grid.sums.tiles + step.tile; };
     int32_t listed = 0;
     run_step<true>(step, 0, listed);
     int32_t sum_before = sum_of();

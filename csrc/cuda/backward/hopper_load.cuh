@@ -1,9 +1,11 @@
-// The producer warps of cuda/backward/hopper.cuh: key tiles are found, operands come in, sums of dQ go out.
+// The producer warps of cuda/backward/hopper.cuh: they find key tiles, load operands, and add dQ to the
+// accumulator.
 #pragma once
 
 #include <cstdint>
 
 #include "cuda/backward/hopper_state.cuh"
+#include "cuda/backward/hopper_sums.cuh"
 #include "cuda/backward/query_step.cuh"
 #include "cuda/gradient.cuh"
 #include "cuda/hopper/tile_scheduler.cuh"
@@ -27,7 +29,8 @@ struct GradientProducer {
       shared.state_pipe.wait_full(tile_index);
       const Tile& tile = shared.tiles[tile_index % kKeyTileStates];
       if (tile.done) return;
-      const auto& walk = tile.walk;  // in shared memory, as the warps have few registers
+      // Read from shared memory each time, because the warps have few registers.
+      const auto& walk = tile.walk;
       auto step = first_step(walk, step_use);
       const int32_t end = step.number + walk.steps();
       for (; step.number < end; step.advance(walk)) visit(tile, step);
@@ -36,12 +39,12 @@ struct GradientProducer {
     }
   }
 
-  // Back and forth: of one group of KV heads the tiles, which begin together, go from the last query tile to
-  // the first that they see. So they end one after the other, and those of the next group, which go the other
-  // way, begin where all of that group's tiles are at that time.
+  // Back and forth: the tiles of one group of KV heads begin together and go from the last query tile to the
+  // first that they see, so they end one after the other. The tiles of the next group go the other way, so
+  // each begins at the query tile where all tiles of the first group are at that time.
   //
-  // Tiles that add to dQ in order go from the last query tile to the first, too: each begins with one that
-  // the tiles before it begin with as well, or come to by then.
+  // Tiles that add to dQ in order also go from the last query tile to the first. Each then begins at a query
+  // tile that the tiles before it begin with, or have reached by then.
   __device__ __forceinline__ void set_order(QueryWalk& walk, const PersistentTiles& all,
                                             uint32_t number) const {
     const uint32_t group = number / (all.heads_together * static_cast<uint32_t>(all.tiles_per_head));
@@ -49,13 +52,13 @@ struct GradientProducer {
     walk.direction = grid.tickets || (all.back_and_forth && group % 2 == 0) ? -1 : 1;
   }
 
-  // One thread: finds the key tiles of the CTA, or of its cluster, at most one ahead.
+  // One thread finds the key tiles of the CTA, or of its cluster, at most one ahead.
   template <class Mailbox>
   __device__ __forceinline__ void schedule(const PersistentTiles& all, Mailbox& mailbox) {
     using Scheduler = TileScheduler<Over::kKeys, C::kN / C::kCluster, C::kCluster, 1, Mailbox>;
     Scheduler scheduler{all, mailbox};
-    // A tile that waits for its ticket waits for tiles of smaller numbers. These run, as every number is
-    // taken by a CTA, or a cluster, that runs.
+    // A tile that waits for its ticket waits for tiles with smaller numbers. These are in progress, because
+    // CTAs and clusters take numbers only while they run.
     const bool in_order = grid.tickets;
     uint32_t number = in_order ? scheduler.take() : Scheduler::first(0);
     while (number < all.count) {
@@ -63,7 +66,7 @@ struct GradientProducer {
       Tile& tile = shared.tiles[tile_index % kKeyTileStates];
       tile.work = scheduler.work(reload(p), number);
       set_order(tile.walk, all, number);
-      if (tile.template prepare<C>(reload(p), grid, maps)) shared.state_pipe.arrive(tile_index++);
+      if (tile.template prepare<C>(reload(p), grid)) shared.state_pipe.arrive(tile_index++);
       if (tile_index > 0) shared.ending_pipe.wait_full(tile_index - 1);
       number = in_order ? scheduler.take() : scheduler.next(number);
     }
@@ -81,7 +84,7 @@ struct GradientProducer {
     load_rows<TileShape>(ptx::shared_address(to), 0, map, pipe.full_barrier(use), at);
   }
 
-  // One thread: Q and dO of the first step, K and V, then Q and dO of the others.
+  // One thread loads Q and dO of the first step, K and V, then Q and dO of the other steps.
   __device__ __forceinline__ void load_tiles() {
     for_steps(
         [&](const Tile& tile, const QueryStep& step) {
@@ -101,11 +104,11 @@ struct GradientProducer {
         });
   }
 
-  // Whether this step of the tile is the one after which the next tile may be taken. A tile that is taken
-  // earlier by a CTA with a long one in progress starts late: it ends when others have none left, and its
+  // Whether the next tile may be taken after this step of the tile. If a CTA takes a tile earlier, while it
+  // has a long one in progress, that tile starts late: it ends when no other CTA has work left, and its
   // queries are no longer in L2.
   __device__ __forceinline__ bool ends_soon(const Tile& tile, const QueryStep& step) const {
-    constexpr int32_t kSoon = 4;  // steps, which cover the time that finding a tile takes
+    constexpr int32_t kSoon = 4;  // steps; they take as long as finding a tile
     return step.number - static_cast<int32_t>(step_use) == max(tile.walk.steps() - kSoon, 0);
   }
 
@@ -126,19 +129,19 @@ struct GradientProducer {
     shared.key_pipe.arrive(tile_index);
   }
 
-  // Calls clear(is_clean) if rows of a step's Q and dO are not in use and may hold NaN: of the plain score
-  // those outside `clean`, of others, which may hide all keys of a row, those whose P is 0. `some`: whether
-  // there are any of these.
+  // Calls clear(is_clean) if a step's Q and dO have rows that are not in use, which may hold NaN. With the
+  // plain score these are the rows outside `clean`. Other scores may hide all keys of a row; with them these
+  // are the rows whose P is 0, and `some` says whether there are any.
   template <class Clear>
   __device__ __forceinline__ void if_unclean(const Tile& tile, const QueryStep& step, bool some,
                                              Clear clear) const {
     if constexpr (C::kKind == ScoreKind::kPlain) {
-      reload_shared();  // found where it is needed, as registers are few
+      reload_shared();  // read here from shared memory, because there are few registers
       const Interval clean{tile.clean.lo - step.tile * C::kM, tile.clean.hi - step.tile * C::kM};
       if (clean.lo > 0 || clean.hi < C::kM) clear([=](int i) { return clean.contains(i); });
     } else if (some) {
       const float* const lse = shared.statistics[step.number % C::kStages].lse;
-      __syncwarp();  // every lane has stored its own
+      __syncwarp();  // every lane has stored its own lse
       clear([=](int i) { return lse[i] != INFINITY; });
     }
   }
@@ -159,19 +162,20 @@ struct GradientProducer {
     ptx::fence_async_shared();
   }
 
-  // The segments of a step's rows, where the kernel compares them.
+  // The segments of a step's rows, for kernels that compare them.
   __device__ __forceinline__ SegmentRange row_segments(const Tile& tile, const QueryStep& step) const {
     if constexpr (kStagesSegments<C>) {
       const int32_t row = step.tile * C::kM;
-      // Not the pointer: that of a call without segments is never set.
+      // Tests p, because the pointer is never set in a call without segments.
       if (p.q_segment_ids && row < tile.band.q_len)
         return SegmentRange::of<C::kM>(tile.score.q_segments + row, tile.band.q_len - row);
     }
     return {};
   }
 
-  // Where steps are marked: for each consumer of `Consumers`, whose first key is key_of(i), a bit, whether
-  // some row of the step does not see all its keys. Of ranges one lane tests a block of rows for a consumer.
+  // For kernels that mark steps: one bit per consumer of `Consumers`, whose first key is key_of(i), set if
+  // some row of the step does not see all of the consumer's keys. With ranges, each lane tests one block of
+  // rows for one consumer.
   template <int kParts, class Step, class KeyOf>
   __device__ __forceinline__ uint32_t partial_consumers(const Tile& tile, const Step& step,
                                                         KeyOf key_of) const {
@@ -190,7 +194,7 @@ struct GradientProducer {
       bits = __ballot_sync(~0u, partial);
       if constexpr (kBlocks > 1) bits |= bits >> kParts;
       bits &= (1u << kParts) - 1;
-    } else if constexpr (C::kKind == ScoreKind::kBlocks) {
+    } else if constexpr (kListsSteps<C>) {
 #pragma unroll
       for (int i = 0; i < kParts; ++i) {
         const int32_t part = (key_of(i) - tile.work.tile.row) / kConsumerRows;
@@ -200,8 +204,8 @@ struct GradientProducer {
     return bits;
   }
 
-  // One warp: lse and delta. Rows that see no key get an lse that makes their P = 0. Without
-  // a cluster it waits for Q and dO, too, so that consumers have one barrier to wait for.
+  // One warp loads lse and delta. Rows that see no key get an lse that makes their P = 0. Without a cluster
+  // the warp also waits for Q and dO, so that consumers wait for one barrier only.
   __device__ __forceinline__ void load_statistics() {
     const int lane = static_cast<int>(threadIdx.x % 32);
     for_steps(
@@ -223,7 +227,7 @@ struct GradientProducer {
             large_lse |= lse_too_large(row_lse(x.x));
             unseen |= x.x == -INFINITY;
           };
-          // Loads are issued before the stage is empty, as many as registers allow.
+          // As many loads as registers allow are issued before the stage is empty.
           const float2 first = fetch(lane), second = fetch(lane + 32);
           const SegmentRange segments = row_segments(tile, step);
           const uint32_t partial = partial_consumers<C::kConsumers>(
@@ -251,26 +255,23 @@ struct GradientProducer {
         [&](const Tile&) { shared.state_pipe.release(tile_index); });
   }
 
-  // Issues accumulator += dQ, a consumer's part of a step's.
+  // Issues sums += dQ, a consumer's part of a step's.
   __device__ __forceinline__ void start_dq_sum(const Tile& tile, const QueryStep& step, int consumer) const {
-    const SumPart part = sum_part<C>(p.head_dim, consumer);
-    float* const sum = tile.sums + int64_t{step.head * tile.sum_tiles + step.tile} * (C::kM * p.head_dim);
     shared.dq_pipe[consumer].wait_full(step.number);
-    if (part.columns > 0)
-      ptx::reduce_add_floats(sum + part.first, ptx::shared_address(shared.dq[consumer]),
-                             part.columns * kSumColumn * sizeof(float));
-    ptx::bulk_commit();
+    start_sum_of_part<C::kM, C::kDqColumns>(
+        sum_tile<C::kM>(p, tile.sums, step.head * grid.sums.tiles + step.tile), p.head_dim,
+        shared.dq[consumer], dq_placement<C>(consumer));
   }
 
-  // A ticket of a deterministic call covers 2^ticket_shift query tiles of a head, since each takes a wait for
-  // memory and a fence. Its count lies in the place of the first of them.
+  // A ticket of a deterministic call covers 2^ticket_shift query tiles of a head, because each ticket costs a
+  // wait for memory and a fence. Its counter is that of its first query tile.
   __device__ __forceinline__ int32_t ticket_of(const QueryStep& step) const {
     return step.tile >> grid.ticket_shift;
   }
   __device__ __forceinline__ uint32_t* count_of(const Tile& tile, const QueryStep& step) const {
-    return tile.tickets + step.head * grid.query_tiles + (ticket_of(step) << grid.ticket_shift);
+    return tile.tickets + step.head * grid.sums.tiles + (ticket_of(step) << grid.ticket_shift);
   }
-  // Whether a step is the first, the last of its ticket: the walk goes backwards.
+  // Whether a step is the first, or the last, of its ticket. Steps go backwards over the query tiles.
   __device__ __forceinline__ bool begins_ticket(const Tile& tile, const QueryStep& step) const {
     return ticket_of(step) != (step.tile + 1) >> grid.ticket_shift || step.tile == tile.walk.tiles.hi - 1;
   }
@@ -278,7 +279,7 @@ struct GradientProducer {
     return ticket_of(step) != (step.tile - 1) >> grid.ticket_shift || step.tile == tile.walk.tiles.lo;
   }
 
-  // Adds a step's dQ to the accumulator, at the beginning of a ticket after the `before` key tiles whose
+  // Adds a step's dQ to the sums, at the beginning of a ticket after the `before` key tiles whose
   // tickets are earlier.
   __device__ __forceinline__ void add_step(const Tile& tile, const QueryStep& step, bool begins,
                                            int32_t before) const {
@@ -295,7 +296,7 @@ struct GradientProducer {
     }
   }
 
-  // One thread, where sums are ordered: adds dQ to the accumulator. With segments it is the warp's first, and
+  // One thread, where sums are ordered: adds dQ to them. With segments it is the warp's first, and
   // the others help to find its ticket.
   static constexpr bool kWarpAddsDq = kTrimsSteps<C>;
   __device__ __forceinline__ void add_dq() {
@@ -313,7 +314,7 @@ struct GradientProducer {
         });
   }
 
-  // One warp: bias and mask of a step, for the keys from `key` on.
+  // One warp loads bias and mask of a step, for the keys from `key` on.
   __device__ __forceinline__ void load_score_tile(const Tile& tile, const QueryStep& step,
                                                   int32_t key) const {
     if (!p.bias && !p.mask) return;
@@ -322,7 +323,7 @@ struct GradientProducer {
     C::Tiles::load(shared, p, operands, tile.band, step.tile * C::kM, key, step.number);
   }
 
-  // One warp: those of every step.
+  // One warp loads bias and mask of every step.
   __device__ __forceinline__ void load_score_tiles() {
     for_steps(
         [&](const Tile& tile, const QueryStep& step) { load_score_tile(tile, step, tile.work.tile.row); },

@@ -19,7 +19,7 @@
 
 namespace jax_flash {
 
-// Tells the compiler that it is the same in all lanes.
+// Tells the compiler that the walk is the same in all lanes.
 __device__ __forceinline__ QueryWalk uniform(const QueryWalk& x) {
   return {uniform(x.tiles), uniform(x.heads), uniform(x.heads_inner), uniform(x.direction)};
 }
@@ -28,7 +28,8 @@ __device__ __forceinline__ GappedWalk uniform(const GappedWalk& x) {
   return {uniform(static_cast<const QueryWalk&>(x)), uniform(x.gap)};
 }
 
-// A consumer's copy of a walk. Of a list it has the number of steps, and goes through as many tiles.
+// A consumer's copy of a walk. A consumer only needs the number of steps of a listed walk; the copy has that
+// many tiles of one head.
 template <class Walk>
 __device__ __forceinline__ auto steps_of(const Walk& x) {
   return uniform(x);
@@ -45,19 +46,19 @@ inline constexpr bool kStagesTiles = [] {
   return false;
 }();
 
-// What lies in the workspace for key tiles.
+// The tables in the workspace that key tiles read.
 struct KeyGrid {
   const Interval* segments;  // [entries, key_tiles]: queries that may share a segment; nullptr: no segments
   int32_t key_tiles;
+  QuerySums sums;
   // In a deterministic call key tile after key tile adds to dQ: for each query tile, how many have done so.
-  uint32_t* tickets;     // [entries, h, query_tiles]; nullptr: in any order
-  int32_t query_tiles;   // of a head
+  uint32_t* tickets;     // [entries, h, sums.tiles]; nullptr: in any order
   int32_t ticket_shift;  // where a thread adds dQ, 2^ticket_shift query tiles for a ticket
   // For kernels of score kind Ranges: the keys that each block of rows sees, and for each key tile the query
   // tiles within its interval of `segments` that see none of its keys (core/visible/row_blocks.h).
   const SeenByBlock* blocks = nullptr;
   const Interval* gaps = nullptr;
-  StepLists lists{};  // for kernels of score kind Blocks
+  StepLists lists{};  // for kernels that go through lists
 
   // The intervals of the key tiles of a sequence.
   __device__ __forceinline__ int64_t first_slot(const Problem& p, const BlockWork& work,
@@ -66,9 +67,9 @@ struct KeyGrid {
   }
 };
 
-// Whether the statistics warp marks the steps of which some row does not see all keys.
+// Whether the statistics warp marks the steps in which some row does not see all keys.
 template <class C>
-inline constexpr bool kMarksSteps = C::kKind == ScoreKind::kRanges || C::kKind == ScoreKind::kBlocks;
+inline constexpr bool kMarksSteps = C::kKind == ScoreKind::kRanges || lists_tiles(C::kKind);
 
 // Whether each key tile has an interval of queries of its own.
 template <class C>
@@ -76,11 +77,11 @@ inline constexpr bool kTrimsSteps = C::Score::reads(Operand::kQSegmentIds) || C:
 
 // Whether the steps of a key tile are listed, so that consumers learn them from the statistics warp.
 template <class C>
-inline constexpr bool kListsSteps = C::kKind == ScoreKind::kBlocks;
+inline constexpr bool kListsSteps = lists_tiles(C::kKind);
 
-// How many key tiles add to dQ of a query tile of `rows` before this one, in a deterministic call: those
-// before it from the first that the rows see. Where segments leave each key tile a range of queries, all
-// lanes of the warp count the ranges.
+// In a deterministic call, the number of key tiles that add to dQ of a query tile of `rows` rows before this
+// one: all key tiles before it, from the first that the rows see. If segments leave each key tile an interval
+// of queries, all lanes of the warp count the intervals that contain the query tile.
 template <class C, class Tile>
 __device__ __forceinline__ int32_t tiles_before(const KeyGrid& grid, const Problem& p, const Tile& tile,
                                                 int32_t query_tile, int32_t rows = C::kM) {
@@ -107,8 +108,8 @@ __device__ __forceinline__ int32_t tiles_before(const KeyGrid& grid, const Probl
   return own - first;
 }
 
-// The score's operands in a key tile's state; none for the plain score. Shared memory has no byte left for
-// those that kernels for segments do not read.
+// The score's operands in a key tile's state; the plain score has none. Kernels for segments have no byte of
+// shared memory left for operands that they do not read.
 struct NoScoreOperands {};
 template <ScoreKind kKind>
 using ScoreOperandsOf = std::conditional_t<
@@ -116,16 +117,19 @@ using ScoreOperandsOf = std::conditional_t<
     std::conditional_t<
         kKind == ScoreKind::kSegments, SegmentOperands,
         std::conditional_t<kKind == ScoreKind::kRanges, RangeOperands,
-                           std::conditional_t<kKind == ScoreKind::kBlocks, BlockOperands, ScoreOperands>>>>;
+                           std::conditional_t<kKind == ScoreKind::kBlocks, BlockOperands,
+                                              std::conditional_t<kKind == ScoreKind::kListedMask,
+                                                                 MaskOperands, ScoreOperands>>>>>;
 
-// How the steps of a key tile follow each other.
+// The order of a key tile's steps.
 template <class Operands>
-using WalkOf =
-    std::conditional_t<std::is_same_v<Operands, RangeOperands>, GappedWalk,
-                       std::conditional_t<std::is_same_v<Operands, BlockOperands>, ListedWalk, QueryWalk>>;
+using WalkOf = std::conditional_t<
+    std::is_same_v<Operands, RangeOperands>, GappedWalk,
+    std::conditional_t<std::is_same_v<Operands, BlockOperands> || std::is_same_v<Operands, MaskOperands>,
+                       ListedWalk, QueryWalk>>;
 
-// Steps of lists on their way from the statistics warp to consumers. No consumer is as many steps behind the
-// warp: stages of statistics and of dS bound that.
+// Listed steps on their way from the statistics warp to consumers. A consumer is always fewer steps behind
+// that warp, because the stages of statistics and of dS limit the distance.
 template <bool kListed>
 struct StepRing {
   static constexpr uint32_t kSteps = 8;
@@ -153,26 +157,24 @@ template <class T, int kConsumers, class Operands>
 struct KeyTileState {
   BlockWork work;
   Band band;
-  WalkOf<Operands> walk;       // through the query tiles of which some row sees one of the keys
-  Interval whole[kConsumers];  // of those, the tiles whose rows all see all keys of a consumer
+  WalkOf<Operands> walk;       // through the query tiles in which some row sees one of the keys
+  Interval whole[kConsumers];  // those of these tiles in which all rows see all keys of a consumer
   Interval seen;               // query rows that see a key of the sequence
-  Interval clean;              // query rows whose Q and dO may be multiplied: the seen ones, and zeros
-  int32_t clean_keys;          // rows of K and V that may be: those in use, and zeros
+  Interval clean;              // query rows whose Q and dO may be multiplied, because they are seen or zero
+  int32_t clean_keys;          // rows of K and V that may be multiplied, because they are in use or zero
   int32_t kv_head;
   const float *lse, *delta;  // of the first head
-  float* sums;               // of the first head and query tile, in an accumulator by tiles
-  int32_t sum_tiles;         // of a head there
-  uint32_t* tickets;         // of the first head and query tile, where dQ is added up in order
+  float* sums;               // of dQ, of the first head and query tile
+  uint32_t* tickets;         // likewise, where dQ is added up in order
   GlobalRows<T> dkey, dvalue;
-  [[no_unique_address]] Operands score;  // of the first head
+  [[no_unique_address]] Operands score;  // at the first head
 
-  int32_t done;  // all tiles are taken, and this is none
+  int32_t done;  // all tiles are taken, and this state describes none
 
-  // Finds all the rest from `work`, a part at a time, as the thread has few registers. False: the tile has no
-  // rows.
+  // Computes the rest of the state from `work`, part by part, because the thread has few registers. Returns
+  // false if the tile has no rows.
   template <class C>
-  __device__ __forceinline__ bool prepare(const Problem& p, const KeyGrid& grid,
-                                          const typename C::Maps& maps) {
+  __device__ __forceinline__ bool prepare(const Problem& p, const KeyGrid& grid) {
     const TileWork& tile = work.tile;
     if (tile.row >= tile.end) return false;
     done = 0;
@@ -183,7 +185,7 @@ struct KeyTileState {
     reload_shared();
     if constexpr (C::kKind == ScoreKind::kRanges) {
       trim_to_ranges<C>(p, grid);
-    } else if constexpr (C::kKind == ScoreKind::kBlocks) {
+    } else if constexpr (kListsSteps<C>) {
       take_list<C>(p, grid);
     } else {
       const Interval rows = trim_to_segments(grid.segments, grid.key_tiles, C::kN, p, work,
@@ -198,20 +200,18 @@ struct KeyTileState {
       whole[i] = {(all.lo + C::kM - 1) / C::kM, all.hi / C::kM};
     }
     reload_shared();
-    // Rows past the operand's end come as zeros; those of other sequences, or unused ones, may hold NaN.
+    // Rows past the operand's end are loaded as zeros. Rows of other sequences, and unused rows, may hold
+    // NaN.
     constexpr int32_t kNone = std::numeric_limits<int32_t>::max();
     seen = clean = band.queries(0, band.k_len);
     if (tile.q_begin + seen.hi >= p.q_rows) clean.hi = kNone;
     clean_keys = tile.k_begin + tile.k_len < p.k_rows ? max(tile.k_len - tile.row, 0) : kNone;
     find_rows(p);
     reload_shared();
-    const int64_t first = p.packed() ? first_slot(tile.q_begin, C::kM, tile.index) : 0;
+    const int64_t first = grid.sums.first_tile<C::kM>(p, work);
+    sums = sum_tile<C::kM>(p, grid.sums.data, first);
     if constexpr (C::kOrdered || kStagesTiles<C>) {
-      if (grid.tickets) tickets = grid.tickets + (entry(p) * p.heads + work.head) * grid.query_tiles + first;
-    }
-    if constexpr (C::kCluster == 1) {
-      sum_tiles = maps.sums.tiles;
-      sums = maps.sums.data + ((entry(p) * p.heads + work.head) * sum_tiles + first) * C::kM * p.head_dim;
+      if (grid.tickets) tickets = grid.tickets + first;
     }
     if constexpr (C::kKind != ScoreKind::kPlain)
       score.template prepare<typename C::Score>(reload(p), work, work.head);
@@ -219,7 +219,7 @@ struct KeyTileState {
   }
 
  private:
-  // The steps that block masks and the band leave.
+  // The steps that the mask and the band leave.
   template <class C>
   __device__ __forceinline__ void take_list(const Problem& p, const KeyGrid& grid) {
     const int64_t slot = ((work.leading * p.batch + work.batch_row) * p.kv_heads + kv_head) * grid.key_tiles +
@@ -229,7 +229,7 @@ struct KeyTileState {
     reload_shared();
     walk.list = grid.lists.steps + slot * grid.lists.most;
   }
-  // The query tiles that ranges and the band leave.
+  // The query tiles that ranges and the band leave visible.
   template <class C>
   __device__ __forceinline__ void trim_to_ranges(const Problem& p, const KeyGrid& grid) {
     const TileWork& tile = work.tile;
@@ -252,17 +252,14 @@ struct KeyTileState {
     reload_shared();
     dvalue = {p.dvalue.as<T>() + offset(p.dvalue, kv_head, work.tile.k_begin), p.dvalue.row, p.value_dim};
   }
-  __device__ __forceinline__ int64_t entry(const Problem& p) const {
-    return work.leading * (p.packed() ? 1 : p.batch) + work.batch_row;
-  }
   // There is at most one leading dimension.
   __device__ __forceinline__ int64_t offset(const View& view, int32_t head, int32_t row) const {
     return work.leading * view.leading[0] + view.offset(work.batch_row, head, row);
   }
 };
 
-// Zeros the rows of a tile that are not is_clean(row): they may hold NaN, and 0 · NaN is NaN. The share of
-// one of `threads`.
+// Zeros the rows of a tile for which is_clean(row) is false, since they may hold NaN, and 0 · NaN is NaN.
+// Each of `threads` threads clears its share.
 template <class Tile, class IsClean>
 __device__ __forceinline__ void clear_rows(uint8_t* tile, IsClean is_clean, int thread, int threads) {
   const uint32_t to = ptx::shared_address(tile);
@@ -280,7 +277,7 @@ struct StepSegments {
 };
 struct NoSegments {};
 
-// Whether a kernel has them.
+// Whether a kernel stages segments in shared memory.
 template <class C>
 inline constexpr bool kStagesSegments = C::kCluster == 1 && C::Score::reads(Operand::kQSegmentIds);
 
@@ -296,7 +293,7 @@ struct BackwardShared {
   [[no_unique_address]] typename C::Tiles::Buffer score_tiles;  // bias and mask
   QueryStatistics<C::kM> statistics[kStages];
   int32_t large_lse[kStages];  // whether the rounding of some lse would show in P
-  [[no_unique_address]] StepRing<C::kKind == ScoreKind::kBlocks> step_ring;
+  [[no_unique_address]] StepRing<kListsSteps<C>> step_ring;
   using Segments =
       std::conditional_t<kStagesSegments<C>, StepSegments<kStages, kConsumers * kConsumerWarps>, NoSegments>;
   [[no_unique_address]] Segments segments;
@@ -307,14 +304,14 @@ struct BackwardShared {
   Pipeline<1> key_pipe;     // K and V
   Pipeline<kStages> q_pipe, do_pipe;
   Pipeline<kStages> ready_pipe;    // full when Q and dO are loaded and clean, and lse and delta stored
-  Pipeline<C::kDsStages> ds_pipe;  // dSᵀ of both consumers, who release it where kReleasesDs
+  Pipeline<C::kDsStages> ds_pipe;  // dSᵀ of both consumers, which release it if kReleasesDs
   Pipeline<1> dq_pipe[kConsumers];
   [[no_unique_address]] typename C::Tiles::Pipe score_pipe;
 
   __device__ __forceinline__ void init() {
     constexpr uint32_t kConsumer = kConsumerWarps * ptx::kWarpArrivals;
     state_pipe.init(kConsumers * kConsumer + ptx::kWarpArrivals + (C::kOrdered ? 2 : 1) +
-                    (kStagesTiles<C> ? ptx::kWarpArrivals : 0));  // and the other producers
+                    (kStagesTiles<C> ? ptx::kWarpArrivals : 0));  // also counts the other producers
     ending_pipe.init(1);
     key_pipe.init(kConsumers * kConsumer);
     q_pipe.init(kConsumers * kConsumer);

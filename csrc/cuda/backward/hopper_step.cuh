@@ -28,21 +28,65 @@ struct StepRows {
   __device__ __forceinline__ bool has_large_lse() const { return uniform(has_large_lse_); }
 };
 
-// Where steps are marked `large_lse` of a stage has a bit more for each consumer: whether some row of the
-// step does not see all of its keys.
+// In kernels that mark steps, `large_lse` of a stage has one more bit for each consumer: whether some row of
+// the step does not see all of the consumer's keys.
 __device__ __forceinline__ bool is_partial_of(const int32_t& large_lse, int consumer) {
   return uniform(large_lse) >> (1 + consumer) & 1;
 }
 template <class C>
 inline constexpr bool kPlainSteps = C::kKind == ScoreKind::kPlain || kMarksSteps<C>;
 
-// S ← −inf where the band, ranges or blocks hide a step's keys from its rows. A warp's keys are of one block.
+// What a step's rows see of a warp's 16 keys by a boolean mask and the band: fetched while S is multiplied.
+// Nothing in kernels of other kinds.
+template <class C>
+struct SeenByStep {
+  static constexpr bool kFetched = C::kKind == ScoreKind::kListedMask;
+  static constexpr int kWords = kFetched ? C::kM / 64 : 1;
+  uint32_t
+      of_rows[kWords];  // lane l has a bit of every key for rows l and, in the high half, l + 32 of each 64
+
+  template <class Tile>
+  __device__ __forceinline__ void fetch(const Problem& p, const Tile& tile, const QueryStep& step,
+                                        int32_t key) {
+    const MaskRows mask = tile.score.mask_rows(p, step.head);
+    const int32_t row = step.tile * C::kM + static_cast<int32_t>(ptx::lane_index());
+#pragma unroll
+    for (int i = 0; i < kWords; ++i)
+      of_rows[i] = mask.bits_of_two(row + 64 * i, row + 64 * i + 32, tile.band, key);
+  }
+  // S ← −inf where the bit of a row and key is 0.
+  template <class S>
+  __device__ __forceinline__ void hide(S& s) const {
+    constexpr int kSlots = 8;  // of 32 rows
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+#pragma unroll
+      for (int slot = 0; slot < kSlots; ++slot) {
+        const uint32_t lane = S::row_step(slot) + ptx::lane_index() % 4 * 2;
+        const uint32_t own = __shfl_sync(~0u, of_rows[i], lane) >> S::column(0);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e)
+            if (!(own >> (MaskRows::kKeys * half + S::column_step(0, e)) & 1))
+              s.at((2 * i + half) * kSlots + slot, 0, e) = -INFINITY;
+        }
+      }
+    }
+  }
+};
+
+// S ← −inf where the band, ranges, blocks or the mask hide a step's keys from its rows. A warp's keys are of
+// one block.
 template <class C, class S, class Tile>
 __device__ __forceinline__ void hide_unseen_keys(S& s, const Problem& p, const Tile& tile,
-                                                 const QueryStep& step, int32_t key) {
+                                                 const QueryStep& step, int32_t key,
+                                                 const SeenByStep<C>& seen) {
   const Band& band = tile.band;
   const int32_t row = step.tile * C::kM;
-  if constexpr (C::kKind == ScoreKind::kRanges) {
+  if constexpr (SeenByStep<C>::kFetched) {
+    seen.hide(s);
+  } else if constexpr (C::kKind == ScoreKind::kRanges) {
     const RowRanges ranges = tile.score.row_ranges(p, step.head);
     hide_unseen_transposed(s, row, key, [&](int32_t i) {
       return ranges.seen(0, i, intersect(band.row(i), {key, key + S::kColumns}));
@@ -75,7 +119,7 @@ struct StepTile {
   }
   __device__ __forceinline__ const Band& band() const { return of.tile().band; }
   __device__ __forceinline__ int32_t row() const { return step.tile * Consumer::Config::kM; }
-  // Compares the rows' segments, found by the statistics warp, with those of this warp's keys.
+  // Compares the segments of the rows, which the statistics warp has found, with those of this warp's keys.
   __device__ __forceinline__ InSegment in_segment() const
     requires(kStagesSegments<typename Consumer::Config>)
   {
@@ -95,8 +139,8 @@ struct StepTile {
   }
 };
 
-// Sᵀ → Pᵀ = 2^(scale · Sᵀ − lse), with a step's lse in shared memory; gradient.cuh says what is done where
-// lse is too large. kMask: of large_lse's bits.
+// Sᵀ → Pᵀ = 2^(scale · Sᵀ − lse), with a step's lse in shared memory; gradient.cuh says what happens if lse
+// is too large. kMask: which bits of large_lse count.
 template <int32_t kMask = -1, class S>
 __device__ __forceinline__ void probabilities_of_keys(S& s, const float* lse, const int32_t& large_lse,
                                                       float scale) {
@@ -115,7 +159,7 @@ __device__ __forceinline__ void probabilities_of_keys(S& s, const float* lse, co
   for_each(s, [&](float& x, int, int, int) { x = ptx::exp2(x); });
 }
 
-// dPᵀ − delta, before dPᵀ is added to it: the step's delta with a minus, from shared memory.
+// Starts dPᵀ − delta with −delta, from shared memory; the product dPᵀ is added to it.
 template <class S>
 __device__ __forceinline__ void start_from_delta(S& dp, const float* negative_delta) {
   const auto* pairs = reinterpret_cast<const float2*>(negative_delta) + ptx::lane_index() % 4;

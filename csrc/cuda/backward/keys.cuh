@@ -1,5 +1,5 @@
 // dK and dV: one thread block per key tile and KV head, which iterates over the query tiles of the KV head's
-// query heads. dQ is added to a float32 accumulator in global memory on the way, unless the call is
+// query heads. dQ is added to float32 sums in global memory on the way, unless the call is
 // deterministic and another kernel computes it.
 #pragma once
 
@@ -18,7 +18,8 @@
 
 namespace jax_flash::inline JF_ARCH_NAMESPACE {
 
-// This warp's part of P, in s, and of dS, in dp. statistics: the step's lse and delta; q, d_out, k: tiles.
+// Computes this warp's part of P (in s) and of dS (in dp). statistics: the step's lse and delta; q, d_out, k:
+// tiles.
 template <class C>
 __device__ __forceinline__ void score_gradients(const Problem& p,
                                                 const KeyBlockState<typename C::Element>& block,
@@ -42,7 +43,7 @@ __device__ __forceinline__ void score_gradients(const Problem& p,
     multiply_do_v();
     score.prefetch_gradient(tile);
     tile_gradient(score, tile, rows, partial, s, dp);
-  } else {  // P is made before dP, which leaves it to the compiler to overlap the two
+  } else {  // P comes before dP, so the compiler may overlap the two
     multiply_q_k();
     if (partial) mask(s, block.band, first, key);
     probabilities(s, rows, C::Score::power_scale(p.spec));  // P = exp(S − lse)
@@ -71,14 +72,13 @@ __device__ __forceinline__ void multiply_ds_k(typename C::DQ& dq, uint32_t ds, u
                                          k + slice_offset<C, typename C::KTile>(), at.column));
 }
 
-// Adds a step's dQ to the accumulator in global memory.
+// Adds a step's dQ to the sums. `tiles`: of a head there.
 template <class C>
 __device__ __forceinline__ void add_dq(const Problem& p, const KeyBlockState<typename C::Element>& block,
-                                       const QueryStep& step, const typename C::DQ& dq, Placement at) {
-  const int32_t row = step.tile * C::kM, columns = accumulator_columns(p.head_dim);
-  const int64_t stride = int64_t{p.heads} * columns;
-  add_rows(dq, at, {block.dquery + row * stride + step.head * columns, stride, columns - first_column<C>()},
-           block.work.tile.q_len - row);
+                                       int32_t tiles, const QueryStep& step, const typename C::DQ& dq,
+                                       Placement at) {
+  at.column += first_column<C>();
+  add_to_sums<C::kM>(sum_tile<C::kM>(p, block.sums, step.head * tiles + step.tile), p.head_dim, dq, at);
 }
 
 // Scales dK and dV and writes them, through the shared memory of K and V.
@@ -91,8 +91,9 @@ __device__ __forceinline__ void store_dk_dv(const Problem& p, const KeyBlockStat
   const float dv_factor = C::Score::kDropout ? dropout_scale(p.spec) : 1.0f;
   for_each(dk, [&](float& x, int, int, int) { x *= p.spec.scale; });
   for_each(dv, [&](float& x, int, int, int) { x *= dv_factor; });
-  __syncthreads();                                // every warp is done with K and V
-  const Placement dk_at = WarpPartition<C>().dk;  // computed again: the loop has no register to keep it in
+  __syncthreads();  // every warp has read K and V
+  // Computed again, because the loop has no register to keep it in.
+  const Placement dk_at = WarpPartition<C>().dk;
   store_accumulator<K>(dk, shared, dk_at);
   store_accumulator<V>(dv, shared + C::kLayout.v, dk_at);
   __syncthreads();
@@ -118,7 +119,7 @@ __device__ __forceinline__ void prepare_step(const Problem& p, KeyBlockState<typ
   // clear_unseen contains a __syncthreads, so every thread is done with the last head's block.score.
   bool new_head = step.head > 0 && step.tile == block.tiles.lo;
   if constexpr (C::Score::reads(Operand::kBlockMask)) {
-    new_head = step.head != block.score_head;  // a head's first tiles may be hidden
+    new_head = step.head != block.score_head;  // compares heads, because a head's first tiles may be hidden
     if (new_head) __syncthreads();             // every thread has compared the heads
   }
   if (new_head) {
@@ -132,7 +133,7 @@ __device__ __forceinline__ void prepare_step(const Problem& p, KeyBlockState<typ
 // step.
 template <class C>
 __device__ __forceinline__ void backward_keys(const Problem& p, KeyBlockState<typename C::Element>& block,
-                                              uint8_t* shared) {
+                                              int32_t sum_tiles, uint8_t* shared) {
   using PTile = typename C::PTile;
   constexpr BackwardLayout kLayout = C::kLayout;
   const TileWork& tile = block.work.tile;
@@ -195,11 +196,11 @@ __device__ __forceinline__ void backward_keys(const Problem& p, KeyBlockState<ty
     add_transposed_product<C, typename C::QSlice>(dk, ds_tile, q + slice_offset<C, typename C::QTile>(),
                                                   at.dk);  // dK += dSᵀ Q
     barriers.wait_ds_full(step);
-    if (block.dquery) {
+    if (block.sums) {
       typename C::DQ dq;
       multiply_ds_k<C>(dq, ds_tile, k, at.dq);  // dQ = dS K
       barriers.arrive_ds_empty();
-      add_dq<C>(p, block, step, dq, at.dq);
+      add_dq<C>(p, block, sum_tiles, step, dq, at.dq);
     } else {
       barriers.arrive_ds_empty();
     }
@@ -211,41 +212,40 @@ __device__ __forceinline__ void backward_keys(const Problem& p, KeyBlockState<ty
   store_dk_dv<C>(p, block, shared, dk, dv);  // dK ← scale · dK
 }
 
-// The main loop where Q and dO share one buffer (backward/keys_single_buffer.cuh).
+// The main loop for rows in which Q and dO share one buffer (backward/keys_single_buffer.cuh).
 template <class C>
 __device__ __forceinline__ void backward_keys_single_buffer(const Problem& p,
                                                             KeyBlockState<typename C::Element>& block,
-                                                            uint8_t* shared);
+                                                            int32_t sum_tiles, uint8_t* shared);
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     backward_keys_sm80(const __grid_constant__ Problem p, const __grid_constant__ GridTiles grid,
-                       float* accumulator) {
+                       const __grid_constant__ QuerySums sums) {
   using Block = KeyBlockState<typename C::Element>;
   static_assert(sizeof(Block) + C::kLayout.bytes - C::kLayout.barriers <= kBlockStateBytes);
   __shared__ Block block;
   uint8_t* const shared = ptx::dynamic_shared();
   if (threadIdx.x == 0) {
-    block.prepare(p, grid, C::kM, C::kN, accumulator, first_column<C>());
+    block.template prepare<C::kM>(p, grid, C::kN, sums, first_column<C>());
     if constexpr (!C::kPlain) prepare_score<C>(p, block, 0);
     KeyBarriers<C>(ptx::shared_address(shared + C::kLayout.barriers)).init();
   }
   __syncthreads();
   if (block.work.tile.row >= block.work.tile.end) return;
   if constexpr (C::kSingleBuffer) {
-    backward_keys_single_buffer<C>(p, block, shared);
+    backward_keys_single_buffer<C>(p, block, sums.tiles, shared);
   } else {
-    backward_keys<C>(p, block, shared);
+    backward_keys<C>(p, block, sums.tiles, shared);
   }
 }
 
-// accumulator: dQ in float32, or null where another kernel computes dQ.
 template <class C>
-cudaError_t launch_backward_keys(const Problem& p, const TileGrid& grid, void* workspace, float* accumulator,
-                                 cudaStream_t stream) {
+cudaError_t launch_backward_keys(const Problem& p, const TileGrid& grid, void* workspace,
+                                 const QuerySums& sums, cudaStream_t stream) {
   const int32_t slices = slice_count<C>(std::max(p.head_dim, p.value_dim));
   return launch(backward_keys_sm80<C>, {grid.blocks, slices}, C::kThreads, C::kSharedBytes, stream, p,
-                grid_tiles(grid, workspace), accumulator);
+                grid_tiles(grid, workspace), sums);
 }
 
 }  // namespace jax_flash::inline JF_ARCH_NAMESPACE

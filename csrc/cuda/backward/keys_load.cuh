@@ -5,6 +5,7 @@
 #include "core/plan/launch_plan.h"
 #include "cuda/backward/keys_traits.cuh"
 #include "cuda/backward/query_step.cuh"
+#include "cuda/backward/query_sums.cuh"
 #include "cuda/gradient.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/cp_async.cuh"
@@ -18,7 +19,7 @@ struct KeyBlockState : GradientBlock<T> {
   Interval rows;   // from the first to the last query that may see one of the block's keys
   Interval whole;  // queries that see all of them
   GlobalRows<T> dkey, dvalue;
-  float* dquery;  // in the accumulator of dQ, at the sequence's first row and the group's first head, or null
+  float* sums;         // of dQ, of the sequence's first query tile and the group's first head, or null
   int32_t score_head;  // of the group: the one that `score` is of
 
   // Whether block masks hide the block's keys from all rows of a step.
@@ -28,9 +29,10 @@ struct KeyBlockState : GradientBlock<T> {
     return this->score.blocks_hide(p, step.head - score_head, {row, row + block_m}, {key, key + block_n});
   }
 
-  // `column`: the first one of dK, dV and dQ that the CTA works on.
-  __device__ void prepare(const Problem& p, const GridTiles& grid, int32_t block_m, int32_t block_n,
-                          float* accumulator, int32_t column) {
+  // `column`: the first one of dK and dV that the CTA works on.
+  template <int kM>
+  __device__ void prepare(const Problem& p, const GridTiles& grid, int32_t block_n, const QuerySums& all_sums,
+                          int32_t column) {
     this->template locate<Over::kKeys>(p, grid, block_n);
     const BlockWork& work = this->work;
     const TileWork& tile = work.tile;
@@ -38,18 +40,12 @@ struct KeyBlockState : GradientBlock<T> {
     rows = this->band.queries(tile.row, tile.used_keys());
     rows = trim_to_segments(grid.segments, grid.count, block_n, p, work, rows);
     whole = this->band.common_queries(tile.row, tile.row + block_n);
-    this->tiles = tiles_of(rows, block_m);
+    this->tiles = tiles_of(rows, kM);
     dkey = {p.dkey.as<T>() + work.offset(p, p.dkey, kv_head, tile.k_begin) + column, p.dkey.row,
             p.head_dim - column};
     dvalue = {p.dvalue.as<T>() + work.offset(p, p.dvalue, kv_head, tile.k_begin) + column, p.dvalue.row,
               p.value_dim - column};
-    dquery = nullptr;
-    if (accumulator) {
-      const int64_t batch = work.leading * (p.packed() ? 1 : p.batch) + work.batch_row;
-      dquery = accumulator +
-               ((batch * p.q_rows + tile.q_begin) * p.heads + work.head) * accumulator_columns(p.head_dim) +
-               column;
-    }
+    sums = all_sums.data ? sum_tile<kM>(p, all_sums.data, all_sums.first_tile<kM>(p, work)) : nullptr;
   }
 };
 
@@ -127,12 +123,13 @@ class KeyBarriers {
   __device__ __forceinline__ void wait_queries_full(const QueryStep& step) const {
     ptx::barrier_wait(at(2 + step.number % C::kStages), step.number / C::kStages);
   }
-  // This thread has stored its P and dS.
+  // Says that this thread has stored its P and dS.
   __device__ __forceinline__ void arrive_ds_full() const { ptx::barrier_arrive(at(0)); }
   __device__ __forceinline__ void wait_ds_full(const QueryStep& step) const {
     ptx::barrier_wait(at(0), step.number);
   }
-  // This thread has read all that it needs of the step: P and dS, and with them Q and dO, may be overwritten.
+  // Says that this thread has read P and dS of the step, and with them Q and dO, so that they may be
+  // overwritten.
   __device__ __forceinline__ void arrive_ds_empty() const { ptx::barrier_arrive(at(1)); }
   __device__ __forceinline__ void wait_ds_empty(int32_t number) const {
     if (number >= 0) ptx::barrier_wait(at(1), number);

@@ -1,6 +1,6 @@
-// dK and dV where shared memory has no room for Q and dO at the same time: they share one buffer, and
-// Q is loaded a second time after dO. This is float32 at d = 256 in the 64 KB of sm_75, and at d = 512 in 99
-// KB.
+// dK and dV for cases in which shared memory has no room for both Q and dO: they share one buffer, and Q is
+// loaded a second time after dO. This happens in float32, at d = 256 in the 64 KB of sm_75, and at d = 512 in
+// 99 KB.
 #pragma once
 
 #include "cuda/backward/keys.cuh"
@@ -23,7 +23,7 @@ __device__ __forceinline__ void load_statistics(const Problem& p,
 template <class C>
 __device__ __forceinline__ void backward_keys_single_buffer(const Problem& p,
                                                             KeyBlockState<typename C::Element>& block,
-                                                            uint8_t* shared) {
+                                                            int32_t sum_tiles, uint8_t* shared) {
   using T = typename C::Element;
   using QTile = typename C::QTile;
   using DoTile = typename C::DoTile;
@@ -51,13 +51,13 @@ __device__ __forceinline__ void backward_keys_single_buffer(const Problem& p,
     auto used = [=](int i, int r) { return fabsf(statistics[i + r]) != INFINITY; };
     auto load_and_wait = [&]<class Tile>(Tile, GlobalRows<const T> from, const View& view) {
       from.data += step.head * view.head;
-      __syncthreads();  // every warp is done with the tile that the buffer holds
+      __syncthreads();  // every warp has read the tile in the buffer
       load_tile_where<Tile, C::kThreads>(buffer, from, row, used);
       ptx::cp_async_commit();
       ptx::cp_async_wait<0>();
       __syncthreads();
     };
-    __syncthreads();  // every warp is done with the last step
+    __syncthreads();  // every warp has finished the last step
     load_statistics<C>(p, block, step, statistics);
     if constexpr (!C::kPlain) {
       if (threadIdx.x == 0 && step.head > 0) prepare_score<C>(p, block, step.head);
@@ -82,10 +82,10 @@ __device__ __forceinline__ void backward_keys_single_buffer(const Problem& p,
     load_and_wait(QTile{}, block.query, p.query);
     add_transposed_product<C, typename C::QSlice>(dk, ds_tile, buffer + slice_offset<C, QTile>(),
                                                   at.dk);  // dK += dSᵀ Q
-    if (block.dquery) {
+    if (block.sums) {
       typename C::DQ dq;
       multiply_ds_k<C>(dq, ds_tile, k, at.dq);  // dQ = dS K
-      add_dq<C>(p, block, step, dq, at.dq);
+      add_dq<C>(p, block, sum_tiles, step, dq, at.dq);
     }
   }
   store_dk_dv<C>(p, block, shared, dk, dv);  // dK ← scale · dK

@@ -2,15 +2,15 @@
 // mma.sync, ldmatrix and cp.async.
 #pragma once
 
-#include "cuda/backward/convert.cuh"
 #include "cuda/backward/keys.cuh"
 #include "cuda/backward/keys_single_buffer.cuh"
 #include "cuda/backward/queries.cuh"
+#include "cuda/backward/query_sums.cuh"
 
 namespace jax_flash::inline JF_ARCH_NAMESPACE {
 
 // Launches the kernels of one row of csrc/kernels.def. A kernel over key tiles computes dK and dV. dQ comes
-// from the float32 accumulator or, if it has to be deterministic, from a kernel over query tiles.
+// from float32 sums or, if it has to be deterministic, from a kernel over query tiles.
 template <class T, Row R, ScoreKind Kind>
 cudaError_t launch_backward_sm80(const Problem& p, const LaunchPlan& plan, void* workspace,
                                  cudaStream_t stream) {
@@ -19,16 +19,11 @@ cudaError_t launch_backward_sm80(const Problem& p, const LaunchPlan& plan, void*
   using Queries = BackwardQueriesSm80<T, R, Kind>;
   // The host counts the shared memory of the plain kernel over key tiles (backward_shared_bytes).
   static_assert(Queries::kSharedBytes <= Plain::kSharedBytes && Keys::kSharedBytes <= Plain::kSharedBytes);
-  float* accumulator = nullptr;
-  if (plan.accumulator >= 0) {
-    accumulator = reinterpret_cast<float*>(static_cast<char*>(workspace) + plan.accumulator);
-    if (cudaError_t e = clear_accumulator(p, accumulator, stream); e != cudaSuccess) return e;
-  }
-  if (cudaError_t e = launch_backward_keys<Keys>(p, plan.keys, workspace, accumulator, stream);
-      e != cudaSuccess) {
+  const auto sums = query_sums<Keys::kM>(p, plan, workspace);
+  if (cudaError_t e = clear_sums<Keys::kM>(p, sums, stream); e != cudaSuccess) return e;
+  if (cudaError_t e = launch_backward_keys<Keys>(p, plan.keys, workspace, sums, stream); e != cudaSuccess)
     return e;
-  }
-  if (accumulator) return convert_accumulator<T>(p, accumulator, stream);
+  if (sums.data) return convert_sums<T, Keys::kM>(p, sums, plan.keys, workspace, stream);
   return launch_backward_queries<Queries>(p, plan.queries, workspace, stream);
 }
 

@@ -1,5 +1,5 @@
-// dQ where it has to be deterministic: one thread block per query tile and head sums it in a fixed order. The
-// price is that S and dP are computed a second time.
+// dQ of deterministic calls: one thread block per query tile and head sums it in a fixed order, at the price
+// of computing S and dP a second time.
 #pragma once
 
 #include "core/families/portable_layout.h"
@@ -49,7 +49,7 @@ template <class T>
 struct QueryBlockState : GradientBlock<T> {
   GlobalRows<T> dquery;
 
-  // `column`: the first one of dQ that the CTA works on.
+  // `column`: the first column of dQ that the CTA works on.
   __device__ void prepare(const Problem& p, const GridTiles& grid, int32_t block_m, int32_t block_n,
                           int32_t column) {
     this->template locate<Over::kQueries>(p, grid, block_m);

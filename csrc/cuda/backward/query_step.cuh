@@ -8,18 +8,18 @@
 
 namespace jax_flash {
 
-// In which order they come: head after head, or tile after tile.
+// The order of the steps: head after head, or tile after tile.
 struct QueryWalk {
   Interval tiles;
   int32_t heads;
-  int32_t heads_inner;  // whether all heads follow each other at each tile
-  int32_t direction;    // 1: from the first tile to the last; −1: back
+  int32_t heads_inner;  // whether all heads of a tile come before the next tile
+  int32_t direction;    // 1: from the first tile to the last; −1: from the last to the first
 
   __device__ __forceinline__ int32_t steps() const { return tiles.size() * heads; }
   __device__ __forceinline__ int32_t first_tile() const { return direction > 0 ? tiles.lo : tiles.hi - 1; }
 };
 
-// The same without the tiles of a gap in between.
+// The same order, without the tiles in a gap.
 struct GappedWalk : QueryWalk {
   Interval gap;
 
@@ -35,7 +35,7 @@ struct GappedWalk : QueryWalk {
 struct QueryStep {
   int32_t head;  // within the group of the KV head
   int32_t tile;
-  int32_t number;  // of the step
+  int32_t number;  // number of the step
 
   __device__ __forceinline__ static QueryStep first(const QueryWalk& walk, uint32_t number) {
     return {0, walk.first_tile(), static_cast<int32_t>(number)};
@@ -45,7 +45,7 @@ struct QueryStep {
     ++number;
     if (++tile == tiles.hi) tile = tiles.lo, ++head;
   }
-  // Likewise, to the next step that hidden(step) does not hold for; `number` counts those alone.
+  // Likewise, but skips steps for which hidden(step) holds; `number` counts only the others.
   template <class Hidden>
   __device__ __forceinline__ void advance(const Interval& tiles, int32_t heads, Hidden hidden) {
     const int32_t next = number + 1;
@@ -73,7 +73,8 @@ struct QueryStep {
   }
 };
 
-// The steps of a list instead (core/visible/key_tiles.h), in its order. `tiles`: not empty if there are any.
+// A walk through a list of steps (core/visible/key_tiles.h), in the list's order. `tiles`: not empty if the
+// list has steps.
 struct ListedWalk : QueryWalk {
   const int32_t* list;
   int32_t count;
@@ -82,8 +83,8 @@ struct ListedWalk : QueryWalk {
 };
 
 struct ListedQueryStep : QueryStep {
-  int32_t listed = 0;        // the element of the list,
-  int32_t next = 0, at = 0;  // the one after it, and the place of that
+  int32_t listed = 0;        // the list element of this step
+  int32_t next = 0, at = 0;  // the element after it, and that element's index
 
   __device__ __forceinline__ void take(int32_t element) {
     listed = element, head = ListedStep::head(element), tile = ListedStep::tile(element);
@@ -95,7 +96,7 @@ struct ListedQueryStep : QueryStep {
     step.fetch(walk);
     return step;
   }
-  // An element is read a step before it is needed.
+  // Reads an element one step before it is needed.
   __device__ __forceinline__ void fetch(const ListedWalk& walk) {
     if (++at < walk.count) next = walk.list[at];
   }
@@ -106,7 +107,7 @@ struct ListedQueryStep : QueryStep {
   }
 };
 
-// The first step of a walk, of so many before it.
+// The first step of a walk. `number`: the steps before it.
 __device__ __forceinline__ QueryStep first_step(const QueryWalk& walk, uint32_t number) {
   return QueryStep::first(walk, number);
 }

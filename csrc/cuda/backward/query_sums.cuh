@@ -1,46 +1,81 @@
-// The float32 accumulator of dQ by tiles: [entries, h, query tiles, M / 64, d / 8, 4, 128], where an entry is
-// a leading one, and of fixed layouts a batch entry of it. A block of 128 is 16 rows × 8 columns in the order
-// in which wgmma leaves them in a warp's registers: lane l adds the 16 bytes from 4 l on, so that one
-// instruction of a warp adds 512 bytes that lie one after the other, and a consumer's part of a tile is one
-// piece. Packed sequences begin with a tile (first_slot).
+// The float32 sums of dQ: [entries, h, query tiles, M · d], where an entry is a leading one, and of fixed
+// layouts a batch entry of it. Packed sequences begin with a tile (first_slot).
+//
+// A tile is [M / R, d / 8, R / 16, 128] for R = kSumRows. A block of 128 is 16 rows × 8 columns as mma and
+// wgmma leave them in a warp's registers (ptx::add_fragment), so an instruction of a warp adds to contiguous
+// memory, and the columns of 64 rows that a consumer warpgroup has are one piece, which TMA adds at once.
 #pragma once
 
+#include "core/families/hopper_layout.h"
 #include "core/plan/workspace.h"
 #include "core/problem.h"
 #include "core/sequence.h"
-#include "cuda/hopper/roles.cuh"
 #include "cuda/launch.h"
+#include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/math.cuh"
+#include "cuda/ptx/reduce.cuh"
 #include "cuda/registry.h"
-#include "cuda/tile/shared_tile.cuh"
+#include "cuda/tile/accumulator.cuh"
+#include "cuda/work.cuh"
 
-namespace jax_flash {
+// The order of a block of 128 depends on the architecture that is compiled for. The namespace keeps the
+// conversions of different architectures apart.
+namespace jax_flash::inline JF_ARCH_NAMESPACE {
 
-inline constexpr int kSumRows = 16, kSumColumns = 8, kSumBlock = kSumRows * kSumColumns,
-                     kSumBlocks = kConsumerRows / kSumRows, kSumColumn = kSumBlocks * kSumBlock;
+inline constexpr int kSumColumns = 8;
+template <int kM>
+inline constexpr int kSumRows = kM < hopper::kConsumerRows ? kM : hopper::kConsumerRows;
 
 struct QuerySums {
-  float* data;
+  float* data;    // null: another kernel computes dQ
   int32_t tiles;  // of a head
+
+  // The number of the first tile of a sequence and its head.
+  template <int kM>
+  __device__ __forceinline__ int64_t first_tile(const Problem& p, const BlockWork& work) const {
+    const int64_t entry = work.leading * (p.packed() ? 1 : p.batch) + work.batch_row;
+    const int64_t first = p.packed() ? first_slot(work.tile.q_begin, kM, work.tile.index) : 0;
+    return (entry * p.heads + work.head) * tiles + first;
+  }
 };
+
+// Where tile `number` begins, counted from the one at `first`.
+template <int kM>
+__device__ __forceinline__ float* sum_tile(const Problem& p, float* first, int64_t number) {
+  return first + number * (kM * p.head_dim);
+}
+
+// Where the columns from `column` on, a multiple of 8, begin in the 16 rows from `row` on.
+template <int kM>
+__device__ __forceinline__ int32_t sum_offset(int32_t head_dim, int32_t row, int32_t column) {
+  const int32_t in_part = row & (kSumRows<kM> - 1);
+  return (row - in_part) * head_dim + column * kSumRows<kM> + in_part * kSumColumns;
+}
+
+// tile += dQ, from a warp's registers.
+template <int kM, class DQ>
+__device__ __forceinline__ void add_to_sums(float* tile, int32_t head_dim, const DQ& dq, Placement at) {
+  static_assert(16 * DQ::kRowTiles <= kSumRows<kM>);
+  const auto lane = static_cast<uint32_t>(ptx::thread_index()) % 32;
+  float* const to = tile + sum_offset<kM>(head_dim, at.row, at.column);
+#pragma unroll
+  for (int n = 0; n < DQ::kColumnTiles; ++n) {
+    const int column = n / 2 * at.column_step + n % 2 * kSumColumns;
+    if (column >= head_dim - at.column) continue;
+#pragma unroll
+    for (int m = 0; m < DQ::kRowTiles; ++m)
+      ptx::add_fragment(to + sum_offset<kM>(0, m * at.row_step, column), lane, dq.x[m][n]);
+  }
+}
 
 inline int64_t sum_entries(const Problem& p) { return p.leading.count() * (p.packed() ? 1 : p.batch); }
 
-// A consumer's part of dQ in its tile: where it begins, and its columns / 8.
-struct SumPart {
-  int32_t first, columns;
-};
-
-template <class C>
-__device__ __forceinline__ SumPart sum_part(int32_t head_dim, int32_t consumer) {
-  if (C::kDqByRows) return {consumer * kConsumerRows * head_dim, head_dim / kSumColumns};
-  const int32_t column = consumer * C::kDqColumns / kSumColumns;
-  return {column * kSumColumn, min(head_dim / kSumColumns - column, C::kDqColumns / kSumColumns)};
-}
-
 template <int kM>
-QuerySums query_sums(const Problem& p, float* data) {
-  return {data, static_cast<int32_t>(dq_tiles(p.spec, p.q_rows, p.batch, kM).value())};
+QuerySums query_sums(const Problem& p, const LaunchPlan& plan, void* workspace) {
+  static_assert(kSmallestTile <= kM && kM <= kLargestQueryTile);
+  if (plan.dq_sums < 0) return {};
+  return {reinterpret_cast<float*>(static_cast<char*>(workspace) + plan.dq_sums),
+          static_cast<int32_t>(dq_tiles(p.spec, p.q_rows, p.batch, kM).value())};
 }
 
 template <int kM>
@@ -50,78 +85,71 @@ cudaError_t clear_sums(const Problem& p, const QuerySums& sums, cudaStream_t str
   return cudaMemsetAsync(sums.data, 0, count * sizeof(float), stream);
 }
 
-// Where the queries of packed sequences begin, [n + 1] each 2 · (n + 2) apart, in the schedule of the keys;
-// null where there is no key.
+// The first query rows of packed sequences, [n + 1] for each entry with a stride of 2 · (n + 2), in the
+// schedule of the keys; null if there is no key.
 inline const int32_t* query_starts_of_keys(const Problem& p, const TileGrid& keys, const void* workspace) {
   const TileWork* schedule = schedule_of(keys, workspace);
   if (!schedule) return nullptr;
   return reinterpret_cast<const int32_t*>(schedule + p.leading.count() * keys.tiles) + p.batch + 3;
 }
 
-template <class T>
-struct SumConversion {
-  T* to;  // [entries, q_rows, h, d]
-  QuerySums sums;
-  const int32_t* starts;  // of packed queries, else null
-  int32_t sequences, q_rows, heads, head_dim;
-  float scale;
-};
-
-// Zeros packed rows outside all sequences. The share of block `block` of `blocks`.
-template <class T>
-__device__ void clear_outside(const SumConversion<T>& c, T* to, const int32_t* starts, int block,
-                              int blocks) {
-  const int64_t row = int64_t{c.heads} * c.head_dim / kChunk<T>, before = starts[0] * row;
-  const int64_t after = starts[c.sequences] * row, end = c.q_rows * row;
-  auto* const chunks = reinterpret_cast<uint4*>(to);
-  const int64_t first = int64_t{block} * blockDim.x + threadIdx.x, step = int64_t{blocks} * blockDim.x;
-  for (int64_t i = first; i < before; i += step) chunks[i] = uint4{};
-  for (int64_t i = after + first; i < end; i += step) chunks[i] = uint4{};
-}
-
 inline constexpr int kSumThreads = 256, kOutsideBlocks = 16;
 
-// to = scale · sums, rounded. A block has a query tile of a head, a thread 8 columns of rows r and r + 8; the
-// last kOutsideBlocks blocks of an entry of packed rows have what lies outside all sequences.
+// Zeros packed rows outside all sequences, in `to` [q_rows, h, d]. The share of one of kOutsideBlocks blocks.
+template <class T>
+__device__ void clear_outside(const Problem& p, T* to, const int32_t* starts, uint32_t block) {
+  const int64_t row = int64_t{p.heads} * p.head_dim / kChunk<T>, before = starts[0] * row;
+  const int64_t after = starts[p.batch] * row, end = p.q_rows * row;
+  auto* const chunks = reinterpret_cast<uint4*>(to);
+  constexpr int kStep = kOutsideBlocks * kSumThreads;
+  const int64_t first = block * kSumThreads + threadIdx.x;
+  for (int64_t i = first; i < before; i += kStep) chunks[i] = uint4{};
+  for (int64_t i = after + first; i < end; i += kStep) chunks[i] = uint4{};
+}
+
+// dQ [entries, q_rows, h, d] = scale · sums, rounded; 0 in rows past a length. A block has a query tile of a
+// head, a thread 8 columns of rows r and r + 8; the last kOutsideBlocks blocks of an entry of packed rows
+// have what lies outside all sequences. starts: of packed queries, else null.
 template <class T, int kM>
-__global__ void __launch_bounds__(kSumThreads) convert_tiles(const __grid_constant__ SumConversion<T> c) {
-  const uint32_t tiles = c.sums.tiles, all = tiles * c.heads, blocks = all + (c.starts ? kOutsideBlocks : 0);
+__global__ void __launch_bounds__(kSumThreads)
+    convert_tiles(const __grid_constant__ Problem p, const __grid_constant__ QuerySums sums,
+                  const int32_t* starts) {
+  const uint32_t tiles = sums.tiles, all = tiles * p.heads, blocks = all + (starts ? kOutsideBlocks : 0);
   const int64_t entry = blockIdx.x / blocks;
   const uint32_t in_entry = blockIdx.x % blocks;
-  T* const to = c.to + entry * c.q_rows * c.heads * c.head_dim;
-  const int32_t* const starts = c.starts ? c.starts + entry * 2 * (c.sequences + 2) : nullptr;
-  if (in_entry >= all) {
-    clear_outside(c, to, starts, static_cast<int>(in_entry - all), kOutsideBlocks);
-    return;
-  }
+  T* const to = p.dquery.as<T>() + entry * p.q_rows * p.heads * p.head_dim;
+  if (starts) starts += entry * 2 * (p.batch + 2);
+  if (in_entry >= all) return clear_outside(p, to, starts, in_entry - all);
   const uint32_t tile = in_entry % tiles, head = in_entry / tiles;
-  int64_t row = int64_t{tile} * kM, end = c.q_rows;
+  int64_t row = int64_t{tile} * kM, used = 0, end = p.q_rows;
   if (starts) {
-    if (c.sequences == 0 || tile < first_slot(starts[0], kM, 0)) return;
-    const int32_t z = sequence_of_slot(starts, c.sequences, kM, tile);
-    row = starts[z] + (tile - first_slot(starts[z], kM, z)) * kM, end = starts[z + 1];
+    if (p.batch == 0 || tile < first_slot(starts[0], kM, 0)) return;
+    const int32_t z = sequence_of_slot(starts, p.batch, kM, tile);
+    row = starts[z] + (tile - first_slot(starts[z], kM, z)) * kM, used = end = starts[z + 1];
+  } else {
+    used = fixed_sequence(p, entry / p.batch, static_cast<int32_t>(entry % p.batch)).q_len;
   }
-  const float* const from = c.sums.data + ((entry * c.heads + head) * tiles + tile) * kM * c.head_dim;
-  const int columns = c.head_dim / kSumColumns;
-  for (int unit = threadIdx.x; unit < kM / kSumRows * columns * 8; unit += kSumThreads) {
-    const int r = unit % 8, column = unit / 8 % columns, block = unit / 8 / columns;
-    const int64_t i = row + block * kSumRows + r;
-    if (i >= end) continue;
-    const int half = block / kSumBlocks;  // of a tile of 128 rows
-    const auto* const quads = reinterpret_cast<const float4*>(
-        from + ((half * columns + column) * kSumBlocks + block % kSumBlocks) * kSumBlock + r * 16);
-    alignas(16) T upper[kSumColumns], lower[kSumColumns];
+  const float* const from = sums.data + ((entry * p.heads + head) * tiles + tile) * kM * p.head_dim;
+  const int columns = p.head_dim / kSumColumns;
+  for (int unit = threadIdx.x; unit < kM / 16 * columns * 8; unit += kSumThreads) {
+    const int r = unit % 8, column = unit / 8 % columns * kSumColumns, block = unit / 8 / columns * 16;
+    if (row + block + r >= end) continue;
+    float x[4][4];
+    ptx::load_fragments(x, from + sum_offset<kM>(p.head_dim, block, column), r);
+    const auto store = [&](int64_t i, int e) {
+      if (i >= end) return;
+      alignas(16) T rounded[kSumColumns];
 #pragma unroll
-    for (int t = 0; t < 4; ++t) {
-      const float4 x = quads[t];
-      ptx::store_pair(upper + 2 * t, x.x * c.scale, x.y * c.scale);
-      ptx::store_pair(lower + 2 * t, x.z * c.scale, x.w * c.scale);
-    }
-    T* const out = to + (i * c.heads + head) * c.head_dim + column * kSumColumns;
-    *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(upper);
-    if (i + 8 >= end) continue;
-    T* const below = out + int64_t{8} * c.heads * c.head_dim;
-    *reinterpret_cast<uint4*>(below) = *reinterpret_cast<const uint4*>(lower);
+      for (int t = 0; t < 4; ++t)
+        ptx::store_pair(rounded + 2 * t, i < used ? x[t][e] * p.spec.scale : 0,
+                        i < used ? x[t][e + 1] * p.spec.scale : 0);
+      auto* const out = reinterpret_cast<uint4*>(to + (i * p.heads + head) * p.head_dim + column);
+#pragma unroll
+      for (int chunk = 0; chunk < kSumColumns / kChunk<T>; ++chunk)
+        out[chunk] = reinterpret_cast<const uint4*>(rounded)[chunk];
+    };
+    store(row + block + r, 0);
+    store(row + block + r + 8, 2);
   }
 }
 
@@ -133,9 +161,7 @@ cudaError_t convert_sums(const Problem& p, const QuerySums& sums, const TileGrid
   const int64_t elements = sum_entries(p) * p.q_rows * p.heads * p.head_dim;
   if (p.packed() && !starts) return cudaMemsetAsync(p.dquery.as<T>(), 0, elements * sizeof(T), stream);
   const int64_t blocks = int64_t{sums.tiles} * p.heads + (starts ? kOutsideBlocks : 0);
-  const SumConversion<T> c{p.dquery.as<T>(), sums,    starts,     p.batch,
-                           p.q_rows,         p.heads, p.head_dim, p.spec.scale};
-  return launch(convert_tiles<T, kM>, sum_entries(p) * blocks, kSumThreads, 0, stream, c);
+  return launch(convert_tiles<T, kM>, sum_entries(p) * blocks, kSumThreads, 0, stream, p, sums, starts);
 }
 
-}  // namespace jax_flash
+}  // namespace jax_flash::inline JF_ARCH_NAMESPACE

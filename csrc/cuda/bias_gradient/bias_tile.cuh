@@ -1,4 +1,4 @@
-// A tile of dbias, and what is summed up in it.
+// A tile of dbias, and the tiles of dS that are summed in it.
 #pragma once
 
 #include <cuda_runtime.h>

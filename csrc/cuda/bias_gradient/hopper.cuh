@@ -1,19 +1,20 @@
-// The bias gradient for sm_90a, where dbias has a row for each query and a column for each key: dS summed
+// The bias gradient for sm_90a, for a dbias with a row for each query and a column for each key: dS summed
 // over the batch entries and heads that share the bias.
 //
 // The grid is persistent. A CTA works on tiles [M, N] of dbias; a step is one of the batch entries and heads
-// that a tile sums over. No two CTAs write the same element, so sums have an order.
+// that a tile sums over. No two CTAs write the same element, so the order of sums is fixed.
 //
 //   producer warpgroup                      consumer warpgroups, 64 query rows each
 //
 //   warp 0, a thread: tile numbers          sum = 0; for steps:
-//   warp 1, a thread: Q and K, dO and V       S = Q Kᵀ, dP = dO Vᵀ
-//     by TMA, kStages pairs (of half          P = exp(S + bias − lse), dS = P ∘ (dP − delta)
-//     of the columns above d 128)
-//   warp 2: bias, once a tile; with             sum += dS
-//     other options operands, bias and      the sum is stored
-//     mask of each step
+//   warp 1, a thread: pairs of tiles          S = Q Kᵀ, dP = dO Vᵀ
+//     by TMA, Q with K and dO with V          P = exp(S + bias − lse), dS = P ∘ (dP − delta)
+//   warp 2: bias, once a tile, or with        sum += dS
+//     other options bias, mask and the      the sum is stored
+//     options' operands, at each step
 //   warp 3: lse and delta
+//
+// Up to kStages pairs are in flight. Above d 128 they are twice as many, of half as many columns each.
 #pragma once
 
 #include <algorithm>
@@ -37,11 +38,13 @@ namespace jax_flash {
 template <class T, Row R, ScoreKind Kind>
 struct BiasGradientSm90 {
   using Element = T;
-  static constexpr bool kGeneral = Kind == ScoreKind::kGeneralDropout;  // has a mask, too
+  static constexpr bool kGeneral = Kind == ScoreKind::kGeneralDropout;  // this kind has a mask, too
   static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim;
   static constexpr int kM = R.block_m, kN = R.block_n, kThreads = R.warps * 32;
-  static constexpr int kConsumers = kM / kConsumerRows, kNumbers = 2, kRowStages = 2;
-  static constexpr int kParts = kHeadDim > 128 ? 2 : 1;  // of the columns
+  static constexpr int kConsumers = kM / kConsumerRows;
+  static constexpr int kNumbers = 2, kRowStages = 2;  // stages of tile numbers; of lse and delta
+  // The number of parts in which the columns of Q and K, or of dO and V, are loaded.
+  static constexpr int kParts = kHeadDim > 128 ? 2 : 1;
   static constexpr int kStages =
       hopper::bias_gradient_stages(R, std::max(kHeadDim, kValueDim) / kParts, kGeneral);
   using QTile = SharedTile<T, kM, kHeadDim / kParts>;
@@ -59,15 +62,17 @@ struct BiasGradientSm90 {
   // Tiles of dbias.
   struct Grid {
     uint32_t count;
-    int32_t rows, columns;     // of a head
-    const Interval* segments;  // what they leave to each query tile of a batch entry, or null
+    int32_t rows, columns;     // tiles of a head
+    const Interval* segments;  // visible keys of each query tile of a batch entry, or null
     uint32_t* counter;
   };
   struct Shared {
-    alignas(1024) uint8_t pairs[kStages][kPairBytes];  // a part of Q over K's, or of dO over V's
+    // A part of Q followed by that of K, or of dO followed by that of V.
+    alignas(1024) uint8_t pairs[kStages][kPairBytes];
     typename Tiles::Buffer score_tiles;
     QueryStatistics<kM> statistics[kRowStages];
-    ScoreOperands operands[kGeneral ? Tiles::kStages : 1];  // of a step, with which they come
+    // The score operands of a step; they arrive with its tiles.
+    ScoreOperands operands[kGeneral ? Tiles::kStages : 1];
     uint32_t numbers[kNumbers];
     Pipeline<kNumbers> number_pipe;
     Pipeline<kStages> pair_pipe;
@@ -83,7 +88,7 @@ struct BiasGradientSm90 {
       ptx::fence_barriers();
     }
   };
-  // Each producer walks through batch entries and heads, for which the usual 40 registers are few.
+  // Each producer walks through batch entries and heads, which takes more than the usual 40 registers.
   static constexpr int kConsumerRegisters = 224, kProducerRegisters = 56;
   static_assert(kThreads == 3 * kWarpgroup && kConsumers == 2);
   static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 65536 / kThreads / 8 * 8 * 3);

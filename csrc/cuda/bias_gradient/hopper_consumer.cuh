@@ -16,7 +16,7 @@ template <class S>
 struct StagedRows {
   float lses[S::kSlots], deltas[S::kSlots];
 
-  // row: the warp's first.
+  // row: the warp's first row.
   template <int M>
   __device__ __forceinline__ StagedRows(const QueryStatistics<M>& from, int row) {
 #pragma unroll
@@ -34,11 +34,11 @@ struct BiasConsumer : BiasRole<C> {
   using T = typename C::Element;
   using S = typename C::S;
   const int consumer;
-  uint32_t bias_use = 0;  // of what comes through score_pipe
-  bool waited = false;    // for the bias of this tile
+  uint32_t bias_use = 0;  // counts the uses of score_pipe
+  bool waited = false;    // whether the bias of this tile has been waited for
   bool partial = false;   // the band hides some of the warp's scores
   S s, dp, sum;
-  // Whether there are too few stages to load dP's operands before S is done with its own.
+  // Whether there are too few stages to load the operands of dP before S has been computed.
   static constexpr bool kLateDp = C::kStages < 2 * C::kParts;
 
   // The tile of S of a step, for its score variant.
@@ -84,7 +84,7 @@ struct BiasConsumer : BiasRole<C> {
     if constexpr (C::kParts > 1) start_part<Rows, Keys, false>(to, use + 1);
   }
 
-  // Waits for a product, behind which kPending others are in flight.
+  // Waits for a product, after which kPending others have been issued.
   template <int kPending>
   __device__ __forceinline__ void finish_scores(S& to, uint32_t use) const {
     const auto& pipe = this->shared.pair_pipe;
@@ -137,8 +137,8 @@ struct BiasConsumer : BiasRole<C> {
     waited = false;
   }
 
-  // Stores the warp's rows of the sum by 16 bytes, through its rows of the tile of the bias, which are its
-  // own until it releases them; zeros where the tile had no step.
+  // Stores the warp's rows of the sum, 16 bytes at a time, through its rows of the bias tile, which no other
+  // warp uses until it releases them. Stores zeros if the tile had no step.
   __device__ __forceinline__ void store_chunks(T* to, const BiasTile& tile) {
     using Sums = typename C::Tiles::BiasTile;
     uint8_t* const rows = this->shared.score_tiles.stages[bias_use % C::Tiles::kStages];
@@ -159,7 +159,7 @@ struct BiasConsumer : BiasRole<C> {
 #pragma unroll
     for (int i = 0; i < 16; i += 2) {
       const int32_t row = tile.row + first + i;
-      uint4 x{};  // no step
+      uint4 x{};  // the tile had no step
       if (waited) x = *reinterpret_cast<const uint4*>(rows + Sums::offset(first + i, chunk));
       if (used && row < this->p.dbias_rows) *reinterpret_cast<uint4*>(to + row * view.row + 8 * chunk) = x;
     }

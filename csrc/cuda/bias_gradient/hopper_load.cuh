@@ -16,10 +16,10 @@ namespace jax_flash {
 struct BiasStep {
   BlockWork work;
   Band band;
-  bool fresh;  // the band may be another than the step's before
+  bool fresh;  // the band may differ from that of the step before
 };
 
-// What every role walks through.
+// The tiles and steps that every role walks through.
 template <class C>
 struct BiasRole {
   using Grid = typename C::Grid;
@@ -28,7 +28,7 @@ struct BiasRole {
   const Grid& grid;
   uint32_t tile_index = 0, step_use = 0;  // tiles and steps so far
 
-  // Finds a batch entry's band. False: no row of the tile sees one of its keys.
+  // Finds a batch entry's band. Returns false if no row of the tile sees one of its keys.
   __device__ __forceinline__ bool prepare(BiasStep& step, const BiasTile& tile, int32_t b) const {
     const Sequence s = fixed_sequence(reload(p), tile.leading, b);
     step.work = {tile.leading, 0, b, {b, 0, 0, s.q_len, s.k_len, tile.row, tile.row + C::kM, 0}};
@@ -67,7 +67,7 @@ template <class C>
 struct BiasProducer : BiasRole<C> {
   const typename C::Maps& maps;
 
-  // One thread: the numbers of the CTA's tiles, which a counter hands out.
+  // One thread fetches the numbers of the CTA's tiles from a counter.
   __device__ __forceinline__ void number_tiles() const {
     for (uint32_t i = 0;; ++i) {
       this->shared.number_pipe.wait_empty(i);
@@ -78,7 +78,7 @@ struct BiasProducer : BiasRole<C> {
     }
   }
 
-  // Loads a part of the columns of a tile of query rows, and below it that of one of keys.
+  // Loads some columns of a tile of query rows and, behind it, of a tile of keys.
   template <class Rows, class Keys>
   __device__ __forceinline__ void load_pair(uint32_t use, const CUtensorMap& rows, const View& of_rows,
                                             const CUtensorMap& keys, const View& of_keys,
@@ -96,7 +96,7 @@ struct BiasProducer : BiasRole<C> {
     load_rows<Keys>(to + Rows::kBytes, 0, keys, full, key);
   }
 
-  // One thread.
+  // One thread loads the pairs of tiles of every step.
   __device__ __forceinline__ void load_pairs() {
     const Problem& p = this->p;
     this->for_steps(
@@ -114,7 +114,7 @@ struct BiasProducer : BiasRole<C> {
         [&](const BiasTile&) { this->shared.number_pipe.release_by_thread(this->tile_index); });
   }
 
-  // One warp: lse and delta. Rows that are not in use or see no key get an lse that makes their P = 0.
+  // One warp loads lse and delta. Rows that are not in use, or see no key, get an lse that makes their P = 0.
   __device__ __forceinline__ void load_statistics() {
     const Problem& p = this->p;
     this->for_steps(
@@ -147,7 +147,8 @@ struct BiasProducer : BiasRole<C> {
         [&](const BiasTile&) { this->shared.number_pipe.release(this->tile_index); });
   }
 
-  // One warp: the bias of each tile with any steps, or all that the score of a step needs.
+  // One warp loads the bias of each tile that has steps or, with other options, all operands of each step's
+  // score.
   __device__ __forceinline__ void load_bias() {
     uint32_t use = 0;
     bool loaded = false;
@@ -157,7 +158,8 @@ struct BiasProducer : BiasRole<C> {
           const Problem& p = reload(this->p);
           ScoreOperands operands;
           operands.prepare<typename C::Score>(p, step.work, step.work.head);
-          // A tile's bias serves sequences of several lengths.
+          // One tile of the bias serves sequences of different lengths, so the limits are those of the
+          // operand.
           const Band used = C::kGeneral ? step.band : Band{p.q_rows, p.k_rows, 0, 0, 0};
           this->shared.score_pipe.wait_empty(use);
           if constexpr (C::kGeneral) {

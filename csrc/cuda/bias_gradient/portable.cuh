@@ -38,7 +38,7 @@ struct BiasGradientSm80 {
   static_assert(sizeof(ScoreOperands) <= kBlockStateBytes);
 };
 
-// One batch entry and head, of which a tile of dS is computed.
+// One batch entry and head, for which a tile of dS is computed.
 struct HeadContext {
   const Problem& p;
   const BlockWork& work;
@@ -47,7 +47,7 @@ struct HeadContext {
   int32_t head;
 };
 
-// sum += dS [M, N] of the queries from `row` on and the keys from `key` on.
+// sum += dS [M, N], for the queries from `row` on and the keys from `key` on.
 template <class C>
 __device__ __forceinline__ void add_tile(const HeadContext& at, int32_t row, int32_t key, uint32_t shared,
                                          typename C::S& sum) {
@@ -60,7 +60,7 @@ __device__ __forceinline__ void add_tile(const HeadContext& at, int32_t row, int
   auto rows_of = [&](const View& view, int32_t head, int32_t columns) {
     return GlobalRows<const T>{view.as<const T>() + at.work.offset(p, view, head, 0), view.row, columns};
   };
-  __syncthreads();  // every warp is done with the tiles in shared memory
+  __syncthreads();  // every warp has read the tiles in shared memory
   auto load_dout_value = [&] {
     load_tile<typename C::DoTile, C::kThreads>(d_out, rows_of(p.dout, at.head, p.value_dim), row,
                                                lengths.q_len);
@@ -96,7 +96,7 @@ __device__ __forceinline__ void add_tile(const HeadContext& at, int32_t row, int
 }
 
 // The sum of all tiles of dS that belong to the block's tile of dbias: [M, N], not yet summed over rows or
-// columns. `segments`: what they leave to each query tile of a batch entry, or null.
+// columns. `segments`: the visible keys of each query tile of a batch entry, or null.
 template <class C>
 __device__ __forceinline__ void sum_tiles(const Problem& p, const BiasTile& own, const Interval* segments,
                                           uint32_t shared, typename C::S& sum) {
@@ -107,7 +107,7 @@ __device__ __forceinline__ void sum_tiles(const Problem& p, const BiasTile& own,
     BlockWork work{own.leading, 0, b, {s.index, 0, 0, s.q_len, s.k_len, 0, 0, 0}};
     const Band band = work.band(p);
     for (int32_t h = own.heads.lo; h < own.heads.hi; ++h) {
-      __syncthreads();  // every thread is done with the last head's score
+      __syncthreads();  // every thread has read the last head's score
       if (threadIdx.x == 0) score.template prepare<typename C::Score>(p, work, h);
       for (int32_t i = own.row_tiles.lo; i < own.row_tiles.hi; ++i) {
         const int32_t row = work.tile.row = i * C::kM;
@@ -121,7 +121,7 @@ __device__ __forceinline__ void sum_tiles(const Problem& p, const BiasTile& own,
   }
 }
 
-// Sums over rows or columns where dbias has only one of them, and writes the tile.
+// Sums over rows or columns if dbias has only one of them, and writes the tile.
 template <class B, class C>
 __device__ __forceinline__ void store_bias_tile(const Problem& p, const BiasTile& own, const float* sums) {
   const int32_t rows = min(C::kM, p.dbias_rows - own.row), columns = min(C::kN, p.dbias_columns - own.column);
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
 
   auto* sums = reinterpret_cast<float*>(shared + C::kLayout.sum);  // [M, N]
   const int32_t warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
-  __syncthreads();  // every warp is done with the last tiles
+  __syncthreads();  // every warp has read the last tiles
   for_each(sum, [&](float& x, int slot, int n, int e) {
     sums[(warp_row + C::S::row(slot)) * C::kN + C::S::column(n) + e] = x;
   });

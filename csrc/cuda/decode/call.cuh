@@ -1,5 +1,6 @@
-// Kernel parameters of decode. A kernel's parameters and its code are fetched from memory when it
-// starts, which is much of a short call's time: there are few of them, and divisions are products.
+// Kernel parameters of decode. A kernel's parameters and its code are fetched from memory when it starts,
+// which takes much of a short call's time. So there are few parameters, and divisions are replaced by
+// products.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -32,43 +33,43 @@ struct DecodeView {
 struct DecodeCall {
   DecodeView query, key, value, out, lse;
   DecodeView q_lengths, kv_lengths, block_tables;
-  DecodeView position;  // row: from the first query to the first key
+  DecodeView position;  // row: the offset from the first query to the first key
   DecodeView alibi_slopes, sinks, k_scale, v_scale;
   DecodeView draft_mask;
   const int32_t* starts;  // packed sequences: first rows [n + 1] of each leading entry, 2 · (n + 2) apart
   DecodeGrid grid;
-  int32_t sequences;  // of all leading entries
+  int32_t sequences;  // sequences of all leading entries together
   Divisor batch, columns, chunks, group, page_size;
   int32_t rows;       // query rows of a KV head
-  int32_t end_tiles;  // that a sequence's end counts as, unless the call fixes the splits
+  int32_t end_tiles;  // tiles that the end of a sequence counts as, unless the call fixes the splits
   int32_t q_rows, k_rows, head_dim, value_dim, pages, draft_rows;
   bool paged;
-  bool scaled_by_page;  // float8: pages have scales of their own
-  bool evicts_first;    // from L2, which the keys exceed
-  bool same_lengths;    // of all sequences, which the host knows:
-  Partition partition;  // then the partition of every column,
-  Divisor units;        // and the units of every sequence
+  bool scaled_by_page;  // float8: each page has a scale
+  bool evicts_first;    // L2 evicts the keys first, because they exceed it
+  bool same_lengths;    // the host knows that all sequences have the same length; if so:
+  Partition partition;  // the partition of every column
+  Divisor units;        // the units of every sequence
   bool bottom_right;
   int64_t left, right;  // keys before and after the diagonal
   float scale, softcap;
   DType kv_dtype;
   void* workspace;
   DecodeView ranges;
-  bool two_ranges;    // a row
-  uint32_t* row_max;  // laid out as lse; null: not asked for
+  bool two_ranges;    // each row has two ranges
+  uint32_t* row_max;  // in the layout of lse; null if the call does not ask for it
 };
 
-// Leading dimensions beyond the last: each of their entries is a launch of its own.
+// The number of launches: entries of all leading dimensions but the last.
 inline int64_t outer_entries(const Leading& leading) {
   int64_t n = 1;
   for (int i = 0; i + 1 < leading.rank; ++i) n *= leading.size[i];
   return n;
 }
 
-// Whether the pages of a float8 pool have scales of their own, which are score options to the kernel.
+// Whether each page of a float8 pool has a scale; the kernel treats these scales as score options.
 inline bool scaled_by_page(const Problem& p) { return p.k_scale.batch != 0 || p.v_scale.batch != 0; }
 
-// Whether the keys and values that a call may see exceed L2: then they are better not kept there.
+// Whether the keys and values that a call may see exceed L2, so that keeping them there is of no use.
 inline bool exceeds_l2(const Problem& p) {
   constexpr double kL2 = 64e6;  // bytes
   const int64_t keys =
@@ -77,7 +78,7 @@ inline bool exceeds_l2(const Problem& p) {
   return static_cast<double>(keys) * static_cast<double>(p.batch) * static_cast<double>(row) > kL2;
 }
 
-// The call of outer entry `outer`. block_rows: query rows of a column.
+// The call for outer entry `outer`. block_rows: query rows of a column.
 template <int kTile>
 DecodeCall make_call(const Problem& p, const DecodeGrid& grid, int32_t block_rows, int64_t outer,
                      const int32_t* starts, void* workspace) {

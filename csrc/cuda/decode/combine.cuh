@@ -19,7 +19,7 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// x · factor, and x · factor + y
+// scale: x ← x · factor; the other function also adds y
 __device__ __forceinline__ void scale(float4& x, float factor) {
   x.x *= factor, x.y *= factor, x.z *= factor, x.w *= factor;
 }
@@ -28,9 +28,9 @@ __device__ __forceinline__ float4 fma(const float4& x, float factor, const float
                      fmaf(x.w, factor, y.w));
 }
 
-// Merges parts of a row, as one of the lanes that share it: `o`, four features at each of `features`, and the
-// softmax of all. row_of(part): the index of its row in partial.softmax. The lanes hold the weights of 32
-// parts at a time, which are computed while the first kAtOnce parts are loaded.
+// Merges the parts of a row. The lanes that share the row each merge four features at each of `features`
+// (`o`) and the softmax of all parts. row_of(part): the index of the part's row in partial.softmax. The lanes
+// compute the weights of 32 parts at a time, while the first kAtOnce parts are loaded.
 template <int kAtOnce, int kBlocks, int kRows, class RowOf>
 __device__ __forceinline__ Softmax merge_parts(const PartialResults<kRows>& partial, int32_t parts,
                                                const int32_t (&features)[kBlocks], RowOf row_of,
@@ -74,7 +74,8 @@ __device__ __forceinline__ Softmax merge_parts(const PartialResults<kRows>& part
   return all;
 }
 
-// The same of four features, in the fewest registers: the weights of 32 parts come before the parts.
+// Likewise for four features, in the fewest registers: the weights of 32 parts are computed before the parts
+// are loaded.
 template <int kRows, class RowOf>
 __device__ __forceinline__ Softmax merge_parts_in_turn(const PartialResults<kRows>& partial, int32_t parts,
                                                        int32_t feature, RowOf row_of, float4& o) {
@@ -103,9 +104,9 @@ __device__ __forceinline__ Softmax merge_parts_in_turn(const PartialResults<kRow
   return all;
 }
 
-// C: DecodeShares or a kernel of latent pools. kAtOnce: parts; 0: in turn. Each warp takes a row, each lane
-// four features in each of kBlocks blocks of 128 at a time. The code is short, since it runs once and comes
-// from memory.
+// C: DecodeShares or a kernel of latent pools. kAtOnce: the parts that are loaded together; 0: one after the
+// other. Each warp merges a row, and each lane four features in each of kBlocks blocks of 128 at a time. The
+// code is short, because it runs once and has to be fetched from memory.
 template <class C, int kAtOnce = 0, int kBlocks = 1>
 __device__ __forceinline__ void combine(const DecodeCall& call, const ColumnRows& rows,
                                         const SequenceWork& work, const PartialResults<C::kRows>& partial,
@@ -114,7 +115,7 @@ __device__ __forceinline__ void combine(const DecodeCall& call, const ColumnRows
 #pragma unroll 1
   for (int32_t row = warp; row < rows.count(); row += C::kWarps) {
     if (!is_written(call, rows, work, row)) continue;
-    // The slots of parts are as far apart as one another, but for the first where parts are not fixed.
+    // The slots of parts have a constant stride, except for the first part if the splits are not fixed.
     const int64_t apart = int64_t{partial.columns} * C::kRows * (call.grid.fixed_parts() ? 1 : 2);
     const int64_t row_0 = partial.row(parts.slot(call.grid, 0), column, row);
     const int64_t row_1 = partial.row(parts.slot(call.grid, 1), column, row) - apart;

@@ -26,7 +26,7 @@ struct LatentSm90 {
   static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kRows = R.block_m, kTile = R.block_n;
   static constexpr int kStages = R.stages, kThreads = R.warps * 32;
   static constexpr int kWarps = 8, kLoadWarps = 4;
-  // When parts are merged, as many of them and blocks of 128 features together as spill nothing.
+  // The parts, and the blocks of 128 features, that are merged together: as many as cause no spills.
   static constexpr int kPartsAtOnce = kOptions ? 0 : 1, kBlocksAtOnce = kOptions ? 1 : 2;
   using QTile = SharedTile<T, kRows, kHeadDim>;
   using KTile = SharedTile<T, kTile, kHeadDim>;
@@ -40,31 +40,23 @@ struct LatentSm90 {
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1) latent_sm90(const __grid_constant__ LatentCall call) {
   auto& shared = *reinterpret_cast<typename C::Shared*>(ptx::dynamic_shared_1024());
-  if (threadIdx.x == 0) shared.init();
-  __syncthreads();
-  clear_outside<typename C::Element, C::kThreads>(call);
-  const int32_t number = call.columns.quotient(static_cast<int32_t>(blockIdx.x));
-  const LatentColumn<C::kRows> column{call, static_cast<int32_t>(blockIdx.x) - number * call.columns.value};
-  Range range;
-  auto& found = *reinterpret_cast<PartitionShared<C::kThreads>*>(shared.q);
-  const Partition partition = find_range<C::kTile, C::kThreads>(call, column, found, number, range);
-  if (range.begin >= range.end) return;
-  __syncthreads();  // all have read what was found
   constexpr int kConsumers = C::Shared::kConsumers;
   constexpr int kConsumerRegisters = 200, kProducerRegisters = 104;
   static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <= 3 * 168);
-  const int warpgroup = warpgroup_index();
-  if (warpgroup == kConsumers) {
-    ptx::give_registers<kProducerRegisters>();
-    LatentLoader<C>(call, shared, column, partition, range, number).run();
-  } else {
-    ptx::take_registers<kConsumerRegisters>();
-    if (warpgroup == 0) {
-      LatentConsumer<C, 0>(call, shared, column.kv_head).run();
+  run_latent<C>(call, shared, [&](int32_t kv_head, LatentLoader<C> loader) {
+    const int warpgroup = warpgroup_index();
+    if (warpgroup == kConsumers) {
+      ptx::give_registers<kProducerRegisters>();
+      loader.run();
     } else {
-      LatentConsumer<C, 1>(call, shared, column.kv_head).run();
+      ptx::take_registers<kConsumerRegisters>();
+      if (warpgroup == 0) {
+        LatentConsumer<C, 0>(call, shared, kv_head).run();
+      } else {
+        LatentConsumer<C, 1>(call, shared, kv_head).run();
+      }
     }
-  }
+  });
 }
 
 }  // namespace decode

@@ -1,6 +1,6 @@
 // Decode of few sequences on sm_90a. A column of a sequence is one cluster of n CTAs, which merge their
-// results through distributed shared memory, where the portable kernel writes them to global memory, counts
-// them and reads them again. Nothing is shared out, so the code before the first copy is short.
+// results through distributed shared memory. (The portable kernel writes them to global memory, counts them
+// and reads them again.) No partition is computed, so the code before the first copy is short.
 //
 //   tiles rank, rank + n, … of the sequence, each warp alone, as in portable.cuh
 //   the warps' results are merged, and sent item by item to the n CTAs in turn (st.async)
@@ -34,14 +34,14 @@ struct DecodeSm90 {
   static_assert(!WarpState::kSharedQueries && kChunks >= clusters::kMostCtas);
 };
 
-// The copies of a warp's keys of every n-th tile of a sequence. kAhead, where there are many tiles: each lane
-// also copies the table's entry of its key kStages tiles before the key, so that nobody waits for it. A
-// lookup takes longer than a tile does where an SM has one CTA.
+// Copies a warp's keys in every n-th tile of a sequence. kAhead, for many tiles: each lane also copies the
+// table entry of its key kStages tiles before the key, so that nobody waits for it. A lookup takes longer
+// than a tile if an SM has one CTA.
 template <class C, bool kAhead>
 class ClusterRing {
  public:
-  // The pages of the first keys, where a sequence is seen from its first key on: they are looked up while the
-  // lengths are.
+  // The pages of the first keys, for sequences that are seen from their first key on. They are looked up
+  // while the lengths are read.
   struct Pages {
     int32_t first = 0;
 
@@ -72,7 +72,7 @@ class ClusterRing {
     keys.open(call, rows, work);
     const Interval tiles = tiles_of(work.keys, C::kTile);
     tile = tiles.lo + rank, end = tiles.hi;
-    if constexpr (kAhead) {  // and the first entries have been waited for
+    if constexpr (kAhead) {  // also waits until the first entries have arrived
       if (call.paged && tiles.lo > 0) {
         for (int i = 0; i < C::kStages; ++i) ask(tile + i * step, i);
         ptx::cp_async_commit();
@@ -109,7 +109,7 @@ class ClusterRing {
   }
 
   SequenceWork work;
-  int32_t tile, end;  // the tile that is copied next, and the end of the tiles
+  int32_t tile, end;  // the tile that is copied next; the end of the tiles
 
  private:
   __device__ __forceinline__ static int32_t key_in_tile() {
@@ -118,7 +118,7 @@ class ClusterRing {
   __device__ __forceinline__ static int64_t key_of(int32_t of_tile) {
     return int64_t{of_tile} * C::kTile + key_in_tile();
   }
-  // Where this lane's entry of a stage lies in shared memory.
+  // The shared-memory offset of this lane's table entry for a stage.
   __device__ __forceinline__ static uint32_t place(int stage) {
     return C::kLayout.entries + (stage * C::kThreads + threadIdx.x) * 4;
   }
@@ -134,7 +134,7 @@ class ClusterRing {
   KeySource<typename C::Element, true> keys;
   uint32_t memory;
   int32_t step;
-  PageSlot next;  // of this lane's key in that tile, to be checked
+  PageSlot next;  // the page of this lane's key in that tile, not yet checked
   int filled = 0;
 };
 
@@ -149,7 +149,7 @@ struct Exchange {
   __device__ __forceinline__ uint32_t address(int32_t offset) const {
     return ptx::shared_address(shared) + offset;
   }
-  // By all threads; before send(), wait().
+  // All threads must call this before send() and wait().
   __device__ __forceinline__ void start() const {
     if (threadIdx.x == 0) {
       ptx::barrier_init(address(C::kLayout.barrier), 1);
@@ -171,7 +171,7 @@ struct Exchange {
       ptx::store_in(address(C::kLayout.softmax) + ((row << log_ctas) + rank) * 8,
                     make_float2(softmax.m, softmax.l), barrier, chunk);
   }
-  // write(row, feature, O of four features, softmax of the row) of this CTA's items.
+  // Calls write(row, feature, O of four features, softmax of the row) for this CTA's items.
   template <class Write>
   __device__ __forceinline__ void receive(int32_t rows, Write write) const {
     ptx::barrier_wait(address(C::kLayout.barrier), 0);
@@ -199,11 +199,11 @@ struct Exchange {
   }
 };
 
-// Whether the sequences have about as many keys as the first one, by all threads of a CTA. It is asked of the
-// lengths alone, since code that runs once comes from memory.
+// Whether all sequences have about as many keys as the first one. All threads of a CTA must call this. It
+// compares only the lengths, because code that runs once has to be fetched from memory.
 template <class C>
 __device__ __forceinline__ bool are_even(const DecodeCall& call) {
-  constexpr int32_t kPart = 32;  // of the first one's keys, that others may have more or fewer
+  constexpr int32_t kPart = 32;  // lengths may differ by 1 / kPart of the first one
   const auto length_of = [&](int32_t number) {
     const int32_t leading = call.sequences == call.batch.value ? 0 : call.batch.quotient(number);
     const int32_t index = number - leading * call.batch.value;
@@ -215,12 +215,12 @@ __device__ __forceinline__ bool are_even(const DecodeCall& call) {
   for (auto i = static_cast<int32_t>(threadIdx.x); i < sequences; i += C::kThreads)
     even &= abs(length_of(i) - first) <= first / kPart;
   ptx::cp_async_commit();
-  ptx::cp_async_wait<0>();                          // equal shares use the entries' memory
-  return __all_sync(~0u, __syncthreads_and(even));  // the compiler knows only this to be uniform
+  ptx::cp_async_wait<0>();                          // the code for equal shares uses the entries' memory
+  return __all_sync(~0u, __syncthreads_and(even));  // tells the compiler that it is uniform
 }
 
-// kShares: the lengths are the device's. Where they differ, the CTAs take equal shares of all keys, of which
-// there may be more than clusters.
+// kShares: only the device knows the lengths. If they differ, the CTAs take equal shares of all keys, and
+// there may be more CTAs than the clusters need.
 template <class C, bool kShares>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     decode_sm90(const __grid_constant__ DecodeCall call, int log_ctas) {
@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
   const SequenceWork& work = ring.work;
   typename C::WarpState state;
   int32_t tile = ring.tile;
-#pragma unroll 1  // and fill() is called in one place: a kernel's first instructions are fetched from memory
+#pragma unroll 1  // short code, because a kernel's first instructions are fetched from memory
   for (int ahead = -C::kStages;;) {
     ring.fill();
     if (++ahead < 0) continue;

@@ -42,12 +42,12 @@ class LatentConsumer {
   }
 
  private:
-  static constexpr int kPairs = C::kTile / 16;  // k steps of P V
+  static constexpr int kPairs = C::kTile / 16;  // P V takes a wgmma per pair of P's 8-column tiles
 
-  // The warp's first row of the 64.
+  // The first of the 16 rows that this warp has of the warpgroup's 64.
   __device__ __forceinline__ static int32_t first_row() { return ptx::thread_index() % kWarpgroup / 32 * 16; }
 
-  // S, P and this half of O, of all tiles of a segment.
+  // Computes S, P and this half of O over all tiles of a segment.
   __device__ __forceinline__ void attend_first(const LatentSegment& segment, uint32_t number, uint32_t& use) {
     const ColumnRows rows = rows_of(segment, call.group, kv_head);
     if (threadIdx.x == 0 && segment.parts.count > 1)
@@ -57,7 +57,7 @@ class LatentConsumer {
 #pragma unroll 1
     for (int32_t tile = segment.tile; tile < tile_end; ++tile, ++use) {
       shared.k_pipe.wait_full(use);
-      ptx::fence_async_shared();  // the copies were made by cp.async
+      ptx::fence_async_shared();  // because cp.async made the copies
       multiply_keys(use);
       if (tile + 1 == tile_end) shared.q_pipe.release(number);
       softmax.score(s, DecodeTile<S>{call, rows, segment.work, tile * C::kTile, call.scale, first_row()},
@@ -83,7 +83,7 @@ class LatentConsumer {
       shared.softmax[number % Shared::kEnds][first_row() + S::row(slot)] = {softmax.m[slot], softmax.l[slot]};
   }
 
-  // This half of O, of all tiles of a segment.
+  // Computes this half of O over all tiles of a segment.
   __device__ __forceinline__ void attend_second(const LatentSegment& segment, uint32_t number,
                                                 uint32_t& use) {
     shared.q_pipe.release(number);
@@ -125,7 +125,7 @@ class LatentConsumer {
     ptx::hold(s.x[0]);
   }
 
-  // O ← O + P V of this half's columns.
+  // O ← O + P V, for this half's columns.
   template <class P>
   __device__ __forceinline__ void multiply_values(uint32_t use, P p) {
     using VTile = SharedTile<T, C::kTile, C::kValueDim / 2>;
@@ -146,14 +146,14 @@ class LatentConsumer {
     ptx::Wgmma<T, C::kValueDim / 2>::template multiply<false, 0, 1>(o.x[0], p, v);
   }
 
-  // P: mma's C layout is its A layout.
+  // Rounds P. mma's C layout is its A layout.
   __device__ __forceinline__ void round(uint32_t (&p)[kPairs][4]) const {
     const RegistersA<T, S> rounded{s};
 #pragma unroll
     for (int k = 0; k < kPairs; ++k) rounded.load(p[k], 0, k);
   }
 
-  // Hands P and alpha to the second warpgroup.
+  // Passes P and alpha to the second warpgroup.
   __device__ __forceinline__ void store_weights(uint32_t use, const uint32_t (&p)[kPairs][4],
                                                 const float (&alpha)[S::kSlots]) const {
     shared.p_pipe.wait_empty(use);
@@ -173,7 +173,7 @@ class LatentConsumer {
   // Writes the results of a segment, or merges them with those of the entry's other parts if this one is the
   // last to be finished.
   __device__ __forceinline__ void finish(const LatentSegment& segment, const Softmax (&softmax)[C::kRows]) {
-    sync_consumers();  // the softmax is stored
+    sync_consumers();  // waits until the softmax is stored
     const ColumnRows rows = rows_of(segment, call.group, kv_head);
     const Parts parts = segment.parts;
     const PartialResults<C::kRows> partial(call);
@@ -196,10 +196,11 @@ class LatentConsumer {
       combine<C, C::kPartsAtOnce, C::kBlocksAtOnce>(call, rows, segment.work, partial, parts, kv_head);
   }
   __device__ __forceinline__ static void sync_consumers() {
-    ptx::sync_any_group(1, Shared::kConsumers * kWarpgroup);  // each half at an instruction of its own
+    // The two halves are different code, so they reach the barrier at different instructions.
+    ptx::sync_any_group(1, Shared::kConsumers * kWarpgroup);
   }
 
-  // The features of this thread's pairs.
+  // The first feature of the n-th pair of O's columns that this thread has.
   __device__ __forceinline__ int32_t feature(int n) const {
     return kHalf * (C::kValueDim / 2) + O::column(n);
   }

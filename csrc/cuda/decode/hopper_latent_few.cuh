@@ -1,6 +1,6 @@
-// Decode over latent pools with at most 16 query rows in a chunk, which memory bounds (sm_90a). A tile must
-// be done with soon, so that most stages are on their way, and so two groups of four warps have every other
-// tile:
+// Decode over latent pools with at most 16 query rows per chunk, which is bound by memory (sm_90a). Tiles
+// must be finished quickly, so that copies to most stages are in flight. So two groups of four warps
+// alternate in taking tiles:
 //
 //   S = Q Kᵀ       a warp has a quarter of the head dim; the four sums meet in shared memory
 //   P = 2^(S − m)  every warp, all of it, in registers
@@ -21,7 +21,7 @@
 
 namespace jax_flash::decode {
 
-// In the place of P: what warps exchange, by lane, of S or of O.
+// Takes the place of the tile of P: the parts of S, or of O, that warps exchange, in the order of the lanes.
 template <int kWarps, int kColumnTiles>
 struct LatentSums {
   float4 x[kWarps][kColumnTiles][32];
@@ -30,7 +30,7 @@ struct LatentSums {
 
 template <class C>
 struct LatentFewShared : LatentTiles<C> {
-  Softmax softmax[C::kGroups][C::kRows];  // of a segment, when it ends
+  Softmax softmax[C::kGroups][C::kRows];  // of a segment, at its end
   BlockPipeline<1> sums_pipe[C::kGroups];
 
   __device__ __forceinline__ void init() {
@@ -50,7 +50,7 @@ struct LatentFewSm90 {
   static constexpr int kStages = R.stages, kThreads = R.warps * 32;
   static constexpr int kGroups = 2, kGroupWarps = 4, kWarps = kGroups * kGroupWarps;
   static constexpr int kLoadWarps = R.warps - kWarps;
-  // When parts are merged, as many of them and blocks of 128 features together as spill nothing.
+  // The parts, and the blocks of 128 features, that are merged together: as many as cause no spills.
   static constexpr int kPartsAtOnce = 2, kBlocksAtOnce = 4;
   using QTile = SharedTile<T, kRows, kHeadDim>;
   using KTile = SharedTile<T, kTile, kHeadDim>;
@@ -59,7 +59,7 @@ struct LatentFewSm90 {
   using O = Accumulator<1, kValueDim / kGroupWarps / 8>;
   using Score = DecodeScore<S, kOptions>;
   using Shared = LatentFewShared<LatentFewSm90>;
-  // A stage is one group's, as a barrier's phases must be waited for one by one.
+  // Each stage belongs to one group, because a barrier's phases must be waited for one by one.
   static_assert(kStages % kGroups == 0);
   static_assert(kRows == 16 && kTile == 32 && kHeadDim % 64 == 0 && kThreads == 3 * kWarpgroup);
   static_assert(sizeof(Shared) <= latent::few_bytes(R) + latent::kStateBytes);
@@ -90,7 +90,7 @@ class LatentGroup {
   }
 
  private:
-  static constexpr int kPanels = C::kHeadDim / 64;  // of which a warp has a k step each
+  static constexpr int kPanels = C::kHeadDim / 64;  // a warp multiplies one k step of each panel
   static constexpr int kShare = O::kColumnTiles / C::kGroups, kAtOnce = C::kTile / 8;
   using SegmentSoftmax = LatentSoftmax<C, S>;
 
@@ -100,7 +100,7 @@ class LatentGroup {
   }
   __device__ __forceinline__ static void sync_consumers() { ptx::sync_group(1, C::kWarps * 32); }
 
-  // The group's tiles of a segment, and its results.
+  // Attends to the group's tiles of a segment, and finishes it.
   __device__ __forceinline__ void attend(const LatentSegment& segment, uint32_t number, uint32_t use) {
     const ColumnRows rows = rows_of(segment, call.group, kv_head);
     if (threadIdx.x == 0 && segment.parts.count > 1)
@@ -135,7 +135,7 @@ class LatentGroup {
     finish(segment, rows, softmax, o);
   }
 
-  // This warp's share of Q: a k step of each panel.
+  // Reads this warp's share of Q: one k step of each panel.
   __device__ __forceinline__ void read_queries() {
     RowsA<typename C::QTile> rows(ptx::shared_address(shared.q), 0);
     rows.lane.swizzle ^= warp() << 5;
@@ -159,7 +159,7 @@ class LatentGroup {
     }
   }
 
-  // S of the whole head dim, the same in all warps of the group to the bit.
+  // Adds up S over the head dim. All warps of the group get the same bits.
   __device__ __forceinline__ void add_sums(S& s) {
     auto& pipe = shared.sums_pipe[group];
     const int lane = lane_id();
@@ -201,7 +201,7 @@ class LatentGroup {
         store_partial(partial, first + row, slot, o, all[slot]);
       }
     }
-    sync_consumers();  // results are stored, and sums read
+    sync_consumers();  // waits until results are stored and sums are read
     if (parts.count == 1) return;
     if (threadIdx.x == 0) shared.is_last = count_part(partial.counter(parts, kv_head), parts.count);
     sync_consumers();
@@ -209,7 +209,7 @@ class LatentGroup {
       combine<C, C::kPartsAtOnce, C::kBlocksAtOnce>(call, rows, segment.work, partial, parts, kv_head);
   }
 
-  // O's first kShare column tiles ← this group's share of both groups' O, with the softmax of both.
+  // The first kShare column tiles of O ← this group's share of both groups' O, with the softmax of both.
   __device__ __forceinline__ void merge_groups(const SegmentSoftmax& softmax, O& o,
                                                Softmax (&all)[O::kSlots]) const {
     if (warp() == 0 && threadIdx.x % 4 == 0) {
@@ -251,7 +251,7 @@ class LatentGroup {
       }
     }
   }
-  // The features of this thread's pairs of the group's share.
+  // The feature of this thread's n-th pair in the group's share.
   __device__ __forceinline__ int32_t feature(int n) const {
     return 128 * warp() + 8 * kShare * group + O::column(n);
   }
@@ -287,32 +287,25 @@ class LatentGroup {
   Shared& shared;
   int32_t kv_head;
   int group;
-  uint32_t sum = 0;        // the tiles that the group has attended to
+  uint32_t sum = 0;        // the number of tiles that the group has attended to
   uint32_t q[kPanels][4];  // fragments
 };
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1) latent_few_sm90(const __grid_constant__ LatentCall call) {
   auto& shared = *reinterpret_cast<typename C::Shared*>(ptx::dynamic_shared_1024());
-  if (threadIdx.x == 0) shared.init();
-  clear_outside<typename C::Element, C::kThreads>(call);
-  const int32_t number = call.columns.quotient(static_cast<int32_t>(blockIdx.x));
-  const LatentColumn<C::kRows> column{call, static_cast<int32_t>(blockIdx.x) - number * call.columns.value};
-  Range range;
-  auto& found = *reinterpret_cast<PartitionShared<C::kThreads>*>(shared.q);
-  const Partition partition = find_range<C::kTile, C::kThreads>(call, column, found, number, range);
-  if (range.begin >= range.end) return;
-  __syncthreads();  // all have read what was found, and the barriers are there
   constexpr int kConsumerRegisters = 208, kProducerRegisters = 88;
   static_assert(C::kGroups * kConsumerRegisters + kProducerRegisters <= 3 * 168);
-  const int warpgroup = warpgroup_index();
-  if (warpgroup == C::kGroups) {
-    ptx::give_registers<kProducerRegisters>();
-    LatentLoader<C>(call, shared, column, partition, range, number).run();
-  } else {
-    ptx::take_registers<kConsumerRegisters>();
-    LatentGroup<C>(call, shared, column.kv_head, warpgroup).run();
-  }
+  run_latent<C>(call, shared, [&](int32_t kv_head, LatentLoader<C> loader) {
+    const int warpgroup = warpgroup_index();
+    if (warpgroup == C::kGroups) {
+      ptx::give_registers<kProducerRegisters>();
+      loader.run();
+    } else {
+      ptx::take_registers<kConsumerRegisters>();
+      LatentGroup<C>(call, shared, kv_head, warpgroup).run();
+    }
+  });
 }
 
 }  // namespace jax_flash::decode

@@ -9,15 +9,15 @@
 
 namespace jax_flash::decode {
 
-// C: LatentSm90. Two consumer warpgroups have half of O's columns each;
-// the first also computes P.
+// C: LatentSm90. Each of the two consumer warpgroups has half of O's columns;
+// the first one also computes P.
 template <class C>
 struct LatentShared : LatentTiles<C> {
-  static constexpr int kConsumers = 2, kEnds = 2;  // segments that may be ending
+  static constexpr int kConsumers = 2, kEnds = 2;  // kEnds: segments that may be ending at the same time
   static constexpr uint32_t kPArrivals = kConsumerWarps * ptx::kWarpArrivals;
 
-  float alpha[C::kRows];             // what the rows of O are multiplied by before P V is added
-  Softmax softmax[kEnds][C::kRows];  // of a segment, when it ends
+  float alpha[C::kRows];             // factors of O's rows before P V is added
+  Softmax softmax[kEnds][C::kRows];  // of segments, at their end
   BlockPipeline<1> p_pipe;           // P and alpha
 
   __device__ __forceinline__ void init() {

@@ -1,5 +1,5 @@
-// The scales of float8 keys and values where pages have scales of their own: K = k_scale · stored keys and
-// V = v_scale · stored values are applied to S and to P.
+// The scales of float8 keys and values, for pools in which each page has a scale. Since K = k_scale · stored
+// keys and V = v_scale · stored values, they are applied to S and to P.
 #pragma once
 
 #include <cmath>
@@ -10,7 +10,7 @@
 
 namespace jax_flash::decode {
 
-// The scales of a lane's keys of a tile, S::column(n, e): 1 if all pages have the same scale. Empty unless
+// The scales of a lane's keys in a tile, by S::column(n, e); 1 if all pages have the same scale. Empty unless
 // kOn.
 template <class S, bool kOn>
 struct KeyScales {
@@ -32,9 +32,9 @@ struct KeyScales {
   __device__ __forceinline__ void scale_keys(S& s) const {
     for_each(s, [&](float& x, int, int n, int e) { x *= key[n][e]; });
   }
-  // What P's bound has to be above: log2(v_scale · 2^S).
+  // The number that P's bound must exceed: log2(v_scale · 2^S).
   __device__ __forceinline__ float bounded(float x, int n, int e) const {
-    constexpr float kSmallest = 0x1p-100f;  // so that Σ 2^(S − m) does not overflow where a scale is 0
+    constexpr float kSmallest = 0x1p-100f;  // keeps Σ 2^(S − m) from overflowing if a scale is 0
     return x + log2f(fmaxf(fabsf(value[n][e]), kSmallest));
   }
   // P ← v_scale · P

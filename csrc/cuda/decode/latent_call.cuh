@@ -1,9 +1,9 @@
 // Decode over latent pools (multi-head latent attention): the parameters of its kernels, and which rows they
 // work on.
 //
-// Many query heads read one KV head, so that the query rows of a sequence fill several tiles. What takes the
-// place of a sequence in the partition is an entry: a chunk of the rows of one sequence. All rows of a
-// sequence are attended here, however many.
+// Many query heads read one KV head, so the query rows of a sequence fill several tiles. The partition
+// therefore divides entries instead of sequences; an entry is a chunk of the rows of one sequence. These
+// kernels attend to all rows of a sequence, however many there are.
 #pragma once
 
 #include <algorithm>
@@ -15,14 +15,14 @@
 
 namespace jax_flash::decode {
 
-struct LatentCall : DecodeCall {  // `sequences`: entries of all leading entries
-  Divisor entries;                // of a leading entry
-  Divisor head_chunks;            // of a token
-  Divisor token_chunks;           // of a sequence, unless packed
+struct LatentCall : DecodeCall {  // `sequences` counts the entries of all leading entries
+  Divisor entries;                // entries per leading entry
+  Divisor head_chunks;            // chunks of the heads of a token
+  Divisor token_chunks;           // chunks of the tokens of a sequence, unless packed
   int32_t chunk_tokens;
 };
 
-// The call of outer entry `outer`, for chunks of at most `rows` query rows.
+// The call for outer entry `outer`, with chunks of at most `rows` query rows.
 template <int kTile>
 LatentCall make_latent_call(const Problem& p, const DecodeGrid& grid, int32_t rows, int64_t outer,
                             const int32_t* starts, void* workspace) {
@@ -47,7 +47,7 @@ struct LatentColumn {
   const LatentCall& call;
   int32_t kv_head;
 
-  // The rows of an entry, those of a KV head of its sequence counted from 0, and the sequence's number.
+  // The number of a sequence, and its entry's rows, counted from the first row of the KV head.
   struct Entry {
     int32_t sequence, first, end;
   };
@@ -79,7 +79,7 @@ struct LatentColumn {
     const Entry found = entry(number);
     if (found.first < found.end) return {call, rows(found), found.sequence};
     SequenceWork none{};
-    return none;  // not served
+    return none;  // there is no such entry
   }
 };
 

@@ -1,6 +1,6 @@
 // The load warps of the kernels of latent pools: Q, and K from its pages, by cp.async. Pages of any size and
-// rows of any stride are loaded alike, 16 bytes at a time. Pools that exceed L2 are the first that it gives
-// up, without which a read of them takes a sixth longer.
+// rows of any stride are loaded alike, 16 bytes at a time. L2 evicts pools that exceed it first; without this
+// hint, reading such a pool takes a sixth longer.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,8 @@
 
 namespace jax_flash::decode {
 
-// C::kLoadWarps warps, the last of the CTA, each of which loads an equal share of a tile's rows; in one
-// instruction 128 bytes of 4 rows.
+// The last C::kLoadWarps warps of the CTA. Each loads an equal share of a tile's rows, and each instruction
+// of a warp loads 128 bytes of 4 rows.
 template <class C>
 class LatentLoader {
  public:
@@ -63,7 +63,7 @@ class LatentLoader {
 
   __device__ __forceinline__ bool is_first() const { return warp == 0 && threadIdx.x % 32 == 0; }
 
-  // The copies that this thread has issued, and what its warp has stored, count on a full barrier.
+  // Arrives at a full barrier when this thread's copies are complete and its warp's stores are done.
   __device__ __forceinline__ void publish(uint32_t barrier) const {
     ptx::barrier_arrive_after_copies(barrier);
     ptx::barrier_arrive_by_warp(barrier);
@@ -75,8 +75,8 @@ class LatentLoader {
     int32_t leading, batch_row, q_begin;
   };
 
-  // Opens the next segment and stores it. Its place was that of the third one before it, with which the
-  // consumers are done: this thread has waited until they had taken the one after that.
+  // Opens the next segment and stores it. It replaces the third segment before it, which the consumers have
+  // finished, because this thread has waited until they took the segment after that one.
   __device__ __forceinline__ Queries open(uint32_t segment) {
     const SequenceWork work = ahead.open(call, column);
     const auto entry = column.entry(ahead.index);
@@ -95,8 +95,8 @@ class LatentLoader {
     return {column.rows(entry), work.leading, work.batch_row, work.q_begin};
   }
 
-  // Issues the lookup of the pages of this thread's keys of a tile. load_keys() checks the entries, so that
-  // nobody waits for them here.
+  // Looks up the pages of this thread's keys in a tile. load_keys() checks the entries later, so that nobody
+  // waits for them here.
   __device__ __forceinline__ void look_up(int32_t tile) {
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
@@ -109,7 +109,7 @@ class LatentLoader {
     }
   }
 
-  // Copies a row of a tile, of which `columns` are used; the others become zeros.
+  // Copies `columns` columns of a row of a tile; the others become zeros.
   template <class To>
   __device__ __forceinline__ void copy_row(uint32_t tile, int at, const T* from, bool used,
                                            int32_t columns) const {
@@ -125,7 +125,7 @@ class LatentLoader {
 
   __device__ __forceinline__ void load_keys(uint32_t use) const {
     const uint32_t tile = ptx::shared_address(shared.k[use % C::kStages]);
-    uint32_t missing = 0;  // of the warp's rows
+    uint32_t missing = 0;  // one bit per row of the warp
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
       const bool exists = slot[i] != kUnused;
@@ -140,7 +140,7 @@ class LatentLoader {
     publish(shared.k_pipe.full_barrier(use));
   }
 
-  // Loads Q of a segment whose first keys are on their way.
+  // Loads Q of a segment whose first keys are being loaded.
   __device__ __forceinline__ void load_queries(const Queries& queries, uint32_t segment) {
     shared.q_pipe.wait_empty(segment);
     const ColumnRows& rows = queries.rows;
@@ -164,14 +164,30 @@ class LatentLoader {
   typename C::Shared& shared;
   const LatentColumn<C::kRows>& column;
   const Partition& partition;
-  int32_t number;  // of the CTA's range
+  int32_t number;  // number of the CTA's range
   ptx::L2Policy policy;
   WorkIterator<C::kTile> ahead;
   Interval keys;
   const T* pool;
   const int32_t* table;
-  int warp, row, chunk;  // of this thread: row is its first one among those of its warp
+  int warp, row, chunk;  // row: this thread's first row among those of its warp
   int32_t page[kRowsOfThread], slot[kRowsOfThread];
 };
+
+// Finds a CTA's part of a call. If there is any, run(kv_head, loader) attends to it, with the barriers of
+// shared memory in place.
+template <class C, class Run>
+__device__ __forceinline__ void run_latent(const LatentCall& call, typename C::Shared& shared, Run run) {
+  if (threadIdx.x == 0) shared.init();
+  clear_outside<typename C::Element, C::kThreads>(call);
+  const int32_t number = call.columns.quotient(static_cast<int32_t>(blockIdx.x));
+  const LatentColumn<C::kRows> column{call, static_cast<int32_t>(blockIdx.x) - number * call.columns.value};
+  Range range;
+  auto& found = *reinterpret_cast<PartitionShared<C::kThreads>*>(shared.q);
+  const Partition partition = find_range<C::kTile, C::kThreads>(call, column, found, number, range);
+  if (range.begin >= range.end) return;
+  __syncthreads();  // all have read what was found, and the barriers are there
+  run(column.kv_head, LatentLoader<C>(call, shared, column, partition, range, number));
+}
 
 }  // namespace jax_flash::decode

@@ -1,11 +1,11 @@
 // Decode over latent pools by mma.sync: the absorbed form of multi-head latent attention (DeepSeek-V2).
 //
-// A tile of keys is K and, in its first columns, V. Some warps load tiles ahead (latent_load.cuh); eight
-// warps work on one tile together, so that a stage is theirs for a short time:
+// A tile of keys is K and, in its first columns, V. Some warps load tiles ahead (latent_load.cuh). Eight
+// warps work on one tile together, so that they release its stage soon:
 //
-//   S = Q Kᵀ       the warps share out row tiles, key tiles and, where these are few, the head dim
-//   P = 2^(S − m)  a warp has every eighth row, a lane one key
-//   O ← α O + P V  a warp has 64 of O's columns
+//   S = Q Kᵀ       the warps divide row tiles, key tiles and, if these are few, the head dim
+//   P = 2^(S − m)  each warp takes every eighth row, and each lane one key
+//   O ← α O + P V  each warp takes 64 of O's columns
 #pragma once
 
 #include <algorithm>
@@ -40,8 +40,8 @@ struct LatentSm80 {
   static constexpr int kWarps = latent::kProductWarps, kLoadWarps = R.warps - kWarps;
   using QTile = SharedTile<T, kRows, kHeadDim>;
   using KTile = SharedTile<T, kTile, kHeadDim>;
-  using PTile = SharedTile<T, kRows, latent::kLeastTile>;  // of which kTile columns are used
-  // The warps' shares of S, 16 × 16 each, and of the head dim.
+  using PTile = SharedTile<T, kRows, latent::kLeastTile>;  // kTile columns of it are used
+  // A warp's share of S is 16 × 16, over a part of the head dim.
   static constexpr int kRowTiles = kRows / 16, kKeyTiles = kTile / 16,
                        kSplits = latent::portable_splits(kRows, kTile);
   static constexpr bool kHoldsQ = kRows == 16;  // this warp's share of Q stays in registers
@@ -55,8 +55,8 @@ template <class C>
 struct LatentWarpsShared : LatentTiles<C> {
   static constexpr int kPitch = latent::score_pitch(C::kTile);
   alignas(16) float scores[C::kSplits][C::kRows][kPitch];
-  float alpha[C::kRows];      // what the rows of O are multiplied by before P V is added
-  Softmax softmax[C::kRows];  // of a segment, when it ends
+  float alpha[C::kRows];      // factors of O's rows before P V is added
+  Softmax softmax[C::kRows];  // of a segment, at its end
 
   __device__ __forceinline__ void init() { this->init_tiles(); }
 };
@@ -86,12 +86,12 @@ class LatentWarps {
   }
 
  private:
-  static constexpr int kOwnRows = C::kRows / C::kWarps;  // of P
+  static constexpr int kOwnRows = C::kRows / C::kWarps;  // rows of P per warp
 
   __device__ __forceinline__ static int warp() { return static_cast<int>(threadIdx.x / 32); }
   __device__ __forceinline__ static void sync() { ptx::sync_group(1, C::kWarps * 32); }
 
-  // O, m and l of a segment.
+  // Computes O, m and l of a segment.
   __device__ __forceinline__ void attend(const LatentSegment& segment, uint32_t number, uint32_t& use) {
     const ColumnRows rows = rows_of(segment, call.group, kv_head);
     if (threadIdx.x == 0 && segment.parts.count > 1)
@@ -126,12 +126,12 @@ class LatentWarps {
     }
   }
 
-  // This warp's share of S = Q Kᵀ: a tile of 16 rows and 16 keys, and of each panel of the head dim some
-  // steps, or all steps of some panels.
+  // This warp's share of S = Q Kᵀ: a tile of 16 rows and 16 keys, over some k steps of each panel of the head
+  // dim, or over all k steps of some panels.
   struct SplitProduct {
     static constexpr int kSteps = 4, kPanels = C::kHeadDim / 64;
     static constexpr int kPerPanel = std::max(1, kSteps / C::kSplits);
-    static constexpr int kApart = std::max(1, C::kSplits / kSteps);  // panels
+    static constexpr int kApart = std::max(1, C::kSplits / kSteps);  // distance between this warp's panels
     static constexpr int kOwnPanels = (kPanels + kApart - 1) / kApart;
     int split, row, key;
     RowsA<typename C::QTile> q;
@@ -143,7 +143,7 @@ class LatentWarps {
       q = RowsA<typename C::QTile>(queries, row);
       move_to_share<typename C::QTile>(q.lane);
     }
-    // The steps that follow are counted from this warp's first one.
+    // k steps are counted from this warp's first one.
     template <class Tile>
     __device__ __forceinline__ void move_to_share(LaneAddress<Tile>& lane) const {
       lane.swizzle ^= 2 * (split * kPerPanel % kSteps) << 4;
@@ -155,7 +155,7 @@ class LatentWarps {
     static constexpr int step(int i, int j) { return i * kApart * kSteps + j; }
   };
 
-  // The share of Q, as fragments.
+  // The warp's share of Q, as fragments.
   struct Queries {
     uint32_t x[SplitProduct::kOwnPanels][SplitProduct::kPerPanel][4];
     __device__ __forceinline__ void read(const SplitProduct& product) {
@@ -167,7 +167,7 @@ class LatentWarps {
     }
   };
 
-  // Two sums take turns, since each product waits for the one before of its sum.
+  // Alternates between two sums, because each product waits for the one before it in its sum.
   __device__ __forceinline__ void multiply_keys(const SplitProduct& product, uint32_t tile) {
     using Tile = typename C::KTile;
     RowsB<Tile> k(tile, product.key);
@@ -203,8 +203,9 @@ class LatentWarps {
 
   __device__ __forceinline__ static int row_of(int own) { return warp() + own * C::kWarps; }
 
-  // m ← the row's bound, raised where a score exceeds it by more than kLatentSlack, by 1/α; P = 2^(S − m);
-  // l ← α l + this lane's P. A lane has one key of the tile. `whole`: all rows see all of its keys.
+  // m ← the row's bound, raised by a factor 1/α if a score exceeds it by more than kLatentSlack; P = 2^(S −
+  // m); l ← α l + this lane's P. Each lane has one key of the tile. `whole`: all rows see all keys of the
+  // tile.
   __device__ __forceinline__ void exponentiate(const SequenceWork& work, const ColumnRows& rows, int32_t key,
                                                bool whole, uint32_t use) {
     constexpr int kWarpKeys = Shared::kWarpKeys;
@@ -226,7 +227,7 @@ class LatentWarps {
         alpha = ptx::exp2(m[i] - top);
         m[i] = top, l[i] *= alpha;
       }
-      const float p = ptx::exp2(x - (m[i] == -INFINITY ? 0 : m[i]));  // 0 where no key was seen yet
+      const float p = ptx::exp2(x - (m[i] == -INFINITY ? 0 : m[i]));  // 0 while the row has seen no key
       l[i] += p;
       if (used) {
         const int offset =
@@ -237,7 +238,7 @@ class LatentWarps {
     }
   }
 
-  // The score of a key in powers of two: softcap, ALiBi, the band, ranges, the draft mask.
+  // The score of a key, times log2(e), after softcap, ALiBi, the band, ranges and the draft mask.
   __device__ __forceinline__ float score(const SequenceWork& work, const ColumnRows& rows, int32_t row,
                                          int32_t key, float x, bool whole) const {
     x *= call.scale;
@@ -277,7 +278,7 @@ class LatentWarps {
   // Writes the results of a segment, or merges them with those of the entry's other parts if this one is the
   // last to be finished.
   __device__ __forceinline__ void finish(const LatentSegment& segment) {
-    sync();  // the softmax is stored
+    sync();  // waits until the softmax is stored
     const ColumnRows rows = rows_of(segment, call.group, kv_head);
     const Parts parts = segment.parts;
     const PartialResults<C::kRows> partial(call);
@@ -292,7 +293,7 @@ class LatentWarps {
         store_partial(partial, first + row, row, slot);
       }
     }
-    sync();  // the softmax is read, and results are stored
+    sync();  // waits until the softmax is read and results are stored
     if (parts.count == 1) return;
     if (threadIdx.x == 0) shared.is_last = count_part(partial.counter(parts, kv_head), parts.count);
     sync();
@@ -337,20 +338,13 @@ class LatentWarps {
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1) latent_sm80(const __grid_constant__ LatentCall call) {
   auto& shared = *reinterpret_cast<typename C::Shared*>(ptx::dynamic_shared_1024());
-  if (threadIdx.x == 0) shared.init();
-  clear_outside<typename C::Element, C::kThreads>(call);
-  const int32_t number = call.columns.quotient(static_cast<int32_t>(blockIdx.x));
-  const LatentColumn<C::kRows> column{call, static_cast<int32_t>(blockIdx.x) - number * call.columns.value};
-  Range range;
-  auto& found = *reinterpret_cast<PartitionShared<C::kThreads>*>(shared.q);
-  const Partition partition = find_range<C::kTile, C::kThreads>(call, column, found, number, range);
-  if (range.begin >= range.end) return;
-  __syncthreads();  // all have read what was found, and the barriers are there
-  if (static_cast<int>(threadIdx.x) >= C::kWarps * 32) {
-    LatentLoader<C>(call, shared, column, partition, range, number).run();
-  } else {
-    LatentWarps<C>(call, shared, column.kv_head).run();
-  }
+  run_latent<C>(call, shared, [&](int32_t kv_head, LatentLoader<C> loader) {
+    if (static_cast<int>(threadIdx.x) >= C::kWarps * 32) {
+      loader.run();
+    } else {
+      LatentWarps<C>(call, shared, kv_head).run();
+    }
+  });
 }
 
 }  // namespace jax_flash::decode::inline JF_ARCH_NAMESPACE

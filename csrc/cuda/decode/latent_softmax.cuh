@@ -1,5 +1,5 @@
-// The softmax of a tile's scores in mma's C layout, as the warps of the sm_90a kernels of latent pools
-// compute it: rows of one chunk, of which a thread has some of the keys.
+// The softmax of a tile's scores in mma's C layout, for the warps of the sm_90a kernels of latent pools. The
+// rows belong to one chunk, and each thread has some of their keys.
 #pragma once
 
 #include <cmath>
@@ -19,7 +19,7 @@ struct LatentSoftmax {
   Interval common;                   // the keys that all rows see
   float m[S::kSlots], l[S::kSlots];  // the bound on a row's scores, and this thread's share of Σ P
 
-  // first_row: of the warp.
+  // first_row: the warp's first row.
   __device__ __forceinline__ LatentSoftmax(const LatentSegment& segment, const ColumnRows& rows,
                                            int32_t first_row) {
 #pragma unroll
@@ -50,9 +50,9 @@ struct LatentSoftmax {
     }
   }
 
-  // m ← the row's bound, raised where a score exceeds it by more than kLatentSlack, by 1/α; S ← 2^(S − m);
-  // l ← α l + rowsum S. Each row decides for itself, so that its bits depend on no other row; the warp's vote
-  // tells whether any was raised.
+  // m ← the row's bound, raised by a factor 1/α if a score exceeds it by more than kLatentSlack; S ← 2^(S −
+  // m); l ← α l + rowsum S. Each row decides for itself, so that its bits depend on no other row. Returns the
+  // warp's vote on whether any bound was raised.
   __device__ __forceinline__ bool update(S& s, float (&alpha)[S::kSlots]) {
     bool raised = false;
 #pragma unroll
@@ -68,7 +68,8 @@ struct LatentSoftmax {
         m[slot] = top, raised = true;
         l[slot] *= alpha[slot];
       }
-      const float bound = m[slot] == -INFINITY ? 0 : m[slot];  // no key was seen yet: P must be 0, not NaN
+      // If no key has been seen yet, P must be 0, not NaN.
+      const float bound = m[slot] == -INFINITY ? 0 : m[slot];
 #pragma unroll
       for (int n = 0; n < S::kColumnTiles; ++n)
 #pragma unroll

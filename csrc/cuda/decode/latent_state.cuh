@@ -16,12 +16,12 @@ namespace jax_flash::decode {
 struct LatentSegment {
   SequenceWork work;
   Parts parts;
-  int32_t first_row, end_row;  // of ColumnRows
+  int32_t first_row, end_row;  // as in ColumnRows
   int32_t tile, tile_end;
-  int32_t done;  // there is no further segment, and this is none
+  int32_t done;  // there is no further segment, and this state describes none
 };
 
-// O is rescaled where a score exceeds the row's bound by more.
+// O is rescaled when a score exceeds the row's bound by more than this, in powers of two.
 inline constexpr float kLatentSlack = 8;
 
 __device__ __forceinline__ ColumnRows rows_of(const LatentSegment& segment, const Divisor& group,
@@ -45,8 +45,8 @@ struct LatentTiles {
   bool is_last;
   static_assert(kWarpKeys <= 32);
 
-  // Copies are counted by thread. `missing` and `segments` are stored, and so are counted apart from them.
-  // readers: arrivals of the warps that read a tile of K.
+  // Every thread's copies arrive at the barriers. `missing` and `segments` are stored and not copied, so the
+  // stores arrive separately. readers: arrivals of the warps that read a tile of K.
   __device__ __forceinline__ void init_tiles(uint32_t readers = kWarps) {
     constexpr uint32_t kArrivals = C::kLoadWarps * (32 + ptx::kWarpArrivals);
     k_pipe.init(readers, kArrivals);
@@ -54,7 +54,7 @@ struct LatentTiles {
   }
 };
 
-// Launches `kernel`, of C, for each outer leading entry.
+// Launches `kernel`, whose traits are C, for each outer leading entry.
 template <class C>
 cudaError_t launch_latent(void (*kernel)(LatentCall), const Problem& p, const LaunchPlan& plan,
                           void* workspace, cudaStream_t stream) {

@@ -42,7 +42,7 @@ struct SequenceWork {
   int32_t batch_row;       // the batch index of per-token operands
   int32_t q_begin;
   Band band;
-  Interval keys;  // that at least one of the rows sees
+  Interval keys;  // keys that at least one of the rows sees
   bool served;    // false: the forward kernel attends this sequence
 
   SequenceWork() = default;
@@ -79,7 +79,8 @@ __device__ __forceinline__ SequenceWork ColumnRows::sequence(const DecodeCall& c
   return {call, *this, number};
 }
 
-// The query of a row of the column. Padding rows repeat others: a row's result depends on no other row.
+// The query of a row of the column. Padding rows repeat other rows, which is harmless as rows are
+// independent.
 template <class T>
 __device__ __forceinline__ const T* query_at(const DecodeCall& call, const ColumnRows& rows,
                                              const SequenceWork& work, int32_t row) {
@@ -102,8 +103,8 @@ __device__ __forceinline__ SequenceUnits<kTile> units_of(const DecodeCall& call,
   return {call.grid, call.end_tiles, work.keys, work.served};
 }
 
-// A block's range: its units, the sequence that it begins in, and that sequence's first unit. Empty: begin ≥
-// end.
+// A block's range: its units, the sequence in which it begins, and that sequence's first unit. Empty if begin
+// ≥ end.
 struct Range {
   int32_t begin, end, index, base;
 };
@@ -114,7 +115,8 @@ struct PartitionShared {
   int32_t index, base, parts, units;
 };
 
-// sum ← the sum over all earlier threads; returns that over all; `largest` ← the maximum over all.
+// sum ← the sum over all earlier threads; returns the sum over all threads; `largest` ← the maximum over all
+// threads.
 template <int kThreads>
 __device__ __forceinline__ int32_t scan_block(PartitionShared<kThreads>& shared, int32_t& sum,
                                               int32_t& largest) {
@@ -139,8 +141,8 @@ __device__ __forceinline__ int32_t scan_block(PartitionShared<kThreads>& shared,
   return total;
 }
 
-// Opens a range that is not empty and begins in sequence `index`, whose first unit is `base`: at its next
-// sequence if it begins in what counts for the end of this one.
+// Opens a range that is not empty and begins in sequence `index`, whose first unit is `base`. If it begins in
+// the units that stand for the end of this sequence, it opens at the next sequence.
 __device__ __forceinline__ void begin_range(Range& range, int32_t index, int32_t base, int32_t parts,
                                             int32_t units) {
   const bool past = range.begin - base >= parts;
@@ -148,7 +150,8 @@ __device__ __forceinline__ void begin_range(Range& range, int32_t index, int32_t
   range.begin = max(range.begin, range.base);
 }
 
-// find_range for at most 32 sequences, by each warp for itself: a barrier would take longer.
+// find_range() for at most 32 sequences. Each warp computes it by itself, because a barrier would take
+// longer.
 template <int kTile, class Rows>
 __device__ __forceinline__ Partition find_range_by_warp(const DecodeCall& call, const Rows& rows,
                                                         int32_t number, Range& range) {
@@ -233,7 +236,7 @@ template <int kTile>
 struct WorkIterator {
   int32_t unit, end;               // the segment's first unit, and the end of the range
   int32_t index, base;             // the segment's sequence, and that sequence's first unit
-  int32_t parts = 0, all = -1;     // of the segment, and of the sequence
+  int32_t parts = 0, all = -1;     // parts of the segment, and of the sequence
   int32_t next_base = 0;           // the first unit of the next sequence
   int32_t tile = 0, tile_end = 0;  // the tiles of the segment that remain
 
@@ -259,7 +262,7 @@ struct WorkIterator {
       return work;
     }
   }
-  // Moves to the next segment, at first to the first one, which open() opens unless the range is done.
+  // Moves to the next segment (at first, to the first one). open() opens it unless the range is done.
   __device__ __forceinline__ void advance() {
     unit += parts;
     if (unit == base + all) unit = base = next_base, ++index;

@@ -38,21 +38,21 @@ struct RowResult {
   float factor, lse;
 };
 
-// `all`: over all keys. `i`: the row's position.
+// `all`: the softmax over all keys. `i`: the row's position.
 __device__ __forceinline__ RowResult finish_row(const DecodeCall& call, const SequenceWork& work,
                                                 int32_t head, int32_t i, Softmax all) {
-  float sink = -INFINITY;  // its logit in powers of two
+  float sink = -INFINITY;  // the sink's logit, times log2(e)
   if (call.sinks && i < work.band.q_len)
     sink = *call.sinks.at<const float>(work.leading, work.batch_row, head, work.q_begin + i) * kLog2e;
   const float largest = fmaxf(all.m, sink);
-  // A row whose only scores are NaN has no maximum either, but l is NaN then, and so must be the result.
+  // A row whose scores are all NaN has no maximum either; then l is NaN, and so must be the result.
   if (i >= work.band.q_len || (largest == -INFINITY && all.l == 0)) return {0, -INFINITY};
   const float alpha = ptx::exp2(all.m - largest);
   const float total = fmaf(all.l, alpha, ptx::exp2(sink - largest));
   return {alpha * ptx::reciprocal(total), (largest + ptx::log2(total)) * kLn2};
 }
 
-// Writes four adjacent features of o = O / l and, with feature 0, lse. o, all: over all keys.
+// Writes four adjacent features of o = O / l and, with feature 0, lse. `o` and `all` are sums over all keys.
 template <class T>
 __device__ __forceinline__ void store_result(const DecodeCall& call, const ColumnRows& rows,
                                              const SequenceWork& work, int32_t row, int32_t feature, float4 o,
@@ -67,11 +67,12 @@ __device__ __forceinline__ void store_result(const DecodeCall& call, const Colum
 }
 
 // The parts of a split sequence. Fixed splits have a slot for each split. Otherwise a block writes at most
-// two: for a sequence that began in an earlier range, the first one of its own, and for one that it begins
-// and does not end, the last; the sequence is known by the range that it begins in.
+// two parts: the first of its range if that sequence began in an earlier range, and the last if that sequence
+// ends in a later one. A split sequence is identified by the range in which it begins.
 struct Parts {
-  int32_t count, own;  // the parts, and the number of this one; one part: the whole sequence
-  int32_t first;       // fixed: the sequence; otherwise the range of part 0
+  // The number of parts, and the number of this one; with one part, it is the whole sequence.
+  int32_t count, own;
+  int32_t first;  // fixed: the sequence; otherwise the range of part 0
 
   template <int kTile>
   __device__ __forceinline__ static Parts of(const DecodeGrid& grid, const Partition& partition,
@@ -114,17 +115,17 @@ struct PartialResults {
   }
 };
 
-// A counter of finished parts, in memory that nobody has cleared: a number without the mark counts as none.
-// The block that finishes last leaves the memory without the mark.
+// A counter of finished parts, in memory that nobody has cleared: a number without the mark counts as 0. The
+// block that finishes last removes the mark.
 inline constexpr unsigned long long kCounterMark = 0x9E3779B97F4A0000ull, kCounted = 0xFFFF;
 
-// By one thread, at any time before its block's count_part().
+// One thread must call this before its block's count_part().
 __device__ __forceinline__ void prepare_counter(unsigned long long* counter) {
   const unsigned long long found = ptx::load_relaxed(counter);
   if ((found & ~kCounted) != kCounterMark) ptx::exchange_if(counter, found, kCounterMark);
 }
-// By one thread, after all results of its block's part are stored. Returns whether all `count` parts are,
-// which its block may then read.
+// One thread must call this after its block has stored all results of its part. Returns whether all `count`
+// parts are stored; then the block may read them.
 __device__ __forceinline__ bool count_part(unsigned long long* counter, int32_t count) {
   if (ptx::add_released(counter, 1) != kCounterMark + static_cast<unsigned>(count - 1)) return false;
   ptx::acquire();

@@ -1,11 +1,12 @@
 // A ring of key and value tiles in shared memory that belongs to one warp, which both fills and reads it:
 // copies and products need no barrier across the thread block.
 //
-// A stage holds kKeys keys and their values. Under load the block table answers later than a stage's copy
-// takes, so in a long segment the entries of the tile that has a stage next are copied with the one that has
-// it now. Other tiles are looked up one tile ahead, a segment's first one while the last copy of the one
-// before runs. Before the first tile is waited for, kStages of them are asked for by the loop that waits: a
-// kernel's first instructions are fetched from memory, so that code is kept short.
+// A stage holds kKeys keys and their values. Under load a block-table lookup takes longer than the copy of a
+// stage. So in a long segment, the table entries for the tile that will use a stage next are copied together
+// with the tile that uses it now. In other segments pages are looked up one tile ahead; for a segment's first
+// tile this happens during the last copy of the segment before it. The loop that waits for tiles also starts
+// the first kStages copies, because a kernel's first instructions are fetched from memory, which favours
+// short code.
 #pragma once
 
 #include <cstdint>
@@ -19,13 +20,13 @@
 
 namespace jax_flash::decode {
 
-// Where the keys and values of a sequence lie: in pages, or contiguously, which is treated as one long page.
-// kPolicy: copies say what L2 may evict first, which takes two registers.
+// The location of a sequence's keys and values: in pages, or contiguous, which is treated as one long page.
+// kPolicy: copies tell L2 what it may evict first, which takes two registers.
 template <class Stored, bool kPolicy>
 struct KeySource {
   GlobalPages<Stored> key, value;
   const int32_t* table;
-  int32_t page;  // the one page of a dense sequence
+  int32_t page;  // the sequence's number, which is also the number of a dense sequence's one page
   Interval used;
   ptx::L2Policy policy;
 
@@ -40,11 +41,11 @@ struct KeySource {
     used = work.keys;
     if (call.paged) table = call.block_tables.at<const int32_t>(work.leading, page, 0, 0);
   }
-  // Issues the lookup of a key's page. check() looks at the entry later, so that nobody waits for it here.
+  // Looks up a key's page. check() reads the entry later, so that nobody waits for it here.
   __device__ __forceinline__ PageSlot look_up(const DecodeCall& call, int64_t position) const {
     return locate(call, position, [&](int32_t entry) { return table[entry]; });
   }
-  // page_of(entry of the table): the page.
+  // page_of(entry) gives the page of a table entry.
   template <class PageOf>
   __device__ __forceinline__ PageSlot locate(const DecodeCall& call, int64_t position, PageOf page_of) const {
     if (position < used.lo || position >= used.hi) return {kNoPage, kUnused};
@@ -68,7 +69,7 @@ struct KeySource {
   }
 };
 
-// Starts the copies of the keys and values of kRows slots by one warp. `slot` is that of key lane % kRows.
+// One warp starts the copies of the keys and values in kRows slots. `slot`: the slot of key lane % kRows.
 template <class KTile, class VTile, class Stored, bool kPolicy>
 __device__ __forceinline__ void copy_rows(uint32_t shared, const KeySource<Stored, kPolicy>& from,
                                           PageSlot slot) {
@@ -110,7 +111,7 @@ __device__ __forceinline__ void copy_rows(uint32_t shared, const KeySource<Store
   }
 }
 
-// A segment whose keys are in the ring, in shared memory: its part of its sequence, and its tiles.
+// A segment whose keys are in the ring: its part of its sequence, and its tiles. It lies in shared memory.
 struct Segment {
   SequenceWork work;
   Parts parts;
@@ -118,13 +119,13 @@ struct Segment {
 };
 static_assert(sizeof(Segment) <= kDecodeSegmentBytes);
 
-// kTile: keys of a tile of the whole block, of which each warp takes kKeys.
+// kTile: keys in a tile of the whole block; each warp takes kKeys of them.
 template <class Stored, int HeadDim, int ValueDim, int kStageCount, int kKeyCount, int kTile, bool kPolicy>
 class WarpRing {
  public:
   static constexpr int kKeys = kKeyCount, kStages = kStageCount;
-  static constexpr int kSegments =
-      kStages + 2;  // that may be open: the last one, those of the stages, the next
+  // Segments whose data may be needed at once: the one before, one for each stage, and the next.
+  static constexpr int kSegments = kStages + 2;
   using KTile = StoredTile<Stored, kKeys, HeadDim>;
   using VTile = StoredTile<Stored, kKeys, ValueDim>;
   static constexpr int kStageBytes = KTile::kBytes + VTile::kBytes, kBytes = kStages * kStageBytes;
@@ -134,7 +135,8 @@ class WarpRing {
   static constexpr int kPrefetchedTiles = 32;
   static constexpr bool kPrefetchesTable = kPolicy && HeadDim <= 128;
 
-  // This warp's shared memory: `queue`, segments [kSegments]; page_memory, int32 [kStages, kKeys].
+  // This warp's parts of shared memory are `shared` for the stages, `queue` for kSegments segments, and
+  // `page_memory` for table entries: int32 [kStages, kKeys].
   __device__ __forceinline__ WarpRing(uint32_t shared, uint32_t page_memory, Segment* queue,
                                       const DecodeCall& decode, const ColumnRows& column_rows,
                                       const Partition& of_column, const Range& range, int32_t range_number)
@@ -190,7 +192,7 @@ class WarpRing {
     prefetches = kPrefetchesTable && call.paged && ahead.tile_end - ahead.tile >= kPrefetchedTiles,
     copied = 0;
     find();
-    __syncwarp();  // all lanes are done with the segment that had this place
+    __syncwarp();  // all lanes have read the segment that was stored here
     if (threadIdx.x % 32 == 0)
       segments[opened] = {work, Parts::of(call.grid, partition, ahead, number), ahead.tile, ahead.tile_end};
     if (++opened == kSegments) opened = 0;
@@ -203,7 +205,7 @@ class WarpRing {
   }
   __device__ __forceinline__ void find() { next = keys.look_up(call, position(0)); }
   __device__ __forceinline__ uint32_t entry_of(int stage) const { return entries + stage * kKeys * 4; }
-  // Starts the copy of the entry of the tile that has this stage next.
+  // Starts to copy the table entry for the tile that will use this stage next.
   __device__ __forceinline__ void copy_entry() const {
     if (threadIdx.x % 32 >= kKeys) return;
     (void)keys.locate(call, position(kStages), [&](int32_t entry) {
@@ -215,14 +217,14 @@ class WarpRing {
   const DecodeCall& call;
   const ColumnRows& rows;
   const Partition& partition;
-  uint32_t memory, entries;  // entries: of this lane's key in stage 0
-  int32_t number;            // of the block's range
+  uint32_t memory, entries;  // entries: address of this lane's entry for stage 0
+  int32_t number;            // number of the block's range
   Segment* segments;
   WorkIterator<kTile> ahead;        // at the tile that is copied next
   KeySource<Stored, kPolicy> keys;  // of that tile's sequence
-  PageSlot next;                    // of this lane's key in that tile, to be checked
+  PageSlot next;                    // the page of this lane's key in that tile, not yet checked
   bool prefetches = false;          // whether the segment is looked up kStages tiles ahead
-  int32_t copied = 0;               // tiles of the segment
+  int32_t copied = 0;               // tiles of the segment that have been copied
   int filled = 0;                   // the stage that is filled next
   int opened = 0, taken = 0;        // the segments that are opened and taken next
 };

@@ -1,4 +1,4 @@
-// The result row_max of decode (cuda/row_max.cuh), to which every part of a sequence adds its own.
+// The result row_max of decode (cuda/row_max.cuh). Every part of a sequence raises it to its own maximum.
 #pragma once
 
 #include <cmath>
@@ -8,10 +8,11 @@
 #include "cuda/decode/partition.cuh"
 #include "cuda/ordered.cuh"
 #include "cuda/ptx/atomic.cuh"
+#include "cuda/softmax.cuh"
 
 namespace jax_flash::decode {
 
-// Raises a row's result to `top`, the largest of some of its scores in powers of two.
+// Raises a row's result to `top`, the largest of some of its scores, times log2(e).
 __device__ __forceinline__ void raise_row_max(const DecodeCall& call, const ColumnRows& rows,
                                               const SequenceWork& work, int32_t row, float top) {
   if (row >= rows.count() || !(top > -INFINITY)) return;
@@ -23,17 +24,13 @@ __device__ __forceinline__ void raise_row_max(const DecodeCall& call, const Colu
              ordered(top * kLn2));
 }
 
-// The same of a warp's rows, from `first_row` on, of S in mma's C.
+// Likewise for a warp's rows from `first_row` on, from S in mma's C layout.
 template <class S>
 __device__ __forceinline__ void raise_row_maxima(const DecodeCall& call, const ColumnRows& rows,
                                                  const SequenceWork& work, int32_t first_row, const S& s) {
 #pragma unroll
   for (int slot = 0; slot < S::kSlots; ++slot) {
-    float top = s.at(slot, 0, 0);
-#pragma unroll
-    for (int i = 1; i < 2 * S::kColumnTiles; ++i) top = fmaxf(top, s.at(slot, i / 2, i % 2));
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+    const float top = row_max(thread_max(s, slot));
     if (threadIdx.x % 4 == 0) raise_row_max(call, rows, work, first_row + S::row(slot), top);
   }
 }

@@ -1,6 +1,5 @@
-// Equal shares of all key tiles: what a CTA of decode does where sequences are unequal. Each of its warps has
-// a ring of its own (ring.cuh), and the warps synchronise only where a sequence, or the CTA's part of it,
-// ends.
+// Decode in equal shares of all key tiles, for sequences of unequal lengths. Each warp of a CTA has a ring of
+// its own (ring.cuh). The warps synchronise only at the end of a sequence, or of the CTA's part of it.
 #pragma once
 
 #include "core/families/portable_layout.h"
@@ -22,8 +21,8 @@ struct DecodeShares {
   using Element = T;
   static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kRows = R.block_m;
   static constexpr int kWarps = R.warps, kThreads = kWarps * 32, kBlocks = R.blocks;
-  // Tiles of N keys in one of this kernel. float8 takes 32 keys in a stage, if it has the registers: the
-  // latency of products and exponentials is that of 16.
+  // Tiles of N keys that form one tile of this kernel. float8 takes 32 keys per stage if there are enough
+  // registers, because products and exponentials of 32 keys have the latency of 16.
   static constexpr int kRowTiles =
       sizeof(Stored) < sizeof(T) && R.block_n / R.warps < 32 && kRows <= 16 ? 2 : 1;
   static constexpr int kTile = kRowTiles * R.block_n, kKeys = kTile / kWarps;
@@ -59,11 +58,11 @@ __device__ __forceinline__ void finish_segment(const DecodeCall& call, const Col
   if (parts.count == 1) return;
   if (threadIdx.x == 0) is_last = count_part(partial.counter(parts, column), parts.count);
   __syncthreads();
-  constexpr int kAtOnce = C::kRows <= 16 ? 8 : 4;  // parts, as registers allow
+  constexpr int kAtOnce = C::kRows <= 16 ? 8 : 4;  // parts that are loaded together, limited by registers
   if (is_last) combine<C, kAtOnce>(call, rows, work, partial, parts, column);
 }
 
-// By a CTA.
+// A whole CTA calls this.
 template <class C>
 __device__ __forceinline__ void attend_share(const DecodeCall& call) {
   using Ring = typename C::Ring;
@@ -86,9 +85,9 @@ __device__ __forceinline__ void attend_share(const DecodeCall& call) {
   if constexpr (C::WarpState::kSharedQueries)
     state.shared_q = reinterpret_cast<uint2*>(shared + C::kLayout.queries);
   const Segment* segment = nullptr;
-  Interval keys{0, 0};  // of the segment's sequence
+  Interval keys{0, 0};  // the keys of the segment's sequence
   int32_t tile = 0, tile_end = 0;
-#pragma unroll 1  // and fill() is called in one place: a kernel's first instructions are fetched from memory
+#pragma unroll 1  // short code, because a kernel's first instructions are fetched from memory
   for (int ahead = -Ring::kStages;;) {
     ring.fill();
     if (++ahead <= 0) continue;
@@ -96,7 +95,7 @@ __device__ __forceinline__ void attend_share(const DecodeCall& call) {
       const Segment* const ended = segment;
       const bool ends = ring.done();
       if (!ends) segment = &ring.next_segment();
-      // The queries arrive while results are merged.
+      // The next queries arrive while results are merged.
       if (!ends && !C::WarpState::kSharedQueries) state.load(call, rows, segment->work);
       if (ended) {
         finish_segment<C>(call, rows, column, *ended, state, WarpMerge<C>(shared), is_last);

@@ -1,9 +1,9 @@
 // A stage's keys and values in their stored dtype, and their fragments as mma's A for Sᵀ = K Qᵀ and Oᵀ += Vᵀ
 // Pᵀ.
 //
-// float8 is widened after ldmatrix, which moves it in 16-bit pairs of adjacent features. A lane therefore
-// holds other features than with 16-bit keys, and the fragments of Q and O follow that order. Its format is a
-// template argument of the loads: a branch in each of them would keep the loads apart.
+// float8 is widened after ldmatrix, which moves it in 16-bit pairs of adjacent features. Hence a lane holds
+// other features than with 16-bit keys, and the fragments of Q and O follow that order. The float8 format is
+// a template argument of the loads, because a branch in each load would keep the compiler from grouping them.
 #pragma once
 
 #include <cstdint>
@@ -70,7 +70,7 @@ struct ValuesA {
     columns.load(a[0], i, k);
   }
 
-  // The feature of a tile that rows g (half 0) and g + 8 (half 1) of C (Oᵀ) are.
+  // The feature in a tile that row g (half 0) or g + 8 (half 1) of C (Oᵀ) holds.
   __device__ __forceinline__ static int feature(int g, int half) { return g + 8 * half; }
 };
 

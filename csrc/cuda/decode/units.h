@@ -1,8 +1,8 @@
-// The unit that decode's work is divided by, and the division, where both sides make it.
+// The units in which decode divides its work, and the division, which host and device compute alike.
 //
 // A column is one KV head, or a chunk of its query rows. The key tiles of all sequences, one sequence after
-// the other, are divided into equal ranges, one for each block of a column. Where the call fixes the splits
-// of a sequence, the unit of division is a split instead of a tile.
+// the other, are divided into equal ranges, one for each block of a column. If the call fixes the splits of a
+// sequence, the unit of division is a split instead of a tile.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,8 @@
 
 namespace jax_flash::decode {
 
-// Tiles that the end of a sequence counts as, since merging and writing its results takes time. Where few
-// sequences end in a range, ranges are the more equal without.
+// The tiles that the end of a sequence counts as, because merging and writing its results takes time. If few
+// sequences end in a range, ranges are closer to equal without them.
 inline int32_t end_tiles(const DecodeGrid& grid, int32_t sequences) {
   constexpr int32_t kEndTiles = 4;
   return !grid.fixed_parts() && 2 * int64_t{sequences} >= grid.ranges ? kEndTiles : 0;
@@ -25,10 +25,10 @@ template <int kTile>
 struct SequenceUnits {
   int32_t begin, count;  // tiles. A sequence without keys has one, since its results must be written too.
   int32_t unit_tiles;    // tiles per unit
-  int32_t parts;         // units that have tiles: splits where the call fixes them, else tiles
-  int32_t units;         // parts, and those that the sequence's end counts as
+  int32_t parts;         // units that have tiles: splits if the call fixes them, else tiles
+  int32_t units;         // parts, and the units that stand for the sequence's end
 
-  // keys: that the rows see. served: whether decode attends the sequence.
+  // keys: the keys that the rows see. served: whether decode attends to the sequence.
   JF_HD SequenceUnits(const DecodeGrid& grid, int32_t end_tiles, Interval keys, bool served) {
     begin = keys.empty() ? 0 : keys.lo / kTile;
     count = keys.empty() ? 1 : (keys.hi - 1) / kTile + 1 - begin;
@@ -45,7 +45,7 @@ struct SequenceUnits {
 // The ranges of units of a column's blocks: the first `larger` have size + 1 units, the others `size`.
 struct Partition {
   int32_t total;   // units of all sequences
-  int32_t ranges;  // that are not empty
+  int32_t ranges;  // number of ranges that are not empty
   int32_t size, larger;
 
   JF_HD int32_t begin(int32_t range) const {
@@ -59,8 +59,8 @@ struct Partition {
     return (in ? 0 : larger) + (unit - (in ? 0 : in_larger)) / (in ? size + 1 : size);
   }
 
-  // Ranges are equal, except that they hold whole sequences where all `sequences` have the same number of
-  // units and the imbalance costs less than splitting would.
+  // Ranges are equal. Only if all `sequences` have the same number of units, and the imbalance costs less
+  // than splitting would, do ranges hold whole sequences.
   Partition() = default;
   JF_HD Partition(const DecodeGrid& grid, int32_t sequences, int32_t all_units, int32_t largest)
       : total(all_units), ranges(grid.ranges < all_units ? grid.ranges : all_units), size(0), larger(0) {
@@ -68,7 +68,7 @@ struct Partition {
     size = static_cast<uint32_t>(total) / static_cast<uint32_t>(ranges);
     larger = total - size * ranges;
     if (grid.fixed_parts() || int64_t{largest} * sequences != total) return;
-    constexpr int32_t kSplitCost = 4;  // in tiles
+    constexpr int32_t kSplitCost = 4;  // cost of a split, in tiles
     const int64_t whole =
         int64_t{static_cast<uint32_t>(sequences - 1) / static_cast<uint32_t>(ranges) + 1} * largest;
     if (whole * ranges - total > int64_t{kSplitCost} * ranges) return;

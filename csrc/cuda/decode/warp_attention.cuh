@@ -38,7 +38,7 @@ __device__ __forceinline__ float column_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 16);
 }
 
-// The tile of S of a column's rows, from `first_row` on, and the keys from `key` on, for its score variant.
+// The tile of S for a score variant: the column's rows from `first_row` on, and the keys from `key` on.
 template <class S>
 struct DecodeTile {
   const DecodeCall& call;
@@ -90,27 +90,28 @@ struct WarpAttention {
   static constexpr bool kRescaled = !std::is_same_v<M, T>;
   using FragmentsK = KeysA<M, StoredTile<Stored, kKeys, HeadDim>, Stored>;
   using FragmentsV = ValuesA<M, StoredTile<Stored, kKeys, ValueDim>, Stored>;
-  // O is rescaled only where a score exceeds the row's bound by more than kSlack. The bound is kLead below
-  // the largest score, so P ≤ 2^(kSlack + kLead): float16 has few bits for smaller P.
+  // O is rescaled only if a score exceeds the row's bound by more than kSlack. The bound is kLead below the
+  // largest score, so P ≤ 2^(kSlack + kLead); float16 has few bits for smaller P.
   static constexpr float kSlack = 8, kLead = kRescaled ? 6 : 0;
 
-  // Qᵀ as mma's B: in registers, or in shared memory where it would not leave enough of them.
+  // Qᵀ as mma's B: in registers, or in shared memory if it would leave too few of them.
   static constexpr bool kSharedQueries = decode_shares_queries(8 * kTiles, HeadDim);
   uint32_t q[kSharedQueries ? 1 : kTiles][kSteps][2];
   uint2* shared_q;                   // [kTiles, kSteps, 32 lanes], and then the rows' keys and query_scale
   float o[kTiles][kValueTiles][4];   // Oᵀ
   float m[kTiles][2], l[kTiles][2];  // the bound on a row's scores, and this lane's share of Σ P
-  Interval keys[kSharedQueries ? 1 : S::kSlots];      // the keys that a row sees
-  Interval common;                                    // the keys that all rows in use see
-  float scale;                                        // S = scale · stored keys · Q
-  float value_scale = 1;                              // V = value_scale · stored values
-  KeyScales<S, kScaled && Score::kGeneral> of_keys;   // by which S and P are multiplied besides
-  float query_scale[kSharedQueries ? 1 : kTiles][2];  // kRescaled: Q = query_scale · q, of the rows of S
+  Interval keys[kSharedQueries ? 1 : S::kSlots];  // the keys that a row sees
+  Interval common;                                // the keys that all rows in use see
+  float scale;                                    // S = scale · stored keys · Q
+  float value_scale = 1;                          // V = value_scale · stored values
+  // Scales of single pages, which S and P are multiplied by.
+  KeyScales<S, kScaled && Score::kGeneral> of_keys;
+  float query_scale[kSharedQueries ? 1 : kTiles][2];  // kRescaled: Q = query_scale · q, for each row of S
 
   __device__ __forceinline__ static int row_of(int n, int e) { return S::row(2 * n + e); }
 
-  // Loads what a segment is computed from; not yet what its results are, which may still be those of the
-  // segment before. By all warps together where queries are shared.
+  // Loads the operands of a segment, but not yet its sums, because those may still be in use for the segment
+  // before. All warps must call this together if they share the queries.
   __device__ __forceinline__ void load(const DecodeCall& call, const ColumnRows& rows,
                                        const SequenceWork& work) {
     load_queries(call, rows, work);
@@ -157,7 +158,7 @@ struct WarpAttention {
   }
 
  private:
-  // Calls f.operator()<format>(); without float8, of which the format does not matter, for any.
+  // Calls f.operator()<format>(). Without float8 the format does not matter.
   template <class F>
   __device__ __forceinline__ static void with_format(DType stored, F f) {
     if constexpr (kScaled) {
@@ -167,7 +168,7 @@ struct WarpAttention {
     }
   }
 
-  // 1 where pages have scales of their own.
+  // The scale that all pages share; 1 if each page has a scale.
   __device__ __forceinline__ static float scale_of_all_pages(const DecodeView& of, const ColumnRows& rows,
                                                              const SequenceWork& work) {
     return of && of.batch == 0 ? *of.at<const float>(work.leading, 0, rows.kv_head, 0) : 1;
@@ -243,7 +244,7 @@ struct WarpAttention {
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
     const uint32_t found = __float_as_uint(largest) >> 23;
-    const uint32_t exponent = 1 <= found && found <= 253 ? found : 127;  // 1: zero or not finite
+    const uint32_t exponent = 1 <= found && found <= 253 ? found : 127;  // 1: the row is zero or not finite
     const float inverse = __uint_as_float((254 - exponent) << 23);
 #pragma unroll
     for (int i = 0; i < 2 * kSteps; ++i) {
@@ -265,7 +266,7 @@ struct WarpAttention {
 
   template <DType kFormat>
   __device__ __forceinline__ void multiply_keys(S& s, uint32_t k) const {
-    // The odd k steps, so that successive products do not depend on each other.
+    // The odd k steps have sums of their own, so that successive products do not depend on each other.
     constexpr int kKeyTiles = kKeys / 16;
     constexpr bool kOdd = kKeyTiles * kTiles <= 2;
     S odd;
@@ -318,15 +319,12 @@ struct WarpAttention {
   __device__ __forceinline__ static void raise_row_maxima(const DecodeCall& call, const ColumnRows& rows,
                                                           const SequenceWork& work, const S& s) {
     for_each_row([&](int n, int e) {
-      float top = s.at(2 * n + e, 0, 0);
-#pragma unroll
-      for (int i = 1; i < 2 * S::kColumnTiles; ++i) top = fmaxf(top, s.at(2 * n + e, i / 2, i % 2));
-      top = column_max(top);
+      const float top = column_max(thread_max(s, 2 * n + e));
       if (threadIdx.x % 32 < 4) raise_row_max(call, rows, work, row_of(n, e), top);
     });
   }
 
-  // Raises m where a score exceeds it by more than kSlack. The warp votes whether any row needs it, but each
+  // Raises m if a score exceeds it by more than kSlack. The warp votes on whether any row needs it, but each
   // row decides for itself, so that its bits depend on no other row.
   __device__ __forceinline__ void rescale(const S& s) {
     float largest[kTiles][2];
@@ -362,7 +360,7 @@ struct WarpAttention {
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
-      for (int i = 0; i < 2 * S::kColumnTiles; ++i) {  // 8 keys each
+      for (int i = 0; i < 2 * S::kColumnTiles; ++i) {  // each step has 8 keys
         const float even = s.at(2 * n, i / 2, i % 2), odd = s.at(2 * n + 1, i / 2, i % 2);
         if constexpr (sizeof(T) == 2) {
           b[n][i / 2][i % 2] = ptx::transpose(ptx::pack<M>(even, odd));

@@ -9,8 +9,8 @@
 
 namespace jax_flash::decode {
 
-// C: DecodeShares. O goes through shared memory a few columns at a time (DecodeLayout), twice as many where
-// half of the rows are in use.
+// C: DecodeShares. O goes through shared memory a few columns at a time (DecodeLayout); twice as many columns
+// if half of the rows are in use.
 template <class C>
 class WarpMerge {
  public:
@@ -20,7 +20,8 @@ class WarpMerge {
       : o_(reinterpret_cast<float*>(shared + C::kLayout.merge_o)),
         softmax_(reinterpret_cast<Softmax*>(shared + C::kLayout.merge_softmax)) {}
 
-  // Calls write(row, feature, O of four features, softmax of the row) for every row, by all threads.
+  // All threads must call this. It calls write(row, feature, O of four features, softmax of the row) for
+  // every row.
   template <class Write>
   __device__ __forceinline__ void run(typename C::WarpState& state, int32_t rows, Write write) {
     share_softmax(state);
@@ -36,7 +37,7 @@ class WarpMerge {
   }
 
  private:
-  // kRows: more than are used.
+  // kRows: upper bound of the rows in use.
   template <int kRows, int kColumns, class Write>
   __device__ __forceinline__ void merge(const typename C::WarpState& state, const Factors& factor,
                                         int32_t rows, Write write) {
@@ -57,7 +58,7 @@ class WarpMerge {
   }
   __device__ __forceinline__ static int warp() { return static_cast<int>(threadIdx.x / 32); }
 
-  // Stores this warp's m and l of each row. The lanes of a column then have its whole l.
+  // Stores this warp's m and l of each row. Afterwards all lanes of a column have its whole l.
   __device__ __forceinline__ void share_softmax(typename C::WarpState& state) {
     C::WarpState::for_each_row([&](int n, int e) {
       state.l[n][e] = column_sum(state.l[n][e]);
@@ -94,7 +95,7 @@ class WarpMerge {
       }
     });
   }
-  // O of all warps. Columns are padded, which avoids bank conflicts.
+  // O of all warps. Padded columns avoid bank conflicts.
   template <int kRows, int kColumns>
   __device__ __forceinline__ float4 sum(int row, int column) const {
     float4 total = make_float4(0, 0, 0, 0);

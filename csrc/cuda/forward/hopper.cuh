@@ -16,6 +16,9 @@
 //   warp 2, where the score has an input of its own: its warp (segments)
 //   the warp after these, where o is stored by TMA: the store warp, from shared memory
 //
+// If two CTAs of a cluster share a query tile, each on its own columns of the head, S of the diagram is the
+// sum of their products (hopper/sum_parts.cuh), and each CTA has its columns of o.
+//
 // An arrow is a Pipeline (hopper/pipeline.cuh): its reader waits for the full barrier, its writer for the
 // empty one. Consumers alternate in issuing products (ping-pong). docs/kernels/hopper-forward.md has the
 // reasons and timings.
@@ -33,10 +36,11 @@
 #include "cuda/forward/hopper_state.cuh"
 #include "cuda/forward/hopper_store.cuh"
 #include "cuda/hopper/roles.cuh"
+#include "cuda/hopper/sum_parts.cuh"
 #include "cuda/hopper/tile_scheduler.cuh"
 #include "cuda/launch.h"
-#include "cuda/load/hopper_blocks.cuh"
 #include "cuda/load/hopper_dense.cuh"
+#include "cuda/load/hopper_lists.cuh"
 #include "cuda/load/hopper_pages.cuh"
 #include "cuda/ptx/registers.cuh"
 #include "cuda/registry.h"
@@ -48,19 +52,26 @@ namespace jax_flash {
 
 // A row of csrc/kernels.def. Warps: one producer warpgroup and M / 64 consumers for each of the Teams; with
 // one consumer a warpgroup idles, as its registers go to the others. Each team works on query tiles of its
-// own, so that one team's prologue and epilogue overlap another's loop. Each CTA of a Cluster has a query
-// tile of its own; K and V are multicast to all.
-template <class T, Row R, ScoreKind Kind, template <class> class KeyLoader = DenseLoader, int Cluster = 1>
+// own, so that one team's prologue and epilogue overlap another's loop. With Multicast > 1, each of so many
+// CTAs of a cluster has a query tile of its own; K and V are multicast to all. If CTAs share a query tile
+// (Design::kClusterColumns), each has its own columns of Q, K, V and O, and they add up S.
+template <class T, Row R, ScoreKind Kind, template <class> class KeyLoader = DenseLoader, int Multicast = 1>
 struct ForwardSm90 {
   using Element = T;
   static constexpr ScoreKind kKind = Kind;
-  static constexpr int kCluster = Cluster, kTeams = R.teams;
+  static constexpr int kMulticast = Multicast, kSharers = hopper::sharers(R),
+                       kCluster = kMulticast * kSharers, kTeams = R.teams;
   static constexpr bool kPacksHeads = R.design == Design::kPackedHeads;
   static constexpr bool kSliced = R.is_sliced();
+  static constexpr bool kHasColumns = kSliced || kSharers > 1;  // a CTA does not work on all columns of V
   static constexpr int kSliceColumns = R.slice_columns();
-  static constexpr int kHeadDim = R.head_dim, kValueDim = kSliceColumns, kM = R.block_m, kStages = R.stages;
+  static constexpr int kHeadDim = R.head_dim / kSharers, kValueDim = kSliceColumns, kM = R.block_m,
+                       kStages = R.stages;
   static constexpr int kConsumers = kM / kConsumerRows, kAllConsumers = kTeams * kConsumers;
   static constexpr int kThreads = R.warps * 32;
+  // The stages of K and V are one ring if V is K.
+  static constexpr int kKeyStages = kValuesAreKeys<KeyLoader> ? 2 * kStages : kStages,
+                       kValueStages = kValuesAreKeys<KeyLoader> ? 0 : kStages;
   // The bias needs one or two stages of tiles in addition to Q, K and V; key tiles are smaller if these do
   // not fit. Dropout needs whole Philox blocks.
   static constexpr int64_t kTileBytes = hopper::forward_tile_bytes(R);
@@ -73,18 +84,22 @@ struct ForwardSm90 {
                                           : R.block_n;
   // Column tiles of S whose exponentials overlap P V. ptxas sinks nearly all of them below the wait for P V,
   // unless make_before() holds them. Three consumers or more keep the MUFU busy anyway.
-  static constexpr bool kRanges = Kind == ScoreKind::kRanges, kBlocks = Kind == ScoreKind::kBlocks,
-                        kPlainLoop = Kind == ScoreKind::kPlain || kRanges || kBlocks;
+  static constexpr bool kRanges = Kind == ScoreKind::kRanges, kListed = lists_tiles(Kind),
+                        kPlainLoop = Kind == ScoreKind::kPlain || kRanges || kListed;
   static constexpr bool kHoldsExponentials = kPlainLoop || (Kind == ScoreKind::kSegments && kValueDim <= 128);
   static constexpr int kEarlyExponentials = !kHoldsExponentials || kValueDim > 128 ? kN / 8
                                             : kAllConsumers > 2                    ? 0
                                                                                    : kN * 3 / 64;
-  // Q is read from shared memory once per query tile instead of at every step: 2 % where power is the limit.
+  // K steps of S whose Q is read from shared memory once per query tile instead of at every key tile. All at
+  // d128: 2 % where power is the limit. As many as fit in registers where CTAs share the tile, as products of
+  // 64 keys need all of shared memory's bandwidth.
   static constexpr bool kQueryInRegisters = (kPlainLoop || Kind == ScoreKind::kSegments) && kHeadDim == 128 &&
                                             kAllConsumers <= 2 && R.block_n <= 128;
-  // Multiplies only the visible tail of a consumer's last key tile, where it is no longer than this.
-  static constexpr int kTailKeys = Kind == ScoreKind::kPlain || Kind == ScoreKind::kSegments ? 32 : 0;
   static constexpr int kHeadSteps = kHeadDim / 16, kKeySteps = kN / 16;
+  static constexpr int kQuerySteps = kQueryInRegisters ? kHeadSteps : kSharers > 1 && kPlainLoop ? 4 : 0;
+  // Multiplies only the visible tail of a consumer's last key tile, where it is no longer than this.
+  static constexpr int kTailKeys =
+      kSharers == 1 && (Kind == ScoreKind::kPlain || Kind == ScoreKind::kSegments) ? 32 : 0;
   using QTile = SharedTile<T, kConsumerRows, kHeadDim>;  // of a consumer
   template <int kColumns>
   using KeyTile =
@@ -94,9 +109,9 @@ struct ForwardSm90 {
   using S = Accumulator<1, kN / 8>;
   using O = Accumulator<1, kValueDim / 8>;
   using P = FragmentsA<T, 1, kKeySteps>;
-  // A warp of its own stores o: 1 to 2 % faster than consumers do from registers.
+  // A separate warp stores o, which is 1 to 2 % faster than stores by the consumers from registers.
   static constexpr bool kStoresByTma =
-      kPlainLoop && Cluster == 1 && kTeams == 1 && hopper::forward_stores_by_tma(R);
+      kPlainLoop && kCluster == 1 && kTeams == 1 && hopper::forward_stores_by_tma(R);
   using OTile = SharedTile<T, kConsumerRows, kValueDim>;
   using Output = std::conditional_t<kStoresByTma, OutputBuffer<kConsumers, OTile>, NoOutputBuffer>;
   using Score =
@@ -106,12 +121,15 @@ struct ForwardSm90 {
   using Loader = KeyLoader<ForwardSm90>;
   // The load warp starts before the scheduler has prepared what the consumers need, which saves 2,000 cycles
   // of a kernel's start. Not with three consumers, whose loop is 2 to 5 % slower then, as ptxas allocates its
-  // registers differently, nor with clusters, which run too long for it to show.
-  static constexpr bool kEarlyLoad = kConsumers <= 2 && Cluster == 1;
-  using Shared = ForwardShared<T, QTile, KTile, VTile, kStages, kConsumers, Input, kCluster, Output,
-                               std::conditional_t<kRanges, RangesOfTile<kConsumers>,
-                                                  std::conditional_t<kBlocks, BlocksOfTile, NoRangesOfTile>>,
-                               std::conditional_t<kSliced, SliceOfTile, NoSliceOfTile>>;
+  // registers differently, nor with multicast, whose calls run too long for it to show.
+  static constexpr bool kEarlyLoad = kConsumers <= 2 && kMulticast == 1;
+  using Shared =
+      ForwardShared<T, QTile, KTile, VTile, kKeyStages, kValueStages, kConsumers, Input, kMulticast, Output,
+                    std::conditional_t<kRanges, RangesOfTile<kConsumers>,
+                                       std::conditional_t<kListed, ListOfTile, NoRangesOfTile>>,
+                    std::conditional_t<kHasColumns, SliceOfTile, NoSliceOfTile>,
+                    std::conditional_t<(kCluster > 1), TileMailbox, NoMailbox>,
+                    std::conditional_t<(kSharers > 1), SumParts<S, kConsumers>, NoSumParts>>;
   // Producers' arrivals at a tile state.
   static constexpr uint32_t kStateReleases =
       Loader::kWarps * std::min<uint32_t>(Loader::kLanes, ptx::kWarpArrivals) +
@@ -126,7 +144,7 @@ struct ForwardSm90 {
   static_assert(kM == kConsumers * kConsumerRows && kAllConsumers < R.warps / 4 && kN % 16 == 0);
   static_assert(32 * (1 + Loader::kWarps + Input::kWarps + kStoresByTma) <= kTeamProducers<kTeams> &&
                 (kTeams == 1 || kCluster == 1));
-  // plan() takes the shared memory of the row's plain kernel for that of all its kernels.
+  // plan() uses the shared memory of the row's plain kernel as that of all its kernels.
   static_assert(sizeof(Shared) <= hopper::forward_tile_bytes(R.with_tile(kM, kN)) + Input::kBytes +
                                       hopper::kStateBytes + (kStoresByTma ? kConsumers * OTile::kBytes : 0));
   static_assert(kTeams * sizeof(Shared) <= hopper::kMaxSharedBytes);
@@ -141,7 +159,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const int warpgroup = warpgroup_index();
   const int thread = static_cast<int>(threadIdx.x) % kTeamProducers<C::kTeams>, warp = thread / 32;
   const int team = team_of<C::kTeams, C::kConsumers>(warpgroup);
-  // In bytes, as to nvcc 13.0 the elements of an array of these are larger than sizeof.
+  // Computed in bytes, because nvcc 13.0 makes the elements of an array of these larger than sizeof.
   auto& shared = *reinterpret_cast<Shared*>(ptx::dynamic_shared_1024() + team * sizeof(Shared));
   if (warpgroup == 0 && thread == 0) shared.init(C::kStateReleases);
   __syncthreads();
@@ -159,7 +177,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     ptx::take_registers<consumer_registers(C::kAllConsumers)>();
     Consumer<C>(p, shared, consumer_index<C::kConsumers>(warpgroup), team).run();
   }
-  if constexpr (C::kCluster > 1) {  // until then the other CTA may arrive at, or load into, this one's memory
+  // Before this, the other CTA must not arrive at, or load into, this CTA's memory.
+  if constexpr (C::kCluster > 1) {
     __syncwarp();
     __syncthreads();
     ptx::sync_cluster();
@@ -185,14 +204,14 @@ cudaError_t launch_forward_sm90(const Problem& p, const LaunchPlan& plan, void* 
   }
   const TileSegments segments = tile_segments(p, grid, workspace);
   cudaError_t e_keys;
-  if constexpr (C::kBlocks) {
+  if constexpr (C::kListed) {
     e_keys = C::Loader::make_maps(maps.keys, p, segments.lists.keys);
   } else {
     e_keys = C::Loader::make_maps(maps.keys, p);
   }
   if (e_keys != cudaSuccess) return e_keys;
   if (cudaError_t e = C::Input::make_map(maps.input, p); e != cudaSuccess) return e;
-  const int64_t heads = grid.blocks / grid.tiles, cluster_tiles = ceil_div(grid.tiles, C::kCluster);
+  const int64_t heads = grid.blocks / grid.tiles, cluster_tiles = ceil_div(grid.tiles, C::kMulticast);
   PersistentTiles tiles{schedule_of(grid, workspace), static_cast<int32_t>(cluster_tiles),
                         static_cast<uint32_t>(heads * cluster_tiles), nullptr,
                         heads_together(p, static_cast<uint32_t>(heads))};
@@ -203,8 +222,8 @@ cudaError_t launch_forward_sm90(const Problem& p, const LaunchPlan& plan, void* 
 
 template <class T, Row R>
 cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
-  const auto run = [&]<ScoreKind kKind, template <class> class Loader, int kCluster>() {
-    return launch_forward_sm90<ForwardSm90<T, R, kKind, Loader, kCluster>>(p, plan, workspace, stream);
+  const auto run = [&]<ScoreKind kKind, template <class> class Loader, int kMulticast>() {
+    return launch_forward_sm90<ForwardSm90<T, R, kKind, Loader, kMulticast>>(p, plan, workspace, stream);
   };
   if constexpr (R.multicast > 1) {
     if (plan.cluster_size > 1) return run.template operator()<ScoreKind::kPlain, DenseLoader, R.multicast>();
@@ -215,15 +234,18 @@ cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace
   } else {
     return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
       if constexpr (R.is_paged()) {
-        if constexpr (kKind == ScoreKind::kPlain && R.head_dim > 64 && !R.is_sliced()) {
+        if constexpr (kKind == ScoreKind::kPlain && R.head_dim > 64 && R.head_dim <= 256) {
           const bool exact = p.head_dim == R.head_dim && p.value_dim == R.value_dim;
           if (exact && has_page_map(p, p.key, p.head_dim) && has_page_map(p, p.value, p.value_dim))
             return run.template operator()<kKind, PagedRowsLoader, 1>();
         }
         return run.template operator()<kKind, PagedLoader, 1>();
-      } else if constexpr (kKind == ScoreKind::kBlocks) {
-        return run.template operator()<kKind, BlockLoader, 1>();
+      } else if constexpr (lists_tiles(kKind)) {
+        return run.template operator()<kKind, ListLoader, 1>();
       } else {
+        if constexpr (R.design == Design::kClusterColumns && kKind == ScoreKind::kPlain) {
+          if (p.spec.shared_kv()) return run.template operator()<kKind, SharedKvLoader, 1>();
+        }
         return run.template operator()<kKind, DenseLoader, 1>();
       }
     });

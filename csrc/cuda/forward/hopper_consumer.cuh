@@ -1,5 +1,5 @@
-// A consumer warpgroup of cuda/forward/hopper.cuh: 64 rows of a query tile. S of a key tile is multiplied
-// while the P V of the tile before it is, as in FlashAttention-3.
+// A consumer warpgroup of cuda/forward/hopper.cuh: 64 rows of a query tile. The products S of a key tile and
+// P V of the tile before it are in flight together, as in FlashAttention-3.
 #pragma once
 
 #include <algorithm>
@@ -32,25 +32,26 @@ struct Consumer {
 
   const Problem& p;
   typename C::Shared& shared;
-  const int consumer, team;               // its number in the team, the team's in the CTA
+  const int consumer, team;               // the consumer's number in the team, and the team's in the CTA
   const typename C::Shared::Tile* tile;   // the query tile
   uint32_t tile_index = 0, kv_index = 0;  // query tiles and key tiles so far
+  uint32_t part_index = 0;                // parts of S so far that CTAs have added up
   uint32_t without_input = 0;             // key tiles so far for which the score's input has no stage
   bool has_input = true;                  // whether it has for those of this query tile
   Interval whole;                         // key tiles that all its rows see whole
   S s;                                    // S [64, N]
   typename C::O o;                        // O [64, dv]
   typename C::P weights;                  // P [64, N], rounded
-  QueryFragments<T, C::kHeadSteps> query;
+  QueryFragments<T, std::max(1, C::kQuerySteps)> query;
   typename C::Softmax softmax{1};
-  float alpha[S::kSlots];  // what O is still to be multiplied by
+  float alpha[S::kSlots];  // O must still be multiplied by this
 
   __device__ __forceinline__ Consumer(const Problem& problem, typename C::Shared& memory, int in_team,
                                       int in_cta)
       : p(problem), shared(memory), consumer(in_team), team(in_cta) {}
 
   __device__ __forceinline__ int32_t rows_apart() const {
-    if constexpr (C::kBlocks) return uniform(tile->rows_apart());
+    if constexpr (C::kListed) return uniform(tile->rows_apart());
     return kConsumerRows;
   }
   // The warp's first row within the sequence, computed at each use to save a register.
@@ -71,25 +72,18 @@ struct Consumer {
     if constexpr (kPingPong) ptx::arrive_group(1 + (consumer + 1) % C::kConsumers, 256);
   }
 
-  __device__ __forceinline__ void release_key(uint32_t use) const {
-    shared.k_pipe.template release<C::kCluster>(use, kKeyLoader);
-  }
-  __device__ __forceinline__ void release_value(uint32_t use) const {
-    shared.v_pipe.template release<C::kCluster>(use, kValueLoader);
-  }
-
   __device__ __forceinline__ void load_query() {
     const RowsA<QTile> rows(ptx::shared_address(shared.q[consumer]), ptx::thread_index() % 128 / 32 * 16);
 #pragma unroll
-    for (int step = 0; step < C::kHeadSteps; ++step) rows.load(query.x[0][step], 0, step);
+    for (int step = 0; step < C::kQuerySteps; ++step) rows.load(query.x[0][step], 0, step);
     ptx::hold(query.x[0]);
-    shared.q_pipe[consumer].release(tile_index);
+    if constexpr (C::kQueryInRegisters) shared.q_pipe[consumer].release(tile_index);
   }
 
   // The address of a tile. Descriptors of all k steps of a wide head do not fit in registers.
   static __device__ __forceinline__ uint32_t address(const void* tile) {
     const uint32_t at = ptx::shared_address(tile);
-    return C::kSliced ? ptx::here(at) : at;
+    return C::kHasColumns ? ptx::here(at) : at;
   }
 
   // S of a tile's first kKeys keys.
@@ -101,28 +95,33 @@ struct Consumer {
   // Issues S = Q Kᵀ  [64, kKeys], with the first keys of a tile.
   template <int kKeys = C::kN>
   __device__ __forceinline__ void start_scores(uint32_t use) {
-    const RowsDescriptor<KTile> k(address(shared.k[use % C::kStages]));
-    if constexpr (C::kQueryInRegisters) {
-      start_scores(columns<kKeys>(), query, k);
-    } else {
-      start_scores(columns<kKeys>(), RowsDescriptor<QTile>(address(shared.q[consumer])), k);
-    }
-  }
-  template <class Scores, class Q>
-  __device__ __forceinline__ void start_scores(Scores& scores, const Q& q, const RowsDescriptor<KTile>& k) {
-    using Product = ptx::Wgmma<T, 8 * Scores::kColumnTiles>;
+    const RowsDescriptor<KTile> k(address(shared.key(use)));
+    const RowsDescriptor<QTile> q(address(shared.q[consumer]));
     ptx::wgmma_fence();
-    Product::template multiply<true>(scores.x[0], q.at(0), k.at(0));
-#pragma unroll
-    for (int step = 1; step < C::kHeadSteps; ++step)
-      Product::template multiply<false>(scores.x[0], q.at(step), k.at(step));
+    multiply_steps<kKeys, 0, C::kQuerySteps>(query, k);
+    multiply_steps<kKeys, C::kQuerySteps, C::kHeadSteps>(q, k);
     ptx::wgmma_commit();
+  }
+  // K steps [kBegin, kEnd).
+  template <int kKeys, int kBegin, int kEnd, class Q>
+  __device__ __forceinline__ void multiply_steps(const Q& q, const RowsDescriptor<KTile>& k) {
+    auto& x = columns<kKeys>().x[0];
+    using Product = ptx::Wgmma<T, kKeys>;
+    if constexpr (kBegin == 0 && kEnd > 0) Product::template multiply<true>(x, q.at(0), k.at(0));
+#pragma unroll
+    for (int step = std::max(1, kBegin); step < kEnd; ++step)
+      Product::template multiply<false>(x, q.at(step), k.at(step));
+  }
+
+  // S is the sum of the CTAs' parts, if they share the query tile.
+  __device__ __forceinline__ void add_parts() {
+    if constexpr (C::kSharers > 1) shared.parts.add(s, consumer, part_index++);
   }
 
   // Issues O ← O + P V  [64, dv], with the first kKeys keys of a tile.
   template <int kKeys = C::kN>
   __device__ __forceinline__ void start_values(uint32_t use) {
-    const ColumnsDescriptor<VTile> v(address(shared.v[use % C::kStages]));
+    const ColumnsDescriptor<VTile> v(address(shared.value(use)));
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kKeys / 16; ++step)
@@ -130,37 +129,34 @@ struct Consumer {
     ptx::wgmma_commit();
   }
 
+  // Calls that are rare have a copy of the loop, kRare, so that the usual one has no branch for them: dropout
+  // whose numbers are drawn one by one, and row_max where the softmax has no maximum.
+  static constexpr bool kHasRareLoop = Score::kDropoutInSoftmax || C::Softmax::kBounded;
+  __device__ __forceinline__ bool is_rare() const {
+    if constexpr (Score::kDropoutInSoftmax) return uniform(tile->score.dropout.needs_scalar_path());
+    return C::Softmax::kBounded && p.row_max;
+  }
+
   // S → P, of which the exponentials of some column tiles are left to finish_exponentials(). `kv_use`: of
   // K's pipeline, for tile n.
-  template <bool kMasked, bool kScalarDropout, bool kInput, class Scores>
+  template <bool kMasked, bool kRare, bool kInput, class Scores>
   __device__ __forceinline__ void start_softmax(Scores& s, int32_t n, uint32_t kv_use, Score& score) {
     const int32_t key = n * C::kN;
     auto of = score_tile(kv_use);
     if constexpr (Score::kPositional)
-      of.key = key;  // elsewhere the compiler sinks key into the masked branch
+      of.key = key;  // without this the compiler would move key into the masked branch
     if constexpr (kInput) score.apply(s, of, softmax);  // softcap, bias, ALiBi, segments
     if constexpr (C::kRanges) {
       if constexpr (kMasked) score.hide(s, of, key);
-    } else if constexpr (C::kBlocks) {
+    } else if constexpr (C::kListed) {
       score.hide(s, of);
     } else if constexpr (kMasked) {
       const bool begins = n < whole.lo, ends = n >= whole.hi;
       if (begins || ends) mask(s, tile->band, row(), key, begins, ends);
     }
-    if constexpr (C::Softmax::kBounded) {  // which has no maximum
-      if (p.row_max) raise_maxima(s);
-    }
+    if constexpr (kRare && C::Softmax::kBounded) raise_maxima(*this, s);
     const int early = std::min(C::kEarlyExponentials, Scores::kColumnTiles);
-    score.template exponentiate<kScalarDropout>(s, of, softmax, alpha, early);  // m, α; P = 2^(S − m)
-  }
-
-  // row_max ← max(row_max, rowmax S), of scores with the shift added.
-  template <class Scores>
-  __device__ __forceinline__ void raise_maxima(const Scores& s) const {
-    wait_part(shared.epilogue_pipe);
-    const TileWork& work = tile->work.tile;
-    raise_row_maxima(s, row_maxima(p, tile->lse.data), tile->lse.stride, row(), min(work.q_len, work.end),
-                     [&](float x, int slot) { return x - softmax.shift[slot]; });
+    score.template exponentiate<kRare>(s, of, softmax, alpha, early);  // m, α; P = 2^(S − m)
   }
 
   template <class Scores>
@@ -168,7 +164,7 @@ struct Consumer {
     softmax.exponentiate(s, std::min(C::kEarlyExponentials, Scores::kColumnTiles), Scores::kColumnTiles);
   }
 
-  // P, rounded and dropped, as the left operand of P V.
+  // P, rounded and with dropout, as the left operand of P V.
   template <class Scores>
   __device__ __forceinline__ void round_weights(const Scores& s, const Score& score) {
     const RegistersA<T, Scores> rounded{s};
@@ -188,7 +184,7 @@ struct Consumer {
   }
 
   // S of tile n, or of its first kKeys keys, with no other product in flight.
-  template <int kKeys, bool kScalarDropout>
+  template <int kKeys, bool kRare>
   __device__ __forceinline__ Score multiply_scores(int32_t n) {
     shared.k_pipe.wait_full(kv_index);
     wait_turn();
@@ -196,31 +192,33 @@ struct Consumer {
     start_scores<kKeys>(kv_index);  // S = Q Kᵀ
     pass_turn();
     Score score;
-    score.template prefetch<kScalarDropout>(score_tile(kv_index), n * C::kN);
+    score.template prefetch<kRare>(score_tile(kv_index), n * C::kN);
     ptx::wgmma_wait<0>();
     ptx::hold(s.x[0]);
-    release_key(kv_index);
+    shared.release_key(kv_index);
+    add_parts();
     return score;
   }
 
-  // P V of a tile, or of its first kKeys keys, likewise. The last one overlaps the end of the softmax.
+  // P V of a tile, or of its first kKeys keys, with no other product in flight. The last one overlaps the end
+  // of the softmax.
   template <int kKeys, bool kLast>
   __device__ __forceinline__ void multiply_values() {
-    shared.v_pipe.wait_full(kv_index);
+    shared.wait_value(kv_index);
     start_values<kKeys>(kv_index);  // O ← O + P V
     if constexpr (kLast) finish_softmax(*this);
     ptx::wgmma_wait<0>();
     ptx::hold(o.x[0]);
-    release_value(kv_index);
+    shared.release_value(kv_index);
     ++kv_index;
   }
 
   // The visible tail of the last key tile.
-  template <bool kInput>
+  template <bool kRare, bool kInput>
   __device__ __forceinline__ void tail_step(int32_t n) {
     auto& tail = columns<C::kTailKeys>();
-    Score score = multiply_scores<C::kTailKeys, false>(n);
-    start_softmax<true, false, kInput>(tail, n, kv_index, score);
+    Score score = multiply_scores<C::kTailKeys, kRare>(n);
+    start_softmax<true, kRare, kInput>(tail, n, kv_index, score);
     finish_exponentials(tail);
     round_weights(tail, score);
     if (n == uniform(tile->tiles.hi) - 1 && tile->last_values < C::kTailKeys) clear_values(C::kTailKeys);
@@ -228,10 +226,10 @@ struct Consumer {
   }
 
   // The first whole key tile, whose P V is left to the next step.
-  template <bool kScalarDropout, bool kInput>
+  template <bool kRare, bool kInput>
   __device__ __forceinline__ void first_step(int32_t n, bool after_tail) {
-    Score score = multiply_scores<C::kN, kScalarDropout>(n);
-    start_softmax<true, kScalarDropout, kInput>(s, n, kv_index, score);
+    Score score = multiply_scores<C::kN, kRare>(n);
+    start_softmax<true, kRare, kInput>(s, n, kv_index, score);
     finish_exponentials(s);
     if (C::kTailKeys > 0 && after_tail) rescale();
     round_weights(s, score);
@@ -239,30 +237,31 @@ struct Consumer {
   }
 
   // S of tile n while O ← O + P V of tile n + 1 is multiplied.
-  template <bool kMasked, bool kScalarDropout, bool kInput>
+  template <bool kMasked, bool kRare, bool kInput>
   __device__ __forceinline__ void step(int32_t n) {
     const uint32_t next = kv_index + 1;
     shared.k_pipe.wait_full(next);
     wait_turn();
     ptx::hold(s.x[0]);
     start_scores(next);  // S = Q K_nᵀ  [64, N]
-    shared.v_pipe.wait_full(kv_index);
+    shared.wait_value(kv_index);
     start_values(kv_index);  // O ← O + P V_n+1  [64, dv]
     pass_turn();
     Score score;
-    score.template prefetch<kScalarDropout>(score_tile(next), n * C::kN);
+    score.template prefetch<kRare>(score_tile(next), n * C::kN);
     ptx::wgmma_wait<1>();
     ptx::hold(s.x[0]);
-    release_key(next);
-    start_softmax<kMasked, kScalarDropout, kInput>(s, n, next, score);  // S ← score(S); m, α; P = 2^(S − m)
+    shared.release_key(next);
+    add_parts();
+    start_softmax<kMasked, kRare, kInput>(s, n, next, score);  // S ← score(S); m, α; P = 2^(S − m)
     if constexpr (C::kHoldsExponentials && C::kEarlyExponentials > 0)
       ptx::make_before(softmax.l[0] + softmax.l[1]);
-    // The fragments of P are written only where no product is in flight: otherwise the compiler serialises
-    // them.
+    // The fragments of P are written only while no product is in flight, because otherwise the compiler
+    // serialises the products.
     ptx::wgmma_wait<0>();
     ptx::hold(o.x[0]);
     ptx::hold(weights.x[0]);
-    release_value(kv_index);
+    shared.release_value(kv_index);
     finish_exponentials(s);
     rescale();  // O ← α O
     round_weights(s, score);
@@ -272,8 +271,8 @@ struct Consumer {
   // V ← 0 in the rows [last_values, end) of the last tile: they may hold NaN, and 0 · NaN is NaN. Every
   // consumer clears the rows that it reads.
   __device__ __forceinline__ void clear_values(int32_t end) {
-    shared.v_pipe.wait_full(kv_index);
-    const uint32_t v = ptx::shared_address(shared.v[kv_index % C::kStages]);
+    shared.wait_value(kv_index);
+    const uint32_t v = ptx::shared_address(shared.value(kv_index));
     const int thread = threadIdx.x % 128, first = tile->last_values;
     for (int at = thread; at < (end - first) * VTile::kChunks; at += 128)
       ptx::store_shared(v + VTile::offset(first + at / VTile::kChunks, at % VTile::kChunks), uint4{});
@@ -281,15 +280,15 @@ struct Consumer {
     ptx::sync_group(1 + C::kConsumers * (1 + team) + consumer, kWarpgroup);
   }
 
-  // Releases key tiles that none of the consumer's rows sees, as the other consumers' loads wait for it.
+  // Releases key tiles that none of the consumer's rows sees: the other consumers' loads wait for that.
   __device__ __forceinline__ void skip(int32_t tiles) {
     for (; tiles > 0; --tiles, ++kv_index) {
       shared.k_pipe.wait_full(kv_index);
       wait_turn();
       pass_turn();
-      release_key(kv_index);
-      shared.v_pipe.wait_full(kv_index);
-      release_value(kv_index);
+      shared.release_key(kv_index);
+      shared.wait_value(kv_index);
+      shared.release_value(kv_index);
       if constexpr (C::Input::kStages > 0) {
         if (!has_input) continue;
         shared.input_pipe.wait_full(kv_index - without_input);
@@ -298,15 +297,15 @@ struct Consumer {
     }
   }
 
-  // All visible key tiles but those of the gap, from the last to the first; only those are masked that some
-  // row does not see whole.
+  // Attends to all visible key tiles except those of the gap, from the last to the first. Only tiles in which
+  // some row does not see all keys are masked.
   __device__ __forceinline__ void attend_around_gap(const Interval& tiles) {
-    if constexpr (C::kQueryInRegisters) load_query();
+    if constexpr (C::kQuerySteps > 0) load_query();
     int32_t n = tiles.hi - 1;
     first_step<false, true>(n, false);
     n = tile->after(n);
 #pragma unroll 1
-    while (n >= tiles.lo) {  // down to `end` masked, down to `lo` whole
+    while (n >= tiles.lo) {  // masked tiles down to `end`, then whole tiles down to `lo`
       const Interval gap = uniform(tile->gap);
       const int32_t first = n >= gap.hi ? max(gap.hi, tiles.lo) : tiles.lo;
       whole = uniform(tile->keys[consumer].whole);
@@ -321,7 +320,7 @@ struct Consumer {
     multiply_values<C::kN, true>();
   }
 
-  // Key tiles in an interval, which holds all of the gap or none of it.
+  // The number of key tiles in an interval that are loaded. It contains the whole gap or none of it.
   __device__ __forceinline__ int32_t loaded(const Interval& tiles) const {
     if constexpr (!C::kRanges)
       return tiles.hi - tiles.lo;
@@ -332,19 +331,19 @@ struct Consumer {
   // All visible key tiles, from the last to the first: masked ones at the band's end, ones that all rows see
   // whole, masked ones at the band's beginning.
   // kInput: whether the score's input has stages for them.
-  template <bool kScalarDropout = false, bool kInput = true>
+  template <bool kRare = false, bool kInput = true>
   __device__ __forceinline__ void attend(const Interval& tiles) {
     whole = uniform(tile->keys[consumer].whole);
-    if constexpr (C::kQueryInRegisters) load_query();
+    if constexpr (C::kQuerySteps > 0) load_query();
     int32_t n = tiles.hi - 1;
     bool has_tail = false;
     if constexpr (C::kTailKeys > 0 && kInput == (C::Input::kStages == 0)) {
       has_tail = n > tiles.lo && uniform(tile->keys[consumer].end) - n * C::kN <= C::kTailKeys;
-      if (has_tail) tail_step<kInput>(n--);
+      if (has_tail) tail_step<kRare, kInput>(n--);
     }
-    first_step<kScalarDropout, kInput>(n--, has_tail);
-    if constexpr (Score::kGeneral || C::kBlocks || kScalarDropout) {  // one loop: long steps, or a list
-      for (; n >= tiles.lo; --n) step<true, kScalarDropout, kInput>(n);
+    first_step<kRare, kInput>(n--, has_tail);
+    if constexpr (Score::kGeneral || C::kListed || kRare) {  // one loop: long steps, or a list
+      for (; n >= tiles.lo; --n) step<true, kRare, kInput>(n);
     } else {
       const int32_t lo = max(tiles.lo, whole.lo);
 #pragma unroll 1
@@ -357,7 +356,7 @@ struct Consumer {
     multiply_values<C::kN, true>();
   }
 
-  // Waits for a part of the tile's state that the scheduler publishes by itself.
+  // Waits for a part of the tile's state that the scheduler publishes separately.
   template <class Pipe>
   __device__ __forceinline__ void wait_part(const Pipe& part) const {
     if constexpr (C::kEarlyLoad) part.wait_full(tile_index);
@@ -378,8 +377,8 @@ struct Consumer {
       if (own.empty()) {
         shared.q_pipe[consumer].release(tile_index);
         finish_softmax(*this);
-      } else if (Score::kDropoutInSoftmax && uniform(tile->score.dropout.needs_scalar_path())) {
-        if constexpr (Score::kDropoutInSoftmax) attend<true>(own);
+      } else if (is_rare()) {
+        if constexpr (kHasRareLoop) attend<true>(own);
       } else if (C::Input::kSkipsUniformTiles && !has_input) {
         if constexpr (C::Input::kSkipsUniformTiles) attend<false, false>(own);
       } else if constexpr (C::kRanges) {

@@ -29,7 +29,7 @@ inline Problem pack_heads(const Problem& p) {
 inline cudaError_t make_packed_query_map(CUtensorMap& map, const Problem& packed, int32_t columns,
                                          int32_t rows) {
   const int32_t group = 1 << packed.packing.shift;
-  Problem by_entry = packed;
+  Problem by_entry = packed;  // the map's batch axis takes the KV heads, so the batch is made a leading axis
   by_entry.leading.rank = 1, by_entry.leading.size[0] = packed.batch;
   View query = packed.query;
   query.head = packed.query.head / group, query.batch = packed.query.head;
@@ -72,7 +72,7 @@ struct PackedHeadsScore : PlainScore<S> {
     if (p.draft_mask)
       drafts = {p.draft_mask.template as<const uint8_t>() + tile.sequence() * p.draft_mask.batch,
                 p.draft_mask.row, first};
-    // Clamps an unlimited right side to the number of tokens.
+    // The number of keys that a token sees to the right of its own; any number past the tokens is no limit.
     const int32_t right = p.packing.right < 0 ? p.packing.tokens : min(p.packing.right, p.packing.tokens);
     hide_where(
         s, band, tile.key, [row = tile.row()](int slot) { return row + S::row(slot); },

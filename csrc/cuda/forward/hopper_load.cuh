@@ -26,21 +26,22 @@ struct LoadWarp {
     return threadIdx.x % kTeamProducers<C::kTeams> == 32 * Loader::kWarps;
   }
 
-  // n: the tile's number or, of a listed one, its pieces.
+  // n: the tile's number, or the pieces of a listed tile.
   template <class N>
   __device__ __forceinline__ void load_key(const N& n, uint32_t use) {
     loader.check();
-    shared.k_pipe.template wait_empty<C::kCluster>(use, kKeyLoader);
-    loader.load_key(maps.keys, ptx::shared_address(shared.k[use % C::kStages]),
-                    shared.k_pipe.full_barrier(use), n);
+    shared.k_pipe.template wait_empty<C::kMulticast>(use, kKeyLoader);
+    loader.load_key(maps.keys, ptx::shared_address(shared.key(use)), shared.k_pipe.full_barrier(use), n);
   }
 
   template <class N>
   __device__ __forceinline__ void load_value(const N& n, uint32_t use) {
-    loader.check();
-    shared.v_pipe.template wait_empty<C::kCluster>(use, kValueLoader);
-    loader.load_value(maps.keys, ptx::shared_address(shared.v[use % C::kStages]),
-                      shared.v_pipe.full_barrier(use), n);
+    if constexpr (C::kValueStages > 0) {
+      loader.check();
+      shared.v_pipe.template wait_empty<C::kMulticast>(use, kValueLoader);
+      loader.load_value(maps.keys, ptx::shared_address(shared.value(use)), shared.v_pipe.full_barrier(use),
+                        n);
+    }
   }
 
   __device__ __forceinline__ void load_input(const BlockWork& work, int32_t n, uint32_t use) {
@@ -63,6 +64,7 @@ struct LoadWarp {
       at = packed_coordinates(p, work, row);
     } else {
       at = coordinates_of(p.query, work, work.head + consumer * tile.heads_apart(), row);
+      if constexpr (C::kSharers > 1) at.column = tile.column;
     }
     load_rows<Tile>(ptx::shared_address(shared.q[consumer]), 0, maps.query, full, at);
   }
@@ -72,12 +74,12 @@ struct LoadWarp {
   // consumers are so fast that the next tile would not be ready in time, so they take it at once.
   static constexpr int32_t kTilesLeft = C::kConsumers <= 2 && C::kTeams == 1 ? 1 : INT32_MAX / 2;
 
-  // K, Q, then K, V, K, V … V: the order in which consumers wait for them.
+  // Loads K, Q, then K, V, K, V … V: the order in which consumers wait for them.
   template <bool kKeys, bool kValues>
   __device__ __forceinline__ void load(const BlockWork& work, const Interval& tiles, uint32_t tile_index) {
     const bool used = !tiles.empty();
     if (used) loader.begin(maps.keys, work, tiles);
-    if constexpr (C::kSliced) loader.begin_values_at(shared.tiles[tile_index % kTileStates].column);
+    if constexpr (C::kHasColumns) loader.begin_columns(shared.tiles[tile_index % kTileStates].column);
     if (kKeys && used) load_key(tiles.hi - 1, kv_index);
     if constexpr (kValues) {
       for (int i = 0; i < C::kConsumers; ++i) load_query(work, used, i, tile_index);
@@ -96,7 +98,7 @@ struct LoadWarp {
     }
   }
 
-  // The same, after K's last tile, of key tiles with a gap.
+  // Likewise after K's last tile, for key tiles with a gap.
   __device__ __forceinline__ void load_around_gap(const Interval& tiles, uint32_t tile_index) {
     const auto& tile = shared.tiles[tile_index % kTileStates];
     const Interval gap = tile.gap;
@@ -114,7 +116,7 @@ struct LoadWarp {
   // The pieces of a listed key tile, which consumers read as well.
   __device__ __forceinline__ KeyPieces& pieces(uint32_t use) const { return shared.pieces.of_use(use); }
 
-  // Likewise, of key tiles that are listed. The pieces of a tile are fetched a step before they are needed.
+  // Likewise for listed key tiles. The pieces of a tile are fetched one step before they are needed.
   __device__ __forceinline__ void load_listed(const BlockWork& work, const Interval& tiles,
                                               uint32_t tile_index) {
     const auto& tile = shared.tiles[tile_index % kTileStates];
@@ -150,7 +152,7 @@ struct LoadWarp {
       shared.state_pipe.wait_full(tile_index);
       const auto& tile = shared.tiles[tile_index % kTileStates];
       const Interval tiles = tile.done ? Interval{0, 0} : tile.tiles;
-      if constexpr (C::kBlocks) {
+      if constexpr (C::kListed) {
         load_listed(tile.work, tiles, tile_index);
       } else {
         load<kKeys, kValues>(tile.work, tiles, tile_index);

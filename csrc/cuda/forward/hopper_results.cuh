@@ -11,10 +11,10 @@
 
 namespace jax_flash {
 
-// Where lse and o of the consumer's rows lie: of the query tile's head, or of one after it.
+// The location of lse and o of the consumer's rows, at the query tile's head or at one after it.
 template <class Consumer>
 __device__ __forceinline__ decltype(auto) lse_rows(const Consumer& of) {
-  if constexpr (Consumer::Config::kBlocks) {
+  if constexpr (Consumer::Config::kListed) {
     const int32_t head = of.consumer * of.tile->heads_apart();
     LseRows rows = of.tile->lse;
     rows.data += head * of.p.lse.head;
@@ -26,13 +26,23 @@ __device__ __forceinline__ decltype(auto) lse_rows(const Consumer& of) {
 }
 template <class Consumer>
 __device__ __forceinline__ decltype(auto) out_rows(const Consumer& of) {
-  if constexpr (Consumer::Config::kBlocks) {
+  if constexpr (Consumer::Config::kListed) {
     auto rows = of.tile->out;
     rows.data += of.consumer * of.tile->heads_apart() * of.p.out.head;
     return rows;
   } else {
     return (of.tile->out);
   }
+}
+
+// row_max ← max(row_max, rowmax S), of scores with the shift added: where the softmax has no maximum.
+template <class Consumer, class Scores>
+__device__ __forceinline__ void raise_maxima(const Consumer& of, const Scores& s) {
+  of.wait_part(of.shared.epilogue_pipe);
+  const auto& tile = *of.tile;
+  const TileWork& work = tile.work.tile;
+  raise_row_maxima(s, row_maxima(of.p, tile.lse.data), tile.lse.stride, of.row(), min(work.q_len, work.end),
+                   [&](float x, int slot) { return x - of.softmax.shift[slot]; });
 }
 
 // lse = (m + log2 Σ P) · ln 2, α ← 1 / Σ P
@@ -51,7 +61,7 @@ __device__ __forceinline__ void finish_softmax(Consumer& of) {
   }
 }
 
-// o ← α O, and row_max ← m where the call asks for it.
+// o ← α O, and row_max ← m if the call asks for it.
 template <class Consumer>
 __device__ __forceinline__ void write_rows(Consumer& of) {
   using C = typename Consumer::Config;

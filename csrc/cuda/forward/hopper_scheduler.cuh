@@ -1,5 +1,6 @@
-// The scheduler thread of cuda/forward/hopper.cuh. It takes a team's query tiles, at most one ahead of the
-// load warp, and computes what the other warps need to know of each.
+// The scheduler thread of cuda/forward/hopper.cuh; each team of consumer warpgroups (hopper/roles.cuh) has
+// one. It fetches the numbers of the team's query tiles, at most one tile ahead of the load warp, and
+// computes what the other warps need to know about each tile.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +16,7 @@ struct SchedulerThread {
   using Shared = typename C::Shared;
   using Tile = typename Shared::Tile;
   using Scheduler = TileScheduler<Over::kQueries, C::kM, C::kCluster, C::kTeams, decltype(Shared::mailbox),
-                                  C::kKind == ScoreKind::kRanges>;
+                                  C::kKind == ScoreKind::kRanges || C::kKind == ScoreKind::kListedMask>;
   const Problem& p;
   const PersistentTiles& all;
   const TileSegments& segments;
@@ -44,11 +45,11 @@ struct SchedulerThread {
       shared.state_pipe.wait_empty(tile_index);
       Tile& tile = shared.tiles[tile_index % kTileStates];
       uint32_t wanted = number;
-      if constexpr (C::kSliced) wanted = tile.template take<C>(reload(p), number);
-      if constexpr (C::kBlocks) {
+      if constexpr (C::kHasColumns) wanted = tile.template take<C>(reload(p), number);
+      if constexpr (C::kListed) {
         tile.work = scheduler.work(reload(p), wanted, segments.lists.rows, segments.lists.heads);
       } else {
-        tile.work = scheduler.work(reload(p), wanted);
+        tile.work = scheduler.work(reload(p), wanted, C::kMulticast * C::kM);
       }
       if (tile.template begin<C>(reload(p), segments)) publish(tile, tile_index++);
       // Waits until the load warp is near the end of the previous tile.

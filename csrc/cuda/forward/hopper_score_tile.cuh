@@ -1,5 +1,5 @@
-// What cuda/forward/hopper_consumer.cuh hands to its products and its score: Q in registers, and where a tile
-// of S lies.
+// The operands that cuda/forward/hopper_consumer.cuh passes to products and scores: Q in registers, and the
+// location of a tile of S.
 #pragma once
 
 #include <cstdint>
@@ -16,16 +16,16 @@ struct QueryFragments : FragmentsA<T, 1, kSteps> {
   __device__ __forceinline__ const uint32_t (&at(int step) const)[4] { return this->x[0][step]; }
 };
 
-// Where the tile of S in a warp's registers lies, for the score variants.
+// The location, for the score variants, of the tile of S in a warp's registers.
 template <class Consumer>
 struct ConsumerTile {
   using Input = typename Consumer::Config::Input;
   const Consumer& of;
-  uint32_t input_use;  // of the input's pipeline
+  uint32_t input_use;  // use of the input's pipeline
   const Problem& p = of.p;
   const typename Consumer::Config::Shared& shared = of.shared;
   const int consumer = of.consumer;
-  int32_t key = 0;  // for variants that are kPositional: the tile's first
+  int32_t key = 0;  // for variants that are kPositional: the tile's first key
 
   __device__ __forceinline__ const ScoreOperands& operands() const { return of.tile->score; }
   __device__ __forceinline__ const Band& band() const { return of.tile->band; }
@@ -36,7 +36,7 @@ struct ConsumerTile {
     const Interval seen{max(keys.lo, i + apart.lo), min(min(keys.hi, band.k_len), i + apart.hi)};
     return i < band.q_len ? seen : Interval{0, 0};
   }
-  // Of listed tiles: the pieces, the keys of each, and the blocks that the consumer's head sees.
+  // For listed tiles: the pieces, the number of keys in each, and the blocks that the consumer's head sees.
   __device__ __forceinline__ const KeyPieces& pieces() const { return of.shared.pieces.of_use(input_use); }
   __device__ __forceinline__ int32_t keys_of_piece() const { return of.tile->keys_of_piece; }
   __device__ __forceinline__ BlockMask block_mask() const {
@@ -44,6 +44,7 @@ struct ConsumerTile {
     mask.seen += consumer * of.tile->heads_apart() * mask.head;
     return mask;
   }
+  __device__ __forceinline__ MaskRows mask_rows() const { return mask_rows_from(p, operands().mask); }
   __device__ __forceinline__ int32_t row() const { return of.row(); }
   __device__ __forceinline__ int32_t sequence() const { return of.tile->work.tile.index; }
 };

@@ -18,12 +18,12 @@ namespace jax_flash {
 
 // The key tiles of one consumer.
 struct ConsumerKeys {
-  Interval tiles;  // that any of its rows sees
-  Interval whole;  // that all of its rows see whole, if not empty
+  Interval tiles;  // tiles in which any of its rows sees a key
+  Interval whole;  // tiles in which all of its rows see all keys, unless empty
   int32_t end;     // one past the last key that any of its rows sees
 };
 
-// Where the rows of one consumer lie from those of the consumer before it, and what is staged of key tiles.
+// The distance between the rows of two successive consumers, and what is staged per key tile.
 struct NeighbouringRows {
   __device__ __forceinline__ static int32_t rows_apart() { return kConsumerRows; }
   __device__ __forceinline__ static int32_t heads_apart() { return 0; }
@@ -31,15 +31,15 @@ struct NeighbouringRows {
   struct Pieces {};
 };
 
-// Additional state of kernels of score kind Blocks.
-struct BlocksOfTile {
+// Additional state of kernels that go through lists.
+struct ListOfTile {
   const KeyPieces* list;  // of the key tiles
   int32_t keys_of_piece;
-  int32_t rows, heads;  // from one consumer to the next
+  int32_t rows, heads;  // distance between two consumers
 
   __device__ __forceinline__ int32_t rows_apart() const { return rows; }
   __device__ __forceinline__ int32_t heads_apart() const { return heads; }
-  // K of a tile is loaded before V of the one before it, whose stage then has been released by all consumers.
+  // K of a tile is loaded before V of the previous tile, whose stage all consumers have released by then.
   template <int kStages>
   struct Pieces {
     KeyPieces of[kStages + 2];
@@ -53,8 +53,8 @@ template <int kConsumers>
 struct RangesOfTile : NeighbouringRows {
   Interval gap;      // the part of `tiles` that no row sees
   Interval in_band;  // the band shows keys [i + lo, i + hi) of the sequence to row i
-  // For each consumer, a second interval of tiles that all its rows see whole, before the one in
-  // ConsumerKeys: rows may have two ranges.
+  // For each consumer, a second interval of tiles in which all its rows see all keys. It lies before the one
+  // in ConsumerKeys, because rows may have two ranges.
   Interval first_whole[kConsumers];
 
   // The tile after n, in descending order.
@@ -62,14 +62,19 @@ struct RangesOfTile : NeighbouringRows {
 };
 struct NoRangesOfTile : NeighbouringRows {};
 
-// Which columns of V and O kernels for slices work on. The slices of a query tile have consecutive numbers,
-// as they read the same Q and K, and write the same lse and largest scores.
+// Which columns of V and O a CTA works on, if not on all: those of a slice, or those of its rank in a cluster
+// whose CTAs share the tile, in Q and K, too. The slices of a query tile have consecutive numbers, as they
+// read the same Q and K. Both write the same lse and largest scores.
 struct SliceOfTile {
-  int32_t column;  // the first one
+  int32_t column;  // first column
 
-  // The tile that `number` is a slice of.
+  // The tile that has this number, or a slice of it.
   template <class C>
   __device__ __forceinline__ uint32_t take(const Problem& p, uint32_t number) {
+    if constexpr (C::kSharers > 1) {
+      column = static_cast<int32_t>(ptx::cluster_rank()) * C::kSliceColumns;
+      return number;
+    }
     const uint32_t slices = slice_count<C>(p.value_dim);
     column = static_cast<int32_t>(number % slices) * C::kSliceColumns;
     return number / slices;
@@ -77,21 +82,22 @@ struct SliceOfTile {
 };
 struct NoSliceOfTile {};
 
-// What producers and consumers know of a query tile. The tile scheduler's thread writes it, in three parts.
+// The state of a query tile that producers and consumers read. The tile scheduler's thread writes it, in
+// three parts.
 template <class T, int kConsumers, class Ranges, class Slice>
 struct TileState : Ranges, Slice {
   BlockWork work;
   Band band;
   ScoreOperands score;
-  Interval tiles;  // key tiles that any row of the query tile sees; in a cluster of all its CTAs
+  Interval tiles;  // key tiles in which any row sees a key; in a cluster, any row of its CTAs
   ConsumerKeys keys[kConsumers];
   GlobalRows<T> out;
   LseRows lse;
-  int32_t last_values;  // rows of V's last tile to read, where other tokens follow them in the operand
-  int32_t one_segment;  // only what the band leaves of `tiles` is visible, and all of it
-  int32_t done;         // all query tiles are taken, and this is none
+  int32_t last_values;  // rows of V's last tile to read, if other tokens follow them in the operand
+  int32_t one_segment;  // exactly the keys of `tiles` that the band leaves are visible
+  int32_t done;         // all query tiles are taken, and this state describes none
 
-  // Finds what the load warp needs, from `work`. False: the tile has no rows.
+  // Finds the part that the load warp needs, from `work`. Returns false if the tile has no rows.
   template <class C>
   __device__ __forceinline__ bool begin(const Problem& p, const TileSegments& segments) {
     const TileWork& tile = work.tile;
@@ -102,8 +108,8 @@ struct TileState : Ranges, Slice {
     reload_shared();
     if constexpr (C::Score::reads(Operand::kQSegmentIds)) trim<C>(p, segments);
     if constexpr (C::kKind == ScoreKind::kRanges) trim_to_ranges<C>(p, segments);
-    if constexpr (C::kBlocks) take_list(p, segments.lists);
-    if constexpr (C::kCluster > 1) {
+    if constexpr (C::kListed) take_list(p, segments.lists);
+    if constexpr (C::kMulticast > 1) {
       work.tile.row += static_cast<int32_t>(ptx::cluster_rank()) * C::kM;
       work.tile.end = min(work.tile.end, work.tile.row + C::kM);
       reload_shared();
@@ -112,18 +118,18 @@ struct TileState : Ranges, Slice {
     return true;
   }
 
-  // Finds what the consumers need.
+  // Finds the part that the consumers need.
   template <class C>
   __device__ __forceinline__ void prepare(const Problem& p, const TileSegments& segments) {
     const TileWork& tile = work.tile;
     if constexpr (C::kKind == ScoreKind::kRanges) prepare_blocks<C>(p, segments);
 #pragma unroll 1
-    for (int i = 0; C::kBlocks && i < kConsumers; ++i) {
+    for (int i = 0; C::kListed && i < kConsumers; ++i) {
       const bool used = tile.row + i * this->rows_apart() < tile.used_queries();
       keys[i].tiles = used ? tiles : Interval{tiles.lo, tiles.lo};
     }
 #pragma unroll 1
-    for (int i = 0; C::kKind != ScoreKind::kRanges && !C::kBlocks && i < kConsumers; ++i) {
+    for (int i = 0; C::kKind != ScoreKind::kRanges && !C::kListed && i < kConsumers; ++i) {
       const int32_t first = tile.row + i * kConsumerRows;
       const int32_t last = min(first + kConsumerRows, tile.used_queries());
       Interval own = intersect(tiles_of(band.rows(first, last), C::kN), tiles);
@@ -138,15 +144,15 @@ struct TileState : Ranges, Slice {
       keys[i].whole = {(all.lo + C::kN - 1) / C::kN, all.hi / C::kN};
     }
     reload_shared();
-    if constexpr (!C::kBlocks) last_values = C::kN;
-    if (!C::kBlocks && tile.k_begin + tile.k_len < p.k_rows)
+    if constexpr (!C::kListed) last_values = C::kN;
+    if (!C::kListed && tile.k_begin + tile.k_len < p.k_rows)
       last_values = min(C::kN, tile.k_len - (tiles.hi - 1) * C::kN);
     reload_shared();
     if constexpr (C::kKind != ScoreKind::kPlain)
       score.template prepare<typename C::Score>(reload(p), work, work.head);
   }
 
-  // Finds what the consumers' epilogue needs.
+  // Finds the part that the consumers' epilogue needs.
   __device__ __forceinline__ void prepare_outputs(const Problem& p) {
     out = {p.out.as<T>() + offset(p.out), p.out.row, p.value_dim};
     if constexpr (std::is_same_v<Slice, SliceOfTile>) {
@@ -163,9 +169,9 @@ struct TileState : Ranges, Slice {
   }
 
  private:
-  // Restricts the tile to the keys that segments leave to it. Keys of the rows' own segment alone become a
-  // sequence of their own, in which the band hides what is hidden, where the score does not ask for
-  // positions.
+  // Restricts the tile to the keys that segments leave visible. If all of these are of the rows' own segment,
+  // they become a sequence of their own, in which only the band hides keys. This is not done for scores that
+  // depend on positions.
   template <class C>
   __device__ __forceinline__ void trim(const Problem& p, const TileSegments& segments) {
     one_segment = false;
@@ -184,7 +190,7 @@ struct TileState : Ranges, Slice {
     tiles = tiles_of(seen, C::kN);
     reload_shared();
   }
-  // Restricts the tile to the keys that ranges and the band leave to it.
+  // Restricts the tile to the keys that ranges and the band leave visible.
   template <class C>
   __device__ __forceinline__ void trim_to_ranges(const Problem& p, const TileSegments& segments) {
     tiles = this->gap = {0, 0};
@@ -196,12 +202,12 @@ struct TileState : Ranges, Slice {
     reload_shared();
     this->gap = whole_tiles<C>(seen.gap);
     reload_shared();
-    constexpr int64_t kMost = 1 << 30;  // and −kMost: no limit
+    constexpr int64_t kMost = 1 << 30;  // kMost and −kMost stand for no limit
     this->in_band.lo = static_cast<int32_t>(max(-kMost, min(kMost, band.shift - band.left)));
     reload_shared();
     this->in_band.hi = static_cast<int32_t>(max(-kMost, min(kMost, band.shift + band.right + 1)));
   }
-  // Takes the key tiles that block masks and the band leave to the tile.
+  // Takes the key tiles that the mask and the band leave to the tile.
   __device__ __forceinline__ void take_list(const Problem& p, const KeyLists& lists) {
     const int64_t groups = p.heads / lists.heads, group = work.head / lists.heads;
     const int64_t at = ((work.leading * p.batch + work.batch_row) * groups + group) * lists.query_tiles +
@@ -214,7 +220,7 @@ struct TileState : Ranges, Slice {
     this->keys_of_piece = lists.keys;
     this->rows = lists.heads > 1 ? 0 : kConsumerRows, this->heads = lists.heads - 1;
   }
-  // The same of each consumer.
+  // Likewise for each consumer.
   template <class C>
   __device__ __forceinline__ void prepare_blocks(const Problem& p, const TileSegments& segments) {
     const int64_t first = work.tile.index == kNoSequence ? 0 : slot_of_rows(p, kRowBlock);
@@ -241,7 +247,7 @@ struct TileState : Ranges, Slice {
   __device__ __forceinline__ int64_t slot_of_rows(const Problem& p, int32_t block) const {
     return first_slot_of(p, work.leading, work.tile.index, work.tile.q_begin, p.q_rows, block);
   }
-  // What segments leave to kSegmentPart rows.
+  // The keys that segments leave visible to kSegmentPart rows.
   __device__ __forceinline__ Interval keys_of_part(const Problem& p, const TileSegments& segments,
                                                    int32_t row) const {
     const auto parts = static_cast<int32_t>(ceil_div(p.q_rows, kSegmentPart));
@@ -254,27 +260,54 @@ struct TileState : Ranges, Slice {
 };
 
 // A team's shared memory. Input: what the score variant stages per key tile.
-template <class T, class QTile, class KTile, class VTile, int kStages, int kConsumers, class Input,
-          int kCluster, class Output, class Ranges, class Slice>
+template <class T, class QTile, class KTile, class VTile, int kKeyStages, int kValueStages, int kConsumers,
+          class Input, int kMulticast, class Output, class Ranges, class Slice, class Mailbox, class Parts>
 struct ForwardShared : Input::Buffer {
+  static constexpr bool kOneRing = kValueStages == 0;
   alignas(1024) uint8_t q[kConsumers][QTile::kBytes];
-  alignas(1024) uint8_t k[kStages][KTile::kBytes];
-  alignas(1024) uint8_t v[kStages][VTile::kBytes];
+  alignas(1024) uint8_t k[kKeyStages][KTile::kBytes];
+  alignas(1024) uint8_t v[kValueStages][VTile::kBytes];
   [[no_unique_address]] typename Output::Tiles o;
+  [[no_unique_address]] Parts parts;  // of S
   using Tile = TileState<T, kConsumers, Ranges, Slice>;
   Tile tiles[kTileStates];
-  Pipeline<kTileStates> state_pipe;     // tile states; full: all of it, or with kEarlyLoad begin()'s part
+  // state_pipe: full when the state is complete or, with kEarlyLoad, when begin()'s part is.
+  Pipeline<kTileStates> state_pipe;
   Pipeline<kTileStates> consumer_pipe;  // with kEarlyLoad: full when prepare() is done
   Pipeline<kTileStates> epilogue_pipe;  // with kEarlyLoad: full when prepare_outputs() is done
   Pipeline<1> ending_pipe;              // full when the load warp comes to the end of a query tile
   Pipeline<1> q_pipe[kConsumers];
-  Pipeline<kStages> k_pipe, v_pipe;
+  Pipeline<kKeyStages> k_pipe;
+  Pipeline<kValueStages> v_pipe;
   typename Input::Pipe input_pipe;
-  [[no_unique_address]] typename Ranges::template Pieces<kStages> pieces;  // of listed key tiles
+  [[no_unique_address]] typename Ranges::template Pieces<kKeyStages> pieces;  // of listed key tiles
   [[no_unique_address]] typename Output::Pipes out_pipe;
-  [[no_unique_address]] std::conditional_t<(kCluster > 1), TileMailbox, NoMailbox> mailbox;
+  [[no_unique_address]] Mailbox mailbox;
 
-  // `state_releases`: the producers' at a tile state.
+  // Stages of K and V. If V is K, its stage is full when K's is, and is released after both products.
+  __device__ __forceinline__ const uint8_t* key(uint32_t use) const { return k[use % kKeyStages]; }
+  __device__ __forceinline__ const uint8_t* value(uint32_t use) const {
+    if constexpr (kOneRing) {
+      return key(use);
+    } else {
+      return v[use % kValueStages];
+    }
+  }
+  __device__ __forceinline__ void wait_value(uint32_t use) const {
+    if constexpr (!kOneRing) v_pipe.wait_full(use);
+  }
+  __device__ __forceinline__ void release_key(uint32_t use) const {
+    if constexpr (!kOneRing) k_pipe.template release<kMulticast>(use, kKeyLoader);
+  }
+  __device__ __forceinline__ void release_value(uint32_t use) const {
+    if constexpr (kOneRing) {
+      k_pipe.template release<kMulticast>(use, kKeyLoader);
+    } else {
+      v_pipe.template release<kMulticast>(use, kValueLoader);
+    }
+  }
+
+  // `state_releases`: producers' arrivals that release a tile state.
   __device__ __forceinline__ void init(uint32_t state_releases) {
     constexpr uint32_t kConsumer = kConsumerWarps * ptx::kWarpArrivals;
     state_pipe.init(kConsumers * kConsumer + state_releases);
@@ -282,11 +315,12 @@ struct ForwardShared : Input::Buffer {
     epilogue_pipe.init(1);
     ending_pipe.init(1);
     for (auto& pipe : q_pipe) pipe.init(kConsumer);
-    k_pipe.init(kConsumers * kConsumer * kCluster);
-    v_pipe.init(kConsumers * kConsumer * kCluster);
+    k_pipe.init(kConsumers * kConsumer * kMulticast);
+    v_pipe.init(kConsumers * kConsumer * kMulticast);
     input_pipe.init(kConsumers * kConsumer);
     out_pipe.init(kConsumer);
     mailbox.init();
+    parts.init(kConsumer);
     ptx::fence_barriers();
   }
 };

@@ -14,7 +14,7 @@
 
 namespace jax_flash {
 
-// o of each consumer, and who has it: full when the consumer has written it, empty when TMA has read it.
+// o of each consumer. A stage is full when the consumer has written it, and empty when TMA has read it.
 template <int kConsumers, class OTile>
 struct OutputBuffer {
   struct Tiles {
@@ -36,8 +36,8 @@ struct NoOutputBuffer {
   struct Map {};
 };
 
-// Whether TMA stores a consumer's rows, from `row` on: it writes all of them, but none past the operand's.
-// Behind packed sequences others follow.
+// Whether TMA stores a consumer's rows from `row` on. TMA writes all rows of a box that lie in the operand,
+// so it cannot be used where rows of another packed sequence follow.
 __device__ __forceinline__ bool stores_by_tma(const Problem& p, const TileWork& tile, int32_t row) {
   return row + kConsumerRows <= tile.end || (!p.packed() && row < tile.end);
 }
@@ -57,7 +57,7 @@ __device__ __forceinline__ void stage_rows(const O& o, uint8_t* tile, int row) {
   ptx::fence_async_shared();
 }
 
-// Run by one thread.
+// One thread runs this.
 template <class C>
 struct StoreWarp {
   using Tile = typename C::OTile;

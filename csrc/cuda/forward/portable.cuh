@@ -22,7 +22,7 @@
 
 namespace jax_flash::inline JF_ARCH_NAMESPACE {
 
-// Keys per tile. A warp that owns 32 query rows has registers for fewer keys where its scores are not plain.
+// Keys per tile. If scores are not plain, a warp that owns 32 query rows has registers for fewer keys.
 constexpr int forward_keys(const Row& row, ScoreKind kind) {
   if (kind == ScoreKind::kPlain || row.block_m / row.warps == 16) return row.block_n;
   return row.block_n < 64 || row.head_dim > 64 ? 32 : 64;
@@ -56,7 +56,7 @@ struct ForwardSm80 {
   using Score = PortableScore<Kind, S, State::kPaged>;
   using Softmax = typename Score::template Softmax<T, volatile float>;
   using Ring = TileRing<R.stages, kThreads, KTile, VTile, typename State::Source>;
-  // Q's fragments stay in registers if 32 registers hold all of them; with two stages and 16 rows per warp,
+  // Q's fragments stay in registers if 32 registers hold all of them. With two stages and 16 rows per warp,
   // the leading ones do.
   static constexpr int kQRegisters = kWarpRows / 4 * static_cast<int>(sizeof(T)) / 2 * kHeadDim / 16;
   static constexpr bool kQPartly = kPlain && kWarpRows == 16 && R.stages == 2;
@@ -80,7 +80,7 @@ template <class C>
 struct ForwardTile {
   const Problem& p;
   const typename C::State& block;
-  int32_t warp_row, key;  // where it begins in the query tile, and in the sequence
+  int32_t warp_row, key;  // where the tile begins, in the query tile and in the sequence
 
   __device__ __forceinline__ const ScoreOperands& operands() const { return block.score; }
   __device__ __forceinline__ const Band& band() const { return block.band; }
@@ -89,7 +89,7 @@ struct ForwardTile {
   __device__ __forceinline__ int32_t row() const {
     return static_cast<const volatile int32_t&>(block.work.tile.row) + warp_row;
   }
-  // row_max ← max(row_max, rowmax S). What it needs is reloaded, too.
+  // row_max ← max(row_max, rowmax S). Its operands are reloaded, too.
   template <class S>
   __device__ __forceinline__ void raise_maxima(const S& s, float scale) const {
     const auto& tile = static_cast<const volatile TileWork&>(block.work.tile);
@@ -100,7 +100,7 @@ struct ForwardTile {
 };
 
 // O ← O + P V  [M, dv] with P = 2^(S − m). The exponentials of later keys overlap the product of earlier
-// ones. `numbers`: dropout's random numbers for the first keys, where they are drawn early.
+// ones. `numbers`: dropout's random numbers for the first keys, if they were drawn early.
 template <class C, class V>
 __device__ __forceinline__ void add_values(typename C::O& o, typename C::S& s, const V& v,
                                            typename C::Softmax& softmax, KeptNumbers<typename C::S>& numbers,
@@ -170,7 +170,7 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const typename C:
     score.prefetch(at, key);
     KeptNumbers<S> numbers = {};
     if constexpr (C::Score::kDropoutInSoftmax)
-      block.score.dropout_at(at.row(), key).draw(numbers, 0);  // the first ones, which overlaps the product
+      block.score.dropout_at(at.row(), key).draw(numbers, 0);  // overlaps the product
     S s;
     s.clear();
     multiply_add<T, C::kHeadSteps>(s, q, k);  // S = Q Kᵀ  [M, N]
@@ -212,7 +212,7 @@ template <class C>
 cudaError_t launch_forward_sm80(const Problem& p, const LaunchPlan& plan, void* workspace,
                                 cudaStream_t stream) {
   const TileGrid& grid = plan.queries;
-  // Every slice makes the same S, and so the same lse and largest scores.
+  // All slices compute the same S, and so write the same lse and largest scores.
   return launch(forward_sm80<C>, {grid.blocks, slice_count<C>(p.value_dim)}, C::kThreads, C::kSharedBytes,
                 stream, p, grid_tiles(grid, workspace));
 }
@@ -226,7 +226,7 @@ cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace
   const auto run = [&]<class C>(std::type_identity<C>) {
     return launch_forward_sm80<C>(p, plan, workspace, stream);
   };
-  if constexpr (R.is_paged()) {  // pages take no dropout
+  if constexpr (R.is_paged()) {  // no kernel for pages has dropout
     if (is_float8(p.kv_dtype))
       return run(std::type_identity<PagedForwardSm80<T, uint8_t, R, ScoreKind::kGeneral>>{});
     if (plan.general()) return run(std::type_identity<PagedForwardSm80<T, T, R, ScoreKind::kGeneral>>{});

@@ -38,7 +38,7 @@ struct PagedState : BlockState<T> {
   static constexpr bool kScaled = sizeof(Pool) == 1;  // K = k_scale · stored, V = v_scale · stored
   GlobalPages<Pool> key, value;
   PageTable table;
-  float key_scale, value_scale;  // 1 where pages have scales of their own
+  float key_scale, value_scale;  // 1 if each page has a scale
   PageScales key_scales, value_scales;
   mutable typename Source::Addresses addresses;
 

@@ -1,4 +1,5 @@
-// The pipelines of the sm_90a kernels: those of a thread block (cuda/pipeline.cuh), and what a cluster adds.
+// The pipelines of the sm_90a kernels: those of a thread block (cuda/pipeline.cuh) and their extension to
+// clusters.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +16,9 @@ struct Pipeline : BlockPipeline<kStages> {
   using Block = BlockPipeline<kStages>;
   using Block::empty_barrier, Block::release, Block::wait_empty, Block::wait_previous_full;
 
-  // This warp has read the stage, which all CTAs of a cluster load together.
+  // This warp has read the stage, which `cluster` CTAs load together; if it is 1, this CTA alone.
   __device__ __forceinline__ void release_in_all(uint32_t use, int cluster) const {
+    if (cluster == 1) return release(use);
     __syncwarp();
     if (!ptx::arrives_for_warp()) return;
     for (int rank = 0; rank < cluster; ++rank) ptx::barrier_arrive_in(empty_barrier(use), rank);

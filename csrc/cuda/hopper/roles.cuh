@@ -1,7 +1,7 @@
 // Warp specialisation of the sm_90a kernels: which thread has which role, and how many registers.
 //
-// Warpgroup 0 are the producers; each further one is a consumer, which owns the 64 rows of a wgmma. A CTA may
-// run several teams side by side: each has a share of warpgroup 0's warps and consumers of its own.
+// Warpgroup 0 has the producers. Each further warpgroup is a consumer, which owns the 64 rows of a wgmma. A
+// CTA may run several teams side by side: each has some of warpgroup 0's warps, and its own consumers.
 #pragma once
 
 #include <cstdint>
@@ -20,29 +20,29 @@ inline constexpr int kConsumerWarps = kWarpgroup / 32;
 constexpr int consumer_registers(int consumers) { return consumers <= 2 ? 232 : consumers == 3 ? 160 : 112; }
 constexpr int producer_registers(int consumers) { return consumers <= 2 ? 40 : 32; }
 
-// Whether a CTA's warpgroups have no more together than it was launched with: setmaxnreg waits for the rest
-// forever.
+// Whether the registers of all warpgroups are no more than the CTA was launched with; setmaxnreg would wait
+// forever for further ones.
 constexpr bool registers_suffice(int threads, int consumers) {
   return kWarpgroup *
              (producer_registers(consumers) + (threads / kWarpgroup - 1) * consumer_registers(consumers)) <=
          threads * (65536 / threads / 8 * 8);
 }
 
-// Tells the compiler that x, which is the same in all lanes, is so.
+// Tells the compiler that x is the same in all lanes.
 __device__ __forceinline__ int32_t uniform(int32_t x) { return __shfl_sync(~0u, x, 0); }
 __device__ __forceinline__ Interval uniform(Interval x) { return {uniform(x.lo), uniform(x.hi)}; }
 
-// Compiler barrier: fields are read again instead of kept in registers.
+// Compiler barrier: the fields of p are read again, which saves the registers that would keep them.
 __device__ __forceinline__ const Problem& reload(const Problem& p) {
   const Problem* same = &p;
   asm volatile("" : "+l"(same)::"memory");
-  __builtin_assume(same->leading.rank <= 1);  // plan() sees to it
+  __builtin_assume(same->leading.rank <= 1);  // plan() makes sure of this
   return *same;
 }
 // Compiler barrier: shared memory is read again.
 __device__ __forceinline__ void reload_shared() { asm volatile("" ::: "memory"); }
 
-// The CTA of a cluster that loads K, and V, for all of it.
+// The CTA of a cluster that loads K, and the one that loads V, for all CTAs.
 inline constexpr uint32_t kKeyLoader = 0, kValueLoader = 1;
 
 // Warpgroup 0 are the producers.
@@ -50,11 +50,11 @@ __device__ __forceinline__ int warpgroup_index() {
   return uniform(static_cast<int>(threadIdx.x) / kWarpgroup);
 }
 
-// Threads of warpgroup 0 that a team has.
+// The number of threads of warpgroup 0 that each team has.
 template <int kTeams>
 inline constexpr int kTeamProducers = kWarpgroup / kTeams;
 
-// A warpgroup's team and, of a consumer, its number in the team.
+// A warpgroup's team and, for a consumer, its number in the team.
 template <int kTeams, int kConsumers>
 __device__ __forceinline__ int team_of(int warpgroup) {
   return kTeams == 1      ? 0

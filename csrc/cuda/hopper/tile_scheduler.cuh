@@ -1,7 +1,7 @@
 // The persistent tile scheduler of the sm_90a kernels: which CTA works on which of a grid's tiles.
 //
-// A worker is a CTA, a team of one, or a cluster. Its first tile is its own number; the following ones come
-// from a counter in global memory, or, where all tiles are equally long, at a fixed distance. In a cluster
+// A worker is a CTA, a team of a CTA, or a cluster. Its first tile is its own number. The following tiles
+// come from a counter in global memory or, if all tiles are equally long, at a fixed distance. In a cluster
 // the first CTA takes the number and sends it to the second one's mailbox.
 #pragma once
 
@@ -17,20 +17,20 @@
 
 namespace jax_flash {
 
-// Tiles whose state a worker keeps in shared memory: the one that is scheduled, loaded, consumed.
+// Tiles whose state a worker keeps in shared memory: the ones that are scheduled, loaded and consumed.
 inline constexpr int kTileStates = 3;
 
 // The tiles of a grid.
 struct PersistentTiles {
-  const TileWork* schedule;  // of packed sequences
+  const TileWork* schedule;  // of packed sequences, else null
   int32_t tiles_per_head;
-  uint32_t count;     // of all heads
-  uint32_t* counter;  // of tiles that were taken; nullptr: fixed distances
+  uint32_t count;     // tiles of all heads
+  uint32_t* counter;  // counts the tiles that were taken; nullptr: tiles have fixed distances
   uint32_t heads_together;
-  bool back_and_forth = false;  // of the backward: every other group of heads_together goes backwards
+  bool back_and_forth = false;  // in the backward, every other group of heads_together goes backwards
 };
 
-// Finds the counter of a plan that has one, and clears it.
+// Finds the counter in the workspace, if the plan has one, and clears it.
 inline cudaError_t clear_tile_counter(PersistentTiles& tiles, const LaunchPlan& plan, void* workspace,
                                       cudaStream_t stream) {
   if (plan.tile_counter < 0) return cudaSuccess;
@@ -38,13 +38,13 @@ inline cudaError_t clear_tile_counter(PersistentTiles& tiles, const LaunchPlan& 
   return cudaMemsetAsync(tiles.counter, 0, sizeof(uint32_t), stream);
 }
 
-// Heads whose tiles are worked on together: as many as have 32 MB of K and V, which stay in L2, but enough
-// for the last tiles to be short ones.
+// The number of heads whose tiles are worked on together: as many as have 32 MB of K and V, which stay in L2,
+// but enough that the last tiles are short ones.
 inline uint32_t heads_together(const Problem& p, uint32_t heads) {
   constexpr int64_t kElements = 1 << 24, kFewest = 8;
   const int64_t all = int64_t{heads} * p.k_rows * (p.head_dim + p.value_dim);
   const int64_t groups =
-      std::max<int64_t>(1, (all + kElements / 2) / kElements);  // alike, so that none is small
+      std::max<int64_t>(1, (all + kElements / 2) / kElements);  // groups of equal size, so that none is small
   return static_cast<uint32_t>(std::max<int64_t>(kFewest, (heads + groups - 1) / groups));
 }
 
@@ -74,7 +74,7 @@ struct NoMailbox {
   __device__ __forceinline__ void init() {}
 };
 
-// One thread of a worker runs it. kRows: of a CTA's tile; kUneven: see find_work().
+// One thread of a worker runs it. kRows: rows of a CTA's tile; kUneven: see find_work().
 template <Over over, int kRows, int kCluster, int kTeams, class Mailbox, bool kUneven = false>
 struct TileScheduler {
   const PersistentTiles& tiles;
@@ -86,7 +86,7 @@ struct TileScheduler {
   static __device__ __forceinline__ uint32_t first(int team) {
     return blockIdx.x / kCluster + team * gridDim.x;
   }
-  // The next number of the counter, in a cluster the same for all CTAs.
+  // The next number of the counter; all CTAs of a cluster get the same one.
   __device__ __forceinline__ uint32_t take() {
     const uint32_t message = messages++;
     if constexpr (kCluster > 1)
@@ -95,12 +95,12 @@ struct TileScheduler {
     if constexpr (kCluster > 1) mailbox.send(message, number);
     return number;
   }
-  // The worker's tile after `number`. It should be asked for late: a tile that is taken early by a worker
-  // with a long one in progress ends when others have none left.
+  // The worker's tile after `number`. It should be called late: if a worker takes a tile early, while it has
+  // a long one in progress, that tile ends when the other workers have none left.
   __device__ __forceinline__ uint32_t next(uint32_t number) {
     return tiles.counter ? workers() + take() : number + workers();
   }
-  // rows, heads: of a tile.
+  // rows, heads: the rows and the heads of a tile.
   __device__ __forceinline__ BlockWork work(const Problem& p, uint32_t number,
                                             int32_t rows = kCluster * kRows, int32_t heads = 1) const {
     return find_work<over, kUneven>(p, tiles.schedule, tiles.tiles_per_head, rows, {number, tiles.count},

@@ -1,5 +1,5 @@
-// Keys and values that lie contiguously in global memory: the loader of the dense layouts, which fills the
-// tile ring of load/ring.cuh.
+// The loader of the dense layouts: it fills the tile ring of load/ring.cuh with keys and values that are
+// contiguous in global memory.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace jax_flash {
 // Two operands with one row per token, for example K and V. Rows from `end` on are read as zeros. The
 // references point to shared memory. Tiles are loaded in ascending order, the first operand's before the
 // second's. kRunning: each thread keeps its next source addresses in registers, which saves integer work per
-// tile; only kernels with registers to spare ask for it.
+// tile; only kernels with registers to spare set it.
 template <class T, bool kRunning = false>
 class RowSource {
  public:
@@ -68,8 +68,8 @@ class RowSource {
   const GlobalRows<const T>&first_, &second_;
   const int32_t& end_;
   const T *next_first_ = nullptr, *next_second_ = nullptr;
-  int32_t rows_left_ = 0;  // from this thread's first row of the next tiles to `end`
-  uint32_t offset_ = 0;    // of this thread's first chunk in a shared tile
+  int32_t rows_left_ = 0;  // rows from this thread's first row of the next tiles to `end`
+  uint32_t offset_ = 0;    // offset of this thread's first chunk in a shared tile
 };
 
 }  // namespace jax_flash

@@ -11,8 +11,8 @@
 
 namespace jax_flash {
 
-// A thread's part of a tile of a 16-bit bias where it holds 8 neighbouring columns of every 32: one load of
-// 16 bytes for each 32 columns.
+// A thread's part of a tile of a 16-bit bias, for S in which it holds 8 adjacent columns of every 32: one
+// 16-byte load per 32 columns.
 template <class S>
 struct BiasChunks {
   uint4 x[S::kSlots][S::kColumnTiles / 4];
@@ -32,7 +32,7 @@ class GlobalBias {
                                         const Band& visible)
       : p(problem), operands(score_operands), band(visible) {}
 
-  // Loads what add() will add, while S is being multiplied.
+  // Loads the operands of add(), while the tensor cores compute S.
   template <class S>
   __device__ __forceinline__ void fetch(BiasChunks<S>& bias, int32_t row, int32_t key) const {
     if (!p.bias || !operands.bias_in_chunks(p)) return;
@@ -47,7 +47,7 @@ class GlobalBias {
     }
   }
 
-  // S ← S + factor · bias. `chunks`: what fetch() loaded, where S is permuted.
+  // S ← S + factor · bias. `chunks`: the elements that fetch() loaded, if S is permuted.
   template <class S, class Chunks>
   __device__ __forceinline__ void add(S& s, int32_t row, int32_t key, float factor,
                                       const Chunks& chunks) const {
@@ -61,8 +61,8 @@ class GlobalBias {
   }
 
  private:
-  // A row of a 16-bit bias whose columns are neighbours: from the lane's first column on, of which `left` are
-  // in use.
+  // A row of a 16-bit bias whose columns are adjacent, from the lane's first column on; `left` columns of it
+  // are in use.
   struct BiasRow {
     const uint16_t* from;
     int32_t left;
@@ -98,7 +98,7 @@ class GlobalBias {
                      [=](float& x, T bias) { add_bias(x, static_cast<float>(bias), factor); });
   }
 
-  // Elements out of use have a bias of 0.
+  // Unused elements have a bias of 0.
   template <class T, class S>
   __device__ __forceinline__ void add_pairs(S& s, int32_t row, int32_t key, float factor) const {
 #pragma unroll

@@ -1,8 +1,8 @@
-// The loader of keys and values that lie row by row, for the sm_90a kernels: one thread, a TMA box for each
-// 64 columns of a tile. With 2-CTA clusters one CTA multicasts K, the other V.
+// The loader of contiguous rows of keys and values, for the sm_90a kernels. One thread issues a TMA box for
+// each 64 columns of a tile. With 2-CTA clusters one CTA multicasts K, the other V.
 //
-// A loader is a template parameter of a kernel's config C (KTile, VTile, kN, kCluster), used as here; see
-// load/hopper_pages.cuh for the other one.
+// A loader is a template parameter of a kernel's config C (KTile, VTile, kN, kMulticast, kSharers), used as
+// here; see load/hopper_pages.cuh for the other one.
 #pragma once
 
 #include <cstdint>
@@ -38,17 +38,21 @@ class DenseLoader {
     key = coordinates_of(p.key, work, kv_head, work.tile.k_begin);
     value = coordinates_of(p.value, work, kv_head, work.tile.k_begin);
   }
-  // Makes the loader copy columns of V from this one on. Call it after begin().
-  __device__ __forceinline__ void begin_values_at(int32_t column) { value.column = column; }
+  // Makes the loader copy columns of V, and of K if CTAs share the query tile, from this one on. Call it
+  // after begin().
+  __device__ __forceinline__ void begin_columns(int32_t column) {
+    if constexpr (C::kSharers > 1) key.column = column;
+    value.column = column;
+  }
   // This thread has read the work that begin() was given.
   template <class Pipe>
   __device__ __forceinline__ void release(const Pipe& state, uint32_t use) const {
     state.release_by_thread(use);
   }
-  // Before the wait for the stage of the next load_key() or load_value().
+  // Called before the wait for the stage of the next load_key() or load_value().
   __device__ __forceinline__ void check() const {}
-  // Keys, values [n · kN, (n + 1) · kN), which `barrier` counts. K of a tile is loaded before V of the tile
-  // that was loaded before it.
+  // Load keys, or values, [n · kN, (n + 1) · kN); `barrier` counts their bytes. K of a tile is loaded before
+  // V of the previous tile.
   __device__ __forceinline__ void load_key(const Maps& maps, uint32_t tile, uint32_t barrier,
                                            int32_t n) const {
     load<typename C::KTile, kKeyLoader>(tile, barrier, maps.key, key, n);
@@ -64,12 +68,22 @@ class DenseLoader {
                                        ptx::Coordinates at, int32_t n) const {
     at.row += n * C::kN;
     ptx::barrier_expect(barrier, Tile::kBytes);
-    if (C::kCluster == 1 || ptx::cluster_rank() == kLoader)
-      load_rows<Tile, C::kCluster>(tile, 0, map, barrier, at);
+    if (C::kMulticast == 1 || ptx::cluster_rank() == kLoader)
+      load_rows<Tile, C::kMulticast>(tile, 0, map, barrier, at);
   }
 
   const Problem& p;
   ptx::Coordinates key, value;
 };
+
+// The same where V is K: each tile is loaded once, and both products read it.
+template <class C>
+struct SharedKvLoader : DenseLoader<C> {
+  using DenseLoader<C>::DenseLoader;
+};
+template <template <class> class Loader>
+inline constexpr bool kValuesAreKeys = false;
+template <>
+inline constexpr bool kValuesAreKeys<SharedKvLoader> = true;
 
 }  // namespace jax_flash

@@ -1,8 +1,8 @@
 // The loader of keys and values in the pages of a pool, for the sm_90a kernels; see load/hopper_dense.cuh.
 //
-// A tile is loaded in boxes: rows that lie in one page and in one tile. One warp loads K, another one V, so
-// that neither waits for the other's stages. A lane has the same rows of every tile, whose page it looks up
-// a tile before it loads it, and checks before it waits for the stage.
+// A tile is loaded in boxes of rows that lie in one page and in one tile. One warp loads K and another one V,
+// so that neither waits for the other's stages. A lane loads the same rows of every tile. It looks up their
+// page one tile before it loads them, and checks it before it waits for the stage.
 #pragma once
 
 #include <cstdint>
@@ -23,12 +23,12 @@ struct NanRows {
 };
 static __device__ const NanRows kNan{};
 
-// The rows of a page from `slot` on, in one of its leading entry's heads, and their columns from `column` on.
+// The rows of a page from `slot` on, at one head of its leading entry, and their columns from `column` on.
 struct PageRows {
   int32_t head, slot, page, leading, column;
 };
 
-// A box for each panel of 64 columns: serves every layout and head dim.
+// Loads one box per panel of 64 columns, which works for every layout and head dim.
 struct PanelBoxes {
   using Map = CUtensorMap;
 
@@ -43,7 +43,7 @@ struct PanelBoxes {
   }
 };
 
-// A box with all panels, into a GroupedTile: where has_page_map(), of kernels without slices.
+// Loads one box with all panels into a GroupedTile, if has_page_map(), in kernels without slices.
 struct WholeRowBoxes {
   using Map = PageMap;
 
@@ -63,11 +63,11 @@ template <class C, class Boxes>
 class PageLoader {
  public:
   static constexpr int kWarps = 2, kLanes = 32;
-  static constexpr int kAtom = 8;  // rows of the swizzle's pattern: boxes have a multiple of them
+  static constexpr int kAtom = 8;  // rows of the swizzle's pattern, whose multiples boxes have
   static_assert(C::kN / kAtom <= kLanes && C::kN <= kNanRows && C::kTeams == 1);
   struct Maps {
     typename Boxes::Map key, value, missing;
-    int32_t box, boxes;  // rows of one, boxes of a tile
+    int32_t box, boxes;  // rows of a box, boxes of a tile
     Divisor page_size, group;
   };
   static_assert(C::KTile::kPanel == 8 && C::VTile::kPanel == 8);
@@ -98,14 +98,14 @@ class PageLoader {
     find(maps, tiles.hi - 1);
     head = maps.group.quotient(work->head);
   }
-  __device__ __forceinline__ void begin_values_at(int32_t column) { first_value = column; }
+  __device__ __forceinline__ void begin_columns(int32_t column) { first_column = column; }
   template <class Pipe>
   __device__ __forceinline__ void release(const Pipe& state, uint32_t use) const {
     state.release(use);
   }
 
-  // Keys outside the pool become NaN; values there, and rows past the keys, zeros, with which TMA fills the
-  // page behind the pool.
+  // Keys on a page outside the pool become NaN. Values there, and rows past the keys, become zeros: TMA fills
+  // a page behind the pool with zeros.
   __device__ __forceinline__ void check() {
     const bool in_pool = 0 <= page && page < p.pages;
     missing = slot != kNoSlot && !in_pool;
@@ -133,26 +133,26 @@ class PageLoader {
   __device__ __forceinline__ void load(const Maps& maps, uint32_t tile, uint32_t barrier,
                                        const typename Boxes::Map& map, const View& view, int32_t n) {
     const auto lane = static_cast<int32_t>(threadIdx.x % 32);
-    __syncwarp();  // every lane saw the stage empty, which may be filled and released twice before a late one
+    __syncwarp();  // every lane must see the stage empty before it is filled and released again
     if (lane == 0) ptx::barrier_expect(barrier, Tile::kBytes);
     if (kNanIfMissing && missing) {
       Boxes::template load<Tile>(tile, lane * maps.box, maps.missing, barrier, {});
     } else if (lane < maps.boxes) {
       const int32_t leading = view.leading[0] ? static_cast<int32_t>(work->leading) : 0;
-      const int32_t column = C::kSliced && !kNanIfMissing ? first_value : 0;
+      const int32_t column = C::kSharers > 1 || (C::kSliced && !kNanIfMissing) ? first_column : 0;
       Boxes::template load<Tile>(tile, lane * maps.box, map, barrier, {head, slot, page, leading, column});
     }
     find(maps, n - 1);
   }
 
-  static constexpr int32_t kNoSlot = -1;  // of a box past the keys
+  static constexpr int32_t kNoSlot = -1;  // stands for a box past the keys
   const Problem& p;
   const BlockWork* work;
-  const int32_t* entries;   // of the block table's row
-  int32_t head;             // of K and V
-  int32_t first_value = 0;  // column of V
-  int32_t page = 0, slot;   // this lane's box of the next tile
-  bool missing;             // its page lies outside the pool
+  const int32_t* entries;    // of the block table's row
+  int32_t head;              // of K and V
+  int32_t first_column = 0;  // of V, and of K if CTAs share the query tile
+  int32_t page = 0, slot;    // this lane's box of the next tile
+  bool missing;              // its page lies outside the pool
 };
 
 template <class C>
@@ -164,7 +164,7 @@ struct PagedRowsLoader : PageLoader<C, WholeRowBoxes> {
   using PageLoader<C, WholeRowBoxes>::PageLoader;
 };
 
-// Whether a kernel's loader is one of these; whether its tiles are GroupedTile.
+// Whether a kernel's loader is PagedLoader or PagedRowsLoader; whether its tiles are GroupedTile.
 template <template <class> class Loader>
 inline constexpr bool kInPages = false;
 template <>

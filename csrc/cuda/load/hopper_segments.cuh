@@ -1,4 +1,4 @@
-// The segments of a key tile for the sm_90a forward, which a producer warp makes ahead of the consumers.
+// The segments of a key tile for the sm_90a forward. A producer warp computes them ahead of the consumers.
 #pragma once
 
 #include <cstdint>
@@ -15,16 +15,16 @@ namespace jax_flash {
 
 // The keys' segments, and for each consumer warp whether its 16 rows have to compare them with their own.
 //
-// Query tiles whose keys are all of one segment, their own, have none.
+// Nothing is staged for query tiles that see only keys of their own segment.
 template <int N, int kConsumers>
 struct SegmentInput {
   static constexpr int kRowBlocks = kConsumerWarps * kConsumers;
   struct Map {};
   struct Tile {
     int32_t key_segments[N];
-    uint32_t mixed;  // a bit for each row block: some key is of another segment than some row
+    uint32_t mixed;  // a bit for each row block: some key and some row have different segments
   };
-  static constexpr int kStages = 2, kBytes = 1024;  // at most, and the end is aligned
+  static constexpr int kStages = 2, kBytes = 1024;  // kBytes: upper bound; the end is aligned
   static constexpr int kWarps = 1;
   static constexpr bool kLoaded = false, kSkipsUniformTiles = true;
   struct Buffer {};
@@ -35,7 +35,7 @@ struct SegmentInput {
   };
   static cudaError_t make_map(Map&, const Problem&) { return cudaSuccess; }
 
-  // S ← −inf where the key is of another segment than the row. Rows and keys out of use may keep any score.
+  // S ← −inf where key and row have different segments. Unused rows and keys may keep any score.
   template <class S, class Shared>
   __device__ __forceinline__ static void hide(S& s, const Shared& shared, const SegmentOperands& operands,
                                               const Band& band, int consumer, int32_t row, uint32_t use) {
@@ -74,7 +74,7 @@ struct SegmentInput {
       if (row >= q_len) return range;
       range.lo = range.hi = segments[row];
 #pragma unroll
-      for (int32_t i = 1; i < 16; ++i) {  // all loads in flight at once
+      for (int32_t i = 1; i < 16; ++i) {  // all loads are in flight at once
         const int32_t segment = segments[min(row + i, q_len - 1)];
         range.lo = min(range.lo, segment), range.hi = max(range.hi, segment);
       }
@@ -91,7 +91,7 @@ struct SegmentInput {
         segments[j] = key_segments[min(max(n, 0) * N + 32 * j + lane, last)];
     }
 
-    // Key tile n, whose segments are `read`. `rows`: this lane's row block, if it is used.
+    // Scans key tile n, whose segments were read to `segments`. `rows`: this lane's row block, if it is used.
     __device__ __forceinline__ void scan(int32_t (&segments)[kKeys], const int32_t* key_segments,
                                          int32_t k_len, int32_t n, const SegmentRange& rows, bool used) {
       shared.input_pipe.wait_empty(use);
@@ -109,11 +109,11 @@ struct SegmentInput {
       const bool equal = rows.lo == rows.hi && keys.lo == keys.hi && rows.lo == keys.lo;
       const uint32_t mixed = __ballot_sync(~0u, used && !equal);
       if (lane == 0) tile.mixed = mixed;
-      shared.input_pipe.arrive(use);  // every lane, as each has written
+      shared.input_pipe.arrive(use);  // every lane arrives, because each has written
       ++use;
     }
 
-    // The key tiles of a query tile.
+    // Scans all key tiles of a query tile.
     __device__ __forceinline__ void scan(const BlockWork& work, const Band& band, const Interval& tiles) {
       const auto segments_of = [&](const View& view) {
         return view.as<const int32_t>() + work.offset(p, view, work.head, 0);

@@ -1,5 +1,5 @@
-// Keys and values that lie in the pages of a pool: the loader of the paged layouts, which fills the tile ring
-// of load/ring.cuh.
+// The loader of the paged layouts: it fills the tile ring of load/ring.cuh with keys and values from the
+// pages of a pool.
 //
 // Each thread looks up the page of one key of a tile, one tile before its copy begins, so that the latency of
 // the block table hides behind a whole iteration of the main loop. The addresses go through shared memory,
@@ -28,8 +28,8 @@ template <class Pool>
 struct GlobalPages {
   const Pool* data;
   int64_t page, slot;  // strides
-  int32_t columns;     // of a row that are used, a multiple of 8
-  DType format;        // of the elements
+  int32_t columns;     // columns of a row that are used, a multiple of 8
+  DType format;        // format of the elements
 
   // The offset of a slot's row in elements; for kMissingPage and kNoPage, that negative number itself.
   __device__ __forceinline__ int64_t offset(PageSlot s) const {
@@ -46,16 +46,16 @@ __device__ __forceinline__ GlobalPages<Pool> pages_of(const Problem& p, const Vi
   return {pool.as<const Pool>() + first, pool.batch, pool.row, columns, p.kv_dtype};
 }
 
-// The dequantisation scale of a float8 pool at one KV head, 1 without one, and 1 where pages have their own.
+// The dequantisation scale of a float8 pool at one KV head; 1 if there is none, or if each page has a scale.
 __device__ __forceinline__ float scale_of_pool(const Problem& p, const View& scale, int64_t leading,
                                                int32_t kv_head) {
   if (!scale || scale.batch != 0) return 1;
   return scale.as<const float>()[scale.leading_offset(p.leading, leading) + kv_head * scale.head];
 }
 
-// The scales of a float8 pool's pages at one KV head; null where all pages have the same.
+// The scales of a float8 pool's pages at one KV head; null if all pages have the same.
 struct PageScales {
-  const float* data = nullptr;  // of page 0
+  const float* data = nullptr;  // scale of page 0
   int64_t page = 0;             // stride
 
   __device__ __forceinline__ float of(int32_t page_index) const {
@@ -73,7 +73,7 @@ __device__ __forceinline__ PageScales page_scales_of(const Problem& p, const Vie
 // The contents of keys on a missing page: these bytes are NaN in every dtype.
 static __device__ const uint4 kNanChunk = {0x7FFF7FFFu, 0x7FFF7FFFu, 0x7FFF7FFFu, 0x7FFF7FFFu};
 
-// A whole row of them, at the widest dtype.
+// A whole row of NaN, for the widest dtype.
 struct NanRow {
   alignas(16) uint32_t words[kMaxHeadDim];
   constexpr NanRow() : words() {
@@ -82,15 +82,15 @@ struct NanRow {
 };
 static __device__ const NanRow kNanRow;
 
-// Where a key's row and its value's row begin in global memory. The sign bit marks a row that is not read and
-// becomes zeros.
+// The addresses of a key's row and of its value's row in global memory. The sign bit marks a row that is not
+// read, and becomes zeros.
 struct KeyAddress {
   uint64_t key, value;
 };
 static_assert(sizeof(KeyAddress) == kKeyAddressBytes);
 inline constexpr uint64_t kUnread = uint64_t{1} << 63;
 
-// The same for float8 pools: a key's slot, and the scales of its page.
+// Likewise for float8 pools: a key's slot, and the scales of its page.
 struct Float8Address {
   PageSlot at;
   float key_scale, value_scale;
@@ -134,7 +134,7 @@ struct Float8Chunk {
 #pragma unroll
     for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const uint32_t*>(from)[i];
   }
-  // Widened to T.
+  // The chunk, widened to T.
   template <DType kFormat>
   __device__ __forceinline__ uint4 wide() const {
     if constexpr (sizeof(T) == 2) {
@@ -161,9 +161,9 @@ struct Float8Chunk {
   }
 };
 
-// load_pages for a float8 pool, which is widened in registers. cp.async cannot convert, so the loads of as
+// load_pages() for a float8 pool, which is widened in registers. cp.async cannot convert, so the loads of as
 // many chunks as registers allow are issued first, and their stores follow. Keys on a missing page become
-// NaN, values there zeros. Where pages have scales of their own, these are multiplied by here.
+// NaN, values there zeros. If each page has a scale, it is applied here.
 template <class Tile, int kThreads>
 __device__ __forceinline__ void load_pages(uint32_t shared, const GlobalPages<uint8_t>& from,
                                            const Float8Address* addresses, float Float8Address::* scale,
@@ -203,7 +203,7 @@ template <class T, class Pool, int kRows, int kStages>
 struct PageSource {
   static constexpr bool kFloat8 = sizeof(Pool) == 1;
   using Address = std::conditional_t<kFloat8, Float8Address, KeyAddress>;
-  using Addresses = Address[kStages + 1][kRows];  // tile n has row n % (kStages + 1)
+  using Addresses = Address[kStages + 1][kRows];  // tile n uses row n % (kStages + 1)
   static_assert(sizeof(Addresses) == page_address_bytes(kRows, kStages));
 
   const GlobalPages<Pool>&key, &value;
@@ -211,7 +211,7 @@ struct PageSource {
   const PageTable& table;
   const int32_t& end;  // the sequence's number of keys
   Addresses& addresses;
-  PageSlot next = {kNoPage, 0};  // this thread's key of the tile after the ones in `addresses`
+  PageSlot next = {kNoPage, 0};  // this thread's key in the tile after those in `addresses`
 
   template <class Tile, int kThreads>
   __device__ __forceinline__ void load_first(uint32_t shared, int32_t n) const {
@@ -258,7 +258,7 @@ struct PageSource {
       to = {key.address(slot, true), value.address(slot, false)};
     }
   }
-  // Where this thread's key of tile n lies.
+  // The slot of this thread's key in tile n.
   __device__ __forceinline__ PageSlot find(int32_t n) const {
     const int64_t position = int64_t{n} * kRows + threadIdx.x;
     if (threadIdx.x >= kRows || position >= end) return {kNoPage, 0};

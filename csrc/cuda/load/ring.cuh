@@ -1,8 +1,8 @@
 // A ring of tile pairs (K and V) in shared memory, which cp.async fills ahead of the products.
 //
 // Two or more stages: both tiles of a pair arrive together, behind one __syncthreads.
-// One stage: K is copied while V is multiplied and the other way round; each tile has its own __syncthreads.
-// No stage: K and V share one buffer and each copy starts after the other tile's product. This is for cards
+// One stage: K is copied while V is multiplied, and the other way round; each tile has its own __syncthreads.
+// No stage: K and V share one buffer, and each copy starts after the other tile's product. This is for cards
 // with little shared memory, and for sm_75, whose copies are synchronous anyway.
 #pragma once
 
@@ -15,7 +15,7 @@
 namespace jax_flash {
 
 // First, Second: the SharedTile types of a pair. Source: RowSource or PageSource, which copies tile n of
-// either operand. Pairs are asked for in ascending order, the first tile before the second.
+// either operand. Pairs are requested in ascending order, the first tile before the second.
 template <int kStages, int kThreads, class First, class Second, class Source>
 class TileRing {
  public:
@@ -32,8 +32,8 @@ class TileRing {
     for (int i = 0; i + 1 < kStages; ++i) fill(tiles_.lo + i);
   }
 
-  // Waits for the first tile of pair `n` and returns its address. The __syncthreads also says that every warp
-  // is done with pair n - 1, whose stage is refilled.
+  // Waits for the first tile of pair `n` and returns its address. Its __syncthreads also makes sure that
+  // every warp has read pair n - 1, whose stage is refilled.
   __device__ __forceinline__ uint32_t wait_first(int32_t n) {
     ptx::cp_async_wait<kStages == 1 ? 0 : kStages - 2>();
     __syncthreads();
@@ -67,8 +67,8 @@ class TileRing {
     return shared_ + kStages * First::kBytes + n % kStages * Second::kBytes;
   }
 
-  // Also called past the last tile, where the source reads nothing: a branch here would keep the copies from
-  // overlapping the product.
+  // Also called past the last tile, for which the source reads nothing: a branch here would keep the copies
+  // from overlapping the product.
   __device__ __forceinline__ void fill(int32_t n) {
     source_.template load_first<First, kThreads>(first_address(n), n);
     source_.template load_second<Second, kThreads>(second_address(n), n);
@@ -88,7 +88,7 @@ class TileRing {
   const Interval& tiles_;
 };
 
-// No stage: one buffer for both tiles.
+// Without stages both tiles share one buffer.
 template <int kThreads, class First, class Second, class Source>
 class TileRing<0, kThreads, First, Second, Source> {
  public:
@@ -110,7 +110,7 @@ class TileRing<0, kThreads, First, Second, Source> {
  private:
   template <class Load>
   __device__ __forceinline__ uint32_t refill(Load load) {
-    __syncthreads();  // every warp is done with the tile that the buffer holds
+    __syncthreads();  // every warp has read the tile in the buffer
     load();
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();

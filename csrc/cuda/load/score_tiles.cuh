@@ -1,6 +1,6 @@
-// Bias and mask of a tile of scores [M, N] in shared memory, for the sm_90a kernels that compute gradients: a
-// producer warp copies them there by cp.async, 8 keys at a time. Elements outside the sequence may hold NaN
-// and are replaced by zeros.
+// Bias and mask of a tile of scores [M, N] in shared memory, for the sm_90a kernels that compute gradients. A
+// producer warp copies them by cp.async, 8 keys at a time. Elements outside the sequence may hold NaN and are
+// replaced by zeros.
 #pragma once
 
 #include <cstdint>
@@ -43,8 +43,7 @@ struct ScoreTiles {
     __device__ __forceinline__ void init(uint32_t releases) { Pipeline<Stages>::init(releases, 32); }
   };
 
-  // One warp: copies the tile that begins at query `row` and key `key`, within the sequence, to an empty
-  // stage.
+  // One warp copies the tile that begins at query `row` and key `key` of the sequence to an empty stage.
   template <class Shared>
   __device__ __forceinline__ static void load(Shared& shared, const Problem& p, const ScoreOperands& operands,
                                               const Band& band, int32_t row, int32_t key, uint32_t use) {
@@ -81,7 +80,7 @@ struct ScoreTiles {
     return ptx::shared_address(shared.score_tiles.stages[use % Stages]);
   }
 
-  // rows, keys: those from the tile's first on that are in use.
+  // rows, keys: the numbers of rows and keys, from the tile's first on, that are in use.
   template <class Tile>
   __device__ __forceinline__ static void copy(uint32_t to, const typename Tile::Element* from,
                                               int64_t row_stride, int32_t rows, int32_t keys) {
@@ -133,7 +132,7 @@ struct ScoreTiles {
 
   template <class S>
   __device__ __forceinline__ static void hide(S& s, uint32_t tile, int row, int column) {
-    // Rows that are 8 apart are swizzled alike, and a lane's first two rows, or its only one, differ.
+    // Rows that are 8 apart have the same swizzle. A lane's first two rows differ, if it has two.
     constexpr int kOwn = S::kTransposed ? 2 : 1;
     LaneAddress<MaskTile> from[kOwn];
 #pragma unroll

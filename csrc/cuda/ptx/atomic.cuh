@@ -17,8 +17,9 @@ __device__ __forceinline__ void exchange_if(unsigned long long* to, unsigned lon
   atomicCAS(to, expected, x);
 }
 
-// Returns what was there before. What this thread and, through a barrier, its block have written before is
-// seen by who reads the sum and then calls acquire(), and through a barrier by its block.
+// Returns the previous value. All that this thread has written before, and through a barrier its block, is
+// visible to a thread that reads the sum and then calls acquire(), and through a barrier to that thread's
+// block.
 __device__ __forceinline__ unsigned long long add_released(unsigned long long* to, unsigned long long x) {
   unsigned long long before;
   asm volatile("atom.release.gpu.global.add.u64 %0, [%1], %2;" : "=l"(before) : "l"(to), "l"(x) : "memory");
@@ -32,9 +33,9 @@ __device__ __forceinline__ void raise(uint32_t* to, uint32_t x) {
   asm volatile("red.relaxed.gpu.global.max.u32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
 }
 
-// Counts that other blocks wait for. A warp raises one after its own additions to global memory.
+// Counters that other blocks wait for. A warp raises one after its own additions to global memory.
 __device__ __forceinline__ void raise_by_warp(uint32_t* count) {
-  __syncwarp();  // the other lanes' additions precede the release, too
+  __syncwarp();  // the release must also follow the other lanes' additions
   if (threadIdx.x % 32 == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
 }
 __device__ __forceinline__ void wait_at_least(const uint32_t* count, uint32_t least) {

@@ -95,7 +95,7 @@ __device__ __forceinline__ int thread_index() {
   return x;
 }
 
-// The thread's number in its warp, likewise.
+// The thread's number in its warp, read in the same way.
 __device__ __forceinline__ uint32_t lane_index() {
   uint32_t x;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(x));
@@ -103,13 +103,13 @@ __device__ __forceinline__ uint32_t lane_index() {
 }
 
 // Named barrier `number` (1 to 15; 0 is __syncthreads) for `threads` threads of the block, in whole warps. It
-// is an aligned one: all of them come to it at the same instruction.
+// is aligned: all warps must reach it at the same instruction.
 __device__ __forceinline__ void sync_group(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
-// The same, also __syncthreads as number 0, for warps of several roles, each of which comes to it at an
-// instruction of its own, and whose lanes need not have converged.
+// A named barrier that is not aligned: warps may reach it at different instructions, and their lanes need not
+// have converged. Number 0 is __syncthreads here too.
 __device__ __forceinline__ void sync_any_group(int number, int threads) {
   asm volatile("barrier.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }

@@ -46,13 +46,17 @@ __device__ __forceinline__ void store_in(uint32_t shared, uint32_t value, uint32
                : "memory");
 }
 
-// The same for 16 bytes and for 8.
-__device__ __forceinline__ void store_in(uint32_t shared, const float4& x, uint32_t barrier, uint32_t rank) {
+// The same for 16 bytes, with addresses that address_in() has returned, or that lie a distance behind them.
+__device__ __forceinline__ void store_at(uint32_t address, const float4& x, uint32_t barrier) {
   asm volatile(
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-          address_in(shared, rank)),
-      "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(address_in(barrier, rank))
+          address),
+      "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(barrier)
       : "memory");
+}
+// The same as store_in for 16 bytes and for 8.
+__device__ __forceinline__ void store_in(uint32_t shared, const float4& x, uint32_t barrier, uint32_t rank) {
+  store_at(address_in(shared, rank), x, address_in(barrier, rank));
 }
 __device__ __forceinline__ void store_in(uint32_t shared, const float2& x, uint32_t barrier, uint32_t rank) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
@@ -80,7 +84,7 @@ __device__ __forceinline__ void sync_cluster() {
           : "memory");
 }
 
-// Its two halves, which order nothing but barriers that fence_barriers() has made visible.
+// The two halves of sync_cluster(). They order nothing but barriers that fence_barriers() has made visible.
 __device__ __forceinline__ void arrive_at_cluster() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
@@ -88,7 +92,7 @@ __device__ __forceinline__ void wait_for_cluster() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// sync_cluster, for warps whose lanes need not have converged.
+// sync_cluster() for warps whose lanes need not have converged.
 __device__ __forceinline__ void sync_cluster_of_any_lanes() {
   asm volatile(
       "barrier.cluster.arrive.release;\n"

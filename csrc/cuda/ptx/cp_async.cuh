@@ -8,7 +8,7 @@
 
 namespace jax_flash::ptx {
 
-// Which lines of L2 make room for others first.
+// The lines that L2 evicts first.
 struct L2Policy {
   uint64_t bits = 0;
 };
@@ -25,7 +25,7 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global)
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
 
-// These, or as ever.
+// The policy that evicts a copy's lines first if `evict_first`, or the default.
 __device__ __forceinline__ L2Policy l2_policy(bool evict_first) {
   L2Policy policy;
   if (evict_first) {
@@ -41,7 +41,7 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global,
                : "memory");
 }
 
-// The same where `valid`, else zeros.
+// Likewise with a policy; zeros if !valid.
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, bool valid,
                                             L2Policy policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared), "l"(global),
@@ -92,7 +92,7 @@ __device__ __forceinline__ void cp_async_wait() {}
 
 #endif
 
-// Copies the first `used` of kBytes, 8 or 16, and zeros for the rest (sm_80 and newer).
+// Copies the first `used` of kBytes (8 or 16) bytes and fills the rest with zeros (sm_80 and newer).
 template <int kBytes>
 __device__ __forceinline__ void cp_async_part(uint32_t shared, const void* global, int used) {
   static_assert(kBytes == 8 || kBytes == 16);

@@ -1,5 +1,5 @@
-// Predicated accesses to global memory. Unlike one in an if they need no branch, and without a "memory"
-// clobber the compiler does not reload what it has read from shared memory before a store.
+// Predicated accesses to global memory. Unlike accesses in an if they need no branch. They have no "memory"
+// clobber, so the compiler does not reload what it has read from shared memory before a store.
 #pragma once
 
 #include <cstdint>

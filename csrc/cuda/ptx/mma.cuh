@@ -91,7 +91,7 @@ __device__ __forceinline__ void mma<float>(float (&c)[4], const uint32_t (&a)[4]
   mma_split<false>(c, a, b0, b1);
 }
 
-// mma with twice that error for float32, for kernels that the conversion to TF32 would limit.
+// As mma, with a relative error of 2⁻²¹ for float32. For kernels whose time cvt.rna.tf32 would determine.
 template <class T>
 __device__ __forceinline__ void mma_quick(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (sizeof(T) == 4) {

@@ -1,40 +1,39 @@
 // red.add: float32 additions to global memory that return nothing.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <cstdint>
 
 namespace jax_flash::ptx {
 
-// The position in a block of 16 floats of element i of lane t, t < 4 and i < 4, in the order that add_quad
-// needs.
-__device__ __forceinline__ int quad_position(int t, int i) {
+// Adds a warp's fragment of mma's C, 16 × 8, to a block of 128 floats that begins at a multiple of 16 bytes.
+// This is one instruction on sm_90 and newer; below, the block's order makes each of the four instructions
+// add to contiguous memory.
+__device__ __forceinline__ void add_fragment(float* block, uint32_t lane, const float (&x)[4]) {
 #if __CUDA_ARCH__ >= 900
-  return 4 * t + i;
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(block + 4 * lane), "f"(x[0]), "f"(x[1]),
+               "f"(x[2]), "f"(x[3])
+               : "memory");
 #else
-  return 4 * i + t;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) atomicAdd(block + 32 * i + lane, x[i]);
 #endif
 }
 
-// Adds the four elements of lane t, t < 4, to a block of 16 floats that begins at a multiple of 16 bytes.
-// This is one instruction on sm_90 and newer; below, the order makes the four lanes' additions contiguous.
-__device__ __forceinline__ void add_quad(float* block, int t, float a, float b, float c, float d) {
+// x[t] ← the elements of lane 4 · row + t in such a block: columns 2 · t and 2 · t + 1 of `row`, row < 8, and
+// of row + 8.
+__device__ __forceinline__ void load_fragments(float (&x)[4][4], const float* block, int row) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(block + 4 * t), "f"(a), "f"(b), "f"(c),
-               "f"(d)
-               : "memory");
+    const float4 lane = *reinterpret_cast<const float4*>(block + 16 * row + 4 * i);
+    x[i][0] = lane.x, x[i][1] = lane.y, x[i][2] = lane.z, x[i][3] = lane.w;
 #else
-  atomicAdd(block + quad_position(t, 0), a);
-  atomicAdd(block + quad_position(t, 1), b);
-  atomicAdd(block + quad_position(t, 2), c);
-  atomicAdd(block + quad_position(t, 3), d);
+    const float4 lanes = *reinterpret_cast<const float4*>(block + 32 * i + 4 * row);
+    x[0][i] = lanes.x, x[1][i] = lanes.y, x[2][i] = lanes.z, x[3][i] = lanes.w;
 #endif
-}
-
-// Adds four floats, at a multiple of 16 bytes (sm_90 and newer).
-__device__ __forceinline__ void add_float4(float* to, const float (&x)[4]) {
-  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]),
-               "f"(x[3])
-               : "memory");
+  }
 }
 
 }  // namespace jax_flash::ptx

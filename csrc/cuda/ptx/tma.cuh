@@ -1,5 +1,5 @@
-// TMA (sm_90 and newer): boxes of a tensor, and bytes that lie one after the other, between global and shared
-// memory. An mbarrier counts the bytes of loads, a bulk group those of reductions.
+// TMA (sm_90 and newer): copies boxes of a tensor, or contiguous bytes, between global and shared memory. An
+// mbarrier counts the bytes of loads; a bulk group tracks stores and reductions.
 #pragma once
 
 #include <cuda.h>
@@ -43,7 +43,7 @@ __device__ __forceinline__ void copy_box(uint32_t shared, const CUtensorMap& map
       : "memory");
 }
 
-// Loads bytes that lie one after the other. Their number and both addresses are multiples of 16.
+// Loads contiguous bytes. Their number and both addresses are multiples of 16.
 __device__ __forceinline__ void copy_bytes(uint32_t shared, const void* from, uint32_t bytes,
                                            uint32_t barrier) {
   asm volatile(
@@ -52,30 +52,19 @@ __device__ __forceinline__ void copy_bytes(uint32_t shared, const void* from, ui
       : "memory");
 }
 
-// Stores bytes that lie one after the other, likewise. Part of the thread's current bulk group.
+// Stores contiguous bytes, under the same conditions. Part of the thread's current bulk group.
 __device__ __forceinline__ void store_bytes(void* to, uint32_t shared, uint32_t bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared),
                "r"(bytes)
                : "memory");
 }
 
-// Adds float32 in shared memory to those at `to`; multiples of 16 bytes as above. Part of the thread's
-// current bulk group.
+// Adds float32 in shared memory to those at `to`, under the same conditions. Part of the thread's current
+// bulk group.
 __device__ __forceinline__ void reduce_add_floats(float* to, uint32_t shared, uint32_t bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
                "r"(shared), "r"(bytes)
                : "memory");
-}
-
-// Adds a box of float32 in shared memory to the tensor, whose elements outside of it are left out. Part of
-// the thread's current bulk group.
-__device__ __forceinline__ void reduce_add_box(const CUtensorMap& map, uint32_t shared,
-                                               const Coordinates& at) {
-  asm volatile(
-      "cp.reduce.async.bulk.tensor.5d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], "
-      "[%1];" ::"l"(&map),
-      "r"(shared), "r"(at.column), "r"(at.head), "r"(at.row), "r"(at.batch), "r"(at.leading)
-      : "memory");
 }
 
 // Stores a box from shared memory; elements outside the tensor are left out. Part of the thread's current
@@ -90,8 +79,8 @@ __device__ __forceinline__ void store_box(const CUtensorMap& map, uint32_t share
 
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
-// Waits until at most `kPending` of this thread's newest bulk groups are in flight: all of their work; their
-// reads of shared memory alone.
+// Waits until at most `kPending` of this thread's newest bulk groups are in flight. bulk_wait() waits for all
+// of their work, bulk_wait_read() only for their reads of shared memory.
 template <int kPending>
 __device__ __forceinline__ void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
@@ -101,8 +90,8 @@ __device__ __forceinline__ void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
-// A count in global memory that one CTA raises and others wait for. What precedes the addition, bulk groups
-// that were waited for among it, precedes what follows the wait, bulk copies too.
+// A counter in global memory that one CTA raises and others wait for. All that precedes the addition,
+// including bulk groups that were waited for, is visible to all that follows the wait, including bulk copies.
 __device__ __forceinline__ void raise_count(uint32_t* count) {
   asm volatile(
       "fence.proxy.async.global;\n"

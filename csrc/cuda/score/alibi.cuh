@@ -16,8 +16,8 @@ __device__ __forceinline__ float subtract_distance(float x, float slope, float d
   return fmaf(-slope, fabsf(distance), x);
 }
 
-// S ← term(S) − slope · |distance|, where slope(slot) is that of a slot's row, and distance(slot) the row's
-// diagonal less the lane's first column.
+// S ← term(S) − slope · |distance|. slope(slot): the slope of the slot's row; distance(slot): the row's
+// diagonal minus the lane's first column.
 template <class S, class Slope, class Distance, class Term>
 __device__ __forceinline__ void subtract_distances(S& s, Slope slope, Distance distance, Term term) {
 #pragma unroll
@@ -34,7 +34,7 @@ __device__ __forceinline__ void subtract_distances(S& s, Slope slope, Distance d
   }
 }
 
-// S ← term(S) − slope · |distance|, of the tile of S whose first row is `row`.
+// S ← term(S) − slope · |distance|, for the tile of S whose first row is `row`.
 template <class S, class Tile, class Term>
 __device__ __forceinline__ void subtract_alibi(S& s, const Tile& tile, int32_t row, float slope, Term term) {
   const auto first = static_cast<float>(tile.band().diagonal(row + S::row(0)) - tile.key - S::column(0));
@@ -45,8 +45,8 @@ __device__ __forceinline__ void subtract_alibi(S& s, const Tile& tile, int32_t r
 
 // S + row_term ← log2(e) · (scale · S − slope · |distance|).
 //
-// In a tile on one side of the diagonal the distance is the sum of a term of the row and one of the column:
-// the row's is left to the softmax, which shifts the row anyway.
+// In a tile on one side of the diagonal the distance is a term of the row plus a term of the column. The
+// row's term is left to the softmax, which shifts the row anyway.
 template <class S>
 __device__ __forceinline__ void add_alibi(S& s, const Problem& p, const ScoreOperands& operands,
                                           const Band& band, int32_t row, int32_t key,
@@ -73,15 +73,15 @@ __device__ __forceinline__ void add_alibi(S& s, const Problem& p, const ScoreOpe
   }
 }
 
-// ALiBi alone.
+// The score with ALiBi alone.
 template <class S>
 struct AlibiScore : ScoreVariant<S> {
   static constexpr bool kPositional = true;
   static constexpr bool reads(Operand operand) { return operand == Operand::kAlibiSlopes; }
   template <class T, class M = float>
   using Softmax = OnlineSoftmax<S::kSlots>;
-  float row_term[S::kSlots];  // forward
-  float slope;                // backward
+  float row_term[S::kSlots];  // only in the forward
+  float slope;                // only in the backward
 
   __device__ __forceinline__ static float power_scale(const AttentionSpec&) { return 1; }
   template <class Softmax>

@@ -7,7 +7,7 @@
 
 namespace jax_flash {
 
-// Adds to scores in units of 1 / factor.
+// Adds a bias to x, which is `factor` times the score.
 __device__ __forceinline__ void add_bias(float& x, float bias, float factor) {
   x = fmaf(bias, factor, under_bias(x, bias));
 }

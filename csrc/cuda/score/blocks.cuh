@@ -1,4 +1,4 @@
-// The operand `block_mask`: S ← −inf where the row's block does not see that of the key.
+// The operand `block_mask`: S ← −inf if the row's block does not see the key's block.
 #pragma once
 
 #include <cmath>
@@ -8,8 +8,8 @@
 
 namespace jax_flash {
 
-// S [rows from `row`, keys from `key`] ← −inf where the blocks do not show the key. One block of keys after
-// another, in a loop that is not unrolled: that needs the fewest registers.
+// S [rows from `row`, keys from `key`] ← −inf where the blocks do not show the key. The loop over blocks of
+// keys is not unrolled, which takes the fewest registers.
 template <class S>
 __device__ __forceinline__ void hide_outside_blocks(S& s, const BlockMask& blocks, int32_t row, int32_t key) {
   const int32_t first = key + blocks.first_key, last = (first + S::kColumns - 1) / blocks.block_keys;

@@ -1,4 +1,4 @@
-// The score of decode: softcap, ALiBi, ranges and the draft mask, of rows that are of one sequence but of
+// The score of decode: softcap, ALiBi, ranges and the draft mask, for rows that belong to one sequence but to
 // several heads.
 #pragma once
 
@@ -11,9 +11,9 @@
 
 namespace jax_flash {
 
-// Tile has scale(), which is spec.scale times that of the pool, softcap(), and has_slopes(), slope(slot) and
-// distance(slot), the slot's diagonal less the lane's first key; has_ranges() and seen(slot),
-// what the slot's row sees of the keys; draft_mask(), and position(slot), that of the slot's row. kOptions:
+// Tile has: scale(), spec.scale times the pool's scale; softcap(); has_slopes(), slope(slot) and
+// distance(slot), the diagonal of the slot's row minus the lane's first key; has_ranges() and seen(slot), the
+// keys that the slot's row sees; draft_mask() and position(slot), the position of the slot's row. kOptions:
 // whether there may be any option.
 template <class S, bool kOptions>
 struct DecodeScore : ScoreVariant<S> {

@@ -8,8 +8,9 @@
 
 namespace jax_flash {
 
-// S [rows row_of(slot), keys from `key`] ← −inf where hidden(row, key), asked of rows and keys in use. It is
-// asked in a loop, which few tiles run: unrolled, its loads would take registers from all others.
+// S [rows row_of(slot), keys from `key`] ← −inf where hidden(row, key), which is called for rows and keys in
+// use. The loop, which few tiles run, is not unrolled: then its loads would take registers from all other
+// tiles.
 template <class S, class Row, class Hidden>
 __device__ __forceinline__ void hide_where(S& s, const Band& band, int32_t key, Row row_of, Hidden hidden) {
   static_assert(2 * S::kColumnTiles <= 32);
@@ -39,7 +40,7 @@ __device__ __forceinline__ void hide_drafts(S& s, const DraftMask& draft, const 
   hide_where(s, band, key, row_of, [&](int32_t i, int32_t j) { return draft.hides(i, j); });
 }
 
-// A score variant, and the draft mask of calls over pages.
+// Adds the draft mask of calls over pages to a score variant.
 template <class Score>
 struct WithDraftMask : Score {
   static constexpr bool kPositional = true;

@@ -1,4 +1,4 @@
-// Which elements of an accumulator dropout keeps: as bits, or as the Philox numbers that are compared with
+// The elements of an accumulator that dropout keeps: as bits, or as the Philox numbers that are compared with
 // the threshold when P is rounded.
 #pragma once
 
@@ -15,14 +15,14 @@ namespace jax_flash {
 // x in both halves of a word.
 __device__ __forceinline__ constexpr uint32_t pair_of(uint32_t x) { return x * 0x10001u; }
 
-// Which elements of an accumulator dropout keeps.
+// The elements of an accumulator that dropout keeps, one bit each.
 template <class S>
 struct KeptElements {
   static constexpr int kCount = S::kSlots * S::kColumnTiles * 2;
   static constexpr int kWords = (kCount + 31) / 32;
   uint32_t bits[kWords] = {};
 
-  // Two neighbouring rows of a transposed S are 16 bits apart.
+  // Two adjacent rows of a transposed S are 16 bits apart.
   __device__ __forceinline__ static constexpr int index(int slot, int n, int e) {
     if constexpr (!S::kTransposed) return (slot * S::kColumnTiles + n) * 2 + e;
     const int rows = (slot / 2 * S::kColumnTiles + n) * 2 + e;
@@ -41,7 +41,7 @@ struct KeptElements {
   __device__ __forceinline__ void set_group(int slot, int n, uint32_t kept) {
     bits[index(slot, n, 0) / 32] |= kept << index(slot, n, 0) % 32;
   }
-  // The bits of two neighbouring rows of a transposed S, from masks of 16 bits each.
+  // Sets the bits of two adjacent rows of a transposed S, from masks of 16 bits each.
   __device__ __forceinline__ void set_rows(int slot, int n, int e, uint32_t masks) {
     bits[index(slot, n, e) / 32] |= masks & pair_of(1u << index(slot, n, e) % 32);
   }
@@ -54,23 +54,23 @@ struct KeptElements {
 };
 
 // Dropout's numbers for an accumulator that is not permuted, or for kTiles of its column tiles at a time. A
-// word holds the numbers of two neighbouring columns in a row and, turned by a byte, those of the row 8
-// further.
+// word holds the numbers of two adjacent columns in a row and, rotated by a byte, those of the same columns 8
+// rows further on.
 template <class S, int kTiles = 4>
 struct KeptNumbers {
   uint32_t word[S::kSlots / 2][kTiles];
-  uint32_t threshold;  // in both halves
+  uint32_t threshold;  // repeated in both halves
 
   KeptNumbers() = default;
   __device__ __forceinline__ explicit KeptNumbers(uint32_t t) : threshold(pair_of(t)) {}
 
-  // The numbers of a slot's row and the next slot's, column tiles n to n + 3.
+  // Sets the numbers of a slot's row and of the next slot's, in column tiles n to n + 3.
   __device__ __forceinline__ void set(int slot, int n, const PhiloxBlock& block) {
     static_assert(!S::kPermuted);
 #pragma unroll
     for (int i = 0; i < 4; ++i) word[slot / 2][(n + i) % kTiles] = block.word[i];
   }
-  // The byte of a word that is the upper one of the number of a slot's row, even or odd column.
+  // Which byte of a word is the upper byte of the number of a slot's row, in the even or odd column.
   __device__ __forceinline__ static int upper_byte(int slot, int e) {
     return slot % 2 ? (e ? 0 : 2) : (e ? 3 : 1);
   }
@@ -78,7 +78,7 @@ struct KeptNumbers {
   __device__ __forceinline__ uint32_t mask(int slot, int n) const {
     const uint32_t x = word[slot / 2][n % kTiles];
     const uint32_t numbers = (slot % 2 ? Dropout::turned(x) : x) & pair_of(kDropoutNumbers - 1);
-    return ptx::not_below(numbers, threshold);  // NaN, which is beyond infinity, is not below either
+    return ptx::not_below(numbers, threshold);  // NaN, beyond infinity, is not below it either
   }
 };
 
@@ -132,8 +132,8 @@ struct TileDropout {
     return kept;
   }
 
-  // With needs_scalar_path(), one element after the other: numbers that are below or above another
-  // threshold.
+  // For needs_scalar_path(): draws one element after the other. The resulting numbers only say on which side
+  // of a threshold of their own they lie.
   template <class S>
   __device__ __forceinline__ KeptTile<S> numbers_one_by_one() const {
     KeptTile<S> kept(0x4000u);
@@ -155,14 +155,14 @@ struct TileDropout {
   __device__ __forceinline__ uint32_t first_index() const {
     return (key + dropout.column) / kDropoutColumns * 4 + threadIdx.x % 4;
   }
-  // The Philox block of a slot's row and the next slot's.
+  // The Philox block for the rows of a slot and of the next slot.
   template <class S>
   __device__ __forceinline__ PhiloxBlock block(int slot, uint32_t index) const {
     return philox(dropout.key0, dropout.key1, dropout.counter(batch, head, row + S::row(slot), index));
   }
 
-  // A lane computes one Philox block for every two rows and 32 columns. Its numbers are for the columns that
-  // the lane holds in an Accumulator; for those of a PermutedAccumulator the row's lanes exchange them.
+  // A lane computes one Philox block for every two rows and 32 columns. In an Accumulator the lane holds the
+  // block's columns; for a PermutedAccumulator the lanes of a row exchange the numbers.
   template <class S>
   __device__ __forceinline__ KeptElements<S> elements_of_blocks() const {
     const uint32_t lane = threadIdx.x % 4;
@@ -195,9 +195,9 @@ struct TileDropout {
     return result;
   }
 
-  // A lane of a transposed S holds four of the 16 numbers of a block: two rows, 8 apart, and two keys, of
-  // which the lane 4 further has the odd (even) neighbours. The two lanes need the blocks of two neighbouring
-  // rows: each draws one of them.
+  // A lane of a transposed S holds four of the 16 numbers of a block: two rows, 8 apart, and two keys; the
+  // lane 4 further on holds the adjacent (odd or even) rows. Both lanes need the blocks of two adjacent rows,
+  // so each of them draws one block.
   template <class S>
   __device__ __forceinline__ KeptElements<S> elements_of_transposed_blocks() const {
     const uint32_t lane = static_cast<uint32_t>(ptx::thread_index()) % 32, odd = lane / 4 % 2;
@@ -207,7 +207,8 @@ struct TileDropout {
     for (int n = 0; n < S::kColumnTiles; ++n) {
       const uint32_t column = key + S::column_step(n) + dropout.column,
                      index = column / kDropoutColumns * 4 + lane / 8;
-      const bool upper = column % kDropoutColumns >= kDropoutColumns / 2;  // of the block's columns
+      // Which half of the block's columns.
+      const bool upper = column % kDropoutColumns >= kDropoutColumns / 2;
 #pragma unroll
       for (int slot = 0; slot < S::kSlots; slot += 4) {
         const uint32_t i = row + S::row_step(slot) + lane % 4 * 2 + odd;
@@ -216,13 +217,14 @@ struct TileDropout {
         for (int e = 0; e < 2; ++e) {
           const uint32_t own = upper ? block.word[2 + e] : block.word[e];
           const uint32_t other = __shfl_xor_sync(~0u, own, 4);
-          // The even row's half in the lower one, the odd row's in the upper: `own` is of the lane's row.
+          // The even row's half-word goes to the lower half, the odd row's to the upper half; `own` is that
+          // of the lane's row.
           const auto masks = [&](uint32_t halves) {
             const uint32_t numbers = __byte_perm(own, other, halves) & pair_of(kDropoutNumbers - 1);
             return ptx::not_below(numbers, threshold);
           };
           result.set_rows(slot, n, e, masks(odd ? 0x3276 : 0x5410));
-          result.set_rows(slot + 2, n, e, masks(odd ? 0x0347 : 0x6521));  // of the words turned by a byte
+          result.set_rows(slot + 2, n, e, masks(odd ? 0x0347 : 0x6521));  // from the words rotated by a byte
         }
       }
     }
@@ -258,7 +260,7 @@ __device__ __forceinline__ void drop_fragments(Fragments& p, const KeptTile<S>& 
     for (int i = 0; i < 4; ++i) p.x[0][k][i] &= kept.mask(i % 2, 2 * k + i / 2);
 }
 
-// P where dropout keeps it, rounded on the way.
+// P where dropout keeps it, else 0, rounded to T.
 template <class T, class S>
 struct DroppedA {
   static constexpr bool kInRegisters = true;
@@ -279,20 +281,20 @@ struct DroppedA {
   }
 };
 
-// What dropout multiplies the elements of P by that it keeps.
+// The factor that dropout multiplies the elements by that it keeps.
 __device__ __forceinline__ float dropout_scale(const AttentionSpec& spec) {
   return spec.has(Operand::kDropout) ? 1.0f / (1.0f - spec.dropout_rate) : 1.0f;
 }
 
-// A score variant of S with dropout.
+// Adds dropout to a score variant of S.
 template <class Score, class S>
 struct WithDropout : Score {
   static constexpr bool kDropout = true;
   static constexpr bool reads(Operand operand) {
     return operand == Operand::kDropout || Score::reads(operand);
   }
-  KeptTile<S> kept;               // forward, where a kernel draws the numbers of a whole tile at once
-  KeptElements<S> kept_elements;  // backward
+  KeptTile<S> kept;  // only in the forward, in kernels that draw the numbers of a whole tile at once
+  KeptElements<S> kept_elements;  // only in the backward
 
   // kept ← the numbers of the tile whose first key is `key`.
   template <class Tile>
@@ -311,7 +313,7 @@ struct WithDropout : Score {
   template <class Tile>
   __device__ __forceinline__ void prefetch_gradient(const Tile& tile) {
     Score::prefetch_gradient(tile);
-    if (!tile.p.dropout) return;  // the general backward serves calls without it, too
+    if (!tile.p.dropout) return;  // the general backward also serves calls without dropout
     kept_elements = tile.operands().dropout_at(tile.row(), tile.key).template elements<S>();
   }
   template <class Tile>
@@ -321,7 +323,7 @@ struct WithDropout : Score {
     for_each(dp,
              [&](float& x, int slot, int n, int e) { x = kept_elements.at(slot, n, e) ? x * factor : 0; });
   }
-  // Both at once for a transposed S, with dS = P ∘ (drop(dP) − delta), which takes fewer registers.
+  // Both steps at once for a transposed S, with dS = P ∘ (drop(dP) − delta), which takes fewer registers.
   template <class Tile, class Rows>
   __device__ __forceinline__ void drop_all(S& s, S& dp, const Tile& tile, const Rows& rows) const {
     const float factor = tile.operands().dropout.scale;
@@ -343,7 +345,7 @@ struct WithDropout : Score {
   }
 };
 
-// Dropout alone.
+// The score with dropout alone.
 template <class S>
 struct DropoutScore : WithDropout<ScoreVariant<S>, S> {
   static constexpr bool kDropoutInSoftmax = true, kPositional = true;
@@ -352,8 +354,8 @@ struct DropoutScore : WithDropout<ScoreVariant<S>, S> {
   __device__ __forceinline__ void prefetch(const Tile& tile, int32_t key) {
     if constexpr (kScalarDropout) this->draw_one_by_one(tile, key);
   }
-  // The numbers are drawn between the row maxima and the exponentials: both are long chains of dependent
-  // instructions, which fill each other's stalls.
+  // The numbers are drawn between the row maxima and the exponentials. Both are long chains of dependent
+  // instructions, so each fills the other's stalls.
   template <bool kScalarDropout, class Scores, class Tile, class Softmax>
   __device__ __forceinline__ void exponentiate(Scores& s, const Tile& tile, Softmax& softmax,
                                                float (&alpha)[S::kSlots], int early) {

@@ -1,5 +1,5 @@
-// The general score: scale, softcap, bias, ALiBi, segments, ranges, blocks and mask, one pass over the tile
-// for each that the call has. Which it has is the same for the whole grid.
+// The general score: scale, softcap, bias, ALiBi, segments, ranges, blocks and mask. Each option that the
+// call has is one pass over the tile; the whole grid has the same options.
 #pragma once
 
 #include <cmath>
@@ -21,12 +21,12 @@
 
 namespace jax_flash {
 
-// Any options but dropout. Operands are read only where row and key are in use. kBlocks: block masks, too.
+// Any options except dropout. Operands are read only where row and key are in use. kBlocks: also block masks.
 template <class S, bool kBlocks = true>
 struct GeneralScore : ScoreVariant<S> {
   static constexpr bool kGeneral = true, kPositional = true, kScalesGradient = true;
-  // A lane of a transposed S has no neighbouring keys, so that it would read these element by element. The
-  // tile may stage them: Tile::apply_tiles().
+  // A lane of a transposed S has no adjacent keys, so it would read bias and mask element by element.
+  // Instead, the tile may stage them: Tile::apply_tiles().
   static constexpr bool kBiasAndMask = !S::kTransposed;
   static constexpr bool reads(Operand operand) {
     return operand != Operand::kDropout && (kBlocks || operand != Operand::kBlockMask) &&
@@ -34,9 +34,9 @@ struct GeneralScore : ScoreVariant<S> {
   }
   template <class T, class M = float>
   using Softmax = OnlineSoftmax<S::kSlots>;
-  BiasChunks<S> bias;  // where S is permuted
+  BiasChunks<S> bias;  // if S is permuted
 
-  // The softmax computes 2^(factor · S + shift) from the scores of apply(), and this is the factor. It is 1,
+  // The softmax computes 2^(factor · S + shift) from the scores of apply(); this is the factor. It is 1,
   // which makes the product exact, unless softcap bounds the scores.
   template <class Softmax>
   __device__ __forceinline__ static float start(const Problem& p) {
@@ -78,7 +78,7 @@ struct GeneralScore : ScoreVariant<S> {
   }
 
  protected:
-  // differentiate(), where something is known of the tile's segments.
+  // differentiate() with what is known of the tile's segments.
   template <GradientOf kOf, class Tile>
   __device__ __forceinline__ void differentiate_in(S& s, S& dp, const Tile& tile, InSegment in_segment) {
     score(s, tile, in_segment, [&](float gradient, int slot, int n, int e) {
@@ -87,8 +87,8 @@ struct GeneralScore : ScoreVariant<S> {
   }
 
   // S ← log2(e) · (softcap(scale · S) + bias − slope · distance), −inf where segments, ranges or mask hide
-  // the key. `in_segment`: what is known of the tile. differentiate(softcap's derivative, slot, n, e) is
-  // called where there is a softcap.
+  // the key. `in_segment`: what is known of the tile's segments. If there is a softcap, it calls
+  // differentiate(softcap's derivative, slot, n, e).
   template <class Scores, class Tile, class F>
   __device__ __forceinline__ void score(Scores& s, const Tile& tile, InSegment in_segment, F differentiate) {
     const AttentionSpec& spec = tile.p.spec;
@@ -109,7 +109,7 @@ struct GeneralScore : ScoreVariant<S> {
     return kLog2e * (spec.softcap > 0 ? spec.softcap : spec.scale > 0 ? spec.scale : 1.0f);
   }
 
-  // S ← log2(e) · softcap(scale · S + bias), and differentiate() as in score().
+  // S ← log2(e) · softcap(scale · S + bias); calls differentiate() as score() does.
   template <class Scores, class Tile, class F>
   __device__ __forceinline__ void cap_sum(Scores& s, const Tile& tile, int32_t row, F differentiate) {
     const AttentionSpec& spec = tile.p.spec;
@@ -118,7 +118,7 @@ struct GeneralScore : ScoreVariant<S> {
     cap_biased(s, spec.softcap, differentiate);
   }
 
-  // S ← S + factor · bias; tiles that are staged hide what the mask hides, too.
+  // S ← S + factor · bias. Staged tiles also apply the mask.
   template <class Scores, class Tile>
   __device__ __forceinline__ void add(Scores& s, const Tile& tile, int32_t row, float factor) {
     const auto add = [factor](float& x, float b) { add_bias(x, b, factor); };
@@ -151,7 +151,7 @@ struct GeneralScore : ScoreVariant<S> {
   }
 };
 
-// Any options, and dropout.
+// Any options, including dropout.
 template <class S>
 using GeneralDropoutScore = WithDropout<GeneralScore<S>, S>;
 

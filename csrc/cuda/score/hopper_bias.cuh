@@ -9,7 +9,7 @@
 
 namespace jax_flash {
 
-// The forward's variant, whose tiles of the bias come by TMA.
+// The forward's variant; TMA loads its tiles of the bias.
 template <class S>
 struct BiasScore : ScoreVariant<S> {
   template <class T, int N, int kStages, int kConsumers>
@@ -34,7 +34,7 @@ struct BiasScore : ScoreVariant<S> {
     });
   }
   // A bias of −∞ may hide a NaN. Such a NaN reaches the maximum of its row, so elements are tested only if a
-  // maximum is NaN: to test all of them costs 7 to 10% of the pass.
+  // maximum is NaN, because testing all of them costs 7 to 10% of the pass.
   template <bool kScalarDropout, class Scores, class Tile, class Softmax>
   __device__ __forceinline__ void exponentiate(Scores& s, const Tile& tile, Softmax& softmax,
                                                float (&alpha)[S::kSlots], int early) {
@@ -52,8 +52,8 @@ struct BiasScore : ScoreVariant<S> {
   }
 };
 
-// The variant of kernels that compute gradients. It reads the tiles of load/score_tiles.cuh, however they
-// were loaded.
+// The variant of kernels that compute gradients. It reads the tiles of load/score_tiles.cuh, whichever copy
+// loaded them.
 template <class S>
 struct StagedBiasScore : ScoreVariant<S> {
   static constexpr bool reads(Operand operand) { return operand == Operand::kBias; }
@@ -64,7 +64,7 @@ struct StagedBiasScore : ScoreVariant<S> {
     tile.apply_tiles(s, [scale](float& x, float bias) {
       if constexpr (kOf == GradientOf::kBias) {
         scale_and_add_bias(x, scale, bias);
-      } else {  // a hidden NaN is multiplied by dS = 0 later on, whatever P is
+      } else {  // a hidden NaN is multiplied by dS = 0 later, whatever P is
         x = fmaf(x, scale, bias);
       }
     });

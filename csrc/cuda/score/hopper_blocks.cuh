@@ -1,5 +1,5 @@
-// Block masks alone on sm_90a. Kernels go through lists of key tiles (core/visible/key_tiles.h) and mask only
-// those of which some row does not see all.
+// Block masks alone on sm_90a. Kernels go through lists of key tiles (core/visible/key_tiles.h), and mask
+// only tiles in which some row does not see all keys.
 #pragma once
 
 #include <cmath>
@@ -19,7 +19,8 @@ struct BlocksScore : ScoreVariant<S> {
 
   template <bool kScalarDropout, class Tile>
   __device__ __forceinline__ void prefetch(const Tile& tile, int32_t) {
-    whole = __all_sync(~0u, tile.pieces().whole(tile.consumer));  // uniform, the vote tells the compiler
+    // The vote tells the compiler that it is uniform.
+    whole = __all_sync(~0u, tile.pieces().whole(tile.consumer));
   }
   // S ← −inf outside of the band and the blocks.
   template <class Scores, class Tile>
@@ -28,7 +29,7 @@ struct BlocksScore : ScoreVariant<S> {
   }
 
  private:
-  // A piece of so many keys at a time, in a loop that is not unrolled: that needs the fewest registers.
+  // The loop over the tile's pieces of `keys` keys is not unrolled, which takes the fewest registers.
   template <class Scores, class Tile>
   __device__ __forceinline__ static void hide_pieces(Scores& s, const Tile& tile, const KeyPieces& pieces,
                                                      int32_t keys) {

@@ -8,8 +8,8 @@
 
 namespace jax_flash {
 
-// Any options but dropout. Tiles of keys that are all of the rows' own segment, or none, are found while S is
-// being multiplied.
+// Any options except dropout. While the tensor cores compute S, this finds out whether all keys of the tile,
+// or none, belong to the rows' own segment.
 template <class S>
 struct HopperGeneralScore : GeneralScore<S, false> {
   InSegment in_segment;
@@ -38,7 +38,7 @@ struct HopperGeneralScore : GeneralScore<S, false> {
   }
 };
 
-// Any options, and dropout.
+// Any options, including dropout.
 template <class S>
 struct HopperGeneralDropoutScore : WithDropout<HopperGeneralScore<S>, S> {
   template <bool kScalarDropout, class Tile>

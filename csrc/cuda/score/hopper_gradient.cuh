@@ -10,7 +10,7 @@
 
 namespace jax_flash {
 
-// Any options, and dropout.
+// Any options, including dropout.
 template <class S>
 struct StagedGeneralScore : HopperGeneralDropoutScore<S> {
   static constexpr bool reads(Operand) { return true; }
@@ -26,7 +26,7 @@ struct GradientScoreOf;
 template <ScoreKind kKind, class S>
 using GradientScore = typename GradientScoreOf<kKind, S>::type;
 
-// Whether a kind stages bias or mask in tiles.
+// The tiles of bias and mask that a kind stages, as bits.
 enum ScoreTileSet { kBiasTiles = 1, kMaskTiles = 2 };
 inline constexpr int kScoreTileSets[] = {
 #define JF_SCORE(kind, name, printed, inputs, option, served, portable, hopper, gradient, tiles) tiles,
@@ -41,7 +41,7 @@ constexpr int score_tile_bytes(ScoreKind kind, int block_m, int block_n) {
   return block_m * block_n * ((stages_bias(kind) ? 2 : 0) + (stages_mask(kind) ? 1 : 0));
 }
 
-// The tiles [M, N] that a kind stages: as many as fit into `bytes`, two at most.
+// The tiles [M, N] that a kind stages: as many stages as fit into `bytes`, at most two.
 template <ScoreKind kKind, class T, int M, int N, int bytes>
 struct GradientTilesOf {
   static constexpr int kStages = 2 * score_tile_bytes(kKind, M, N) <= bytes ? 2 : 1;

@@ -1,5 +1,5 @@
-// Ranges alone on sm_90a. Kernels skip what no row of a tile sees and mask only tiles of which some row does
-// not see all (cuda/ranges.cu).
+// Calls on sm_90a whose only score option is ranges. Kernels skip key tiles that no row of a query tile sees,
+// and mask only tiles in which some row does not see all keys (cuda/ranges.cu).
 #pragma once
 
 #include <cmath>
@@ -14,8 +14,8 @@ template <class S>
 struct RangesScore : ScoreVariant<S> {
   static constexpr bool reads(Operand operand) { return operand == Operand::kRanges; }
 
-  // S ← −inf outside of the band and the ranges. Rows out of use may keep any score. Smaller key tiles go
-  // with larger head dims, which leave registers for one row at a time.
+  // S ← −inf outside of the band and the ranges. Unused rows may keep any score. Kernels with small key tiles
+  // have large head dims, which leave registers for one row at a time.
   template <class Scores, class Tile>
   __device__ __forceinline__ static void hide(Scores& s, const Tile& tile, int32_t key) {
     constexpr int kTogether = Scores::kColumnTiles >= 16 ? Scores::kSlots : 1;

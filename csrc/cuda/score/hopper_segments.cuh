@@ -13,7 +13,7 @@ struct SegmentScore : ScoreVariant<S> {
   static constexpr bool reads(Operand operand) {
     return operand == Operand::kQSegmentIds || operand == Operand::kKvSegmentIds;
   }
-  InSegment in_segment;  // backward
+  InSegment in_segment;  // only in the backward
   template <class T, int N, int kStages, int kConsumers>
   using Input = SegmentInput<N, kConsumers>;
 

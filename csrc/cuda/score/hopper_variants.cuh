@@ -10,6 +10,7 @@
 #include "cuda/score/hopper_bias.cuh"
 #include "cuda/score/hopper_blocks.cuh"
 #include "cuda/score/hopper_general.cuh"
+#include "cuda/score/hopper_mask.cuh"
 #include "cuda/score/hopper_ranges.cuh"
 #include "cuda/score/hopper_segments.cuh"
 #include "cuda/score/softcap.cuh"

@@ -12,7 +12,8 @@ __device__ __forceinline__ void hide_unless(float& x, bool seen) {
   if (!seen) x = -INFINITY;
 }
 
-// The mask alone, in kernels that compute gradients: it comes in tiles (load/score_tiles.cuh).
+// The score with a mask alone, in kernels that compute gradients. They stage the mask in tiles
+// (load/score_tiles.cuh).
 template <class S>
 struct StagedMaskScore : ScoreVariant<S> {
   static constexpr bool reads(Operand operand) { return operand == Operand::kMask; }

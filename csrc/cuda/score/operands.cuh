@@ -1,4 +1,4 @@
-// Where the operands of one head's scores lie.
+// The location of the operands of one head's scores.
 #pragma once
 
 #include <cstdint>
@@ -10,11 +10,12 @@
 #include "core/visible/blocks.h"
 #include "core/visible/ranges.h"
 #include "cuda/score/dropout.cuh"
+#include "cuda/score/mask_bits.cuh"
 #include "cuda/work.cuh"
 
 namespace jax_flash {
 
-// Whether the keys of a tile are of the rows' own segment: all of them, none, or not known.
+// Whether the keys of a tile belong to the rows' own segment: all do, none does, or it is not known.
 enum class InSegment { kAll, kNone, kSome };
 
 __device__ __forceinline__ float alibi_slope(const View& slopes, int64_t leading_offset,
@@ -41,21 +42,21 @@ struct SegmentOperands {
 
 // The score operands of kernels for ranges.
 struct RangeOperands {
-  const int32_t* ranges = nullptr;      // of the first row
-  const SeenByBlock* blocks = nullptr;  // of the sequence's rows
+  const int32_t* ranges = nullptr;      // ranges of the first row
+  const SeenByBlock* blocks = nullptr;  // blocks of the sequence's rows
 
   template <class Score>
   __device__ __forceinline__ void prepare(const Problem& p, const BlockWork& work, int32_t query_head) {
     if (work.tile.index == kNoSequence) return;
     ranges = p.ranges.as<const int32_t>() + work.offset(p, p.ranges, query_head, work.tile.q_begin);
   }
-  // The ranges of the rows at the `further`-th head after the first.
+  // The ranges of the rows at the first head + `further`.
   __device__ __forceinline__ RowRanges row_ranges(const Problem& p, int32_t further) const {
     return {ranges + further * p.ranges.head, 0, p.ranges.row, p.limits == 4};
   }
 };
 
-// The score operands of kernels for blocks, of calls without a position.
+// The score operands of kernels for blocks, which serve calls without a position.
 struct BlockOperands {
   const uint8_t* blocks = nullptr;
 
@@ -63,7 +64,7 @@ struct BlockOperands {
   __device__ __forceinline__ void prepare(const Problem& p, const BlockWork& work, int32_t query_head) {
     blocks = p.block_mask.as<const uint8_t>() + work.offset(p, p.block_mask, query_head, 0);
   }
-  // What the rows at the `further`-th head after the first see.
+  // The block mask of the rows at the first head + `further`.
   __device__ __forceinline__ BlockMask block_mask(const Problem& p, int32_t further) const {
     return {blocks + further * p.block_mask.head,
             0,
@@ -75,15 +76,34 @@ struct BlockOperands {
   }
 };
 
+// The mask of a head that begins at `first`.
+__device__ __forceinline__ MaskRows mask_rows_from(const Problem& p, const uint8_t* first) {
+  return {first, p.mask.row, p.mask.column, p.k_rows};
+}
+
+// The score operands of kernels for a boolean mask.
+struct MaskOperands {
+  const uint8_t* mask = nullptr;
+
+  template <class Score>
+  __device__ __forceinline__ void prepare(const Problem& p, const BlockWork& work, int32_t query_head) {
+    mask = p.mask.as<const uint8_t>() + work.offset(p, p.mask, query_head, 0);
+  }
+  // The mask of the `further`-th head after the first.
+  __device__ __forceinline__ MaskRows mask_rows(const Problem& p, int32_t further) const {
+    return mask_rows_from(p, mask + further * p.mask.head);
+  }
+};
+
 // The operands of one head's scores: pointers to its part, and scalars by value.
 struct ScoreOperands : SegmentOperands {
   const void* bias = nullptr;
   const uint8_t *mask = nullptr, *draft = nullptr;
-  const int32_t* ranges = nullptr;       // of the first row
-  const uint8_t* blocks = nullptr;       // which blocks of keys those of rows see
-  int32_t first_row = 0, first_key = 0;  // positions in the sequence that the blocks are of
+  const int32_t* ranges = nullptr;       // ranges of the first row
+  const uint8_t* blocks = nullptr;       // [block of rows, block of keys]: whether the rows see the keys
+  int32_t first_row = 0, first_key = 0;  // positions in the sequence at which the blocks begin
   float slope = 0;
-  uint32_t batch = 0, head = 0;  // in dropout's counter
+  uint32_t batch = 0, head = 0;  // indices in dropout's counter
   Dropout dropout;
 
   template <class Score>
@@ -95,7 +115,7 @@ struct ScoreOperands : SegmentOperands {
       bias = p.bias.as<const uint8_t>() + offset(p.bias) * (p.bias_dtype == DType::kF32 ? 4 : 2);
     if (Score::reads(Operand::kMask) && p.mask) mask = p.mask.as<const uint8_t>() + offset(p.mask);
     if constexpr (Score::reads(Operand::kDraftMask)) {
-      draft = nullptr;  // of the tile before, which may be of another sequence
+      draft = nullptr;  // the tile before may have set it for another sequence
       if (p.draft_mask && has_drafts(work.tile.q_len, p.draft_rows))
         draft = p.draft_mask.as<const uint8_t>() + p.draft_mask.leading_offset(p.leading, work.leading) +
                 p.draft_mask.offset(work.tile.index, 0, 0);
@@ -116,7 +136,7 @@ struct ScoreOperands : SegmentOperands {
     }
   }
 
-  // The operands of the `further`-th head after this one, with at most one leading dimension.
+  // The operands of the head `further` heads after this one. There is at most one leading dimension.
   template <class Score>
   __device__ __forceinline__ ScoreOperands of_head(const Problem& p, const BlockWork& work,
                                                    int32_t further) const {
@@ -143,7 +163,8 @@ struct ScoreOperands : SegmentOperands {
             p.mask_columns, p.spec.block_rows, p.spec.block_keys, first_row,
             first_key};
   }
-  // Whether the blocks hide all keys of a tile from all of its rows, at the `further`-th head after this one.
+  // Whether the blocks hide all keys of a tile from all of its rows, at the head `further` heads after this
+  // one.
   __device__ __forceinline__ bool blocks_hide(const Problem& p, int32_t further, const Interval& rows,
                                               const Interval& keys) const {
     return p.block_mask && !block_mask(p).any_sees(further, rows, keys);
@@ -166,8 +187,8 @@ struct ScoreOperands : SegmentOperands {
   }
 };
 
-// The Tile of a score variant, if all rows are of one head: the warp's part of S begins at query first_row
-// and key `key`, within the sequence.
+// The Tile of a score variant for warps whose rows belong to one head. The warp's part of S begins at query
+// first_row and key `key` of the sequence.
 struct ScoreTile {
   const Problem& p;
   const ScoreOperands& score;

@@ -24,7 +24,7 @@ using PortableScore =
     std::conditional_t<kPaged && kKind == ScoreKind::kGeneral, WithDraftMask<GeneralScore<S>>,
                        typename PortableScoreOf<kKind, S>::type>;
 
-// Whether a kind takes any combination of options, so that each thread of its kernels holds adjacent keys.
+// Whether a kind takes any combination of options. Each thread of such a kind's kernels holds adjacent keys.
 constexpr bool is_general(ScoreKind kind) {
   return kind == ScoreKind::kGeneral || kind == ScoreKind::kGeneralDropout;
 }

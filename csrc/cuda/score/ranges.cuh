@@ -9,7 +9,8 @@
 
 namespace jax_flash {
 
-// The keys from `key` on, of which seen(slot) says what a slot's row sees.
+// S of the keys from `key` on ← −inf where the slot's row does not see the key. seen(slot): the keys that it
+// sees.
 template <class S, class Seen>
 __device__ __forceinline__ void hide_unseen(S& s, int32_t key, Seen seen) {
   const int32_t first = key + S::column(0);
@@ -42,14 +43,13 @@ __device__ __forceinline__ void hide_unseen(S& s, int32_t key, Seen seen) {
   }
 }
 
-// Bit j for key + j, of keys from `key` on within a tile of fewer than 32.
+// A bit per key from `key` on, set for `keys`, in a tile of fewer than 32 keys.
 __device__ __forceinline__ uint32_t bits_of_keys(const Interval& keys, int32_t key) {
   return keys.empty() ? 0 : (1u << (keys.hi - key)) - (1u << (keys.lo - key));
 }
 
-// hide_unseen() of a transposed S, where seen(i) is what row i sees of its keys, from `key` on. The warp's
-// lanes share out the rows, of which a lane has too many to read them all: each finds what its rows see of
-// the few keys, in bits.
+// hide_unseen() for a transposed S, with seen(i) for row i. A lane has too many rows to read all of their
+// ranges, so the lanes divide the rows: each computes, as bits, which of the warp's few keys its rows see.
 template <class S, class Seen>
 __device__ __forceinline__ void hide_unseen_transposed(S& s, int32_t row, int32_t key, Seen seen_by_row) {
   constexpr uint32_t kAll = (1u << S::kColumns) - 1;

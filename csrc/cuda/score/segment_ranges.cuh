@@ -1,4 +1,4 @@
-// Segments of whole tiles: whether all keys are of the rows' own (sm_80 and newer).
+// Segments of whole tiles: whether all keys belong to the rows' own segment (sm_80 and newer).
 #pragma once
 
 #include <cstdint>
@@ -33,8 +33,8 @@ __device__ __forceinline__ InSegment compare_ranges(const SegmentRange& rows, co
   return rows.lo == rows.hi && keys.lo == keys.hi ? InSegment::kAll : InSegment::kSome;
 }
 
-// The same of the tile of S whose warp begins at query `row` and whose keys begin at `key`. All lanes of
-// the warp call it.
+// Likewise for the tile of S whose warp begins at query `row` and whose keys begin at `key`. All lanes of the
+// warp call it.
 template <class S>
 __device__ __forceinline__ InSegment in_segment(const Problem& p, const SegmentOperands& operands,
                                                 const Band& band, int32_t row, int32_t key) {
@@ -44,7 +44,7 @@ __device__ __forceinline__ InSegment in_segment(const Problem& p, const SegmentO
   return compare_ranges(rows, keys);
 }
 
-// The same for a score variant: what the kernel has found before, if it has.
+// Likewise for a score variant; returns what the kernel has found before, if it has.
 template <class S, class Tile>
 __device__ __forceinline__ InSegment in_segment_of(const Tile& tile) {
   if constexpr (requires { tile.in_segment(); }) {

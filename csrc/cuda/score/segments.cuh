@@ -1,4 +1,4 @@
-// Segments: S ← −inf where the key is of another segment than the row.
+// Segments: S ← −inf where key and row have different segments.
 #pragma once
 
 #include <cmath>
@@ -14,8 +14,8 @@ __device__ __forceinline__ void hide_other_segment(float& x, int32_t a, int32_t 
   if (a != b) x = -INFINITY;
 }
 
-// The same of a transposed S. A lane has few keys, and the
-// warp's lanes share out the rows' segments: as many as S has rows would not fit a lane's registers.
+// The same for a transposed S. A lane has few keys but too many rows to hold all of their segments in
+// registers, so the lanes divide the rows' segments.
 template <class S>
 __device__ __forceinline__ void hide_other_segments_transposed(S& s, const SegmentOperands& operands,
                                                                const Band& band, int32_t row, int32_t key) {
@@ -40,7 +40,7 @@ __device__ __forceinline__ void hide_other_segments_transposed(S& s, const Segme
   }
 }
 
-// The segments come from global memory.
+// For segments in global memory.
 template <class S>
 __device__ __forceinline__ void hide_other_segments(S& s, const SegmentOperands& operands, const Band& band,
                                                     int32_t row, int32_t key) {

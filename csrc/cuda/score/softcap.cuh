@@ -46,8 +46,8 @@ __device__ __forceinline__ bool coarse_tanh(const Problem& p) {
   return p.dtype != DType::kF32 && p.spec.softcap <= 64;
 }
 
-// f(x, tanh(inner · x), slot, n, e) for every element x of S. `coarse`: tanh may have an absolute error of
-// 3e-7; a vote of the warp then chooses the cheapest formula that serves all its elements.
+// Calls f(x, tanh(inner · x), slot, n, e) for every element x of S. If `coarse`, tanh may have an absolute
+// error of 3e-7; then the warp votes for the cheapest formula that serves all of its elements.
 template <class S, class F>
 __device__ __forceinline__ void for_each_tanh(S& s, float inner, bool coarse, F f) {
   auto each = [&](auto tanh) {
@@ -71,7 +71,8 @@ struct NoGradient {
   __device__ __forceinline__ void operator()(float, int, int, int) const {}
 };
 
-// S ← log2(e) · c · tanh(scale · S / c), and g(1 − tanh², slot, n, e), its derivative, for every element.
+// S ← log2(e) · c · tanh(scale · S / c), and calls g(1 − tanh², slot, n, e), with the derivative, for every
+// element.
 template <class S, class G>
 __device__ __forceinline__ void cap(S& s, float c, float scale, bool coarse, G g) {
   const float inner = scale / c, outer = c * kLog2e;
@@ -81,8 +82,9 @@ __device__ __forceinline__ void cap(S& s, float c, float scale, bool coarse, G g
   });
 }
 
-// cap() of scores to which a bias has been added: S ← log2(e) · c · tanh(S / c), where −∞ stays −∞. It always
-// uses tanh_relative, because the three formulas of for_each_tanh() would make the general kernels larger.
+// cap() for scores to which a bias has been added: S ← log2(e) · c · tanh(S / c), where −∞ stays −∞. It
+// always uses tanh_relative, because the three formulas of for_each_tanh() would make the general kernels
+// larger.
 template <class S, class G>
 __device__ __forceinline__ void cap_biased(S& s, float c, G g) {
   const float inner = 1 / c, outer = c * kLog2e;
@@ -115,21 +117,22 @@ struct Softcap {
       top = largest(s);
       small = __all_sync(~0u, top <= 0.35f);
     }
-    if (small) {  // tanh to 5e-7
+    if (small) {  // tanh with an error of 5e-7
       polynomial(s, shift, {9.999902052e-1f, -3.326841051e-1f, 1.224803692e-1f});
-    } else if (__all_sync(~0u, top <= 1)) {  // to 3e-7
+    } else if (__all_sync(~0u, top <= 1)) {  // tanh with an error of 3e-7
       polynomial(s, shift,
                  {9.999968539e-1f, -3.332400380e-1f, 1.325352526e-1f, -5.097286290e-2f, 1.611418020e-2f,
                   -2.839465134e-3f});
     } else {
-      const float twice = 2 * kLog2e * inner, top = outer + shift;  // 1 − 2 / (1 + e^2x), to 3e-7
+      // 1 − 2 / (1 + e^2x), with an error of 3e-7.
+      const float twice = 2 * kLog2e * inner, top = outer + shift;
       for_each(s, [&](float& x, int, int, int) {
         x = fmaf(-2 * outer, ptx::reciprocal(1.0f + ptx::exp2(x * twice)), top);
       });
     }
   }
 
-  // S ← softcap(S), and g(softcap'(S), slot, n, e) for every element.
+  // S ← softcap(S), and calls g(softcap'(S), slot, n, e) for every element.
   template <class S, class G>
   __device__ __forceinline__ void differentiate(S& s, G g) const {
     const auto each = [&](auto capped) {
@@ -139,7 +142,7 @@ struct Softcap {
         g(fmaf(x * x, -squared, 1.0f), slot, n, e);
       });
     };
-    if (__all_sync(~0u, largest(s) <= 0.35f)) {  // tanh to 5e-7
+    if (__all_sync(~0u, largest(s) <= 0.35f)) {  // tanh with an error of 5e-7
       const float a = 9.999902052e-1f * both, b = -3.326841051e-1f * both * (inner * inner),
                   c = 1.224803692e-1f * both * (inner * inner) * (inner * inner);
       each([=](float x) {
@@ -159,7 +162,8 @@ struct Softcap {
   // the rounding of P and dS to 16 bits needs.
   template <class S, class Rows, class Wait>
   __device__ __forceinline__ void fuse_gradient(S& s, S& dp, const Rows& rows, Wait wait_dp) const {
-    // f(x): a linear function y of tanh, from which log2(4 P) = exponent · y + offset − lse, and tanh' / 4.
+    // f(x) returns a linear function y of tanh, which gives log2(4 P) = exponent · y + offset − lse, and
+    // tanh' / 4.
     const auto each = [&](float exponent, float offset, auto f) {
       for_each(s, [&](float& x, int slot, int n, int e) {
         float& ds = dp.at(slot, n, e);

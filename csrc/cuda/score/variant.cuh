@@ -6,9 +6,10 @@
 // Steps that a kind does not define cost nothing at run time.
 //
 // ScoreVariant is the plain score, and the others derive from it; csrc/scores.def maps the kinds to them. S
-// is the accumulator of a whole key tile, of a consumer's or a warp's rows; a TransposedAccumulator will do
-// as well. One object lives as long as a key tile. `Tile` says where S lies, as ScoreTile does
-// (score/operands.cuh): p, operands(), band(), row(), and key where kPositional.
+// is the type of the accumulator that holds the scores of a consumer's or a warp's rows and a whole key tile:
+// an Accumulator or a TransposedAccumulator. A kernel makes one variant object per key tile. `Tile` says
+// where S lies, as ScoreTile does (score/operands.cuh): p, operands(), band(), row(), and key where
+// kPositional.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -20,15 +21,15 @@
 
 namespace jax_flash {
 
-// A score input: what a variant stages in shared memory per key tile. Here nothing.
+// A score input says what a variant stages in shared memory per key tile. This one stages nothing.
 struct NoScoreInput {
   static constexpr int kStages = 0, kBytes = 0;
   static constexpr int kWarps = 0;                   // producer warps that fill it
-  static constexpr bool kLoaded = false;             // whether the load warp does
-  static constexpr bool kSkipsUniformTiles = false;  // query tiles of one segment have none
+  static constexpr bool kLoaded = false;             // the load warp fills it
+  static constexpr bool kSkipsUniformTiles = false;  // nothing is staged for query tiles of one segment
   struct Map {};                                     // its tensor map
   struct Buffer {};                                  // its tiles
-  struct Pipe {                                      // its pipeline; init() takes the consumers' releases
+  struct Pipe {                                      // its pipeline; init(releases expected from consumers)
     __device__ __forceinline__ void init(int) {}
   };
   static cudaError_t make_map(Map&, const Problem&) { return cudaSuccess; }
@@ -56,7 +57,8 @@ struct ScoreVariant {
   template <class T, class M = float>
   using Softmax = UnboundedSoftmax<S::kSlots, M>;
 
-  // What turns the scores that apply() or differentiate() leaves into powers of two.
+  // The softmax multiplies the scores that apply() or differentiate() leaves by this factor before it takes
+  // 2^x of them.
   __device__ __forceinline__ static float power_scale(const AttentionSpec& spec) {
     return spec.scale * kLog2e;
   }
@@ -67,7 +69,7 @@ struct ScoreVariant {
     return p.spec.scale * kLog2e;
   }
 
-  // Runs while S is being multiplied: what can be computed without it. `key`: the tile's first.
+  // Computes what does not depend on S, while the tensor cores compute S. `key`: the tile's first.
   // kScalarDropout: dropout's numbers are drawn one by one (Dropout::needs_scalar_path()).
   template <bool kScalarDropout = false, class Tile>
   __device__ __forceinline__ void prefetch(const Tile&, int32_t) {}
@@ -88,25 +90,26 @@ struct ScoreVariant {
   template <class Fragments>
   __device__ __forceinline__ void drop(Fragments&) const {}
 
-  // The backward's steps, in this order (gradient.cuh). While S is being multiplied: what can be computed
-  // without it;
+  // The remaining functions are the backward's steps; gradient.cuh calls them.
+  // Computes what does not depend on S, while the tensor cores compute S.
   template <class Tile>
   __device__ __forceinline__ void prefetch_gradient(const Tile&) {}
-  // dP ← drop(dP) / (1 − rate), before or after the next;
+  // dP ← drop(dP) / (1 − rate): before differentiate() with kScalesGradient, otherwise after it.
   template <class Tile>
   __device__ __forceinline__ void drop_gradient(S&, const Tile&) {}
-  // S ← score(S), without the band's mask, and with kScalesGradient dP ← score'(S) ∘ dP, from which delta has
-  // been subtracted;
+  // S ← score(S), without the band's mask. With kScalesGradient also dP ← score'(S) ∘ dP; the caller has
+  // subtracted delta from dP before.
   template <GradientOf kOf, class Tile>
   __device__ __forceinline__ void differentiate(S&, S&, const Tile&) {}
-  // With kFusesGradient instead of these: S → kWeightScale · P and dP → dS, without the band's mask. `rows`:
-  // lse(slot) and delta(slot); wait_dp() is called before dP is read.
+  // Replaces all other steps if kFusesGradient: S → kWeightScale · P and dP → dS, without the band's mask.
+  // `rows` has lse(slot) and delta(slot); the function calls wait_dp() before it reads dP.
   template <class Tile, class Rows, class Wait>
   __device__ __forceinline__ void fuse_gradient(S&, S&, const Tile&, const Rows&, Wait) const {}
-  // P ← drop(P), less the factor 1 / (1 − rate), once dS = P ∘ dP is made of it.
+  // P ← drop(P) without the factor 1 / (1 − rate), after dS = P ∘ (dP − delta) has been computed from P.
   template <class Tile>
   __device__ __forceinline__ void drop_weights(S&, const Tile&) const {}
-  // x ← −x where dropout drops it: what is done before drop_weights() where another warp has dP.
+  // x ← −x where dropout drops the element. If another warp has dP, the sign tells it which elements are
+  // dropped (tile_weights() in gradient.cuh).
   template <class Tile>
   __device__ __forceinline__ void mark_dropped(S&, const Tile&) const {}
 };

@@ -39,7 +39,7 @@ struct TangentSm80 {
   using O = Accumulator<kWarpRows / 16, kValueDim / 8>;
   using Score = PortableScore<Kind, S>;
   using Ring = TangentRing<R.stages, kThreads, KTile, VTile>;
-  // Where a warp owns 16 rows, 32 registers hold the leading fragments of Q and tQ.
+  // If a warp owns 16 rows, 32 registers hold the leading fragments of Q and tQ.
   static constexpr bool kQInRegisters = kPlain && sizeof(T) == 2 && kWarpRows == 16;
   static constexpr int kQSteps = !kQInRegisters ? 0 : kHeadSteps < 4 ? kHeadSteps : 4;
   using Q = LeadingFragmentsA<T, kWarpRows / 16, kHeadSteps, kQSteps, QTile>;
@@ -59,22 +59,22 @@ struct TangentTile {
   const Problem& p;
   const Tangents& t;
   const TangentState<typename C::Element>& block;
-  int32_t key;  // where it begins in the sequence
+  int32_t key;  // position of the first key in the sequence
 
-  // The unit of dS: variants with options compute dS in the unit of the scores.
+  // The unit of dS. Variants with options compute dS in the unit of the scores.
   __device__ __forceinline__ float unit() const { return C::kPlain ? p.spec.scale : 1.0f; }
   __device__ __forceinline__ const ScoreOperands& operands() const { return block.score; }
   __device__ __forceinline__ const Band& band() const { return block.band; }
-  // The warp's first query row, within the query tile and the sequence: computed again at each use, since the
-  // loop has no register to keep it in.
+  // The warp's first query row, within the query tile and within the sequence. They are computed again at
+  // each use, because the loop has no register to keep them in.
   __device__ __forceinline__ static int warp_row() { return ptx::thread_index() / 32 * C::kWarpRows; }
   __device__ __forceinline__ int32_t row() const {
     return static_cast<const volatile int32_t&>(block.work.tile.row) + warp_row();
   }
 };
 
-// S += Q Kᵀ and dS += tQ Kᵀ [M, N]; with tK too, dS += Q tKᵀ. A fragment of K serves two products, and so
-// does one of Q.
+// S += Q Kᵀ and dS += tQ Kᵀ [M, N]; with tK also dS += Q tKᵀ. Each fragment of K is used for two products,
+// and so is each fragment of Q.
 template <class C, bool kWithTk>
 __device__ __forceinline__ void multiply_scores(typename C::S& s, typename C::S& ds, const typename C::Q& q,
                                                 const typename C::Q& tq, uint32_t k_tile, uint32_t tk_tile) {
@@ -124,7 +124,7 @@ __device__ __forceinline__ void add_tbias(typename C::S& ds, const TangentTile<C
   }
 }
 
-// From products to what add_values() takes: S in powers of two, with lse subtracted and −∞ where a key is
+// Turns the products into the operands of add_values(): S, times log2(e), minus lse, and −∞ where a key is
 // hidden; dS in at.unit(), and 0 where a key is hidden, whatever the key holds.
 template <class C>
 __device__ __forceinline__ void finish_scores(typename C::S& s, typename C::S& ds,

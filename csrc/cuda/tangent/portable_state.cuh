@@ -1,5 +1,5 @@
-// Shared memory of the portable tangent pass, and how its tiles are loaded: K,
-// tK, V and tV of each key tile.
+// Shared memory of the portable tangent pass, and the loads of each key tile: K,
+// tK, V and tV.
 #pragma once
 
 #include "core/families/portable_layout.h"
@@ -19,7 +19,7 @@ struct TangentState : BlockState<T> {
   const float* lse;
   float* tlse;
   int64_t tlse_stride;
-  const void* tbias;  // [s_q, s_k] of the CTA's head, where there is one
+  const void* tbias;  // [s_q, s_k] of the CTA's head, or null
 
   __device__ void prepare(const Problem& p, const Tangents& t, const GridTiles& grid, int32_t block_m,
                           int32_t block_n, int32_t column) {
@@ -52,7 +52,7 @@ struct TangentState : BlockState<T> {
   }
 };
 
-// A tile and that of its tangent, one after the other.
+// A tile, followed by the tile of its tangent.
 template <class Tile_>
 struct TilePair {
   using Tile = Tile_;
@@ -89,8 +89,8 @@ class TangentSource {
   RowSource<T> primal_, tangent_;
 };
 
-// The tiles of a key tile in the order of their use. Where there are stages, K and tK arrive together, and so
-// do V and tV.
+// The tiles of a key tile, in the order of their use. With stages, K and tK arrive together, and so do V and
+// tV.
 template <int kStages, int kThreads, class KTile, class VTile>
 class TangentRing {
   using T = typename KTile::Element;
@@ -115,7 +115,7 @@ class TangentRing {
   uint32_t k_, v_;
 };
 
-// No stage: the four tiles share one buffer, one after another.
+// Without stages the four tiles share one buffer, one after another.
 template <int kThreads, class KTile, class VTile>
 class TangentRing<0, kThreads, KTile, VTile> {
   using T = typename KTile::Element;
@@ -142,14 +142,14 @@ class TangentRing<0, kThreads, KTile, VTile> {
 
 // lse and the running r = rowsum(P ∘ dS) of a thread's rows.
 //
-// In rows of few keys T V and r · O are almost equal, and T's rounding to 16 bits would show in their
-// difference. So V is multiplied by P ∘ (dS − c), where c is the mean of dS, weighted by P, over the tile in
-// which the row begins; (r − c) · O is what is left to be subtracted.
+// In rows of few keys T V and r · O are almost equal, so T's rounding to 16 bits would dominate their
+// difference. Therefore V is multiplied by P ∘ (dS − c), where c is the mean of dS, weighted by P, over the
+// tile in which the row begins. What then remains to be subtracted is (r − c) · O.
 template <class S>
 struct TangentRows {
-  float lses[S::kSlots];  // in powers of two; +inf where a row sees no key, so that its P = 0
-  float r[S::kSlots];     // this lane's share
-  float c[S::kSlots];     // in the unit of dS; 0 where the row has not begun
+  float lses[S::kSlots];  // times log2(e); +inf in rows that see no key, so that their P = 0
+  float r[S::kSlots];     // this lane's share of r
+  float c[S::kSlots];     // in the unit of dS; 0 in rows that have not begun
 
   // lse: at the sequence's first row. `row`: the accumulator's first row within the sequence.
   __device__ __forceinline__ TangentRows(const Problem& p, const float* lse, int32_t row, int32_t q_len) {
@@ -161,8 +161,8 @@ struct TangentRows {
     }
   }
 
-  // c of the rows that begin in this tile: all that are visible in the first tile, or whose band begins here.
-  // S holds exponents.
+  // Computes c of the rows that begin in this tile: all visible rows if it is the first tile, else those
+  // whose band begins here. S holds exponents.
   __device__ __forceinline__ void find_c(const S& s, const S& ds, const Band& band, int32_t row, int32_t key,
                                          bool first) {
 #pragma unroll

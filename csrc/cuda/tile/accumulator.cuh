@@ -27,7 +27,7 @@ struct Accumulator {
   static constexpr int kRowTiles = RowTiles, kColumnTiles = ColumnTiles;
   static constexpr int kSlots = 2 * RowTiles;
   static constexpr int kRows = 16 * RowTiles, kColumns = 8 * ColumnTiles;
-  static constexpr bool kPairs = true;  // the elements (n, 0) and (n, 1) are neighbours
+  static constexpr bool kPairs = true;  // the elements (n, 0) and (n, 1) are adjacent
   static constexpr bool kPermuted = false, kTransposed = false;
 
   float x[RowTiles][ColumnTiles][4];
@@ -43,7 +43,7 @@ struct Accumulator {
     return n * 8 + static_cast<int>(threadIdx.x % 4) * 2;
   }
   __device__ __forceinline__ static int column(int n, int e) { return column(n) + e; }
-  // row(slot) − row(0), and column(n, e) − column(0)
+  // row_step(slot) = row(slot) − row(0), and column_step(n, e) = column(n, e) − column(0)
   static constexpr int row_step(int slot) { return slot / 2 * 16 + slot % 2 * 8; }
   static constexpr int column_step(int n, int e = 0) { return n * 8 + e; }
 

@@ -8,16 +8,20 @@
 
 namespace jax_flash {
 
-// The rows of one head in global memory: `stride` elements from row to row, the first `columns` used (a
-// multiple of 8).
+// The rows of one head in global memory, with a stride of `stride` elements. Their first `columns` columns
+// are used (a multiple of 8).
 template <class T>
 struct GlobalRows {
   T* data;
   int64_t stride;
   int32_t columns;
+
+  // Leaves out the first ones; none may be left.
+  __device__ __forceinline__ void skip_columns(int32_t count) { data += count, columns -= count; }
 };
 
-// Which chunks of a tile a thread copies: in every kStep-th row one chunk of every kPanelsAtOnce-th panel.
+// The chunks of a tile that a thread copies: one chunk of every kPanelsAtOnce-th panel, in every kStep-th
+// row.
 template <class Tile, int kThreads>
 struct ThreadShare {
   static constexpr int kPanel = Tile::kPanel, kPanels = Tile::kChunks / kPanel;
@@ -31,7 +35,7 @@ struct ThreadShare {
   }
   __device__ __forceinline__ static uint32_t offset() { return Tile::offset(row(), chunk()); }
 
-  // Where the thread's first chunk of a row lies in global memory. Unused rows become zeros.
+  // The global address of the thread's first chunk of a row. Unused rows become zeros.
   struct Row {
     const typename Tile::Element* from;
     bool used;
@@ -77,7 +81,7 @@ __device__ __forceinline__ void load_tile_where(uint32_t shared, const GlobalRow
                                                 int32_t first, Used used) {
   using Share = ThreadShare<Tile, kThreads>;
   const int row = Share::row();
-  const auto stride = static_cast<uint32_t>(source.stride);  // the elements of one token fit 32 bits
+  const auto stride = static_cast<uint32_t>(source.stride);  // the elements of one token fit in 32 bits
   const T* from =
       source.data + uint64_t{static_cast<uint32_t>(first + row)} * stride + Share::chunk() * kChunk<T>;
   Share::load(shared, Share::offset(), source.columns, [&](int r) {

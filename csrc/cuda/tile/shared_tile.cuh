@@ -6,10 +6,10 @@
 // 224 columns. The rows of a panel lie one after the other, and each row XORs its chunk numbers with
 // swizzle(row).
 //
-// A permuted tile hands its rows to mma in another order: of every 32 rows, the n-th 8 × 8 matrix consists of
-// rows 2n and 2n + 1 of each group of 8. Where these rows are the columns of a product (keys of S), mma's
-// C layout then gives each thread 8 adjacent columns of every 32, so that bias and mask are read 16 bytes at
-// a time.
+// A permuted tile passes its rows to mma in another order: of every 32 rows, the n-th 8 × 8 matrix consists
+// of rows 2n and 2n + 1 of each group of 8. If these rows are the columns of a product (keys of S), mma's C
+// layout then gives each thread 8 adjacent columns of every 32, so that bias and mask are read 16 bytes at a
+// time.
 #pragma once
 
 #include <cstdint>
@@ -65,8 +65,8 @@ struct SharedTile {
   }
 };
 
-// A tile in which all panels of 8 rows lie together, before those of the next 8: what one TMA box of
-// [rows / 8, panels, 8, 64 columns] writes.
+// A tile that stores all panels of 8 rows together, before those of the next 8 rows, as one TMA box of
+// [rows / 8, panels, 8, 64 columns] writes them.
 template <class T, int Rows, int Columns>
 struct GroupedTile : SharedTile<T, Rows, Columns> {
   using Base = SharedTile<T, Rows, Columns>;

@@ -18,7 +18,7 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 using cudaStream_t = struct EmulatedStream*;
 
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
-struct cudaLaunchAttribute {  // which no emulated kernel has
+struct cudaLaunchAttribute {  // emulated kernels have no attributes
   cudaLaunchAttributeID id;
   struct {
     dim3 clusterDim;
@@ -47,7 +47,7 @@ inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemc
 }
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 
-// Kernels run when they are launched, on whatever stream.
+// An emulated kernel runs to its end within its launch, so streams and events have nothing to do.
 using cudaEvent_t = struct EmulatedEvent*;
 inline constexpr unsigned cudaStreamNonBlocking = 1;
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t*, unsigned) { return cudaSuccess; }

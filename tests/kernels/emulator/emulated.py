@@ -1,4 +1,4 @@
-"""A pytest plugin: the suite's calls run the CUDA kernels, on tests/kernels/emulator, in the place of the CPU's.
+"""A pytest plugin: calls for the CPU run the CUDA kernels on tests/kernels/emulator instead of the CPU kernels.
 
 python tools/cuda_library.py --emulated      builds the library
 PYTHONPATH=.:tools:tests/kernels/emulator python -m pytest -p emulated tests/test_paged.py
@@ -15,7 +15,7 @@ import cuda_library
 import jax
 from jax.interpreters import mlir
 
-# The import would register the CPU's kernels, whose names the emulator's take.
+# Must come before the import, which would register the CPU kernels under the names that the emulator's kernels take.
 with mock.patch("jax.ffi.register_ffi_target"):
     from jax_flash import primitives
 

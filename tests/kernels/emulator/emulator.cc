@@ -1,4 +1,4 @@
-#undef _FORTIFY_SOURCE  // its longjmp takes a switch to another stack for an error
+#undef _FORTIFY_SOURCE  // with this macro, longjmp takes a switch of stacks for an error
 #include "emulator.h"
 
 #include <setjmp.h>
@@ -62,7 +62,7 @@ void enter() {
   }
 }
 
-// Runs the fiber until it leaves. Not inlined: locals of the caller that change would be lost.
+// Runs the fiber until it yields or ends. Must not be inlined: changed locals of the caller would be lost.
 __attribute__((noinline)) void resume(Fiber& fiber) {
   if (_setjmp(scheduler) != 0) return;
   if (fiber.stack) _longjmp(fiber.state, 1);

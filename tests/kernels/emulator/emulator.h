@@ -122,6 +122,7 @@ template <class T>
 T __shfl_up_sync(uint32_t, T x, int distance) {
   return emulated_shuffle<T, 2>(x, distance);
 }
+inline void atomicAdd(float* to, float x) { *to += x; }  // fibers take turns
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<uint32_t>(x)); }
 // Byte i of the result is the byte of y:x that hex digit i of `selector` selects; no digit asks for a sign.

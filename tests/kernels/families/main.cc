@@ -1,5 +1,5 @@
-// Plans the calls on standard input, a line each of name=value, and prints a line each: the plan in words and
-// its bound of the workspace, or the error.
+// Reads calls from standard input, one per line as name=value pairs. For each it prints one line: the plan in
+// words and the bound of its workspace, or the error.
 #include <iostream>
 #include <map>
 #include <sstream>

@@ -26,14 +26,14 @@ class HopperBackward final : public PassTraits {
                  LaunchPlan& plan) const override {
     plan.keys = tile_grid(call, call.shapes.k_rows, call.shapes.kv_heads, row.block_n, workspace);
     plan.persistent_ctas = call.device.sm_count;
-    plan.accumulator = workspace.add(accumulator_bytes(call.spec, dims_of(call.shapes)).value());
+    plan.dq_sums = workspace.add(dq_sums_bytes(call.spec, dims_of(call.shapes), row.block_m).value());
   }
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
-    return schedule_bound(spec, s, s.k_rows) + aligned(accumulator_bytes(spec, s));
+    return schedule_bound(spec, s, s.k_rows) + aligned(dq_sums_bytes(spec, s, kLargestQueryTile));
   }
 };
 
-// One column per KV head; the bulk copies want whole groups of 16 rows of a page.
+// One column per KV head; the bulk copies need whole groups of 16 rows of a page.
 class HopperDecode final : public PassTraits {
  public:
   bool serves(const KernelRow& row, const Call& call) const override {

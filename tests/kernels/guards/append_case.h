@@ -17,7 +17,7 @@ class AppendCase : PoolCase {
     s.interleaved = chance(0.5);
     const auto add = [&](AppendOperand operand) { s.operands |= 1 << static_cast<int32_t>(operand); };
     if (chance(0.5)) add(AppendOperand::kCuSeqlens);
-    const bool many_bytes = chance(0.3);  // of a token: bulk copies
+    const bool many_bytes = chance(0.3);  // a token has enough bytes for bulk copies
     if (many_bytes) {
       kv_heads_ = 3;
       head_dim_ = backend::width(static_cast<int32_t>(integer(180, 256)));

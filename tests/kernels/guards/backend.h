@@ -14,12 +14,12 @@
 
 namespace jax_flash::backend {
 
-std::string name();  // of the instruction set or the GPU; throws where there is none
+std::string name();  // the instruction set or the GPU; throws if there is none
 
-bool sparing();  // whether launches are dear: cases are small, and run once
+bool sparing();  // launches are expensive, so cases are small and run once
 
-int32_t width(int32_t any);                             // a head dim that it takes
-bool repeatable(const AttentionSpec& spec, Pass pass);  // the same bits at every run
+int32_t width(int32_t any);                             // the supported head dim for a random one
+bool repeatable(const AttentionSpec& spec, Pass pass);  // every run gives the same bits
 
 // The kernels behind one row of csrc/kernels.def.
 enum class Variant {
@@ -60,18 +60,20 @@ struct Aim {
            variant == Variant::kFloat8General;
   }
   bool deterministic() const {
-    return variant == Variant::kDeterministic || variant == Variant::kGeneralDeterministic;
+    return variant == Variant::kDeterministic || variant == Variant::kGeneralDeterministic ||
+           variant == Variant::kMask;  // without, ListedMask runs most masks
   }
+  bool mask() const { return variant == Variant::kMask || variant == Variant::kListedMask; }
 };
 
-// The kernel whose turn it is, of these passes and this loader. In four turns three kernels have theirs;
-// every fourth turn, and on the CPU every one, aims at no kernel. Holds for the calls of run() that follow.
+// Chooses which kernel of these passes and this loader the following calls of run() must reach. Three of four
+// turns target a kernel each. Every fourth turn targets none, and on the CPU no turn does.
 std::optional<Aim> aim(int64_t turn, Loader loader, std::initializer_list<Pass> passes);
 
 // Whether the targeted kernel runs a call. Everything about the call is known except the operands' memory.
 bool takes(const Problem& problem);
 
-// Sizes and options with which it does, and its name.
+// Sizes and options of a call that the targeted kernel runs.
 Problem example();
 std::string aimed();
 
@@ -84,6 +86,6 @@ bool run(Pass pass, const Problem& problem, const ThreadPool& pool, const Tangen
 
 bool append(const AppendProblem& problem, const ThreadPool& pool);
 
-std::string summary();  // of the calls so far; throws where they left something unchecked
+std::string summary();  // of the calls so far; throws if a kernel was not reached or memory was not checked
 
 }  // namespace jax_flash::backend

@@ -99,7 +99,7 @@ class Stream {
   cudaEvent_t begin_ = nullptr, end_ = nullptr;
 };
 
-// Launches both a few times from two threads, each on its own stream.
+// Launches both functions a few times from two threads, each on its own stream.
 void run_together(const std::function<void(cudaStream_t)>& one,
                   const std::function<void(cudaStream_t)>& other) {
   constexpr int kRepeats = 4;
@@ -124,7 +124,7 @@ void run_together(const std::function<void(cudaStream_t)>& one,
   ++together, overlapped += Stream::overlap(streams[0], streams[1]);
 }
 
-// initcheck does not see what TMA stores, which is o of some rows: it takes all of it for unwritten.
+// initcheck does not see TMA stores, and so reports as unwritten the results of kernels that store o by TMA.
 bool stores_by_tma(const LaunchPlan& plan) {
   const KernelRow& row = built_kernels()[plan.kernel];
   return row.pass == Pass::kForward && row.arch->family == &families::hopper &&
@@ -141,9 +141,9 @@ class Call {
         copies_(p_, kOperands, [&](View Problem::* operand) { return !is_result(pass, operand); }),
         workspace_(plan.workspace) {
     copies_.add(t_, kTangents, [](View Tangents::* operand) { return !is_result(operand); });
-    // There the driver itself finds what is not written: it stays NaN.
+    // For these kernels the driver finds unwritten elements itself, because they remain NaN.
     if (stores_by_tma(plan)) copies_.poison(problem.out.data);
-    // Decode reads its counters before anybody has written them: what lacks their mark counts as none. The
+    // Decode reads its counters before anybody has written them; a value without its mark counts as 0. The
     // pattern, which is no mark and a NaN as a number, keeps initcheck from reporting these loads.
     if (plan.decode.memory >= 0) check(cudaMemset(workspace_.data(), 0xFF, plan.workspace), "workspace");
   }
@@ -190,14 +190,14 @@ class AppendCall {
   Copies copies_;
 };
 
-// Runs make() once or, with helpers in the pool, two of them at once, which leave the same results (given by
-// their memory on the host, which takes them) unless they are not repeatable.
+// Runs make() once or, with helpers in the pool, two calls concurrently, whose results must have the same
+// bits if the call is repeatable. `results`: the host memory that receives each result, and identifies it.
 template <class Make>
 void run_calls(const ThreadPool& pool, const std::vector<void*>& results, bool repeatable, Make make) {
   auto one = make();
-  if (pool.schedule && guard() == Guard::kBands) {  // sanitizers have one stream to look at
+  if (pool.schedule && guard() == Guard::kBands) {  // compute-sanitizer's tools need a single stream
     auto other = make();
-    check(cudaDeviceSynchronize(), "copies");  // their own streams do not wait for them
+    check(cudaDeviceSynchronize(), "copies");  // the calls' streams do not wait for the stream of the copies
     run_together([&](cudaStream_t s) { one.launch(s); }, [&](cudaStream_t s) { other.launch(s); });
     other.check_bands();
     for (void* host : results) {

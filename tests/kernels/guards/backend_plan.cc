@@ -22,7 +22,7 @@ Device card() {
   throw std::runtime_error("JAX_FLASH_GUARD_CARD is not 75, 80, 86 or 90");
 }
 
-// As cmake/kernels.cmake builds them: one for each dtype and, but for decode, each loader.
+// The rows that cmake/kernels.cmake builds: one for each dtype and, except for decode, for each loader.
 std::vector<KernelRow> built_rows() {
   using columns::float32, columns::half;
   constexpr uint32_t kQueryElements = half | float32;
@@ -84,7 +84,7 @@ bool append(const AppendProblem&, const ThreadPool&) { return false; }
 std::string summary() {
   const std::string report = reach().report();
   if (!reach().had_all_turns()) throw std::runtime_error(report + ", too few: more calls are needed");
-  return report.substr(report.rfind('\n') + 1);  // without what each row has run
+  return report.substr(report.rfind('\n') + 1);  // the last line, without the counts of the rows
 }
 
 }  // namespace jax_flash::backend

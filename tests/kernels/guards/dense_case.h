@@ -89,7 +89,7 @@ class DenseCase : protected RandomCase {
     add(Operand::kSinks, 0.2);
     add(Operand::kPosition, 0.2);
     add(Operand::kDropout, 0.25);
-    // The CUDA kernels do not read ranges, and those of derivatives take V for an operand of its own.
+    // CUDA kernels do not read the operand `ranges`, and in derivatives they need V as a separate operand.
     if (!aim_ && backend::computes() && !backend::sparing()) {
       add(Operand::kRanges, 0.3);
       if (chance(0.1)) s.value_dim = p_.value_dim = p_.head_dim;
@@ -114,7 +114,7 @@ class DenseCase : protected RandomCase {
     const bool gradient = aim_->pass == Pass::kBackward || aim_->pass == Pass::kBiasGradient;
     chunks_ = bias || aim_->variant == backend::Variant::kMask || (gradient && !aim_->plain() && chance(0.5));
     if (aim_->pass == Pass::kBiasGradient || chunks_ || aim_->variant == backend::Variant::kSegments ||
-        aim_->variant == backend::Variant::kCluster)
+        aim_->variant == backend::Variant::kListedMask || aim_->variant == backend::Variant::kCluster)
       p_.spec.layout = Layout::kFixed;
     p_.batch = std::max(p_.batch, 1);
     if (aim_->pass == Pass::kForward) p_.heads = 6 * p_.kv_heads;  // more tiles than CTAs
@@ -143,7 +143,7 @@ class DenseCase : protected RandomCase {
     return backend::takes(call);
   }
 
-  // What the targeted kernel's example has.
+  // Takes the sizes and options of the targeted kernel's example.
   void take_example() {
     const Problem sure = backend::example();
     AttentionSpec spec = sure.spec;
@@ -171,7 +171,8 @@ class DenseCase : protected RandomCase {
     } else {
       s.softcap = 3.0f;
       if (aim_->pass == Pass::kForward)
-        s.operands |= bit(Operand::kAlibiSlopes);  // one alone has its own kernel
+        // A second option, because a single one has a kernel of its own.
+        s.operands |= bit(Operand::kAlibiSlopes);
     }
     if (aim_->plain() || aim_->pass == Pass::kForward) s.operands &= ~bit(Operand::kDropout);
     if (aim_->dropout()) s.operands |= bit(Operand::kDropout);
@@ -181,15 +182,17 @@ class DenseCase : protected RandomCase {
     if (aim_->variant == backend::Variant::kSoftcap) s.softcap = 3.0f;
     s.dropout_rate = s.has(Operand::kDropout) ? 0.4f : 0.0f;
     if (aim_->pass == Pass::kBiasGradient) s.operands |= bit(Operand::kBias);
-    if (aim_->variant == backend::Variant::kMask) s.operands |= bit(Operand::kMask);
+    if (aim_->mask()) s.operands |= bit(Operand::kMask);
+    if (aim_->variant == backend::Variant::kListedMask) s.operands &= ~bit(Operand::kPosition);
     if (aim_->variant == backend::Variant::kBias) {
       s.operands |= bit(Operand::kBias);
-    } else if (!is_taken()) {  // a bias, a mask, segments and several leading dimensions are not for all
+    } else if (!is_taken()) {  // some kernels take no bias, mask, segments or several leading dimensions
       for (Operand other : {Operand::kQSegmentIds, Operand::kKvSegmentIds, Operand::kMask, Operand::kBias})
         if (other != Operand::kBias || aim_->pass != Pass::kBiasGradient) s.operands &= ~bit(other);
       p_.leading = {};
       if (aim_->variant == backend::Variant::kSegments)
         s.operands |= bit(Operand::kQSegmentIds) | bit(Operand::kKvSegmentIds);
+      if (aim_->mask()) s.operands |= bit(Operand::kMask);
       if (!is_taken()) make_chunks();
     }
     if (!is_taken()) take_example();

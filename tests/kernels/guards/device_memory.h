@@ -3,7 +3,7 @@
 // JAX_FLASH_GUARD chooses what surrounds them. "bands" (the default): bands of NaN, which must be unchanged
 // afterwards. The others are for tools of compute-sanitizer, which know where each allocation ends. "none":
 // nothing, for memcheck and synccheck. "fresh": nothing, and results and workspace are left uninitialised,
-// for initcheck. "race": nothing, and small cases that run once, for racecheck, which is slow.
+// for initcheck. "race": nothing; only small cases are tested, each is run once, because racecheck is slow.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -84,7 +84,8 @@ class DeviceMemory {
   void* base_ = nullptr;
 };
 
-// Copies of a problem's operands on the GPU; the problem's views are made to point to them.
+// Copies of a problem's operands on the GPU; the problem's views are made to point to them. The host's values
+// are copied for operands for which filled(operand) is true; the others are results.
 class Copies {
  public:
   template <class AnyProblem, size_t n, class Filled>
@@ -113,7 +114,7 @@ class Copies {
     const auto at = by_host_.find(host);
     if (at != by_host_.end()) at->second.write_to(host);
   }
-  // The bytes of one operand; two copies of a problem have the same.
+  // Whether an operand has the same bytes in another copy of the problem.
   bool same(const Copies& other, const void* host) const {
     const auto at = by_host_.find(host);
     return at == by_host_.end() || at->second.bytes() == other.by_host_.at(host).bytes();

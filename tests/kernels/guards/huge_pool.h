@@ -8,11 +8,11 @@
 
 namespace jax_flash {
 
-// Pools of more than 2^31 elements, of which only the touched pages take memory: one token on the last page
-// is appended and attended to. False where nothing runs that.
+// Appends one token to the last page of a pool of more than 2^31 elements, and attends to it. Only the pages
+// that are touched take memory. Returns false if nothing runs such a call.
 inline bool use_a_huge_pool() {
   current_call = "huge pool";
-  backend::aim(3, Loader::kPaged, {Pass::kForward});  // at no kernel: any will do
+  backend::aim(3, Loader::kPaged, {Pass::kForward});  // turn 3 targets no kernel, so any kernel may run
   constexpr int32_t kPages = (1 << 20) + 3, kSlots = 16, kHeads = 3, kWidth = 64;
   AppendProblem a{};
   a.spec.page_layout = PageLayout::kNhd;

@@ -12,7 +12,7 @@ namespace {
 
 class AttentionCase : PoolCase {
  public:
-  // seed: no multiple of 3.
+  // Seeds that are multiples of 3 are for append_kv, so `seed` is none.
   explicit AttentionCase(uint64_t seed)
       : PoolCase(seed),
         aim_(backend::aim(static_cast<int64_t>(seed - seed / 3 - 1), Loader::kPaged,
@@ -53,7 +53,8 @@ class AttentionCase : PoolCase {
   }
 
  private:
-  // Random calls until the targeted kernel runs one, of fewer and fewer options; then its example.
+  // Draws calls with fewer and fewer options until the targeted kernel runs one; if none does, takes its
+  // example.
   void choose_call() {
     constexpr int kTries = 12;
     for (int i = 0; i < kTries; ++i) {
@@ -102,7 +103,7 @@ class AttentionCase : PoolCase {
     head_dim_ = width_within(aim_->head_dim);
     value_dim_ = width_within(aim_->value_dim);
     if (latent_) head_dim_ = aim_->head_dim - 8 * static_cast<int32_t>(integer(0, chance(0.5) ? 0 : 39));
-    if (aim_->pass == Pass::kDecode) {  // keys of two tiles
+    if (aim_->pass == Pass::kDecode) {  // at least two tiles of keys
       page_size_ = std::max(page_size_, 40);
       table_ = std::max(table_, 4);
     }
@@ -118,17 +119,18 @@ class AttentionCase : PoolCase {
     if (aim_->pass == Pass::kDecode) {
       s.batch_invariant = false;
       if (s.num_splits == 1) s.num_splits = 2;
-      const bool fits =  // the tokens' rows together do
+      const bool fits =  // all rows of a sequence share one tile
           variant == backend::Variant::kPlain || variant == backend::Variant::kCluster;
       if (fits) s.num_splits = 0, s.layout = Layout::kPaged;
-      const int32_t rows = aim_->block_m;  // more than the next smaller tile has
+      const int32_t rows = aim_->block_m;  // at least one row more than the next smaller tile holds
       p_.q_rows = std::min(p_.q_rows, rows > 16 ? 2 : 4);
       const int64_t least = rows > 8 ? rows / 2 + 1 : 1, tokens = p_.packed() ? 1 : p_.q_rows;
       p_.heads = kv_heads_ * static_cast<int32_t>(fits ? integer(ceil_div(least, tokens), rows / tokens)
                                                        : integer(least, rows));
-      if (latent_ && chance(0.3)) p_.heads *= 2;  // rows of several tiles
+      if (latent_ && chance(0.3)) p_.heads *= 2;  // rows for several tiles
     }
-    if (tries > 1) {  // several leading dimensions, pages and head dims of any size are not for all
+    // Some kernels need one leading dimension, whole groups of 8 page rows, and their own head dims.
+    if (tries > 1) {
       p_.leading = leading_ = {};
       p_.head_dim = head_dim_ = aim_->head_dim;
       p_.value_dim = value_dim_ = aim_->value_dim;
@@ -140,7 +142,7 @@ class AttentionCase : PoolCase {
     if (packs_heads_) aim_at_packed_heads();
   }
 
-  // Several tokens of each sequence, whose query heads share tiles, two of a KV head.
+  // Several tokens per sequence, whose query heads share tiles: enough rows for two tiles of each KV head.
   void aim_at_packed_heads() {
     AttentionSpec& s = p_.spec;
     s.layout = Layout::kPaged, s.align = Align::kBottomRight, s.left = kUnlimited;
@@ -150,7 +152,7 @@ class AttentionCase : PoolCase {
     p_.q_rows = 64 / group + static_cast<int32_t>(integer(1, 64 / group));
   }
 
-  // What the targeted kernel's example has.
+  // Takes the sizes and options of the targeted kernel's example.
   void take_example() {
     const Problem sure = backend::example();
     AttentionSpec spec = sure.spec;
@@ -181,7 +183,7 @@ class AttentionCase : PoolCase {
     if (pool_dtype_ != dtype_ && chance(0.7)) add(Operand::kKScale), add(Operand::kVScale);
   }
 
-  // Where queries are packed, the mask may have fewer rows than some sequences.
+  // In packed batches the mask may have fewer rows than some sequences.
   void choose_draft_mask() {
     add(Operand::kDraftMask);
     p_.draft_rows = p_.packed() ? static_cast<int32_t>(integer(1, 9)) : p_.q_rows;
@@ -205,7 +207,7 @@ class AttentionCase : PoolCase {
     }
     make_filled_pool(p_.key, head_dim_);
     if (latent_) {
-      p_.value = p_.key;  // of which V is the first columns
+      p_.value = p_.key;  // V is the first columns of K
     } else {
       make_filled_pool(p_.value, value_dim_);
     }
@@ -334,7 +336,7 @@ class Case {
 
 int main(int argc, char** argv) {
   if (const int failed = drive<Case>(argc, argv, 3000)) return failed;
-  if (current_call.empty()) return 0;                 // skipped: another instruction set's turn
+  if (current_call.empty()) return 0;                 // another instruction set runs these seeds
   if (argc > 2 && std::atol(argv[2]) != 0) return 0;  // one of several processes is enough
   std::printf("a pool of more than 2^31 elements %s\n",
               use_a_huge_pool() ? "is addressed whole" : "was not tried: no kernel for it");

@@ -36,7 +36,7 @@ inline constexpr float kInf = std::numeric_limits<float>::infinity();
   std::exit(1);
 }
 
-// Faults say which operand's guard page was touched, and then take their course.
+// On a fault, reports which operand's guard page was touched; then the signal takes its default action.
 inline void name_faults() {
   static struct sigaction before;
   struct sigaction naming = {};

@@ -15,8 +15,7 @@ constexpr const char* kVariantNames[] = {
     "split",    "float8 split",  "float8 general"};
 
 std::vector<Variant> variants_of(const KernelRow& row, Loader loader) {
-  if (row.pass == Pass::kDecode &&
-      row.design == Design::kCluster) {  // a sequence is split by unequal lengths alone
+  if (row.pass == Pass::kDecode && row.design == Design::kCluster) {  // only unequal lengths split a sequence
     if (loader == Loader::kPaged) return {Variant::kPlain, Variant::kCluster};
     return {Variant::kPlain};
   }
@@ -28,8 +27,13 @@ std::vector<Variant> variants_of(const KernelRow& row, Loader loader) {
       return all;
     }
     case Pass::kBackward:
-      return {Variant::kPlain, Variant::kGeneral,       Variant::kBias,
-              Variant::kMask,  Variant::kDeterministic, Variant::kGeneralDeterministic};
+      return {Variant::kPlain,
+              Variant::kGeneral,
+              Variant::kBias,
+              Variant::kMask,
+              Variant::kListedMask,
+              Variant::kDeterministic,
+              Variant::kGeneralDeterministic};
     case Pass::kTangent:
       return {Variant::kPlain, Variant::kGeneral};
     case Pass::kBiasGradient:
@@ -45,7 +49,7 @@ std::vector<Variant> variants_of(const KernelRow& row, Loader loader) {
 // SMs of a plan with persistent CTAs: few enough for each team of a CTA to have more than one query tile, and
 // enough for a 2-CTA cluster.
 constexpr int32_t kFewSms = 2;
-constexpr int32_t kTokens = 16;  // of an example with several
+constexpr int32_t kTokens = 16;  // tokens of an example that has several
 
 DType dtype_of(const KernelRow& row) {
   return row.takes(DType::kF16) ? DType::kF16 : row.takes(DType::kBF16) ? DType::kBF16 : DType::kF32;
@@ -55,14 +59,14 @@ Aim aim_at(const KernelRow& row, Variant variant) {
   return {row.pass, dtype_of(row), row.head_dim, row.value_dim, row.block_m, row.is_latent(), variant};
 }
 
-// What examples differ in: one token, or several whose query heads share tiles; with the usual options or,
-// as these tiles know no others, a draft mask.
+// Examples differ in their tokens (one, or several whose query heads share tiles) and their options (the
+// usual ones or, because these tiles support no others, a draft mask).
 struct Style {
   bool several, drafted;
 };
 constexpr Style kStyles[] = {{false, false}, {true, false}, {true, true}};
 
-// A call for this kernel of the row.
+// A call that this kernel of the row runs.
 Problem example_of(const KernelRow& row, Variant variant, Style style) {
   Problem p{};
   AttentionSpec& s = p.spec;
@@ -76,7 +80,7 @@ Problem example_of(const KernelRow& row, Variant variant, Style style) {
   if (!aim.plain() && !style.drafted) s.softcap = 3, add(Operand::kAlibiSlopes);
   if (aim.dropout()) add(Operand::kDropout);
   if (row.pass == Pass::kBiasGradient || variant == Variant::kBias) add(Operand::kBias);
-  if (variant == Variant::kMask) add(Operand::kMask);
+  if (aim.mask()) add(Operand::kMask);
   if (variant == Variant::kSegments) add(Operand::kQSegmentIds), add(Operand::kKvSegmentIds);
   if (variant == Variant::kAlibi) add(Operand::kAlibiSlopes);
   if (variant == Variant::kSoftcap) s.softcap = 3;
@@ -111,7 +115,8 @@ Variant variant_of(Pass pass, const LaunchPlan& plan, const Problem& p) {
       return plan.general() ? Variant::kGeneral : Variant::kPlain;
     case Pass::kBackward:
       if (plan.score == ScoreKind::kBias) return Variant::kBias;
-      if (plan.score == ScoreKind::kMask) return Variant::kMask;
+      if (plan.score == ScoreKind::kMask || plan.score == ScoreKind::kListedMask)
+        return static_cast<Variant>(plan.score);
       if (p.spec.deterministic)
         return plan.general() ? Variant::kGeneralDeterministic : Variant::kDeterministic;
       return plan.general() ? Variant::kGeneral : Variant::kPlain;
@@ -131,7 +136,7 @@ Variant variant_of(Pass pass, const LaunchPlan& plan, const Problem& p) {
   return Variant::kPlain;
 }
 
-// CTAs of a plan's kernel.
+// The number of CTAs of a plan's kernel.
 int64_t blocks_of(Pass pass, const LaunchPlan& plan) {
   return pass == Pass::kDecode     ? int64_t{plan.decode.columns} * plan.decode.ranges
          : pass == Pass::kBackward ? plan.keys.blocks
@@ -159,7 +164,7 @@ std::optional<Aim> Reach::aim(int64_t turn, Loader loader, std::initializer_list
   return aim_at(rows_[aimed_->first], aimed_->second);
 }
 
-// The rows that would take the call from the one aimed at are left out.
+// Plans without the rows that would be preferred to the targeted one.
 LaunchPlan Reach::plan(const std::optional<Kernel>& aimed, Pass pass, const Problem& p) const {
   Device device = device_;
   const Shapes shapes = shapes_of(p);
@@ -175,7 +180,8 @@ LaunchPlan Reach::plan(const std::optional<Kernel>& aimed, Pass pass, const Prob
     rows.push_back(rows_[i]), index.push_back(i);
   }
   LaunchPlan chosen = jax_flash::plan({pass, p.spec, shapes, device}, rows);
-  if (chosen.persistent_ctas > 0 || chosen.kernel < 0) {  // some rows want their tiles to fill whole waves
+  // Some rows are chosen only if their tiles fill whole waves.
+  if (chosen.persistent_ctas > 0 || chosen.kernel < 0) {
     device.sm_count = kFewSms;
     chosen = jax_flash::plan({pass, p.spec, shapes, device}, rows);
   }

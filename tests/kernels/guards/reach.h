@@ -20,11 +20,11 @@ class Reach {
 
   std::optional<Aim> aim(int64_t turn, Loader loader, std::initializer_list<Pass> passes);
 
-  // The plan with the row whose turn it is, for a card of its family, or the usual one; its indices are those
-  // of the rows.
+  // The plan with the row that this turn targets, for a card of the row's family; without a target, the usual
+  // plan. Its kernel indices are indices of all rows.
   LaunchPlan plan(Pass pass, const Problem& problem) const { return plan(aimed_, pass, problem); }
 
-  // Whether the kernel whose turn it is runs a call, and sizes and options with which it does.
+  // Whether the targeted kernel runs a call; sizes and options of a call that it runs; its name.
   bool takes(const Problem& problem) const { return takes(aimed_, problem); }
   Problem example() const { return *example(aimed_); }
   std::string aimed() const;
@@ -46,8 +46,8 @@ class Reach {
 
   std::span<const KernelRow> rows_;
   Device device_;
-  std::optional<Kernel> aimed_;  // none: the plan chooses
-  std::vector<Kernel> kernels_;  // of the driver's passes, by their turns
+  std::optional<Kernel> aimed_;  // none: the plan chooses freely
+  std::vector<Kernel> kernels_;  // the kernels that turns target, in order
   std::set<Kernel> had_turn_;
   std::map<Kernel, int64_t> launches_;
 };

@@ -11,7 +11,7 @@
 namespace jax_flash {
 
 #if defined(__aarch64__)
-using Half = __fp16;  // which GCC 12 knows in C++ there
+using Half = __fp16;  // GCC 12 does not know _Float16 in C++ on this platform
 #else
 using Half = _Float16;
 #endif

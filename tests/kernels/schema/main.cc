@@ -1,6 +1,6 @@
-// Prints the tables of core/schema.h, a line each: an array with its dimensions in each layout, a pass with
-// its arrays, and for each view of a Problem by how many bytes its first slice of a leading dimension lies
-// after the one before.
+// Prints the tables of core/schema.h, one line per entry: an array with its dimensions in each layout, a pass
+// with its arrays, and for each view of a Problem the distance in bytes between two slices of a leading
+// dimension.
 #include <iostream>
 
 #include "cuda/leading_slices.h"

@@ -1,4 +1,5 @@
-// The lists that csrc/cuda/blocks.cu makes of block masks, on random calls, against the mask pair by pair.
+// The lists that csrc/cuda/blocks.cu makes of block masks and boolean masks, on random calls, against the
+// mask pair by pair.
 #include <algorithm>
 #include <set>
 #include <utility>
@@ -48,30 +49,24 @@ std::vector<T> read(const T* from, int64_t count) {
   return to;
 }
 
-// A random call with block masks, whose index arrays may be outside of their operands.
+// A random call with block masks or a boolean mask, whose index arrays may be outside of their operands.
 struct Drawn {
   Problem p{};
+  bool boolean;
   std::vector<int32_t> q_lengths, kv_lengths;
   std::vector<uint8_t> mask;
+  int32_t before = 0;  // bytes before the first element of a boolean mask
   int32_t group = draw(1, 4);
   bool mask_of_heads = draw(0, 1) == 1;
 
-  explicit Drawn(Memory& memory) : q_lengths(2), kv_lengths(2) {
+  Drawn(Memory& memory, bool is_boolean) : boolean(is_boolean), q_lengths(2), kv_lengths(2) {
     p.batch = draw(1, 2), p.kv_heads = draw(1, 2), p.heads = p.kv_heads * group;
-    p.q_rows = draw(1, 700), p.k_rows = draw(1, 900);
+    p.q_rows = draw(1, 700), p.k_rows = draw(0, 1) ? draw(1, 900) : 8 * draw(1, 112);
     p.spec.block_rows = 16 * draw(1, 16), p.spec.block_keys = 32 * draw(1, 8);
     p.spec.left = draw(0, 3) ? -1 : draw(0, 300), p.spec.right = draw(0, 1) ? -1 : draw(0, 50);
     p.spec.align = draw(0, 1) ? Align::kBottomRight : Align::kTopLeft;
-    p.mask_rows = ceil_div(p.q_rows, p.spec.block_rows);
-    p.mask_columns = ceil_div(p.k_rows, p.spec.block_keys);
     for (int i = 0; i < 2; ++i) q_lengths[i] = draw(-1, p.q_rows + 1), kv_lengths[i] = draw(-1, p.k_rows + 1);
-    const int32_t blocks = p.mask_rows * p.mask_columns, heads = mask_of_heads ? p.heads : 1;
-    mask.resize(static_cast<size_t>(p.batch) * heads * blocks);
-    const int32_t chosen = draw(0, 10);
-    for (uint8_t& x : mask) x = draw(0, 9) < chosen;
-    p.block_mask.data = memory.copy(mask), p.block_mask.column = 1, p.block_mask.row = p.mask_columns;
-    p.block_mask.head = mask_of_heads ? blocks : 0, p.block_mask.batch = static_cast<int64_t>(heads) * blocks;
-    give(Operand::kBlockMask);
+    boolean ? draw_elements(memory) : draw_blocks(memory);
     if (draw(0, 1)) {
       p.q_lengths.data = memory.copy(q_lengths), p.q_lengths.batch = 1;
       give(Operand::kQLengths);
@@ -81,19 +76,21 @@ struct Drawn {
       give(Operand::kKvLengths);
     }
   }
+  bool unlimited() const { return p.spec.left < 0 && p.spec.right < 0 && !p.q_lengths && !p.kv_lengths; }
   int32_t rows_of(int32_t b) const { return length(Operand::kQLengths, q_lengths[b], p.q_rows); }
   int32_t keys_of(int32_t b) const { return length(Operand::kKvLengths, kv_lengths[b], p.k_rows); }
-  // Whether row i of head h sees key j: window, lengths and blocks.
+  // Whether row i of head h sees key j, by window, lengths and blocks.
   bool sees(int32_t b, int32_t h, int32_t i, int32_t j) const {
     const int32_t rows = rows_of(b), keys = keys_of(b);
     if (i >= rows || j >= keys) return false;
     const int32_t ahead = j - i - (p.spec.align == Align::kBottomRight ? keys - rows : 0);
     if ((p.spec.right >= 0 && ahead > p.spec.right) || (p.spec.left >= 0 && -ahead > p.spec.left))
       return false;
-    const int64_t head = static_cast<int64_t>(b) * (mask_of_heads ? p.heads : 1) + (mask_of_heads ? h : 0);
-    return mask[(head * p.mask_rows + i / p.spec.block_rows) * p.mask_columns + j / p.spec.block_keys];
+    if (boolean) return mask[before + p.mask.offset(b, h, i, j)];
+    return mask[p.block_mask.offset(b, h, i / p.spec.block_rows, j / p.spec.block_keys)];
   }
-  // Whether what is seen of so many keys by rows in use is `seen`, which may say kSome of any.
+  // Whether what is seen of so many keys by rows in use is `seen`. At the edges of lengths and windows kSome
+  // may be said of any.
   bool is(SeenPiece seen, int32_t b, int32_t h, Interval rows, Interval keys) const {
     bool any = false, all = true;
     for (int32_t i = rows.lo; i < std::min(rows.hi, rows_of(b)); ++i)
@@ -101,27 +98,71 @@ struct Drawn {
         const bool x = sees(b, h, i, j);
         any |= x, all &= x;
       }
-    return seen == SeenPiece::kSome || (seen == SeenPiece::kAll ? any && all : !any);
+    if (seen == SeenPiece::kSome) return !unlimited() || keys.hi > p.k_rows || (any && !all);
+    return seen == SeenPiece::kAll ? any && all : !any;
   }
 
  private:
+  void draw_blocks(Memory& memory) {
+    p.mask_rows = ceil_div(p.q_rows, p.spec.block_rows);
+    p.mask_columns = ceil_div(p.k_rows, p.spec.block_keys);
+    const int32_t blocks = p.mask_rows * p.mask_columns, heads = mask_of_heads ? p.heads : 1;
+    mask.resize(static_cast<size_t>(p.batch) * heads * blocks);
+    const int32_t chosen = draw(0, 10);
+    for (uint8_t& x : mask) x = draw(0, 9) < chosen;
+    View& view = p.block_mask;
+    view.data = memory.copy(mask), view.column = 1, view.row = p.mask_columns;
+    view.head = mask_of_heads ? blocks : 0, view.batch = static_cast<int64_t>(heads) * blocks;
+    give(Operand::kBlockMask);
+  }
+  // Tiles of 32 rows and keys show all, none or some; rows may lie apart, and each dimension be broadcast.
+  void draw_elements(Memory& memory) {
+    p.spec.block_rows = p.spec.block_keys = 0;
+    const bool of_batch = draw(0, 1), of_rows = draw(0, 4), of_keys = draw(0, 6);
+    View& view = p.mask;
+    const int32_t rows = of_rows ? p.q_rows : 1, keys = of_keys ? p.k_rows : 1;
+    const int64_t apart = draw(0, 1) ? keys : (keys + 7) / 8 * 8 + 8 * draw(0, 2);
+    const int64_t size = rows * apart;
+    view.column = of_keys, view.row = of_rows ? apart : 0, view.head = mask_of_heads ? size : 0;
+    view.batch = of_batch ? size * (mask_of_heads ? p.heads : 1) : 0;
+    before = draw(0, 2) ? 0 : draw(1, 7);
+    mask.resize(before + size * (mask_of_heads ? p.heads : 1) * (of_batch ? p.batch : 1));
+    const int32_t all = draw(0, 9), none = draw(all, 10);
+    std::vector<int32_t> kinds(1 << 12);
+    for (int32_t& kind : kinds) kind = draw(0, 9);
+    for (size_t i = 0; i < mask.size(); ++i) {
+      const size_t tile = i / size * 1024 + i % size / apart / 32 * 32 + i % apart / 32;
+      const int32_t kind = kinds[tile % kinds.size()];
+      mask[i] = kind < all ? 1 : kind < none ? 0 : draw(0, 1) * draw(1, 255);
+    }
+    const auto last = static_cast<int32_t>(mask.size()) - 1;
+    for (int32_t single = draw(0, last / 2048); single > 0; --single) {
+      uint8_t& x = mask[draw(0, last)];
+      x = !x;
+    }
+    view.data = memory.copy(mask) + before;
+    give(Operand::kMask);
+  }
   void give(Operand operand) { p.spec.operands |= 1 << static_cast<int>(operand); }
   int32_t length(Operand operand, int32_t given, int32_t rows) const {
     return p.spec.has(operand) ? std::clamp(given, 0, rows) : rows;
   }
 };
 
-// The workspace of a call's lists, full of what earlier calls left.
-void* poisoned(Memory& memory) { return memory.copy(std::vector<uint32_t>(1 << 20, 0x77777777u)); }
+// The workspace of a call's lists, full of what earlier calls left, and where in it a boolean mask's tiles
+// lie.
+constexpr int64_t kWords = 1 << 20, kMaskTiles = 3 * kWords;
+void* poisoned(Memory& memory) { return memory.copy(std::vector<uint32_t>(kWords, 0x77777777u)); }
 
 // The number of query tiles of the forward whose lists are wrong.
-int wrong_key_lists() {
+int wrong_key_lists(bool boolean) {
   Memory memory;
-  const Drawn x(memory);
+  const Drawn x(memory, boolean);
   const Problem& p = x.p;
   LaunchPlan plan{};
   TileGrid& grid = plan.queries;
   const bool pairs = p.spec.block_rows % kTileRows && x.group % 2 == 0;
+  if (boolean) grid.mask_tiles = kMaskTiles;
   grid.block = pairs ? kRowBlock : kTileRows, grid.other_block = draw(0, 1) ? 128 : 64;
   grid.tiles = ceil_div(p.q_rows, grid.block), grid.lists = 0;
   void* const workspace = poisoned(memory);
@@ -170,13 +211,14 @@ int wrong_key_lists() {
 }
 
 // The number of key tiles of the backward whose lists are wrong.
-int wrong_step_lists() {
+int wrong_step_lists(bool boolean) {
   Memory memory;
-  const Drawn x(memory);
+  const Drawn x(memory, boolean);
   const Problem& p = x.p;
   LaunchPlan plan{};
   TileGrid& grid = plan.keys;
   grid.block = kTileRows, grid.other_block = draw(0, 1) ? 64 : 128;
+  if (boolean) grid.mask_tiles = kMaskTiles;
   grid.tiles = ceil_div(p.k_rows, grid.block), grid.lists = 0;
   void* const workspace = poisoned(memory);
   check(launch_blocks(p, plan, workspace, nullptr));
@@ -214,13 +256,16 @@ int wrong_step_lists() {
 }  // namespace
 
 void test_blocks() {
-  std::vector<float> of_queries, of_keys;
-  for (int i = 0; i < kCalls; ++i) {
-    of_queries.push_back(static_cast<float>(wrong_key_lists()));
-    of_keys.push_back(static_cast<float>(wrong_step_lists()));
+  for (const bool boolean : {false, true}) {
+    std::vector<float> of_queries, of_keys;
+    for (int i = 0; i < kCalls; ++i) {
+      of_queries.push_back(static_cast<float>(wrong_key_lists(boolean)));
+      of_keys.push_back(static_cast<float>(wrong_step_lists(boolean)));
+    }
+    const std::string of = boolean ? " of boolean masks" : " of block masks";
+    expect("lists of key tiles" + of, of_queries, [](int) { return 0; });
+    expect("lists of the backward's steps" + of, of_keys, [](int) { return 0; });
   }
-  expect("lists of key tiles", of_queries, [](int) { return 0; });
-  expect("lists of the backward's steps", of_keys, [](int) { return 0; });
 }
 
 }  // namespace jax_flash::units

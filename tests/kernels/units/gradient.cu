@@ -1,4 +1,4 @@
-// P and dS of a tile, which gradient.cuh makes with each score variant, from S as it is and transposed.
+// P and dS of a tile, computed by gradient.cuh with each score variant, from an accumulator of S and of Sᵀ.
 #include "cuda/gradient.cuh"
 #include "cuda/score/alibi.cuh"
 #include "cuda/score/general.cuh"
@@ -95,7 +95,7 @@ void test(const std::string& name, const Options& options) {
   const auto got = run(Gradient<S, Score, kOf>{options}, 32, in, 2 * kElements);
   double worst = 0;
   for (int i = 0; i < 2 * kElements; ++i) worst = std::max(worst, std::fabs(got[i] - wanted(i)));
-  constexpr double kLimit = Score::kFusesGradient ? 2e-4 : 2e-6;  // P and dS are rounded to 16 bits then
+  constexpr double kLimit = Score::kFusesGradient ? 2e-4 : 2e-6;  // these variants round P and dS to 16 bits
   expect("gradient of the score " + name, {worst < kLimit ? 0.0f : static_cast<float>(worst)},
          [](int) { return 0; });
 }

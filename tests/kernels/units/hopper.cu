@@ -156,12 +156,13 @@ int run_type() {
 
 constexpr int kCluster = 2, kBlocks = 16, kThreads = 128;
 constexpr uint32_t kPoison = 0xDEADBEEF, kGuard = 1024;  // bytes on either side of a tile
-constexpr int64_t kLong = 1 << 30, kShort = 1 << 16;     // cycles: what is to happen, and what is not to
+// Cycles to wait for an event that must happen, and for one that must not.
+constexpr int64_t kLong = 1 << 30, kShort = 1 << 16;
 
 // A word that no other block has.
 constexpr uint32_t word_of(uint32_t block, uint32_t n) { return 0xA0000000 + block * 16 + n; }
 
-// Whether the barrier's first phase ends in time: barrier_wait would stand still where it never does.
+// Whether the barrier's first phase ends in time. barrier_wait would hang if it never did.
 __device__ bool ended(uint32_t barrier, int64_t cycles) {
   const int64_t start = clock64();
   uint32_t done;
@@ -190,13 +191,14 @@ __device__ void tell(uint32_t*& out, uint32_t x) {
   ++out;
 }
 
-// Threads of a warp may have gone their own ways.
+// __syncwarp comes first because the threads of a warp may have diverged.
 __device__ void meet() {
   __syncwarp();
   ptx::sync_cluster();
 }
 
-// `bytes` of kPoison and, behind them, barriers for `count` arrivals, in all blocks of the cluster.
+// Fills `bytes` of shared memory with kPoison and initialises barriers for `count` arrivals behind them, in
+// all blocks of the cluster.
 __device__ uint32_t prepare(uint32_t bytes, uint32_t barriers, uint32_t count) {
   const uint32_t shared = ptx::shared_address(ptx::dynamic_shared_1024());
   for (uint32_t i = threadIdx.x * 4; i < bytes; i += kThreads * 4) ptx::store_shared(shared + i, kPoison);
@@ -214,7 +216,7 @@ __global__ void __launch_bounds__(kThreads) ranks(uint32_t* out) {
   tell(out, ptx::cluster_rank());
 }
 
-// Each block reads both blocks' words, of which one is written late.
+// Each block reads both blocks' words after a cluster barrier, which one of the two reaches late.
 __global__ void __launch_bounds__(kThreads) meetings(uint32_t* out) {
   out += blockIdx.x * kCluster * kCluster;
   const uint32_t word = prepare(4, 0, 0);
@@ -230,8 +232,8 @@ __global__ void __launch_bounds__(kThreads) meetings(uint32_t* out) {
   }
 }
 
-// At a barrier of two arrivals, its own block comes first and the other second, or the other way round;
-// second, the own block arrives as the other does.
+// Barriers of two arrivals, one by its own block and one by the other block, in both orders and for both
+// blocks. A block that is second waits until the other one has arrived.
 __global__ void __launch_bounds__(kThreads) arrivals(uint32_t* out) {
   constexpr uint32_t kOrders = 4;
   out += blockIdx.x * kOrders * 2;
@@ -255,7 +257,7 @@ __global__ void __launch_bounds__(kThreads) arrivals(uint32_t* out) {
   }
 }
 
-// Each block sends the other two words; 8 bytes are what a barrier waits for.
+// Each block sends the other two words; each barrier waits for 8 bytes.
 __global__ void __launch_bounds__(kThreads) stores(uint32_t* out) {
   constexpr uint32_t kWords = 8;
   out += blockIdx.x * (2 + kWords);
@@ -292,7 +294,7 @@ __global__ void __launch_bounds__(kThreads)
   for (uint32_t i = threadIdx.x; i < kBytes / 4; i += kThreads) out[i] = ptx::load_shared(shared + i * 4);
 }
 
-// Whether each block has written the `count` words that expected(block, i) says.
+// Whether each block has written the `count` words expected(block, i).
 template <class Expected, class... Parameters>
 int run_clusters(const char* what, int count, const Expected& expected, size_t shared,
                  void (*kernel)(uint32_t*, Parameters...), std::type_identity_t<Parameters>... arguments) {
@@ -377,7 +379,7 @@ int run_cluster_wrappers() {
 
 int main() {
   const int wrong = jax_flash::run_type<__half>() + jax_flash::run_type<__nv_bfloat16>() +
-                    jax_flash::run_statistics() + jax_flash::run_cluster_wrappers();
+                    jax_flash::run_statistics() + jax_flash::run_sums() + jax_flash::run_cluster_wrappers();
   std::printf(wrong ? "failed\n" : "all passed\n");
   return wrong != 0;
 }

@@ -11,6 +11,7 @@ int main() {
   test_scores();
   test_ranges();
   test_blocks();
+  test_masks();
   test_gradients();
   std::printf(failed ? "%d failed\n" : "all passed\n", failed);
   return failed ? 1 : 0;

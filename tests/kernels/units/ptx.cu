@@ -33,7 +33,7 @@ struct Counter {
   }
 };
 
-struct SharedByBlocks {
+struct SharedByBlocks {  // copies what other blocks may have written
   __device__ void operator()(const float* in, float* out) const {
     const uint32_t i = threadIdx.x;
     reinterpret_cast<float4*>(out)[i] = ptx::load_shared_by_blocks(reinterpret_cast<const float4*>(in) + i);
@@ -42,7 +42,7 @@ struct SharedByBlocks {
   }
 };
 
-// Which of the numbers next to multiples of the divisor, and to 0 and 2^31, are divided wrong.
+// Counts wrong quotients and remainders, of dividends next to 0, to multiples of the divisor and to 2^31.
 struct Quotients {
   Divisor divisor;
   __device__ void operator()(const float*, float* out) const {
@@ -278,16 +278,17 @@ struct Mma {
   }
 };
 
-// Adds twice to a block of 16 and writes it in the order of the lanes' elements.
-struct AddQuad {
+// Adds twice to a block of 128 and writes it in the order of the lanes' elements.
+struct AddFragment {
   __device__ void operator()(const float* in, float* out) const {
-    const int t = static_cast<int>(threadIdx.x);
-    const float* x = in + 4 * t;
-    for (int i = 0; i < 4; ++i) out[16 + 4 * t + i] = 0;
+    const int lane = static_cast<int>(threadIdx.x);
+    float x[4], read[4][4];
+    for (int i = 0; i < 4; ++i) x[i] = in[4 * lane + i], out[128 + 4 * lane + i] = 0;
     __syncthreads();
-    for (int round = 0; round < 2; ++round) ptx::add_quad(out + 16, t, x[0], x[1], x[2], x[3]);
+    for (int round = 0; round < 2; ++round) ptx::add_fragment(out + 128, lane, x);
     __syncthreads();
-    for (int i = 0; i < 4; ++i) out[4 * t + i] = out[16 + ptx::quad_position(t, i)];
+    ptx::load_fragments(read, out + 128, lane / 4);
+    for (int i = 0; i < 4; ++i) out[4 * lane + i] = read[lane % 4][i];
   }
 };
 
@@ -392,9 +393,9 @@ void test_ptx() {
   test_mma<float>("float32, integers", true);
   test_mma<float>("float32", false);
   if (has_bfloat16()) test_mma<bfloat16>("bfloat16", true);
-  std::vector<float> sums = run(AddQuad{}, 4, x, 32);
-  sums.resize(16);
-  expect("add_quad", sums, [&](int i) { return 2 * x[i]; });
+  std::vector<float> sums = run(AddFragment{}, 32, x, 256);
+  sums.resize(128);
+  expect("add_fragment, load_fragments", sums, [&](int i) { return 2 * x[i]; });
 }
 
 }  // namespace jax_flash::units

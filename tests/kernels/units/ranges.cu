@@ -12,12 +12,12 @@ namespace {
 
 constexpr int kQLen = 56, kRow = 8, kKey = 96;  // rows in use; the tile's first row and key
 
-// Whether each element of a tile is left by the limits of `in`: [kQLen, 2 or 4].
+// Whether the limits in `in`, [kQLen, 2 or 4], leave each element of a tile visible.
 template <class Accumulator>
 struct Left {
   using S = Accumulator;
   static constexpr int kColumns = S::kColumns, kElements = S::kRows * kColumns;
-  bool two, by_slot;  // by_slot: as decode hides them
+  bool two, by_slot;  // by_slot: hidden slot by slot, as decode does
   __device__ void operator()(const float* in, float* out) const {
     const Band band{kQLen, 1 << 20, 0, 1 << 20, 1 << 20};
     const RowRanges ranges{reinterpret_cast<const int32_t*>(in), 0, two ? 4 : 2, two};
@@ -54,7 +54,7 @@ void test_left(const std::string& name, bool two, bool by_slot, bool all = false
   using Body = Left<S>;
   const int count = two ? 4 : 2;
   std::vector<int32_t> own = limits(static_cast<size_t>(kQLen) * count, Body::kColumns);
-  if (all) {  // and in one row, not
+  if (all) {  // all rows see the whole tile, except for one row
     for (int i = 0; i < kQLen * count; ++i) own[i] = i % 2 ? kKey + Body::kColumns : kKey;
     own[(kRow + 5) * count] = kKey + 3;
     if (two) own[(kRow + 5) * count + 2] = kKey + 4;

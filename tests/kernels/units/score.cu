@@ -8,7 +8,7 @@
 namespace jax_flash::units {
 namespace {
 
-constexpr int kRow = 208, kKey = 896;  // of the tile's first element
+constexpr int kRow = 208, kKey = 896;  // position of the tile's first element
 
 // Rows [16, 8 · kTiles] of S, from `in`.
 template <int kTiles>
@@ -71,7 +71,7 @@ struct Alibi : Tile<16> {
     float row_term[S::kSlots];
     add_alibi(s, p, operands, band, kRow, kKey, row_term);
     write(out, [&](int slot, int n, int e) { return s.at(slot, n, e) + row_term[slot]; });
-    // The four lanes of a row compare their scores without it.
+    // The four lanes of a row must have the same row_term, because they compare their scores without it.
     for (int slot = 0; slot < S::kSlots; ++slot) {
       if (__shfl_xor_sync(~0u, row_term[slot], 1) != row_term[slot]) out[0] = NAN;
       if (__shfl_xor_sync(~0u, row_term[slot], 2) != row_term[slot]) out[0] = NAN;
@@ -92,7 +92,7 @@ void test_alibi(int32_t shift) {
 
 struct Capped : Tile<16> {
   float scale, cap;
-  int32_t rows = 16, columns = kColumns;  // that are seen
+  int32_t rows = 16, columns = kColumns;  // visible rows and columns
   __device__ void operator()(const float* in, float* out) const {
     AttentionSpec spec{};
     spec.scale = scale, spec.softcap = cap;
@@ -118,7 +118,7 @@ void test_softcap(float scale, float cap) {
          error(run(body, 32, in, Capped::kElements)), [](int) { return 0; });
 }
 
-// What is not seen, whatever it is, changes no bit of what is.
+// The values of hidden elements must not change any bit of the visible ones.
 void test_unseen(float scale) {
   Capped body;
   body.scale = scale, body.cap = 20, body.rows = 9, body.columns = 77;
@@ -142,7 +142,7 @@ void test_unseen(float scale) {
   }
 }
 
-// m of each row after the two tiles of `in`; NaN where its sum is.
+// m of each row after the two tiles of `in`; NaN if the row's sum is NaN.
 template <int kTiles>
 struct Followed : Tile<kTiles> {
   using S = typename Followed::S;
@@ -159,7 +159,7 @@ struct Followed : Tile<kTiles> {
   }
 };
 
-// value(tile, row, column, size): an element, `size` being that of the others.
+// value(tile, row, column, size) gives an element; `size` is the magnitude of the others.
 template <int kTiles, class F>
 void test_row_maxima(const std::string& name, F value) {
   using Body = Followed<kTiles>;
@@ -187,7 +187,7 @@ void test_row_maxima(const std::string& name, F value) {
 template <int kTiles>
 void test_row_maxima() {
   const auto mixed = [](int, int row, int column, float size) {
-    return column < 8 || (column * 7 + row) % 3 > 0 ? size : -size;  // some of every lane's are positive
+    return column < 8 || (column * 7 + row) % 3 > 0 ? size : -size;  // every lane has some positive scores
   };
   test_row_maxima<kTiles>("every lane has positive scores", mixed);
   test_row_maxima<kTiles>("none has", [](int, int row, int column, float size) {

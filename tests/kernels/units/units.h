@@ -1,4 +1,4 @@
-// A kernel of one block on arrays of float, and what it should leave.
+// Runs a kernel of one block on arrays of float, and compares its output.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -44,7 +44,7 @@ struct ElementOf<Body, std::void_t<typename Body::Element>> {
   using Type = typename Body::Element;
 };
 
-// sm_75 multiplies no bfloat16.
+// bfloat16 products need sm_80.
 template <class Body>
 __device__ constexpr bool runs_here() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
@@ -59,7 +59,7 @@ __global__ void one_block(Body body, const float* in, float* out) {
   if constexpr (runs_here<Body>()) body(in, out);
 }
 
-// What body(in, out) makes of `in`, by a block of `threads`; `count` elements, NaN where it writes none.
+// The output of body(in, out), run by a block of `threads`: `count` elements, NaN where it writes none.
 template <class Body>
 std::vector<float> run(Body body, int threads, const std::vector<float>& in, size_t count) {
   constexpr size_t kShared = 40 << 10;
@@ -102,6 +102,7 @@ void test_tiles();
 void test_scores();
 void test_ranges();
 void test_blocks();
+void test_masks();
 void test_gradients();
 
 }  // namespace jax_flash::units

@@ -37,6 +37,7 @@ inline void barrier_wait(uint32_t barrier, uint32_t phase) {
   emulator::wait_until([&] { return (b.phase & 1) != (phase & 1); });
 }
 inline int thread_index() { return static_cast<int>(threadIdx.x); }
+inline uint32_t lane_index() { return threadIdx.x % 32; }
 inline void sync_group(int number, int threads) { emulator::group_barrier(number, threads); }
 
 }  // namespace jax_flash::ptx

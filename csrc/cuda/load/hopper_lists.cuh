@@ -1,4 +1,4 @@
-// The loader of keys and values of score kind Blocks, for the sm_90a kernels: one thread, a TMA box for each
+// The loader of listed keys and values, for the sm_90a kernels: one thread, a TMA box for each
 // 64 columns of each piece of a tile (core/visible/key_tiles.h).
 #pragma once
 
@@ -10,13 +10,13 @@
 namespace jax_flash {
 
 template <class C>
-class BlockLoader {
+class ListLoader {
  public:
   static constexpr int kWarps = 1, kLanes = 1;
   struct Maps {
     CUtensorMap key, value;
   };
-  // keys: of a piece.
+  // keys: the number of keys in a piece.
   static cudaError_t make_maps(Maps& maps, const Problem& p, int32_t keys) {
     constexpr int kPanels[] = {C::KTile::kPanel * 8, C::VTile::kPanel * 8};
     cudaError_t e =
@@ -27,9 +27,9 @@ class BlockLoader {
     return e;
   }
 
-  __device__ __forceinline__ explicit BlockLoader(const Problem& problem) : p(problem) {}
+  __device__ __forceinline__ explicit ListLoader(const Problem& problem) : p(problem) {}
 
-  // Starts the key tiles of a query tile, of pieces of so many keys.
+  // Starts with a query tile, whose key tiles consist of pieces of `keys_of_piece` keys.
   __device__ __forceinline__ void begin(const BlockWork& work, int32_t keys_of_piece) {
     const int32_t kv_head = p.kv_head(work.head);
     key = coordinates_of(p.key, work, kv_head, 0);

@@ -1,0 +1,43 @@
+// A consumer warpgroup's part of dQ, 64 rows of some columns, on its way to the sums (query_sums.cuh): where
+// it belongs, and how TMA adds it from shared memory.
+#pragma once
+
+#include "cuda/backward/query_sums.cuh"
+#include "cuda/hopper/roles.cuh"
+#include "cuda/ptx/shared.cuh"
+#include "cuda/ptx/tma.cuh"
+
+namespace jax_flash {
+
+// Of two consumers, which have 64 of the rows each, or half of the columns.
+template <class C>
+__device__ __forceinline__ Placement dq_placement(int consumer) {
+  if (C::kDqByRows) return {consumer * kConsumerRows, 16, 0, 16};
+  return {0, 16, consumer * C::kDqColumns, 16};
+}
+
+// Stores a warp's rows, from `row` on, as they lie in the sums.
+template <class DQ>
+__device__ __forceinline__ void store_part(const DQ& dq, float* part, int row) {
+  const uint32_t to = ptx::shared_address(part + sum_offset<kConsumerRows>(0, row, 0) +
+                                          static_cast<uint32_t>(ptx::thread_index()) % 32 * 4);
+#pragma unroll
+  for (int n = 0; n < DQ::kColumnTiles; ++n) {
+    const auto& x = dq.x[0][n];
+    ptx::store_shared(to + sum_offset<kConsumerRows>(0, 0, n * kSumColumns) * sizeof(float),
+                      make_float4(x[0], x[1], x[2], x[3]));
+  }
+}
+
+// One thread: issues tile += part, as far as it has columns of the head, in a bulk group of its own.
+template <int kM, int kColumns>
+__device__ __forceinline__ void start_sum_of_part(float* tile, int32_t head_dim, const float* part,
+                                                  Placement at) {
+  const int32_t columns = min(head_dim - at.column, kColumns);
+  if (columns > 0)
+    ptx::reduce_add_floats(tile + sum_offset<kM>(head_dim, at.row, at.column), ptx::shared_address(part),
+                           columns * kConsumerRows * sizeof(float));
+  ptx::bulk_commit();
+}
+
+}  // namespace jax_flash

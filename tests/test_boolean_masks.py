@@ -1,0 +1,175 @@
+"""Boolean arrays as masks over several tiles, which CUDA kernels skip, mask by element, or take whole; both passes."""
+
+from __future__ import annotations
+
+import checks
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import Case, make_inputs, operands
+from operand_calls import (
+    GROUPS,
+    HEAD_DIMS,
+    SEVERAL_TILES,
+    SINKS_AND_LENGTHS,
+    SIZES,
+    differentiate,
+    references,
+    static_of,
+)
+
+from jax_flash import flash_attention
+from jax_flash.backends import compute_capability
+
+CASES = [
+    *SEVERAL_TILES,
+    SINKS_AND_LENGTHS,
+    Case("more queries", b=1, sq=450, sk=200, hq=3, hk=3),
+    Case("517 keys", causal=True, **SIZES | GROUPS | {"sk": 517}),
+    Case("500 keys", **SIZES | GROUPS | {"sk": 500}),
+]
+
+
+def pictures(rows, keys):
+    """Masks [rows, keys] of which tiles are empty, partial and whole, by name."""
+    i, j = np.arange(rows)[:, None], np.arange(keys)[None]
+    rng = np.random.default_rng(rows + keys)
+    of = lambda at: np.searchsorted((50, 64, 200, 201, 390), at, "right")  # noqa: E731
+    tiles = (-(-rows // 64), -(-keys // 64))
+    chosen = rng.integers(3, size=tiles).repeat(64, 0).repeat(64, 1)[:rows, :keys]
+    return {
+        "prefix": (j <= i) | (j < 70),
+        "documents": of(i) == of(j),
+        "block diffusion": (i // 32 >= j // 32) & (j >= 64 * (i // 128)),
+        "all but one pair": ~((i == rows // 2) & (j == keys // 3)),
+        "one pair": (i == rows // 2) & (j == keys // 3),
+        "tiles": np.choose(chosen, (np.zeros_like(i + j), np.ones_like(i + j), rng.random((rows, keys)) < 0.5)) > 0,
+        "rows that see nothing": (i % 130 < 66) & (j >= 64),
+        "all": np.ones((rows, keys), bool),
+        "none": np.zeros((rows, keys), bool),
+    }  # fmt: skip
+
+
+NAMES = list(pictures(1, 1))
+
+
+def check(case, mask, kernel, **options):
+    checks.require(kernel, "forward", "backward", dtype=case.dtype, d=case.d, dv=case.dv)
+    inputs = make_inputs(case)
+    arrays = operands(inputs) | {"mask": jnp.asarray(mask)}
+    got = differentiate(case, inputs, arrays, kernel, **options)
+    oracle.assert_result(got, *references(case, static_of(case, inputs, arrays), inputs, arrays), case)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("d", HEAD_DIMS)
+def test_each_mask(d, name, kernel):
+    """Every mask with two of the cases, and other ones at the next head dim."""
+    at = NAMES.index(name) + HEAD_DIMS.index(d)
+    for i in (at, at + 3):
+        case = CASES[i % len(CASES)].replace(d=d, dv=d, dtype="bfloat16" if i % 2 else "float16")
+        check(case, pictures(case.sq, case.sk)[name][None, None], kernel)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_options_of_a_call_with_a_mask(case, deterministic, kernel):
+    d = 128 if 128 in HEAD_DIMS else 64
+    mask = pictures(case.sq, case.sk)["tiles"][None, None]
+    check(case.replace(d=d, dv=d, dtype="bfloat16"), mask, kernel, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("whole", ["b h rows keys", "b keys", "h rows", "rows keys", "b h keys", "h", ""])
+def test_a_mask_broadcasts_over_any_dimension(whole, kernel):
+    d = 128 if 128 in HEAD_DIMS else 64
+    case = CASES[len(whole) % 4].replace(d=d, dv=d, dtype="bfloat16")
+    sizes = {"b": case.b, "h": case.hq, "rows": case.sq, "keys": case.sk}
+    shape = tuple(size if name in whole.split() else 1 for name, size in sizes.items())
+    mask = np.random.default_rng(len(whole)).random(shape) < 0.6
+    mask[..., np.arange(shape[3]) // 128 % 2 == 1] = True
+    mask[:, :, 128:200] = False
+    check(case, mask, kernel)
+
+
+def skips_tiles(kernel):
+    """Portable CUDA kernels multiply hidden keys between visible ones, and NaN in these may reach a row."""
+    cards = [compute_capability(device) for device in jax.devices() if device.platform == "gpu"]
+    return 90 in cards or not checks.runs_cuda_kernels(kernel)
+
+
+@pytest.mark.parametrize("d", HEAD_DIMS)
+def test_elements_and_keys_that_are_not_in_use_reach_no_row(d, kernel):
+    """The mask past the lengths, and NaN in keys that no length or tile of the mask shows."""
+    case = Case(
+        "lengths", b=2, sq=256, sk=512, hq=2, hk=1, d=d, dv=d, dtype="bfloat16", kv_lengths=(300, 450)
+    )
+    checks.require(kernel, "forward", "backward", dtype=case.dtype, d=d, dv=d)
+    inputs = make_inputs(case)
+    arrays = operands(inputs)
+    key = np.arange(case.sk)
+    past = key[None] >= np.array(case.kv_lengths)[:, None]  # [b, sk]
+    hidden = key // 128 == 1
+    mask = np.broadcast_to((pictures(256, 512)["prefix"] & ~hidden)[None, None], (2, 1, 256, 512))
+    bad = jnp.asarray(past | hidden if skips_tiles(kernel) else past)[..., None, None]
+    spoiled = {
+        name: jnp.where(bad, jnp.nan, arrays[name]).astype(arrays[name].dtype) for name in ("key", "value")
+    }
+    wanted, got = (
+        differentiate(case, inputs, arrays | own | {"mask": jnp.asarray(seen)}, kernel)
+        for own, seen in (({}, mask), (spoiled, mask ^ past[:, None, None]))
+    )
+    np.testing.assert_array_equal(got.out, wanted.out)
+    np.testing.assert_array_equal(got.lse, wanted.lse)
+    for name, gradient in wanted.gradients.items():  # sums of dQ have no order
+        np.testing.assert_allclose(
+            np.float32(got.gradients[name]), np.float32(gradient), atol=0.02, rtol=0.02
+        )
+
+
+def test_a_compiled_call_reads_each_mask_anew(kernel):
+    """What one call found of its mask must not serve another, nor the forward's mask the backward of another."""
+    d = HEAD_DIMS[-1]
+    case = CASES[1].replace(d=d, dv=d, dtype="bfloat16")
+    checks.require(kernel, "forward", "backward", dtype=case.dtype, d=d, dv=d)
+    inputs = make_inputs(case)
+    arrays = operands(inputs)
+    qkv = [arrays[name] for name in ("query", "key", "value")]
+    masks = [jnp.asarray(x)[None, None] for name, x in pictures(case.sq, case.sk).items()]
+
+    @jax.jit
+    def out_and_gradients(qkv, mask):
+        run = lambda *x: flash_attention(*x, causal=True, mask=mask, implementation=kernel)  # noqa: E731
+        out, pullback = jax.vjp(run, *qkv)
+        return out, pullback(inputs.dout)
+
+    first = [jax.device_get(out_and_gradients(qkv, mask)) for mask in masks]
+    again = [jax.device_get(out_and_gradients(qkv, mask)) for mask in reversed(masks)][::-1]
+    for mask, one, other in zip(masks, first, again, strict=True):
+        alone = flash_attention(*qkv, causal=True, mask=mask, implementation=kernel)
+        np.testing.assert_array_equal(one[0], other[0])
+        np.testing.assert_array_equal(one[0], alone)
+        for a, b in zip(one[1], other[1], strict=True):  # sums of dQ have no order
+            np.testing.assert_allclose(np.float32(a), np.float32(b), atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)])
+def test_masks_under_vmap(axes, kernel):
+    """A mapped mask is one more leading dimension, and an unmapped one is shared by its entries."""
+    d = HEAD_DIMS[0]
+    case = CASES[0].replace(d=d, dv=d, dtype="bfloat16", b=1)
+    checks.require(kernel, "forward", dtype=case.dtype, d=d, dv=d)
+    arrays = operands(make_inputs(case))
+    named = pictures(case.sq, case.sk)
+    masks = jnp.asarray(np.stack([named["tiles"], named["prefix"]]))[:, None, None]
+    query = jnp.stack([arrays["query"], -arrays["query"]])
+    given = [x if axis == 0 else x[0] for x, axis in zip((query, masks), axes)]
+
+    def run(query, mask):
+        return flash_attention(query, arrays["key"], arrays["value"], mask=mask, implementation=kernel)
+
+    got = jax.vmap(run, axes)(*given)
+    for i in range(2):
+        one = run(*(x[i] if axis == 0 else x for x, axis in zip(given, axes)))
+        np.testing.assert_allclose(np.float32(got[i]), np.float32(one), atol=1e-2)

@@ -1,0 +1,96 @@
+"""Which of Hopper's rows plan() takes for ranges, block masks and boolean masks. No GPU needed."""
+
+from __future__ import annotations
+
+import pytest
+from plans import A100, plan
+
+
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_ranges_alone_have_a_forward(d):
+    for options in ({}, {"right": 0}, {"varlen": True}, {"dtype": "float16", "leading": 3}):
+        chosen = plan(d=d, dv=d, operands=("ranges",), **options)
+        assert chosen["text"].startswith(f"sm90 forward dense ranges d={d} dv={d} tile ")
+    for options in ({"scale": -1.0}, {"softcap": 3.0}, {"operands": ("ranges", "alibi_slopes")}):
+        assert plan(d=d, dv=d, **{"operands": ("ranges",)} | options)["score"] == "general"
+    assert plan(d=d - 8, dv=d - 8, operands=("ranges",))["score"] == "ranges"
+
+
+@pytest.mark.parametrize("d", [64, 128, 256, 512])
+def test_ranges_alone_have_a_backward(d):
+    for options in (
+        {},
+        {"right": 0},
+        {"varlen": True},
+        {"deterministic": True},
+        {"leading": 6, "leading_rank": 2},
+    ):
+        chosen = plan("backward", d=d, dv=d, operands=("ranges",), **options)
+        assert chosen["text"].startswith(f"sm90 backward dense ranges d={d} dv={d} tile ")
+    for options in ({"scale": -1.0}, {"softcap": 3.0}, {"operands": ("ranges", "alibi_slopes")}):
+        assert plan("backward", d=d, dv=d, **{"operands": ("ranges",)} | options)["score"] == "general"
+    assert plan("backward", d=192, dv=d if d == 128 else 192, operands=("ranges",))["score"] == "general"
+
+
+def test_ranges_of_other_head_dims_run_the_general_forward():
+    for d, dv in ((32, 32), (96, 96), (192, 128), (192, 192)):
+        assert plan(d=d, dv=dv, operands=("ranges",))["score"] == "general"
+    assert plan(operands=("ranges",), dtype="float32")["score"] == "general"
+
+
+def test_ranges_take_memory_for_each_block_and_each_tile():
+    fixed = plan(operands=("ranges",))
+    blocks, tiles = 2 * 16 * 32, 2 * 6 * 16  # of 64 and 192 rows, in both batch entries
+    assert fixed["workspace"] == -(-(blocks + tiles) // 256) * 256
+    plain, ranges = plan("backward", batch=3), plan("backward", operands=("ranges",), batch=3)
+    blocks, tiles = 3 * 16 * 32, 3 * 12 * 16  # of 64 query rows and of 128 keys
+    counter = 256 if ranges["persistent_ctas"] < ranges["keys"]["blocks"] else 0
+    assert ranges["workspace"] - plain["workspace"] == -(-(blocks + tiles) // 256) * 256 + counter
+
+
+@pytest.mark.parametrize("pass_", ["forward", "backward"])
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_block_masks_alone_have_kernels(d, pass_):
+    blocks = {"operands": ("block_mask",), "block": (128, 128), "d": d, "dv": d}
+    for options in ({}, {"right": 0}, {"dtype": "float16", "leading": 3}, {"block": (16, 32)}):
+        chosen = plan(pass_, **blocks | options)
+        assert chosen["text"].startswith(f"sm90 {pass_} dense blocks d={d} dv={d} tile ")
+    others = [
+        {"varlen": True},
+        {"block": (128, 48)},
+        {"scale": -1.0},
+        {"operands": ("block_mask", "position")},
+    ]
+    for options in others + [{"deterministic": True}] * (pass_ == "backward"):
+        assert plan(pass_, **blocks | options)["row"]["arch"] == "sm80"
+    assert plan(pass_, **blocks | {"d": 512, "dv": 512})["row"]["arch"] == "sm80"
+
+
+@pytest.mark.parametrize("pass_", ["forward", "backward"])
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_the_tiles_of_a_boolean_mask_alone_are_listed(d, pass_):
+    mask = {"operands": ("mask",), "d": d, "dv": d}
+    more = {"operands": ("mask", "sinks", "kv_lengths"), "leading": 3}
+    for options in ({}, {"right": 0}, {"left": 9, "mask_in_chunks": True}, {"dtype": "float16"}, more):
+        chosen = plan(pass_, **mask | options)
+        assert chosen["text"].startswith(f"sm90 {pass_} dense listed_mask d={d} dv={d} tile ")
+        assert 0 < chosen["workspace"] <= chosen["workspace_bound"]
+    others = [
+        {"softcap": 3.0},
+        {"scale": -1.0},
+        {"operands": ("mask", "alibi_slopes")},
+        {"operands": ("mask", "position")},
+    ]
+    for options in others + [{"deterministic": True}] * (pass_ == "backward"):
+        assert plan(pass_, **mask | options)["score"] in ("general", "mask")
+    assert plan(pass_, **mask, device=A100)["score"] == "general"
+
+
+def test_query_tiles_of_small_blocks_have_rows_of_two_heads():
+    blocks = {"operands": ("block_mask",), "d": 128, "dv": 128, "batch": 1, "q_rows": 1000}
+    of_one = plan(block=(128, 64), **blocks)["queries"]
+    assert (of_one["block"], of_one["tiles"], of_one["blocks"]) == (128, 8, 8 * 8)
+    of_two = plan(block=(64, 64), **blocks)["queries"]
+    assert (of_two["block"], of_two["tiles"], of_two["blocks"]) == (64, 16, 16 * 4)
+    alone = plan(block=(64, 64), **blocks | {"heads": 6})["queries"]  # each KV head has three query heads
+    assert (alone["block"], alone["blocks"]) == (128, 8 * 6)
