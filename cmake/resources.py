@@ -32,10 +32,12 @@ BUDGET: tuple[tuple[str, int], ...] = (
     (rf"^sm_1\d\d\w? tangent_\w+<TangentSm80<{_ROWS}.*, plain\b", 128),
     (rf"^sm_1\d\d\w? {_COMMON}", 8),
     (rf"^\w+ backward_sm90<BackwardSm90<{_ROWS}.*, segments\b", 16),  # four scalars
+    (rf"^\w+ backward_sm90<BackwardSm90<{_ROWS}.*, blocks\b", 4),  # one element of P, at d128
     (rf"^\w+ forward_sm90<ForwardSm90<{_ROWS}.*, ranges\b", 32),  # outside of the loops, at d256
-    (rf"^\w+ (forward|backward|backward_cluster)_sm90<\w+<{_ROWS}.*, blocks\b", 0),
+    (rf"^\w+ (forward|backward_cluster)_sm90<\w+<{_ROWS}.*, blocks\b", 0),
     (rf"^\w+ backward_sm90<BackwardSm90<{_ROWS}.*, listed_mask\b", 24),  # scalars
     (rf"^\w+ (forward|backward_cluster)_sm90<\w+<{_ROWS}.*, listed_mask\b", 0),
+    (r"^\w+ backward_cluster_sm90<.*, 512, 512, .*\}, segments\b", 12),  # three scalars, read once a step
     (r"^\w+ backward_cluster_sm90<.*, 512, 512, .*\}, (?!general)\w+", 0),
     (rf"^\w+ {_COMMON}", 0),
     (r"^\w+ forward_sm90<ForwardSm90<.*, 512, 512, 128, .*, (plain|segments|softcap)\b", 0),
