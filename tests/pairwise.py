@@ -1,4 +1,4 @@
-"""Few combinations of options that hold every pair of values of every two options."""
+"""Pairwise (all-pairs) testing: few combinations that cover every pair of values of every two options."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Row = dict[str, int]  # the index of each option's value
 
 
 def pairwise(factors: dict[str, list[Any]], seed: int = 0) -> list[dict[str, Any]]:
-    """Greedy: each next row starts from a pair not seen yet and takes the values that add the most new pairs."""
+    """Greedy: each row starts from an uncovered pair and takes the values that cover the most new pairs."""
     rng = Random(seed)
     names = list(factors)
     missing = {

@@ -88,7 +88,7 @@ def by_token(call):
 
 
 def run(call, implementation):
-    """append_kv; plain JAX as one program, which compiles sooner than its operations do one by one."""
+    """Calls append_kv, with "xla" under jit: one program compiles sooner than its operations one by one."""
     return (_in_plain_jax if implementation == "xla" else append_kv)(**call, implementation=implementation)
 
 
@@ -120,7 +120,7 @@ def quantised(row, scale, dtype):
 
 
 def check(call, implementation):
-    """Compares with the contract, bit for bit."""
+    """Compares append_kv with by_token(), bit for bit."""
     got = run(call, implementation)
     for name, x, y in zip(("k_pages", "v_pages", "kv_lengths"), got, by_token(call), strict=True):
         assert x.dtype == y.dtype
@@ -154,7 +154,7 @@ def test_tokens_go_to_the_slots_after_their_length(size, new, layout):
     )
 
 
-# On sm_90, tokens of 2 KB and more are copied by warps, several tokens per warp in this many.
+# On sm_90, warps copy tokens of 2 KB and more; with MANY tokens a warp copies several.
 WIDE = dict(heads=24, d=128, dv=64, size=16, entries=60)
 MANY = (500, 940, 900) if IMPLEMENTATION == "cuda" else (2, 9, 7)
 
@@ -246,7 +246,7 @@ def test_what_goes_to_a_page_outside_the_pool_is_dropped_and_not_counted(impleme
 
 def test_unused_entries_are_not_read(implementation):
     require(implementation)
-    # Needs pages 0 and 1, page 0, and pages 2 and 3 of the tables.
+    # The sequences need entries 0 and 1, entry 0, and entries 2 and 3 of their tables.
     call = arguments(lengths=(3, 0, 11), new=3)
     garbage = np.resize(np.asarray(GARBAGE, np.int32), (N, 5))
     needed = np.asarray([[1, 1, 0, 0, 0], [1, 0, 0, 0, 0], [0, 0, 1, 1, 0]], bool)
@@ -306,7 +306,7 @@ def test_the_pools_given_are_left_alone_unless_donated(implementation):
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("turned", [D, 6])
 def test_keys_are_rotated_by_their_position(implementation, interleaved, turned, dtype, pool_dtype):
-    """Equal to one unit in the last place; positions past the tables use their last row."""
+    """Keys agree to one unit in the last place; positions past the tables use the last row."""
     require(implementation)
     call = arguments(
         dtype=dtype,

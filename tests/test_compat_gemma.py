@@ -1,4 +1,4 @@
-"""compat.gemma against gemma's equations, over stand-ins of its modules, and against gemma where it is installed."""
+"""Compares compat.gemma with gemma's equations on mock modules, and with gemma if it is installed."""
 
 import enum
 import sys
@@ -114,7 +114,7 @@ def padded(mask):
 
 
 def projected(layer, x, positions):
-    """q, k and v of gemma's equations, in numpy."""
+    """Computes q, k and v by gemma's equations, in numpy."""
     new, w = isinstance(layer, Gemma4), layer.w
     turn = 1 + 0.01 * positions[..., None, None] * (1.5 if new else 1.0) / 2
     q, k, v = (np.einsum("btd,ndh->btnh", x, w[name]) for name in "qkv")
@@ -156,7 +156,7 @@ def test_a_layer_without_a_cache(cls, name, images, ranges):
 @pytest.mark.parametrize("ranges", [False, True])
 @pytest.mark.parametrize("cls", [Gemma3, Gemma4])
 def test_steps_after_a_padded_prompt(cls, ranges):
-    """A prompt, whose padding stays in the cache, and then a token: its window is two ranges of keys."""
+    """The padding of a prompt stays in the cache, so the window of the next token is two ranges of keys."""
     layer = patched(cls, ranges, attn_type=Type.LOCAL_SLIDING, sliding_window_size=6)
     positions = np.maximum(np.cumsum(USED, 1) - 1, 0).astype(np.int32)
     cache, out = layer(X, positions, layer.init_cache(), padded(text()))

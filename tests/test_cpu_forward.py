@@ -1,4 +1,4 @@
-"""The CPU forward: the contract on every instruction set, the same bits for any number of threads."""
+"""The CPU forward is correct on every instruction set, with the same bits for any number of threads."""
 
 from __future__ import annotations
 

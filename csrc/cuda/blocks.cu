@@ -1,5 +1,5 @@
-// What block masks and boolean masks leave to tiles: lists that kernels of score kinds Blocks and ListedMask
-// go through.
+// Builds the lists of core/visible/key_tiles.h, of the tiles in which a block mask or a boolean mask leaves
+// some key visible.
 #include "core/sequence.h"
 #include "core/visible/key_tiles.h"
 #include "core/visible/mask_tiles.h"
@@ -12,7 +12,8 @@ namespace {
 
 constexpr int kConsumersOfTile = 2;
 
-// Where a call's mask comes from: at() is what it shows to the heads from `head` on.
+// The source of a call's mask. at() returns the mask of the heads from `head` on: the operand `block_mask`,
+// or the tiles of a boolean mask.
 struct GivenBlocks {
   __device__ BlockMask at(const Problem& p, int64_t leading, const Sequence& s, int32_t head) const {
     return block_mask_of(p, leading, s, head);
@@ -25,7 +26,7 @@ struct FoundTiles {
   }
 };
 
-// What rows [rows.lo, rows.hi) of head h see of keys, not empty, of one block.
+// How much of `keys`, which lie in one block, the rows of head h see. `keys` is not empty.
 template <class Mask>
 __device__ SeenPiece seen_piece(const Band& band, const Mask& blocks, int32_t h, const Interval& rows,
                                 const Interval& keys) {
@@ -36,7 +37,7 @@ __device__ SeenPiece seen_piece(const Band& band, const Mask& blocks, int32_t h,
   return whole.lo <= keys.lo && keys.hi <= whole.hi ? SeenPiece::kAll : SeenPiece::kSome;
 }
 
-// A warp for each query tile: its list. keys: of a key tile.
+// One warp makes the list of one query tile. `keys`: the number of keys in a key tile.
 template <class Source>
 __global__ void __launch_bounds__(32)
     list_key_tiles(const __grid_constant__ Problem p, const __grid_constant__ Source source,
@@ -55,7 +56,7 @@ __global__ void __launch_bounds__(32)
   const Interval seen = band.rows(row, end);
   const int32_t pieces = keys / to.keys;  // pieces per tile
   KeyPieces* const own = to.tiles + list * to.most;
-  int32_t count = 0, last = 0;  // pieces so far, and the first key of the last
+  int32_t count = 0, last = 0;  // pieces so far; the first key of the last piece
   for (int32_t first = seen.lo / to.keys * to.keys; first < seen.hi; first += 32 * to.keys) {
     const int32_t key = first + lane * to.keys;
     SeenPiece of[kConsumersOfTile] = {SeenPiece::kNone, SeenPiece::kNone};
@@ -80,13 +81,13 @@ __global__ void __launch_bounds__(32)
   const int32_t of_last = count - count / pieces * pieces;
   for (int32_t i = of_last; of_last > 0 && i < pieces; ++i)
     own[count / pieces].piece[i] = KeyPieces::make(kNoKeys, SeenPiece::kNone, SeenPiece::kNone);
-  // Keys of another sequence may follow this one, and empty pieces are loaded as zeros.
+  // Rows of V in [k_len, k_rows) may hold NaN. TMA loads zeros past k_rows, and for pieces without keys.
   const bool cut = last + to.keys > s.k_len && s.k_len < p.k_rows;
   const int32_t before_last = (of_last > 0 ? of_last - 1 : pieces - 1) * to.keys;
   to.lists[list] = {(count + pieces - 1) / pieces, cut ? before_last + s.k_len - last : keys};
 }
 
-// What rows see of keys, neither empty, that may be of several blocks.
+// How much of `keys`, which may lie in several blocks, the rows of head h see. `keys` is not empty.
 template <class Mask>
 __device__ SeenPiece seen_keys(const Band& band, const Mask& blocks, int32_t h, const Interval& rows,
                                const Interval& keys) {
@@ -100,17 +101,18 @@ __device__ SeenPiece seen_keys(const Band& band, const Mask& blocks, int32_t h, 
 }
 
 constexpr int kStepWarps = 8;
-enum StepKind { kOfFirst, kOfSecond, kOfBoth, kStepKinds };  // the consumers that see some keys of a step
+enum StepKind { kOfFirst, kOfSecond, kOfBoth, kStepKinds };  // the consumers some of whose keys are seen
 
-// The place of the i-th step of a kind in a list with so many steps of each kind. Steps of both consumers
-// come first, then those of either one in turn, so that no consumer is without work for long.
+// The index in the list of the i-th step of a kind. `steps`: the number of steps of each kind. Steps with
+// work for both consumers come first. Then steps for the first and for the second alternate, so that neither
+// idles.
 __device__ int32_t place_of(StepKind kind, int32_t i, const int32_t (&steps)[kStepKinds]) {
   const int32_t pairs = min(steps[kOfFirst], steps[kOfSecond]);
   if (kind == kOfBoth) return i;
   return steps[kOfBoth] + (i < pairs ? 2 * i + (kind == kOfSecond) : pairs + i);
 }
 
-// A CTA for each key tile: its list, of query tiles of `rows` rows.
+// One CTA makes the list of one key tile. `tiles`: key tiles of a head; `rows`: rows of a query tile.
 template <class Source>
 __global__ void __launch_bounds__(32 * kStepWarps)
     list_steps(const __grid_constant__ Problem p, const __grid_constant__ Source source,
@@ -162,7 +164,7 @@ __global__ void __launch_bounds__(32 * kStepWarps)
   if (thread == 0) to.counts[list] = steps[kOfFirst] + steps[kOfSecond] + steps[kOfBoth];
 }
 
-// Makes the lists of a plan that has any.
+// Launches the kernel that makes the plan's lists, if it has any.
 template <class Source>
 cudaError_t launch_lists(const Problem& p, const Source& source, const LaunchPlan& plan, void* workspace,
                          cudaStream_t stream) {

@@ -1,5 +1,5 @@
-// How much a boolean mask shows of its tiles (core/visible/mask_tiles.h), at the speed of memory: the mask is
-// read once, 8 keys at a time where its strides allow that.
+// Finds how much of each tile a boolean mask shows (core/visible/mask_tiles.h). The kernel is memory-bound:
+// it reads the mask once, 8 keys per load where strides allow that.
 #include "core/visible/mask_tiles.h"
 
 #include "cuda/launch.h"
@@ -9,17 +9,18 @@
 namespace jax_flash {
 namespace {
 
-constexpr int kTiles = 8;                              // that a CTA finds: neighbours in a row of tiles
-constexpr int kWarps = 8, kRows = kRowBlock / kWarps;  // of a warp
+constexpr int kTiles = 8;                              // tiles of a CTA, neighbours in a row of tiles
+constexpr int kWarps = 8, kRows = kRowBlock / kWarps;  // kRows: rows of a warp
 constexpr int kKeys = kTiles * kRowBlock;
-constexpr int kChunk = 8, kChunkLanes = kRowBlock / kChunk;  // keys of a load, loads of a tile's row
+constexpr int kChunk = 8, kChunkLanes = kRowBlock / kChunk;  // keys per load; loads per row of a tile
 
-// Bit t of tile t: whether some row sees some key, whether no row sees some key not.
+// Bit t is for tile t. any: some row sees some key; all: every row sees every key.
 struct TileBits {
   uint32_t any, all;
 };
 
-// The warp's rows [rows, keys] from `from` on, 8 keys at a time.
+// The bits of a warp's elements [rows, keys] at `from`, read 8 keys per load. Elements past the mask's end do
+// not count.
 __device__ TileBits bits_of_chunks(const uint8_t* from, int64_t row, int32_t rows, int32_t keys) {
   constexpr int kSteps = kKeys / (32 * kChunk);
   const int32_t lane = static_cast<int32_t>(threadIdx.x % 32);
@@ -56,7 +57,7 @@ __device__ TileBits bits_of_chunks(const uint8_t* from, int64_t row, int32_t row
   return bits;
 }
 
-// The same by single elements, of any strides.
+// The same, element by element, for any strides.
 __device__ TileBits bits_of_elements(const uint8_t* from, int64_t row, int64_t column, int32_t rows,
                                      int32_t keys) {
   const int32_t lane = static_cast<int32_t>(threadIdx.x % 32);
@@ -79,7 +80,7 @@ __device__ TileBits bits_of_elements(const uint8_t* from, int64_t row, int64_t c
   return {any, ~hidden};
 }
 
-// A CTA for kTiles tiles. groups: CTAs of a row of tiles.
+// A CTA finds kTiles tiles. `groups`: CTAs per row of tiles.
 __global__ void __launch_bounds__(32 * kWarps)
     find_mask_tiles(const __grid_constant__ Problem p, const __grid_constant__ MaskTiles to,
                     uint32_t groups) {

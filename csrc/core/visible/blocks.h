@@ -1,21 +1,21 @@
-// The operand `block_mask`: which blocks of keys each block of query rows sees, as data.
+// The operand `block_mask`, which says which blocks of keys each block of query rows sees.
 #pragma once
 
 #include "../band.h"
 
 namespace jax_flash {
 
-inline constexpr int32_t kLeastBlock = 16;  // divides the numbers of rows and keys in a block
+inline constexpr int32_t kLeastBlock = 16;  // block sizes are multiples of this
 
-// How much of some keys some rows see.
+// How much of a set of keys a set of rows sees.
 enum class SeenPiece : int32_t { kAll = 0, kNone = 1, kSome = 2 };
 
 JF_HD SeenPiece seen_piece_of(bool any, bool all) {
   return !any ? SeenPiece::kNone : all ? SeenPiece::kAll : SeenPiece::kSome;
 }
 
-// The blocks of one sequence, from a first head on. Rows past the last block see nothing, and no row sees
-// keys past it.
+// The block mask of one sequence, from one head on. Rows past the last block see no key, and no row sees keys
+// past the last block.
 struct BlockMask {
   const uint8_t* seen = nullptr;  // [block of rows, block of keys]; null: hides nothing
   int64_t head = 0, row = 0;      // strides, in elements
@@ -28,7 +28,8 @@ struct BlockMask {
   JF_HD bool sees_block(int32_t h, int32_t at, int32_t column) const {
     return at < rows && column < columns && seen[h * head + at * row + column] != 0;
   }
-  // How much of the keys, which are of one block, the rows of head h see; neither interval is empty.
+  // How much of `keys`, which lie in one block, the rows of head h see. Neither interval is empty, and the
+  // position must be 0.
   JF_HD SeenPiece seen_in_block(int32_t h, const Interval& rows, const Interval& keys) const {
     const int32_t column = keys.lo / block_keys;
     bool any = false, all = true;

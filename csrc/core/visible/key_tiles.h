@@ -1,6 +1,6 @@
-// Lists for block masks and boolean masks: for each query tile the key tiles that it sees, and for each key
-// tile the query tiles that see it. A kernel makes them once per call (cuda/blocks.cu) for the kernels of
-// score kinds Blocks and ListedMask.
+// Lists of tiles for block masks and boolean masks: the key tiles that each query tile sees, or the query
+// tiles that see each key tile. A kernel makes them once per call (cuda/blocks.cu) for the kernels of score
+// kinds Blocks and ListedMask.
 #pragma once
 
 #include "blocks.h"
@@ -10,9 +10,9 @@ namespace jax_flash {
 inline constexpr int32_t kMostPieces = 4;    // pieces per key tile
 inline constexpr int32_t kNoKeys = 1 << 30;  // first key of an empty piece: past every sequence
 
-// A key tile consists of pieces of consecutive keys, stored one after the other. A piece is given by its
-// first key, a multiple of 16, and how much of it the rows of both consumer warpgroups see. Unused pieces are
-// 0.
+// A listed key tile is a sequence of pieces, each of consecutive keys. An element packs the piece's first
+// key, a multiple of 16, with how much of the piece the rows of each consumer warpgroup see. Unused elements
+// are 0.
 struct alignas(16) KeyPieces {
   int32_t piece[kMostPieces];
 
@@ -29,7 +29,7 @@ struct alignas(16) KeyPieces {
   }
 };
 
-// The list of a query tile, in ascending order. Only its last tile has pieces without keys.
+// The list of a query tile, in ascending order of keys. Only its last tile may have pieces without keys.
 struct KeyList {
   int32_t tiles;
   int32_t last_values;  // valid rows of V in the last tile
@@ -40,19 +40,19 @@ struct KeyList {
 struct KeyLists {
   KeyPieces* tiles = nullptr;
   KeyList* lists = nullptr;
-  int32_t most = 0;         // most tiles of a list
+  int32_t most = 0;         // capacity of a list, in tiles
   int32_t keys = 0;         // keys of a piece
   int32_t rows = 0;         // stride between query tiles
   int32_t heads = 0;        // heads of a query tile
   int32_t query_tiles = 0;  // query tiles of a head
 };
 
-// A step of the backward on a key tile: a query tile of one of the heads, packed with how much of both
-// consumers' keys its rows see.
+// A step of the backward: a query tile of one of the heads, packed with how much of each consumer's keys its
+// rows see.
 struct ListedStep {
   static constexpr int32_t kMostHeads = 1 << 7, kMostTiles = 1 << 20;
 
-  // Whether there is a step for every query head of a KV head and every query tile of `tile` rows.
+  // Whether the heads of a KV head and the query tiles of `tile` rows fit into the packed fields.
   static bool fit(int64_t heads, int64_t kv_heads, int64_t rows, int64_t tile) {
     return kv_heads > 0 && heads / kv_heads <= kMostHeads && ceil_div(rows, tile) <= kMostTiles;
   }
@@ -66,7 +66,7 @@ struct ListedStep {
 // The lists of all key tiles of a call.
 struct StepLists {
   int32_t *steps = nullptr, *counts = nullptr;
-  int32_t most = 0;  // most steps of a list
+  int32_t most = 0;  // capacity of a list, in steps
 };
 
 }  // namespace jax_flash

@@ -1,5 +1,5 @@
-// How much a boolean mask shows of tiles of kRowBlock query rows and as many keys. A kernel finds it once per
-// call (cuda/mask_tiles.cu), and the lists of core/visible/key_tiles.h are made of it.
+// How much of each tile of kRowBlock × kRowBlock elements a boolean mask shows. A kernel computes this once
+// per call (cuda/mask_tiles.cu); the lists of core/visible/key_tiles.h are made from it.
 #pragma once
 
 #include "key_tiles.h"
@@ -7,22 +7,22 @@
 
 namespace jax_flash {
 
-// The tiles of a call, or from at() those of one head and the heads after it. What the mask broadcasts has
-// one entry: strides are 0 there.
+// The tiles of a call; at() returns those from one head on. Dimensions that the mask broadcasts have one
+// entry and stride 0.
 struct MaskTiles {
   static constexpr int32_t block_keys = kRowBlock;
 
   uint8_t* seen = nullptr;                            // SeenPiece of [leading, batch, head, row, column]
   int64_t leading = 0, batch = 0, head = 0, row = 0;  // strides
   int32_t rows = 0, columns = 0;                      // tiles of a head
-  int64_t heads = 0;                                  // entries of all leading, batch and head dimensions
+  int64_t heads = 0;  // product of the stored leading, batch and head dimensions
 
   JF_HD MaskTiles at(int64_t leading_entry, int32_t batch_entry, int32_t first_head) const {
     MaskTiles own = *this;
     own.seen += leading_entry * leading + batch_entry * batch + first_head * head;
     return own;
   }
-  // How much of the keys, which are of one tile, the rows of head h see; neither interval is empty.
+  // How much of `keys`, which lie in one tile, the rows of head h see. Neither interval is empty.
   JF_HD SeenPiece seen_in_block(int32_t h, const Interval& of_rows, const Interval& keys) const {
     const uint8_t* const first = seen + h * head + keys.lo / kRowBlock;
     bool any = false, all = true;

@@ -1,5 +1,5 @@
-// The operand `ranges`: one or two ranges of keys for each row, as data. A row sees the keys in its ranges
-// that the band and the lengths do not hide.
+// The operand `ranges`, with one or two ranges of keys for each row. A row sees the keys in its ranges that
+// the band and the lengths do not hide.
 #pragma once
 
 #include "../band.h"
@@ -13,14 +13,14 @@ struct SeenKeys {
   JF_HD bool contains(int32_t j) const { return hull.contains(j) && !hole.contains(j); }
 };
 
-// From the first to the last of two intervals; {0, 0} where both are empty, whatever their limits are.
+// The smallest interval that contains both; {0, 0} if both are empty.
 JF_HD Interval hull_of(Interval a, Interval b) {
   if (a.empty()) return b.empty() ? Interval{0, 0} : b;
   if (b.empty()) return a;
   return {a.lo < b.lo ? a.lo : b.lo, a.hi > b.hi ? a.hi : b.hi};
 }
 
-// The ranges of the rows of one sequence, from a first query head on. Limits may hold any numbers.
+// The ranges of the rows of one sequence, from one query head on. Limits may hold any numbers.
 struct RowRanges {
   const int32_t* limits = nullptr;  // lo and hi of each range; null: every row sees all keys
   int64_t head = 0, row = 0;        // strides, in elements
@@ -28,8 +28,8 @@ struct RowRanges {
 
   JF_HD explicit operator bool() const { return limits != nullptr; }
 
-  // `keys`: the keys that the band leaves to the row. A row past the sequence's length sees none; it has no
-  // limits that could be read.
+  // `keys`: the keys that the band leaves to the row; empty for a row past the sequence's length, whose
+  // limits must not be read.
   JF_HD SeenKeys seen(int32_t h, int32_t i, Interval keys) const {
     if (!limits || keys.empty()) return {keys, {0, 0}};
     const int32_t* x = limits + h * head + i * row;
@@ -42,7 +42,7 @@ struct RowRanges {
   }
 };
 
-// The ranges at query head `first` and those after it.
+// The ranges from query head `first` on.
 JF_HD RowRanges row_ranges(const Problem& p, int64_t leading, const Sequence& s, int32_t first) {
   const View& view = p.ranges;
   if (!view) return {};
@@ -56,8 +56,8 @@ struct QueryRange {
   int32_t heads = 1;
 };
 
-// What a set of rows sees of an interval of keys. No row sees a key outside of `any`; every row sees all keys
-// in `all`. `holes`: some row does not see a key that lies between two keys that it sees.
+// The keys of an interval that a set of rows sees. No row sees a key outside `any`; every row sees all keys
+// in `all`. `holes`: some row does not see a key between two keys that it sees.
 struct SeenByRows {
   Interval any{0, 0}, all{0, 0};
   bool holes = false;

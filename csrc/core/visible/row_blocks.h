@@ -1,12 +1,12 @@
-// Which keys a block of query rows sees, by the band and by ranges. A kernel computes this once per call
-// (cuda/ranges.cu), and the kernels of score kind Ranges use it to skip key tiles.
+// The keys that each block of query rows sees by the band and by ranges. A kernel computes them once per call
+// (cuda/ranges.cu), and the kernels of score kind Ranges skip key tiles with them.
 #pragma once
 
 #include "ranges.h"
 
 namespace jax_flash {
 
-inline constexpr int32_t kRowBlock = 64;  // rows of a block, as many as a consumer warpgroup has
+inline constexpr int32_t kRowBlock = 64;  // rows of a block, and of a consumer warpgroup
 
 // No row sees a key outside `any` or inside `gap`, which lies within `any`. Every row sees all keys of both
 // intervals in `whole`.
@@ -20,7 +20,7 @@ struct alignas(16) SeenByTile {
 };
 
 // Removes from `gap` the keys `seen` of a row without a hole. If that would cut the gap in two, only the part
-// behind these keys stays a gap.
+// after these keys is kept.
 JF_HD Interval shrink_gap(Interval gap, Interval seen) {
   if (seen.empty() || seen.hi <= gap.lo || gap.hi <= seen.lo) return gap;
   if (seen.hi >= gap.hi) return {gap.lo, seen.lo};
@@ -31,7 +31,7 @@ JF_HD Interval shrink_gap(Interval gap, Interval seen) {
 struct LimitsOfRows {
   Interval any{INT32_MAX, 0};     // the smallest lo, the largest hi
   Interval all{0, INT32_MAX};     // the largest lo, the smallest hi
-  Interval hole{0, INT32_MAX};    // the intersection of the holes, of rows that have one
+  Interval hole{0, INT32_MAX};    // the intersection of the holes of rows that have one
   int32_t first_end = INT32_MAX,  // the smallest end of a row's first range
       last_begin = 0;             // the largest begin of a row's last range
 

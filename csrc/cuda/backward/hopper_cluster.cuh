@@ -1,9 +1,9 @@
-// The backward for sm_90a and head dims above 128, whose dK and dV of 128 keys are more than the registers of
-// an SM hold. A cluster of two CTAs works on a key tile [N, d], 64 keys each, and steps through the same
-// query tiles [M, d] together: each CTA loads half of Q and dO for both, and computes half of dQ's columns of
-// all keys, for which the CTAs exchange dS.
+// The backward for sm_90a and head dims above 128. At 256, dK and dV of 128 keys would take all registers of
+// an SM, so a cluster of two CTAs shares a key tile [N, d], 64 keys each. Both step through the same query
+// tiles [M, d]. Each CTA loads half of Q and dO for both, and computes half of the columns of dQ from all
+// keys of the tile, for which the CTAs exchange dS.
 //
-//   producer warpgroup               consumer warpgroups, all of the CTA's 64 keys; for steps i:
+//   producer warpgroup               consumer warpgroups, each for all 64 keys of the CTA; step i:
 //
 //   warp 0, a thread: scheduler      1: Sᵀ = K Qᵀ, Pᵀ = exp(Sᵀ − lse)    2: dK += dSᵀ Q of step i − 1
 //   warp 1, a thread: K, Q by TMA       Pᵀ to shared memory ── p_pipe ──►   dPᵀ = V dOᵀ
@@ -12,13 +12,13 @@
 //   warp 3, a thread: V, dO by TMA                                              │ ds_pipe, parts
 //                                    3: dQ = dS K, and sums += dQ        ◄─────┘
 //
-// A warpgroup for each of the sums has as many registers as it needs, and the three wait for each other only
-// through stages of shared memory. With a score option W = Pᵀ ∘ score'(Sᵀ), with a minus where dropout drops
-// the element, goes from 1 to 2 in the place of Pᵀ.
+// dV, dK and dQ each have a warpgroup, with as many registers as its sum needs. The three wait for each other
+// only at pipelines of shared memory. If the score has a derivative or dropout, 1 passes W = Pᵀ ∘ score'(Sᵀ)
+// to 2 instead of Pᵀ, negated where dropout drops the element.
 //
-// Above head dim 256 dK and dV of 64 keys need all registers of an SM. So both CTAs work on the same 64 keys
-// and queries (kSplitsColumns), each on half of the columns of K, V, Q and dO, and of dK, dV and dQ. They
-// send each other their parts of Sᵀ and dPᵀ, so that both have all of P and dS.
+// At head dim 512, dK and dV of 64 keys take all registers of an SM. So above 256 both CTAs work on the same
+// 64 keys and queries (kSplitsColumns), each on half of the columns of K, V, Q, dO, dK, dV and dQ. They send
+// each other their parts of Sᵀ and dPᵀ, and both compute all of P and dS.
 //
 // docs/kernels/hopper-backward.md has the reasons and timings.
 #pragma once
@@ -39,9 +39,9 @@
 
 namespace jax_flash {
 
-// A row of csrc/kernels.def. A CTA's tiles of K, Q, V and dO consist of two halves of their columns: ptxas
-// allows a wgmma no more columns than a quarter of the registers of a thread of four warpgroups, and with
-// keys of its own a CTA's dQ needs half of K's columns.
+// The kernel of a row of csrc/kernels.def. A CTA's tiles of K, Q, V and dO are stored as two halves of their
+// columns: with four warpgroups ptxas has registers for wgmmas of at most 128 columns, and a CTA with keys of
+// its own needs half of K's columns for dQ.
 template <class T, Row R, ScoreKind Kind>
 struct BackwardClusterSm90 {
   using Element = T;
@@ -50,18 +50,18 @@ struct BackwardClusterSm90 {
   static constexpr bool kOrdered = true;  // tickets may order the additions to dQ
   static constexpr bool kStartsFromDelta = false;
   static constexpr int kCluster = hopper::kClusterCtas, kConsumers = 3, kThreads = R.warps * 32;
-  // CTAs that share keys, each with columns of its own; and parts of a tile's keys that CTAs have of their
-  // own.
+  // The CTAs of a cluster either share their keys and split the columns (kSharers = 2, kKeyParts = 1), or
+  // split the keys (1, 2).
   static constexpr int kSharers = hopper::sharers(R), kKeyParts = kCluster / kSharers;
   static constexpr bool kSplitsColumns = kSharers > 1;
   static constexpr int kM = M, kN = N, kStages = R.stages;
-  // Bias or mask alone are staged in tiles; with other options there are no registers for that.
+  // A bias or mask is staged in tiles only without other options, because registers would spill.
   static constexpr ScoreKind kTilesOf = Kind == ScoreKind::kGeneralDropout ? ScoreKind::kPlain : Kind;
   static constexpr auto kHas =
       hopper::backward_cluster_stages(R, 2 * score_tile_bytes(kTilesOf, M, kConsumerRows));
   static constexpr int kDoStages = kHas.dout_halves, kDsStages = kHas.ds;
   static constexpr bool kDqByTma = kHas.dq;
-  // Columns of dQ at a time.
+  // Columns of dQ that one wgmma computes.
   static constexpr int kDqColumns = (HeadDim > 192 ? HeadDim / 4 : HeadDim / 2) / kSharers;
   using KHalf = SharedTile<T, kConsumerRows, HeadDim / kSharers / 2>;
   using VHalf = SharedTile<T, kConsumerRows, ValueDim / kSharers / 2>;
@@ -125,11 +125,11 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   }
   __syncwarp();
   ptx::sync_any_group(0, C::kThreads);
-  ptx::sync_cluster_of_any_lanes();  // before, the other CTA must not use this CTA's memory
+  ptx::sync_cluster_of_any_lanes();  // the other CTA may access this CTA's shared memory until here
 }
 
-// Query tiles per ticket, as a power of two. It is one tile if sequences are short: each key tile is one
-// ticket behind the one before it, and a larger lag would take too much of the time.
+// log2 of the query tiles per ticket. Each key tile runs one ticket behind the key tile before it, so short
+// sequences have smaller tickets: there this lag would be much of the total time.
 inline int32_t ticket_shift(const Problem& p, int32_t block_m) {
   constexpr int64_t kManyTiles = 64;  // query tiles of a sequence
   const int64_t rows = p.packed() ? p.q_rows / std::max(p.batch, 1) : p.q_rows, heads = p.heads / p.kv_heads;

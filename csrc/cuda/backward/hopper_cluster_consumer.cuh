@@ -1,7 +1,7 @@
-// The base of the consumer warpgroups of cuda/backward/hopper_cluster.cuh, and the warpgroup that computes P
-// and dV. Scores are transposed, with a row for each of the CTA's 64 keys, so that Pᵀ and dSᵀ are in
-// registers as the left operands of dV and dK. A thread of the first two warpgroups has the same
-// elements of Sᵀ and of dPᵀ.
+// The base class of the consumer warpgroups of cuda/backward/hopper_cluster.cuh, and the warpgroup that
+// computes P and dV. Scores are transposed, with a row for each of the CTA's 64 keys, so that Pᵀ and dSᵀ are
+// in registers as the left operands of dV and dK. The same thread of the first two warpgroups holds the same
+// elements of Sᵀ and dPᵀ.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@
 
 namespace jax_flash {
 
-// The base of the three warpgroups.
+// The state and helpers that all three warpgroups share.
 template <class C>
 struct ClusterConsumer {
   using Config = C;
@@ -52,20 +52,20 @@ struct ClusterConsumer {
     return uniform(tile().work.tile.row) + part() * kConsumerRows + warp_row();
   }
 
-  // The stage that holds a half of a step's dO.
+  // The use of do_pipe for one half of a step's dO.
   __device__ __forceinline__ static uint32_t do_use(uint32_t use, int half) { return 2 * use + half; }
   __device__ __forceinline__ const uint8_t* d_out(uint32_t use, int half) const {
     return shared.d_out[do_use(use, half) % C::kDoStages];
   }
 
-  // The address of a warp's 16 keys of Pᵀ, then of dSᵀ, for stmatrix and ldmatrix.
+  // This lane's address in the warp's 16 keys of Pᵀ, later dSᵀ, for stmatrix and ldmatrix.
   __device__ __forceinline__ LaneAddress<DsTile> ds_address(uint32_t use) const {
     return {ptx::shared_address(shared.ds[use % C::kDsStages]),
             static_cast<int>(part() * kConsumerRows + warp_row() + ptx::lane_index() % 16),
             static_cast<int>(ptx::lane_index() / 16)};
   }
 
-  // Issues half of the k steps of A Bᵀ, whose operands are K-major.
+  // Issues S (+)= A Bᵀ over half of a CTA's columns. Both operands are K-major.
   template <bool kFirst, class Rows, class Columns>
   __device__ __forceinline__ static void start_product(S& to, const uint8_t* rows, const uint8_t* columns) {
     const RowsDescriptor<Rows> a(ptx::here(ptx::shared_address(rows)));
@@ -92,8 +92,8 @@ struct ClusterConsumer {
     for (int k = 0; k < C::kM / 16; ++k) rounded.load(to.x[0][k], 0, k);
   }
 
-  // K ← 0 and V ← 0 in rows that are not in use. All three warpgroups do this together, each in its own copy
-  // of this code.
+  // K ← 0 and V ← 0 in rows that are not in use, since they may hold NaN. The three warpgroups divide the
+  // rows. Each inlines this code, so their barrier is not aligned.
   __device__ __forceinline__ void clear_keys() const {
     const int32_t clean = uniform(tile().clean_keys);
     if (clean >= C::kN) return;
@@ -116,7 +116,8 @@ struct ClusterConsumer {
     ptx::sync_any_group(1, kThreads);
   }
 
-  // Calls start(step) for the first step of the key tile, next(step) for the others and last() after them.
+  // Calls start(step) for the first step of the key tile, next(step) for the others, then last(number) with
+  // the number of the last step.
   template <class Start, class Next, class Last>
   __device__ __forceinline__ void for_steps(Start start, Next next, Last last) {
     const auto walk = steps_of(tile().walk);
@@ -133,7 +134,7 @@ struct ClusterConsumer {
   }
 };
 
-// Sᵀ, Pᵀ and dV.
+// Computes Sᵀ = K Qᵀ, Pᵀ = exp(Sᵀ − lse) and dV += Pᵀ dO.
 template <class C>
 struct ScoreConsumer : ClusterConsumer<C> {
   using Base = ClusterConsumer<C>;
@@ -144,7 +145,7 @@ struct ScoreConsumer : ClusterConsumer<C> {
   typename C::Fragments pt;  // Pᵀ, rounded
   typename C::DVHalf dv[2];  // dV [64, dv]
 
-  // Whether dSᵀ is computed from the same Pᵀ as dV.
+  // Whether dV and dSᵀ use the same Pᵀ; else share() passes W for dSᵀ.
   static constexpr bool kSharesP = !C::Score::kScalesGradient && !C::Score::kDropout;
 
   __device__ __forceinline__ void start_scores(uint32_t use) {
@@ -182,7 +183,7 @@ struct ScoreConsumer : ClusterConsumer<C> {
     shared.delta_pipe.release(use);
   }
 
-  // Waits for Sᵀ, while kPending products of the step before are in flight.
+  // Waits for Sᵀ, while kPending wgmma groups of the step before are in flight.
   template <int kPending>
   __device__ __forceinline__ void wait_scores(uint32_t use) {
     ptx::wgmma_wait<kPending>();
@@ -190,8 +191,8 @@ struct ScoreConsumer : ClusterConsumer<C> {
     shared.q_pipe.release_in_all(use, C::kKeyParts);
   }
 
-  // Waits for Sᵀ over all columns, with no product in flight. meanwhile() is called while CTAs with columns
-  // of their own exchange their parts.
+  // Waits for Sᵀ over all columns, with no other wgmma in flight. If the CTAs split the columns, calls
+  // meanwhile() while they exchange their parts of Sᵀ.
   template <class Meanwhile>
   __device__ __forceinline__ void complete_scores(uint32_t use, Meanwhile meanwhile) {
     wait_scores<0>(use);
@@ -202,8 +203,8 @@ struct ScoreConsumer : ClusterConsumer<C> {
     }
   }
 
-  // Sᵀ → Pᵀ, rounded, and what dSᵀ is made of to the warpgroup that does so. wait() waits for Sᵀ, and
-  // finish() for the products of the step before that are still in flight then, dV += Pᵀ dO.
+  // pt ← Pᵀ = exp(Sᵀ − lse), rounded; also passes Pᵀ or W to the warpgroup of dSᵀ. wait() waits for Sᵀ, and
+  // finish() for dV += Pᵀ dO of the step before, if it is still in flight.
   template <class Wait, class Finish>
   __device__ __forceinline__ void finish_scores(const QueryStep& number, Wait wait, Finish finish) {
     const QueryStep& step = shared.step_ring.get(number);
@@ -229,7 +230,7 @@ struct ScoreConsumer : ClusterConsumer<C> {
       typename C::Score score;
       score.prefetch_gradient(Tile{*this, step});
       wait();
-      if constexpr (!kSharesP) finish();  // for its registers
+      if constexpr (!kSharesP) finish();  // frees the registers of pt for W
       const StepRows<S, C::kM> rows(shared.statistics[stage], shared.large_lse[stage]);
       S w;
       tile_weights(score, Tile{*this, step}, rows, partial(), s, w);

@@ -8,7 +8,7 @@
 
 namespace jax_flash {
 
-// dPᵀ, dSᵀ and dK.
+// Computes dPᵀ = V dOᵀ, dSᵀ and dK += dSᵀ Q.
 template <class C>
 struct ScoreGradientConsumer : ClusterConsumer<C> {
   using Base = ClusterConsumer<C>;
@@ -32,7 +32,7 @@ struct ScoreGradientConsumer : ClusterConsumer<C> {
     ptx::wgmma_commit();
   }
 
-  // Waits for dPᵀ. meanwhile() is called while CTAs with columns of their own exchange their parts.
+  // Waits for dPᵀ. If the CTAs split the columns, calls meanwhile() while they exchange their parts of dPᵀ.
   template <class Meanwhile>
   __device__ __forceinline__ void finish_dp(uint32_t use, Meanwhile meanwhile) {
     ptx::wgmma_wait<0>();
@@ -46,8 +46,8 @@ struct ScoreGradientConsumer : ClusterConsumer<C> {
     }
   }
 
-  // Issues half of dK += dSᵀ Q. If dPᵀ of the next step is in registers meanwhile, there are none for dSᵀ,
-  // and it is read from shared memory.
+  // Issues one half of the columns of dK += dSᵀ Q. If the CTAs split the columns, the registers hold dPᵀ of
+  // the next step, so wgmma reads dSᵀ from shared memory.
   __device__ __forceinline__ void start_dk(int half, uint32_t use) {
     const uint8_t* const q = shared.q[use % C::kStages][half];
     if constexpr (kDsInRegisters) {
@@ -81,7 +81,7 @@ struct ScoreGradientConsumer : ClusterConsumer<C> {
     shared.q_pipe.release_in_all(use, C::kKeyParts);
   }
 
-  // dSᵀ = Pᵀ ∘ (dPᵀ − delta), with the score's own derivative. CTAs with keys of their own send it to each
+  // dSᵀ = Pᵀ ∘ (dPᵀ − delta), or dSᵀ = |W| (drop(dPᵀ) − delta). CTAs with different keys send it to each
   // other.
   __device__ __forceinline__ void differentiate(uint32_t use) {
     const uint32_t stage = use % C::kStages;

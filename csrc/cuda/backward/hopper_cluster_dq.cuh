@@ -10,9 +10,9 @@
 
 namespace jax_flash {
 
-inline constexpr int32_t kTicketSteps = 2;  // log2 of the query tiles, or heads, of a ticket
+inline constexpr int32_t kTicketSteps = 2;  // log2 of the most query tiles and of the heads in a ticket
 
-// dQ = dS K, half of the columns, of all of the tile's keys.
+// Computes dQ = dS K in this CTA's half of the columns, with all keys of the tile.
 template <class C>
 struct QueryGradientConsumer : ClusterConsumer<C> {
   using Base = ClusterConsumer<C>;
@@ -66,7 +66,7 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
       ptx::wait_at_least(count_of(step), before);
     }
   }
-  // Called a step later, when the additions are done, so that no warp waits for them.
+  // Called one step after the ticket's last, so that its additions have had time to complete.
   __device__ __forceinline__ void pass_ticket() {
     if (!ticket) return;
     if constexpr (!C::kDqByTma) {
@@ -78,7 +78,7 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
     ticket = nullptr;
   }
 
-  // Issues dQ (+)= dS K for the keys of one CTA and some of the columns.
+  // Issues dQ (+)= dS K for the keys of one CTA and kDqColumns columns.
   template <bool kFirst>
   __device__ __forceinline__ void start_dq(typename C::DQ& dq, uint32_t ds, uint32_t k) {
     const ColumnsDescriptor<DsTile> a(ptx::here(ds));
@@ -92,7 +92,8 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
     ptx::wgmma_commit();
   }
 
-  // Issues dQ = dS K for all of the tile's keys.
+  // Issues dQ = dS K for all keys of the tile and the kDqColumns columns from `column` on. This CTA's keys
+  // come first, because the other CTA's dS arrives later.
   __device__ __forceinline__ void start_all(typename C::DQ& dq, uint32_t use, int column) {
     const uint32_t ds = ptx::shared_address(shared.ds[use % C::kDsStages]);
     const int panel = KHalf::panel_offset(column / 8);
@@ -131,7 +132,7 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
     if (grid.tickets && ends_ticket(step)) ticket = count_of(step);
   }
 
-  // The sums of a step's query tile.
+  // The dQ accumulator of a step's query tile.
   __device__ __forceinline__ float* sums_of(const QueryStep& step) const {
     return sum_tile<C::kM>(p, tile().sums, step.head * grid.sums.tiles + step.tile);
   }
@@ -162,7 +163,7 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
       shared.k_pipe.wait_full(tile_index);
       const auto run_own = [&](const QueryStep& step) {
         if constexpr (kListsSteps<C>) {
-          shared.ds_pipe.wait_full(step.number);  // by then the other warpgroups have passed the step on
+          shared.ds_pipe.wait_full(step.number);  // implies that step_ring holds this step
           run_step(shared.step_ring.get(step));
         } else {
           run_step(step);

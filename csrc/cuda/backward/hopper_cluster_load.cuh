@@ -17,7 +17,7 @@ struct ClusterGradientProducer : GradientProducer<C> {
   using DoHalf = typename C::DoHalf;
   using Base::for_steps, Base::maps, Base::p, Base::shared, Base::step_use, Base::tile_index;
 
-  // Starts the copy of this CTA's half of the rows of a tile to both CTAs.
+  // Multicasts this CTA's half of the rows of a tile to both CTAs. `column`: the tile's first column.
   template <class TileShape>
   __device__ __forceinline__ static void load_for_both(const uint8_t* to, const CUtensorMap& map,
                                                        uint32_t full, ptx::Coordinates at, int32_t column) {
@@ -33,7 +33,8 @@ struct ClusterGradientProducer : GradientProducer<C> {
     }
   }
 
-  // Starts the copy of half of a tile of Q or dO: of all columns to both CTAs, or of this CTA's columns.
+  // Issues the TMA loads of one half of the columns of a tile of Q or dO: of all of the head's columns,
+  // multicast to both CTAs, or of this CTA's columns (kSplitsColumns).
   template <class Half>
   __device__ __forceinline__ static void load_query_half(const uint8_t* to, const CUtensorMap& map,
                                                          uint32_t full, ptx::Coordinates at, int half) {
@@ -44,7 +45,7 @@ struct ClusterGradientProducer : GradientProducer<C> {
     }
   }
 
-  // One thread: Q of the first step, K, then Q of the other steps.
+  // One thread loads Q of the first step, K, then Q of the other steps.
   __device__ __forceinline__ void load_queries() {
     for_steps(
         [&](const Tile& tile, const QueryStep& step) {
@@ -97,12 +98,12 @@ struct ClusterGradientProducer : GradientProducer<C> {
         });
   }
 
-  // The first of a CTA's keys.
+  // The first key of CTA `rank`, as a row of the operand.
   __device__ __forceinline__ static int32_t first_key(const Tile& tile, uint32_t rank) {
     return tile.work.tile.k_begin + tile.work.tile.row + key_part<C>(rank) * kConsumerRows;
   }
 
-  // Starts the copy of half of this CTA's columns of the 64 rows from `at` on.
+  // Loads one half of this CTA's columns, for the 64 rows from `at` on.
   template <class Half>
   __device__ __forceinline__ static void load_half(const uint8_t* to, const CUtensorMap& map, uint32_t full,
                                                    ptx::Coordinates at, uint32_t half) {
@@ -141,7 +142,7 @@ struct ClusterGradientProducer : GradientProducer<C> {
 
   __device__ __forceinline__ static int lane() { return static_cast<int>(ptx::lane_index()); }
 
-  // Q ← 0 in rows that are not in use.
+  // Q ← 0 in rows that are not in use, since they may hold NaN.
   __device__ __forceinline__ void clear_queries(const Tile& tile, const QueryStep& step, bool some) const {
     this->if_unclean(tile, step, some, [&](auto is_clean) {
       shared.q_pipe.wait_full(step.number);
@@ -151,7 +152,7 @@ struct ClusterGradientProducer : GradientProducer<C> {
       ptx::fence_async_shared();
     });
   }
-  // dO ← 0 in rows that are not in use.
+  // dO ← 0 likewise.
   __device__ __forceinline__ void clear_douts(const Tile& tile, const QueryStep& step, bool some) const {
     this->if_unclean(tile, step, some, [&](auto is_clean) {
 #pragma unroll 1

@@ -36,7 +36,7 @@ __device__ __forceinline__ auto steps_of(const Walk& x) {
 }
 __device__ __forceinline__ QueryWalk steps_of(const ListedWalk& x) { return {uniform(x.tiles), 1, 0, 1}; }
 
-// Key tiles whose state a CTA keeps: the one that is worked on, and the next.
+// Key tiles whose state a CTA keeps: the current one and the next.
 inline constexpr int kKeyTileStates = 2;
 
 // Whether a kernel stages tiles of bias or mask.
@@ -51,14 +51,15 @@ struct KeyGrid {
   const Interval* segments;  // [entries, key_tiles]: queries that may share a segment; nullptr: no segments
   int32_t key_tiles;
   QuerySums sums;
-  // In a deterministic call key tile after key tile adds to dQ: for each query tile, how many have done so.
+  // In a deterministic call key tiles add to dQ in ascending order: counts those that have added to a query
+  // tile.
   uint32_t* tickets;     // [entries, h, sums.tiles]; nullptr: in any order
-  int32_t ticket_shift;  // where a thread adds dQ, 2^ticket_shift query tiles for a ticket
+  int32_t ticket_shift;  // if one thread adds dQ, a ticket covers 2^ticket_shift query tiles
   // For kernels of score kind Ranges: the keys that each block of rows sees, and for each key tile the query
   // tiles within its interval of `segments` that see none of its keys (core/visible/row_blocks.h).
   const SeenByBlock* blocks = nullptr;
   const Interval* gaps = nullptr;
-  StepLists lists{};  // for kernels that go through lists
+  StepLists lists{};  // for kernels with listed steps
 
   // The intervals of the key tiles of a sequence.
   __device__ __forceinline__ int64_t first_slot(const Problem& p, const BlockWork& work,
@@ -157,19 +158,19 @@ template <class T, int kConsumers, class Operands>
 struct KeyTileState {
   BlockWork work;
   Band band;
-  WalkOf<Operands> walk;       // through the query tiles in which some row sees one of the keys
-  Interval whole[kConsumers];  // those of these tiles in which all rows see all keys of a consumer
+  WalkOf<Operands> walk;       // the query tiles in which some row sees one of the keys
+  Interval whole[kConsumers];  // query tiles in which every row sees all keys of a consumer
   Interval seen;               // query rows that see a key of the sequence
   Interval clean;              // query rows whose Q and dO may be multiplied, because they are seen or zero
   int32_t clean_keys;          // rows of K and V that may be multiplied, because they are in use or zero
   int32_t kv_head;
-  const float *lse, *delta;  // of the first head
-  float* sums;               // of dQ, of the first head and query tile
-  uint32_t* tickets;         // likewise, where dQ is added up in order
+  const float *lse, *delta;  // at the first head
+  float* sums;               // dQ's accumulator, at the first head and query tile
+  uint32_t* tickets;         // likewise, if dQ is added in order
   GlobalRows<T> dkey, dvalue;
   [[no_unique_address]] Operands score;  // at the first head
 
-  int32_t done;  // all tiles are taken, and this state describes none
+  int32_t done;  // no tile is left, and this state describes none
 
   // Computes the rest of the state from `work`, part by part, because the thread has few registers. Returns
   // false if the tile has no rows.
@@ -219,7 +220,7 @@ struct KeyTileState {
   }
 
  private:
-  // The steps that the mask and the band leave.
+  // Takes the list of steps in which the mask and the band leave some key visible.
   template <class C>
   __device__ __forceinline__ void take_list(const Problem& p, const KeyGrid& grid) {
     const int64_t slot = ((work.leading * p.batch + work.batch_row) * p.kv_heads + kv_head) * grid.key_tiles +
@@ -229,7 +230,7 @@ struct KeyTileState {
     reload_shared();
     walk.list = grid.lists.steps + slot * grid.lists.most;
   }
-  // The query tiles that ranges and the band leave visible.
+  // Limits the walk to the query tiles to which ranges and the band leave some key visible.
   template <class C>
   __device__ __forceinline__ void trim_to_ranges(const Problem& p, const KeyGrid& grid) {
     const TileWork& tile = work.tile;
@@ -292,7 +293,7 @@ struct BackwardShared {
   alignas(1024) float dq[kConsumers][C::kOrdered ? kConsumerRows * C::kDqColumns : kStagesTiles<C> ? 0 : 4];
   [[no_unique_address]] typename C::Tiles::Buffer score_tiles;  // bias and mask
   QueryStatistics<C::kM> statistics[kStages];
-  int32_t large_lse[kStages];  // whether the rounding of some lse would show in P
+  int32_t large_lse[kStages];  // bit 0: some lse_too_large(); other bits: is_partial_of()
   [[no_unique_address]] StepRing<kListsSteps<C>> step_ring;
   using Segments =
       std::conditional_t<kStagesSegments<C>, StepSegments<kStages, kConsumers * kConsumerWarps>, NoSegments>;

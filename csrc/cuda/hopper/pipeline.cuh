@@ -1,5 +1,4 @@
-// The pipelines of the sm_90a kernels: those of a thread block (cuda/pipeline.cuh) and their extension to
-// clusters.
+// The pipelines of the sm_90a kernels: cuda/pipeline.cuh, extended to clusters.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +15,7 @@ struct Pipeline : BlockPipeline<kStages> {
   using Block = BlockPipeline<kStages>;
   using Block::empty_barrier, Block::release, Block::wait_empty, Block::wait_previous_full;
 
-  // This warp has read the stage, which `cluster` CTAs load together; if it is 1, this CTA alone.
+  // Says that this warp has read the stage, to the `cluster` CTAs that load it together, or to this CTA if 1.
   __device__ __forceinline__ void release_in_all(uint32_t use, int cluster) const {
     if (cluster == 1) return release(use);
     __syncwarp();
@@ -24,8 +23,9 @@ struct Pipeline : BlockPipeline<kStages> {
     for (int rank = 0; rank < cluster; ++rank) ptx::barrier_arrive_in(empty_barrier(use), rank);
   }
 
-  // In a cluster the CTA `loader` multicasts into the same stage of all CTAs: consumers release the stage at
-  // the loader's barrier, and the other producers, which only expect the bytes, wait for the previous ones.
+  // In a cluster the CTA `loader` multicasts into the same stage of all CTAs. Consumers release the stage at
+  // the loader's barrier. The other producers only expect the bytes, for which the previous phase must be
+  // over.
   template <int kCluster>
   __device__ __forceinline__ void release(uint32_t use, uint32_t loader) const {
     if constexpr (kCluster == 1) {

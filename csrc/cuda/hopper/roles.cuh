@@ -1,7 +1,7 @@
-// Warp specialisation of the sm_90a kernels: which thread has which role, and how many registers.
+// Warp specialisation of the sm_90a kernels: the role and the registers of each warpgroup.
 //
-// Warpgroup 0 has the producers. Each further warpgroup is a consumer, which owns the 64 rows of a wgmma. A
-// CTA may run several teams side by side: each has some of warpgroup 0's warps, and its own consumers.
+// The warps of warpgroup 0 are producers. Each other warpgroup is a consumer, which owns the 64 rows of a
+// wgmma. A CTA may run several teams, each with some of warpgroup 0's warps and its own consumers.
 #pragma once
 
 #include <cstdint>
@@ -16,12 +16,11 @@ inline constexpr int kWarpgroup = 128;  // threads
 using hopper::kConsumerRows;
 inline constexpr int kConsumerWarps = kWarpgroup / 32;
 
-// Registers of a thread, for `consumers` warpgroups in a CTA: setmaxnreg takes them from the producers.
+// Registers per thread after setmaxnreg, in a CTA with `consumers` consumer warpgroups.
 constexpr int consumer_registers(int consumers) { return consumers <= 2 ? 232 : consumers == 3 ? 160 : 112; }
 constexpr int producer_registers(int consumers) { return consumers <= 2 ? 40 : 32; }
 
-// Whether the registers of all warpgroups are no more than the CTA was launched with; setmaxnreg would wait
-// forever for further ones.
+// Whether the CTA is launched with enough registers for all warpgroups; else setmaxnreg would wait forever.
 constexpr bool registers_suffice(int threads, int consumers) {
   return kWarpgroup *
              (producer_registers(consumers) + (threads / kWarpgroup - 1) * consumer_registers(consumers)) <=
@@ -32,29 +31,28 @@ constexpr bool registers_suffice(int threads, int consumers) {
 __device__ __forceinline__ int32_t uniform(int32_t x) { return __shfl_sync(~0u, x, 0); }
 __device__ __forceinline__ Interval uniform(Interval x) { return {uniform(x.lo), uniform(x.hi)}; }
 
-// Compiler barrier: the fields of p are read again, which saves the registers that would keep them.
+// Compiler barrier: makes the compiler read the fields of p again instead of keeping them in registers.
 __device__ __forceinline__ const Problem& reload(const Problem& p) {
   const Problem* same = &p;
   asm volatile("" : "+l"(same)::"memory");
   __builtin_assume(same->leading.rank <= 1);  // plan() makes sure of this
   return *same;
 }
-// Compiler barrier: shared memory is read again.
+// The same for shared memory.
 __device__ __forceinline__ void reload_shared() { asm volatile("" ::: "memory"); }
 
 // The CTA of a cluster that loads K, and the one that loads V, for all CTAs.
 inline constexpr uint32_t kKeyLoader = 0, kValueLoader = 1;
 
-// Warpgroup 0 are the producers.
 __device__ __forceinline__ int warpgroup_index() {
   return uniform(static_cast<int>(threadIdx.x) / kWarpgroup);
 }
 
-// The number of threads of warpgroup 0 that each team has.
+// Threads of warpgroup 0 per team.
 template <int kTeams>
 inline constexpr int kTeamProducers = kWarpgroup / kTeams;
 
-// A warpgroup's team and, for a consumer, its number in the team.
+// The team of this warp, and the index of a consumer warpgroup in its team.
 template <int kTeams, int kConsumers>
 __device__ __forceinline__ int team_of(int warpgroup) {
   return kTeams == 1      ? 0

@@ -1,6 +1,6 @@
-// Sums that the two CTAs of a cluster make together, because each multiplies half of a product's k dimension
-// (Design::kClusterColumns). Each warpgroup sends its part in float32 to the memory of the same warpgroup of
-// the other CTA, and adds the part that it receives. Addition commutes, so both CTAs have the same bits.
+// Sums over a k dimension that is split between the two CTAs of a cluster (Design::kClusterColumns). Each
+// warpgroup sends its part in float32 to shared memory of the same warpgroup of the other CTA, and adds the
+// part that it receives. Addition commutes, so both CTAs have the same bits.
 #pragma once
 
 #include <cstdint>
@@ -20,21 +20,21 @@ struct SumParts {
   static constexpr uint32_t kThreadBytes = sizeof(float4), kRowBytes = kWarpgroup * kThreadBytes,
                             kTiles = std::extent_v<decltype(Sum::x), 1>, kBytes = kRowBytes * kTiles;
   alignas(16) uint8_t of[kConsumers][kBytes];  // a row of threads for each column tile
-  // Full when the other CTA's part has arrived here, empty when the other CTA has read this one's.
+  // Full when the other CTA's part has arrived here, empty when the other CTA has read this CTA's part.
   Pipeline<1> pipe[kConsumers];
 
-  // `releases`: of a warpgroup.
+  // `releases`: the arrivals of one warpgroup.
   __device__ __forceinline__ void init(uint32_t releases) {
     for (auto& each : pipe) each.init(releases);
   }
 
-  // sum ← sum + the other CTA's part. The warpgroups of both CTAs count their uses alike.
+  // sum ← sum + the other CTA's part. Both CTAs must pass the same `use`.
   __device__ __forceinline__ void add(Sum& sum, int consumer, uint32_t use) const {
     send(sum, consumer, use);
     receive(sum, consumer, use);
   }
 
-  // The two halves of add(), for work in between.
+  // The two halves of add(), between which a caller can do other work.
   __device__ __forceinline__ void send(const Sum& sum, int consumer, uint32_t use) const {
     const Pipeline<1>& part = pipe[consumer];
     const uint32_t other = ptx::cluster_rank() ^ 1, full = part.full_barrier(use);
@@ -64,7 +64,7 @@ struct SumParts {
   __device__ __forceinline__ static uint32_t thread() {
     return static_cast<uint32_t>(ptx::thread_index()) % kWarpgroup;
   }
-  // What this thread receives, and the other CTA's in its memory.
+  // The address at which this thread receives. It is the same in both CTAs.
   __device__ __forceinline__ uint32_t own(int consumer) const {
     return ptx::shared_address(of[consumer]) + thread() * kThreadBytes;
   }

@@ -1,8 +1,8 @@
-// The persistent tile scheduler of the sm_90a kernels: which CTA works on which of a grid's tiles.
+// The persistent tile scheduler of the sm_90a kernels, which gives the tiles of a grid to CTAs.
 //
-// A worker is a CTA, a team of a CTA, or a cluster. Its first tile is its own number. The following tiles
-// come from a counter in global memory or, if all tiles are equally long, at a fixed distance. In a cluster
-// the first CTA takes the number and sends it to the second one's mailbox.
+// A worker is a CTA, a team of a CTA, or a cluster. Its first tile is its own index. The next tiles come from
+// a counter in global memory or, if all tiles are equally long, with a fixed stride. In a cluster the first
+// CTA takes the number and sends it to the second CTA.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -17,7 +17,7 @@
 
 namespace jax_flash {
 
-// Tiles whose state a worker keeps in shared memory: the ones that are scheduled, loaded and consumed.
+// Tiles whose state a worker keeps in shared memory: one each that is scheduled, loaded and consumed.
 inline constexpr int kTileStates = 3;
 
 // The tiles of a grid.
@@ -25,9 +25,9 @@ struct PersistentTiles {
   const TileWork* schedule;  // of packed sequences, else null
   int32_t tiles_per_head;
   uint32_t count;     // tiles of all heads
-  uint32_t* counter;  // counts the tiles that were taken; nullptr: tiles have fixed distances
+  uint32_t* counter;  // counts the tiles that were taken; nullptr: workers have a fixed stride
   uint32_t heads_together;
-  bool back_and_forth = false;  // in the backward, every other group of heads_together goes backwards
+  bool back_and_forth = false;  // in the backward, every other group of heads has its steps in reverse
 };
 
 // Finds the counter in the workspace, if the plan has one, and clears it.
@@ -38,8 +38,8 @@ inline cudaError_t clear_tile_counter(PersistentTiles& tiles, const LaunchPlan& 
   return cudaMemsetAsync(tiles.counter, 0, sizeof(uint32_t), stream);
 }
 
-// The number of heads whose tiles are worked on together: as many as have 32 MB of K and V, which stay in L2,
-// but enough that the last tiles are short ones.
+// The number of heads whose tiles run together: those whose K and V take 32 MB, so that they stay in L2, but
+// at least 8, so that the last tiles are short.
 inline uint32_t heads_together(const Problem& p, uint32_t heads) {
   constexpr int64_t kElements = 1 << 24, kFewest = 8;
   const int64_t all = int64_t{heads} * p.k_rows * (p.head_dim + p.value_dim);
@@ -74,7 +74,7 @@ struct NoMailbox {
   __device__ __forceinline__ void init() {}
 };
 
-// One thread of a worker runs it. kRows: rows of a CTA's tile; kUneven: see find_work().
+// One thread of a worker runs the scheduler. kRows: rows of a CTA's tile; kUneven: see find_work().
 template <Over over, int kRows, int kCluster, int kTeams, class Mailbox, bool kUneven = false>
 struct TileScheduler {
   const PersistentTiles& tiles;
@@ -95,12 +95,12 @@ struct TileScheduler {
     if constexpr (kCluster > 1) mailbox.send(message, number);
     return number;
   }
-  // The worker's tile after `number`. It should be called late: if a worker takes a tile early, while it has
-  // a long one in progress, that tile ends when the other workers have none left.
+  // The worker's tile after `number`. Should be called late: a tile that is taken during a long tile starts
+  // only after it, when the other workers may have no tiles left.
   __device__ __forceinline__ uint32_t next(uint32_t number) {
     return tiles.counter ? workers() + take() : number + workers();
   }
-  // rows, heads: the rows and the heads of a tile.
+  // `rows`, `heads`: the rows and heads of a tile.
   __device__ __forceinline__ BlockWork work(const Problem& p, uint32_t number,
                                             int32_t rows = kCluster * kRows, int32_t heads = 1) const {
     return find_work<over, kUneven>(p, tiles.schedule, tiles.tiles_per_head, rows, {number, tiles.count},

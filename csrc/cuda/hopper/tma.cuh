@@ -1,5 +1,5 @@
-// TMA in the sm_90a kernels. Tiles of 16-bit rows are copied by tensor maps; rows of float32 are copied and
-// added up without a map. One thread issues each copy.
+// TMA in the sm_90a kernels. Tiles of 16-bit elements are copied with tensor maps; float32 vectors are copied
+// and added by bulk copies without a map. One thread issues each copy.
 #pragma once
 
 #include <cstdint>
@@ -12,14 +12,14 @@
 
 namespace jax_flash {
 
-// Where a row of a head begins in an operand's tensor map (tensor_map.h).
+// The coordinates of a row of a head in an operand's tensor map (tensor_map.h).
 __device__ __forceinline__ ptx::Coordinates coordinates_of(const View& view, const BlockWork& work,
                                                            int32_t head, int32_t row) {
   return {0, head, row, work.batch_row, view.leading[0] ? static_cast<int32_t>(work.leading) : 0};
 }
 
-// Loads the box of rows that begins at `at` into a Tile, from row `first` on. With kCluster > 1 the same tile
-// of every CTA of the cluster receives it. The full barrier counts the bytes.
+// Loads the box of rows at `at` into a Tile, from its row `first` on, by multicast to all CTAs if kCluster
+// > 1. `barrier` counts the bytes.
 template <class Tile, int kCluster = 1>
 __device__ __forceinline__ void load_rows(uint32_t tile, int32_t first, const CUtensorMap& map,
                                           uint32_t barrier, ptx::Coordinates at) {
@@ -51,10 +51,10 @@ __device__ __forceinline__ void load_statistics(uint32_t shared, const float* fr
   ptx::copy_bytes(shared, from, count * sizeof(float), barrier);
 }
 
-// to[0, count) += the float32 in shared memory; the conditions on count and addresses are those of
+// to[0, count) += the float32 in shared memory, under the same conditions on count and addresses as
 // load_statistics. The threads that wrote shared memory first run ptx::fence_async_shared(). Afterwards the
-// issuing thread runs ptx::bulk_commit(); ptx::bulk_wait_read() before the shared memory is overwritten; and
-// ptx::bulk_wait() before it signals other threads that the sums are complete.
+// issuing thread runs ptx::bulk_commit(), then ptx::bulk_wait_read() before the shared memory is overwritten,
+// and ptx::bulk_wait() before it signals that the sums are complete.
 __device__ __forceinline__ void add_floats(float* to, uint32_t shared, int32_t count) {
   ptx::reduce_add_floats(to, shared, count * sizeof(float));
 }

@@ -1,5 +1,5 @@
-// The loader of listed keys and values, for the sm_90a kernels: one thread, a TMA box for each
-// 64 columns of each piece of a tile (core/visible/key_tiles.h).
+// The loader of listed key tiles (core/visible/key_tiles.h) in the sm_90a kernels. One thread issues a TMA
+// box for each panel of columns of each piece of K or V.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ class ListLoader {
   struct Maps {
     CUtensorMap key, value;
   };
-  // keys: the number of keys in a piece.
+  // `keys`: the number of keys in a piece.
   static cudaError_t make_maps(Maps& maps, const Problem& p, int32_t keys) {
     constexpr int kPanels[] = {C::KTile::kPanel * 8, C::VTile::kPanel * 8};
     cudaError_t e =
@@ -29,7 +29,7 @@ class ListLoader {
 
   __device__ __forceinline__ explicit ListLoader(const Problem& problem) : p(problem) {}
 
-  // Starts with a query tile, whose key tiles consist of pieces of `keys_of_piece` keys.
+  // Begins a query tile, whose key tiles consist of pieces of `keys_of_piece` keys.
   __device__ __forceinline__ void begin(const BlockWork& work, int32_t keys_of_piece) {
     const int32_t kv_head = p.kv_head(work.head);
     key = coordinates_of(p.key, work, kv_head, 0);

@@ -1,4 +1,4 @@
-// setmaxnreg (sm_90a): changes the register count of a warpgroup. All of its warps execute it.
+// setmaxnreg (sm_90a) sets the registers per thread of a warpgroup. All warps of the warpgroup execute it.
 #pragma once
 
 namespace jax_flash::ptx {

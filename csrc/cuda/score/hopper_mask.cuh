@@ -1,5 +1,5 @@
-// A boolean mask alone on sm_90a. Kernels go through lists of key tiles (core/visible/key_tiles.h) and read
-// elements only in tiles of which some row does not see all.
+// A boolean mask without other options, on sm_90a. Kernels iterate over lists of key tiles
+// (core/visible/key_tiles.h) and read the mask only in pieces that are partly visible.
 #pragma once
 
 #include <algorithm>
@@ -16,17 +16,17 @@ namespace jax_flash {
 template <class S>
 struct ListedMaskScore : ScoreVariant<S> {
   static constexpr bool reads(Operand operand) { return operand == Operand::kMask; }
-  static constexpr int kPieces = std::max(1, S::kColumns / kRowBlock);  // no fewer with the backward's S
+  static constexpr int kPieces = std::max(1, S::kColumns / kRowBlock);  // the backward's S has fewer columns
 
   bool whole;  // all rows of the consumer see all keys of the tile
-  // What the lane's two rows see of 16 keys of each piece: those of the first row in the low bits. The four
-  // lanes of a row have the four quarters of a piece.
+  // Visibility of 16 keys of each piece as bits, for the lane's first row in the low half and its second row
+  // in the high half. The four lanes of a row hold the four quarters of a piece.
   uint32_t seen[kPieces];
 
   template <bool kScalarDropout, class Tile>
   __device__ __forceinline__ void prefetch(const Tile& tile, int32_t) {
     const KeyPieces& pieces = tile.pieces();
-    whole = __all_sync(~0u, pieces.whole(tile.consumer));  // uniform, the vote tells the compiler
+    whole = __all_sync(~0u, pieces.whole(tile.consumer));  // the vote tells the compiler that it is uniform
     if (whole) return;
     const MaskRows mask = tile.mask_rows();
 #pragma unroll

@@ -1,4 +1,4 @@
-// Elements of a boolean mask as bits, for 16 neighbouring keys of a row at a time.
+// Packs a boolean mask into bits, 16 neighbouring keys of a row at a time.
 #pragma once
 
 #include <cstdint>
@@ -13,12 +13,13 @@ __device__ __forceinline__ uint32_t nonzero_bytes(uint32_t x) {
   return (((x & 0x7f7f7f7fu) + 0x7f7f7f7fu) | x) & 0x80808080u;
 }
 
-// Bit i: whether byte i is not 0. The product brings the high bits of the bytes to its highest four.
+// Bit i: whether byte i is not 0. The product moves the high bits of the four bytes to its bits 28 to 31.
 __device__ __forceinline__ uint32_t bits_of_bytes(uint32_t x) {
   return nonzero_bytes(x) * (1u << 21 | 1u << 14 | 1u << 7 | 1u) >> 28;
 }
 
-// What the band leaves of 16 keys, of one row after another: 32 bits suffice for distances to the first key.
+// The keys of [key, key + 16) that the band leaves to any row. Limits are relative to `key`, so that they fit
+// 32 bits.
 class BandOfKeys {
  public:
   static constexpr int kKeys = 16;
@@ -45,19 +46,19 @@ class BandOfKeys {
 
 // The mask of one head [rows, keys], broadcast by zero strides.
 struct MaskRows {
-  static constexpr int kKeys = BandOfKeys::kKeys;  // of a row at a time
+  static constexpr int kKeys = BandOfKeys::kKeys;  // keys of a row that are read at a time
 
   const uint8_t* first;
   int64_t row, column;  // strides
-  int32_t keys;         // of a row
+  int32_t keys;         // keys in a row
 
   // Whether 8 keys can be loaded at once, at keys that are multiples of 8.
   __device__ __forceinline__ bool in_chunks() const {
     return column == 1 && keys % 8 == 0 && ((reinterpret_cast<uintptr_t>(first) | row) & 7) == 0;
   }
 
-  // What two rows see of keys [key, key + 16), a multiple of 16: bit j of key + j, and of the second row in
-  // the high half. Elements that the band hides are not used, and none are read where it hides all.
+  // Bit j: whether the first row sees key + j by the mask and the band; bit 16 + j: whether the second row
+  // does. `key` is a multiple of 16. No element is read if the band hides all keys of both rows.
   __device__ __forceinline__ uint32_t bits_of_two(int32_t first_row, int32_t second_row, const Band& band,
                                                   int32_t key) const {
     const BandOfKeys in_band(band, key);
@@ -72,7 +73,7 @@ struct MaskRows {
     using jax_flash::bits_of_bytes;
     return bits_of_bytes(x.x) | bits_of_bytes(x.y) << 4 | bits_of_bytes(x.z) << 8 | bits_of_bytes(x.w) << 12;
   }
-  // The elements of row i where some are wanted.
+  // Elements [key, key + 16) of row i; each half is read only if some of its bits are `wanted`.
   __device__ __forceinline__ uint4 chunks(int32_t i, uint32_t wanted, int32_t key) const {
     const auto* const from = reinterpret_cast<const uint2*>(first + i * row + key);
     uint2 low{0, 0}, high{0, 0};
@@ -80,7 +81,7 @@ struct MaskRows {
     if (wanted & 0xff00) high = from[1];
     return {low.x, low.y, high.x, high.y};
   }
-  // The bits of row i that are wanted, element by element.
+  // The `wanted` bits of row i, read element by element.
   __device__ __forceinline__ uint32_t elements(int32_t i, uint32_t wanted, int32_t key) const {
     const uint8_t* from = first + i * row + key * column;
     uint32_t bits = 0;

@@ -1,5 +1,5 @@
-// wgmma's matrix descriptors of a SharedTile, whose swizzle is that of TMA and wgmma. Tiles are aligned to
-// 1024 bytes.
+// wgmma's matrix descriptors of a SharedTile, which is aligned to 1024 bytes, where the swizzle's pattern
+// repeats.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,8 @@
 
 namespace jax_flash {
 
-// Bits 0–13 hold the address, 16–29 the leading byte offset and 32–45 the stride byte offset, each / 16. Bits
-// 62–63 hold the swizzle: 1 for 128 bytes, 2 for 64 bytes.
+// In units of 16 bytes, bits 0–13 hold the address, 16–29 the leading byte offset and 32–45 the stride byte
+// offset. Bits 62–63 hold the swizzle: 1 for 128 bytes, 2 for 64 bytes.
 template <class Tile>
 __device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t leading) {
   constexpr uint64_t kSwizzle = Tile::kPanel == 8 ? 1 : 2, kStride = Tile::kGroup / 16;

@@ -7,6 +7,7 @@
 int main() {
   using namespace jax_flash::units;
   test_ptx();
+  test_divisor();
   test_tiles();
   test_scores();
   test_ranges();

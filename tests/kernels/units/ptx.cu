@@ -1,5 +1,4 @@
 // Tests that every wrapper of csrc/cuda/ptx does what its comment says.
-#include "core/divisor.h"
 #include "cuda/ptx/atomic.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/cp_async.cuh"
@@ -39,19 +38,6 @@ struct SharedByBlocks {  // copies what other blocks may have written
     reinterpret_cast<float4*>(out)[i] = ptx::load_shared_by_blocks(reinterpret_cast<const float4*>(in) + i);
     reinterpret_cast<float2*>(out + 8)[i] =
         ptx::load_shared_by_blocks(reinterpret_cast<const float2*>(in + 8) + i);
-  }
-};
-
-// Counts wrong quotients and remainders, of dividends next to 0, to multiples of the divisor and to 2^31.
-struct Quotients {
-  Divisor divisor;
-  __device__ void operator()(const float*, float* out) const {
-    constexpr int32_t kMost = 0x7FFFFFFF;
-    const int32_t d = divisor.value, i = min(static_cast<int32_t>(threadIdx.x), kMost / d);
-    int wrong = 0, high = (kMost / d - i) * d;
-    for (int32_t n : {i, i * d, max(0, i * d - 1), high, max(0, high - 1), kMost - i})
-      wrong += divisor.quotient(n) != n / d || divisor.remainder(n) != n % d;
-    out[threadIdx.x] = static_cast<float>(wrong);
   }
 };
 
@@ -381,9 +367,6 @@ void test_ptx() {
   expect("sync_group", run(Groups{}, 128, x, 128), [&](int i) { return x[i / 64 * 64 + 63 - i % 64]; });
   expect("counter", run(Counter{}, 32, {}, 34), [](int i) { return i == 0 ? 132 : i > 1; });
   expect("load_shared_by_blocks", run(SharedByBlocks{}, 2, x, 12), [&](int i) { return x[i]; });
-  for (int64_t d : {1, 2, 3, 5, 7, 8, 12, 64, 100, 1000, 65'537, 1 << 30, (1 << 30) + 1, 0x7FFFFFFF})
-    expect("Divisor(" + std::to_string(d) + ")", run(Quotients{Divisor(d)}, 96, {}, 96),
-           [](int) { return 0; });
 
   expect("ldmatrix_x4", run(Ldmatrix<false>{}, 32, x, 256), [&](int i) { return x[i]; });
   const auto transposed = [&](int i) { return x[i / 64 * 64 + i % 8 * 8 + i % 64 / 8]; };

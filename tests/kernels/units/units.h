@@ -98,6 +98,7 @@ struct Built {
 inline bool has_bfloat16() { return run(Built{}, 1, {}, 1)[0] == 1; }
 
 void test_ptx();
+void test_divisor();
 void test_tiles();
 void test_scores();
 void test_ranges();
