@@ -48,17 +48,31 @@ struct ScoreOperands {
   int32_t depth;
 };
 
-// Columns [j, j + kPanel) of C for the blocks of rows that see one of them; rows of C are ldc apart. Unmasked
+// A bit per panel of a tile of keys, for a block of rows: in `used` if a row may see a column of the panel,
+// in `unmasked` if every row sees them all, whatever the score options.
+struct BlockPanels {
+  uint64_t used, unmasked;
+
+  static void of_blocks(const BlockColumns* columns, int32_t blocks, BlockPanels* to) {
+    for (int32_t i = 0; i < blocks; ++i) {
+      const BlockColumns& x = columns[i];
+      to[i].used = x.seen & panel_bits(x.used.lo, x.used.hi);
+      to[i].unmasked = panel_bits(x.unmasked.lo, x.unmasked.hi) & ~x.mixed;
+    }
+  }
+};
+
+// Panel `panel` of C for the blocks of rows that see one of its columns; rows of C are ldc apart. Unmasked
 // panels also update lane_max, the row maximum lane by lane, unless it is null.
 template <class E>
-static void multiply_score_panel(const ScoreOperands& x, int32_t j, int32_t blocks,
-                                 const BlockColumns* columns, float* c, int32_t ldc, Float* lane_max) {
+static void multiply_score_panel(const ScoreOperands& x, int32_t panel, int32_t blocks,
+                                 const BlockPanels* panels, float* c, int32_t ldc, Float* lane_max) {
+  const Word* const b = x.b + panel * x.panel;
   for (int32_t i = 0; i < blocks; ++i) {
-    const BlockColumns& block = columns[i];
-    if (j + kPanel <= block.used.lo || j >= block.used.hi || !block.sees(j)) continue;
-    const Word *a = x.a + i * kBlockRows * x.lda, *b = x.b + j / kPanel * x.panel;
-    float* to = c + i * kBlockRows * ldc + j;
-    if (lane_max && block.unmasked.lo <= j && j < block.unmasked.hi && !block.is_mixed(j)) {
+    if (!(panels[i].used >> panel & 1)) continue;
+    const Word* const a = x.a + i * kBlockRows * x.lda;
+    float* const to = c + i * kBlockRows * ldc + panel * kPanel;
+    if (lane_max && panels[i].unmasked >> panel & 1) {
       multiply_words<E, Start::kZero, false, true>(a, x.lda, b, x.depth, to, ldc,
                                                    {.lane_max = lane_max + i * kBlockRows});
     } else {
@@ -111,8 +125,10 @@ static void attend_keys(const Head& head, const QueryRows& t, const PackedKeys& 
   for (int32_t r = 0; r < t.blocks * kBlockRows; ++r) lane_max[r] = broadcast(kNegInf);
   const int32_t ld = row_words<E>(p.head_dim);
   const ScoreOperands scores_of{t.q, ld, keys.k, panel_words<E>(p.head_dim), depth_words<E>(p.head_dim)};
+  BlockPanels panels[kMaxBlocks];
+  BlockPanels::of_blocks(columns, t.blocks, panels);
   for (int32_t j = 0; j < keys.size(); j += kPanel) {
-    multiply_score_panel<E>(scores_of, j, t.blocks, columns, s, kScoreRow,
+    multiply_score_panel<E>(scores_of, j / kPanel, t.blocks, panels, s, kScoreRow,
                             head.has_options ? nullptr : lane_max);  // S = Q Kᵀ
   }
   // The maxima of all rows come first: each waits on a chain of lane reductions, and the chains of

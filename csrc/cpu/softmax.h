@@ -31,8 +31,6 @@ struct BlockColumns {
   uint64_t seen = kAllPanels, mixed = 0;
 
   JF_HD Columns panels() const { return {round_down(used.lo, kPanel), round_up(used.hi, kPanel)}; }
-  JF_HD bool sees(int32_t c) const { return (seen >> (c / kPanel) & 1) != 0; }
-  JF_HD bool is_mixed(int32_t c) const { return (mixed >> (c / kPanel) & 1) != 0; }
 };
 
 // The keys of a tile, and the key of column 0: the multiple of kPanel at or before the first.

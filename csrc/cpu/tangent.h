@@ -202,11 +202,13 @@ class TangentLoop {
     if (!block_columns(head_, x.tile->begin, x.blocks, x.tile->heads, range, columns)) return;
     const int32_t depth = depth_words<E>(problem_.head_dim), dv = problem_.value_dim;
     const int64_t row = 2 * half_, panel = row * kPanel;
+    BlockPanels panels[kMaxBlocks];
+    BlockPanels::of_blocks(columns, x.blocks, panels);
     for (int32_t j = 0; j < keys_.size(); j += kPanel) {
       // S = Q Kᵀ, T = tQ Kᵀ + Q tKᵀ
-      multiply_score_panel<E>({x.q + half_, row, keys_.k, panel, depth}, j, x.blocks, columns, s_,
+      multiply_score_panel<E>({x.q + half_, row, keys_.k, panel, depth}, j / kPanel, x.blocks, panels, s_,
                               kTangentRow, nullptr);
-      multiply_score_panel<E>({x.q, row, keys_.k, panel, half_ + depth}, j, x.blocks, columns, t_,
+      multiply_score_panel<E>({x.q, row, keys_.k, panel, half_ + depth}, j / kPanel, x.blocks, panels, t_,
                               kTangentRow, nullptr);
     }
     for (int32_t r = 0; r < x.rows; ++r) {
