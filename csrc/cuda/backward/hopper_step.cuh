@@ -42,8 +42,8 @@ template <class C>
 struct SeenByStep {
   static constexpr bool kFetched = C::kKind == ScoreKind::kListedMask;
   static constexpr int kWords = kFetched ? C::kM / 64 : 1;
-  uint32_t
-      of_rows[kWords];  // lane l has a bit of every key for rows l and, in the high half, l + 32 of each 64
+  // Of each 64 rows, lane l has a bit per key for row l and, in the high half, for row l + 32.
+  uint32_t of_rows[kWords];
 
   template <class Tile>
   __device__ __forceinline__ void fetch(const Problem& p, const Tile& tile, const QueryStep& step,
