@@ -21,7 +21,6 @@ from operand_calls import (
 )
 
 from jax_flash import flash_attention
-from jax_flash.backends import compute_capability
 
 CASES = [
     *SEVERAL_TILES,
@@ -30,6 +29,16 @@ CASES = [
     Case("517 keys", causal=True, **SIZES | GROUPS | {"sk": 517}),
     Case("500 keys", **SIZES | GROUPS | {"sk": 500}),
 ]
+
+
+SHAPE = (GROUPS["hq"], SIZES["sq"], SIZES["sk"])
+BESIDE = {  # options beside a mask
+    "bias of every head": {"bias": (2, *SHAPE)},
+    "bias of a row": {"bias": (1, 1, 1, SHAPE[2]), "causal": True},
+    "dropout, softcap": {"dropout_rate": 0.3, "softcap": 2.0, "kv_lengths": (333, 520)},
+    "slopes, sinks": {"alibi_slopes": (4,), "sinks": True, "window": (90, 40)},
+    "segments": {"segments": 3, "q_lengths": (300, 77)},
+}
 
 
 def pictures(rows, keys):
@@ -81,6 +90,22 @@ def test_options_of_a_call_with_a_mask(case, deterministic, kernel):
     check(case.replace(d=d, dv=d, dtype="bfloat16"), mask, kernel, deterministic=deterministic)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("name", BESIDE)
+def test_options_beside_a_mask(name, dtype, kernel):
+    """Every option with a mask of each head, of which one sees nothing, and at the next dtype with one mask for all."""
+    at = list(BESIDE).index(name) + ["float16", "bfloat16", "float32"].index(dtype)
+    case = Case(name, d=64, dv=64, dtype=dtype, **SIZES | GROUPS | BESIDE[name])
+    named = pictures(case.sq, case.sk)
+    of_head = [named[x] for x in ("tiles", "none", "prefix", "documents")]
+    check(
+        case,
+        np.stack(of_head)[None] if at % 2 else named["tiles"][None, None],
+        kernel,
+        deterministic=at % 3 == 1,
+    )
+
+
 @pytest.mark.parametrize("whole", ["b h rows keys", "b keys", "h rows", "rows keys", "b h keys", "h", ""])
 def test_a_mask_broadcasts_over_any_dimension(whole, kernel):
     d = 128 if 128 in HEAD_DIMS else 64
@@ -91,12 +116,6 @@ def test_a_mask_broadcasts_over_any_dimension(whole, kernel):
     mask[..., np.arange(shape[3]) // 128 % 2 == 1] = True
     mask[:, :, 128:200] = False
     check(case, mask, kernel)
-
-
-def skips_tiles(kernel):
-    """Portable CUDA kernels multiply hidden keys between visible ones, and NaN in these may reach a row."""
-    cards = [compute_capability(device) for device in jax.devices() if device.platform == "gpu"]
-    return 90 in cards or not checks.runs_cuda_kernels(kernel)
 
 
 @pytest.mark.parametrize("d", HEAD_DIMS)
@@ -112,7 +131,7 @@ def test_elements_and_keys_that_are_not_in_use_reach_no_row(d, kernel):
     past = key[None] >= np.array(case.kv_lengths)[:, None]  # [b, sk]
     hidden = key // 128 == 1
     mask = np.broadcast_to((pictures(256, 512)["prefix"] & ~hidden)[None, None], (2, 1, 256, 512))
-    bad = jnp.asarray(past | hidden if skips_tiles(kernel) else past)[..., None, None]
+    bad = jnp.asarray(past | hidden)[..., None, None]
     spoiled = {
         name: jnp.where(bad, jnp.nan, arrays[name]).astype(arrays[name].dtype) for name in ("key", "value")
     }
@@ -126,6 +145,37 @@ def test_elements_and_keys_that_are_not_in_use_reach_no_row(d, kernel):
         np.testing.assert_allclose(
             np.float32(got.gradients[name]), np.float32(gradient), atol=0.02, rtol=0.02
         )
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_keys_of_another_half_of_the_rows_are_not_read(dtype, deterministic, kernel):
+    """Rows of one half see keys of the same half alone: NaN in the other half's keys and rows changes no bit of theirs,
+    at any head of a group, some of which see nothing or all of their half."""
+    half, d = 384, HEAD_DIMS[0]  # a multiple of every kernel's tiles
+    case = Case("halves", b=1, sq=2 * half, sk=2 * half, hq=6, hk=2, d=d, dv=d, dtype=dtype)
+    checks.require(kernel, "forward", "backward", dtype=dtype, d=d, dv=d)
+    inputs = make_inputs(case)
+    arrays = operands(inputs)
+    second = np.arange(2 * half) >= half
+    mask = np.random.default_rng(1).random((1, 6, 2 * half, 2 * half)) < 0.5
+    mask[:, 1, :half] = mask[:, 3, :half, :128] = mask[:, 4, :, :256] = False
+    mask[:, 2] = True
+    arrays["mask"] = jnp.asarray(mask & (second[:, None] == second))
+    spoiled = arrays | {
+        name: jnp.where(second[:, None, None], jnp.nan, arrays[name]).astype(dtype)
+        for name in ("query", "key", "value")
+    }
+    wanted, got = (
+        differentiate(case, inputs, each, kernel, deterministic=deterministic) for each in (arrays, spoiled)
+    )
+    np.testing.assert_array_equal(got.out[:, :half], wanted.out[:, :half])
+    np.testing.assert_array_equal(got.lse[..., :half], wanted.lse[..., :half])
+    for name in ("query", "key", "value"):  # sums of dQ have no order
+        one, other = (np.float32(x.gradients[name])[:, :half] for x in (got, wanted))
+        if deterministic or not checks.runs_cuda_kernels(kernel):
+            np.testing.assert_array_equal(one, other)
+        np.testing.assert_allclose(one, other, atol=0.02, rtol=0.02)
 
 
 def test_a_compiled_call_reads_each_mask_anew(kernel):

@@ -187,7 +187,7 @@ def test_segments_and_ranges_take_an_interval_and_a_flag_for_each_tile_of_a_batc
     names, pass_, deterministic
 ):
     sizes = {"device": A100, "batch": 3, "leading": 5, "deterministic": deterministic}
-    without = plan(pass_, operands=("mask",), **sizes)
+    without = plan(pass_, operands=("bias",), **sizes)
     chosen = plan(pass_, operands=names, **sizes)
     # Per head: 8 query heads, 2 KV heads.
     tiles = [chosen["queries"]["blocks"] // 8, chosen["keys"]["blocks"] // 2]

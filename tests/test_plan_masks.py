@@ -1,9 +1,9 @@
-"""Which of Hopper's rows plan() takes for ranges, block masks and boolean masks. No GPU needed."""
+"""What plan() chooses for ranges, block masks and boolean masks. No GPU needed."""
 
 from __future__ import annotations
 
 import pytest
-from plans import A100, plan
+from plans import A100, T4, plan
 
 
 @pytest.mark.parametrize("d", [64, 128, 256])
@@ -84,6 +84,19 @@ def test_the_tiles_of_a_boolean_mask_alone_are_listed(d, pass_):
     for options in others + [{"deterministic": True}] * (pass_ == "backward"):
         assert plan(pass_, **mask | options)["score"] in ("general", "mask")
     assert plan(pass_, **mask, device=A100)["score"] == "general"
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("pass_", ["forward", "backward"])
+@pytest.mark.parametrize("device", [A100, T4])
+def test_portable_kernels_take_a_byte_for_each_tile_of_a_boolean_mask(device, pass_, deterministic):
+    sizes = {"device": device, "dtype": "float16", "deterministic": deterministic, "leading": 3}
+    without = plan(pass_, operands=("bias",), **sizes)
+    for options in ({}, {"softcap": 3.0}, {"operands": ("mask", "bias", "dropout")}):
+        chosen = plan(pass_, **sizes | {"operands": ("mask",)} | options)
+        tiles = 3 * 2 * 8 * 16 * 24  # of 64 rows and keys, at each head of the batch and leading entries
+        assert chosen["workspace"] - without["workspace"] == tiles == -(-tiles // 256) * 256
+        assert chosen["workspace"] <= chosen["workspace_bound"]
 
 
 def test_query_tiles_of_small_blocks_have_rows_of_two_heads():

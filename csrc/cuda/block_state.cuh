@@ -2,7 +2,7 @@
 #pragma once
 
 #include "core/problem.h"
-#include "cuda/score/operands.cuh"
+#include "cuda/score/tile_operands.cuh"
 #include "cuda/tile/copy.cuh"
 #include "cuda/work.cuh"
 
@@ -14,10 +14,10 @@ template <class T>
 struct BlockState {
   BlockWork work;
   Band band;
-  ScoreOperands score;  // for general kernels
-  Interval tiles;       // key tiles in which any row of the query tile sees a key
-  Interval whole;       // keys that all its rows see
-  int32_t end;          // one past the last key that is read
+  TileOperands score;  // for general kernels
+  Interval tiles;      // key tiles in which any row of the query tile sees a key
+  Interval whole;      // keys that all its rows see
+  int32_t end;         // one past the last key that is read
   GlobalRows<const T> query;
   GlobalRows<T> out;
   uint32_t* row_max;  // at the sequence's first row, if the call asks for it
@@ -36,6 +36,7 @@ struct BlockState {
     query = {p.query.as<const T>() + work.offset(p, p.query, head, tile.q_begin), p.query.row, p.head_dim};
     out = {p.out.as<T>() + work.offset(p, p.out, head, tile.q_begin) + column, p.out.row,
            p.value_dim - column};
+    score.prepare_tiles(grid, work);
     row_max = p.row_max.as<uint32_t>();
     if (row_max) row_max += work.offset(p, p.row_max, head, tile.q_begin);
   }

@@ -31,7 +31,7 @@ template <class Mask>
 __device__ SeenPiece seen_piece(const Band& band, const Mask& blocks, int32_t h, const Interval& rows,
                                 const Interval& keys) {
   if (rows.empty() || intersect(band.rows(rows.lo, rows.hi), keys).empty()) return SeenPiece::kNone;
-  const SeenPiece seen = blocks.seen_in_block(h, rows, keys);
+  const SeenPiece seen = blocks.seen_of(h, rows, keys);
   if (seen != SeenPiece::kAll) return seen;
   const Interval whole = band.common(rows.lo, rows.hi);
   return whole.lo <= keys.lo && keys.hi <= whole.hi ? SeenPiece::kAll : SeenPiece::kSome;
@@ -185,7 +185,7 @@ cudaError_t launch_lists(const Problem& p, const Source& source, const LaunchPla
 
 cudaError_t launch_blocks(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
   if (p.batch == 0) return cudaSuccess;
-  const TileGrid& grid = plan.keys.lists >= 0 ? plan.keys : plan.queries;
+  const TileGrid& grid = plan.keys.mask_tiles >= 0 ? plan.keys : plan.queries;
   if (grid.mask_tiles < 0) return launch_lists(p, GivenBlocks{}, plan, workspace, stream);
   const MaskTiles tiles = mask_tiles(p, grid, workspace);
   if (cudaError_t e = launch_mask_tiles(p, tiles, stream); e != cudaSuccess) return e;

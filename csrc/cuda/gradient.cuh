@@ -7,7 +7,7 @@
 #include "cuda/mask.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/math.cuh"
-#include "cuda/score/operands.cuh"
+#include "cuda/score/tile_operands.cuh"
 #include "cuda/score/variant.cuh"
 #include "cuda/softmax.cuh"
 #include "cuda/tile/copy.cuh"
@@ -74,8 +74,8 @@ template <class T>
 struct GradientBlock {
   BlockWork work;
   Band band;
-  ScoreOperands score;  // if the score variant reads any
-  Interval tiles;       // the tiles to iterate over: queries for a key tile, keys for a query tile
+  TileOperands score;  // if the score variant reads any
+  Interval tiles;      // the tiles to iterate over: queries for a key tile, keys for a query tile
   GlobalRows<const T> key, value, query, dout;  // query and dout of the (first) query head
   const float *lse, *delta;
 
@@ -90,6 +90,7 @@ struct GradientBlock {
              p.value_dim};
     query = {p.query.as<const T>() + work.offset(p, p.query, head, tile.q_begin), p.query.row, p.head_dim};
     dout = {p.dout.as<const T>() + work.offset(p, p.dout, head, tile.q_begin), p.dout.row, p.value_dim};
+    score.prepare_tiles(grid, work);
     lse = p.lse.as<const float>() + work.offset(p, p.lse, head, tile.q_begin);
     delta = p.delta.as<const float>() + work.offset(p, p.delta, head, tile.q_begin);
   }

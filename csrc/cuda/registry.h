@@ -14,7 +14,6 @@
 #include "core/plan/columns.h"
 #include "core/plan/launch_plan.h"
 #include "core/problem.h"
-#include "core/visible/mask_tiles.h"
 
 namespace jax_flash {
 
@@ -96,8 +95,9 @@ inline RangeTables range_tables(const Problem& p, const TileGrid& grid, void* wo
   return {first, reinterpret_cast<SeenByTile*>(first + blocks), rows, rows + key_tiles};
 }
 
-// The tiles of a boolean mask.
+// The tiles of a boolean mask; none if the plan does not find them.
 inline MaskTiles mask_tiles(const Problem& p, const TileGrid& grid, void* workspace) {
+  if (grid.mask_tiles < 0) return {};
   const View& mask = p.mask;
   MaskTiles tiles{static_cast<uint8_t*>(workspace) + grid.mask_tiles};
   tiles.rows = mask.row ? static_cast<int32_t>(ceil_div(p.q_rows, kRowBlock)) : 1;
@@ -160,8 +160,9 @@ inline TileSegments tile_segments(const Problem& p, const TileGrid& grid, void* 
   return {keys, one_segment, reinterpret_cast<const Interval*>(one_segment + all)};
 }
 
-inline GridTiles grid_tiles(const TileGrid& grid, const void* workspace) {
-  return {schedule_of(grid, workspace), segments_of(grid, workspace), static_cast<int32_t>(grid.tiles)};
+inline GridTiles grid_tiles(const Problem& p, const TileGrid& grid, void* workspace) {
+  return {schedule_of(grid, workspace), segments_of(grid, workspace), static_cast<int32_t>(grid.tiles),
+          mask_tiles(p, grid, workspace)};
 }
 
 // The first row of each of the n packed sequences of queries, and the end of the last one: [n + 1] for each

@@ -34,6 +34,16 @@ class Forward final : public ByQueryTiles {
   int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
     return forward_shared_bytes(row, element_size(call), call.spec.paged());
   }
+
+  void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
+                 LaunchPlan& plan) const override {
+    ByQueryTiles::plan_grid(row, call, workspace, plan);
+    add_mask_tiles(call, plan.queries, workspace);
+  }
+
+  Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
+    return ByQueryTiles::workspace_bound(spec, s) + mask_tiles_bound(spec, s);
+  }
 };
 
 // CTAs own key tiles and compute their dK and dV. dQ is added to float32 sums; deterministic calls
@@ -51,9 +61,11 @@ class Backward final : public PassTraits {
     const Shapes& s = call.shapes;
     plan.keys = tile_grid(call, s.k_rows, s.kv_heads, row.block_n, workspace);
     add_segments(call, s.k_rows, plan.keys, workspace);
+    add_mask_tiles(call, plan.keys, workspace);
     if (call.spec.deterministic) {
       plan.queries = tile_grid(call, s.q_rows, s.heads, row.block_m, workspace);
       add_segments(call, s.q_rows, plan.queries, workspace);
+      plan.queries.mask_tiles = plan.keys.mask_tiles;
     } else {
       plan.dq_sums = workspace.add(dq_sums_bytes(call.spec, dims_of(s), row.block_m).value());
     }
@@ -63,7 +75,7 @@ class Backward final : public PassTraits {
     const auto tiles = [&](const Dim& rows) {
       return schedule_bound(spec, s, rows) + segments_bound(spec, s, rows);
     };
-    return tiles(s.k_rows) +
+    return tiles(s.k_rows) + mask_tiles_bound(spec, s) +
            (spec.deterministic ? tiles(s.q_rows) : aligned(dq_sums_bytes(spec, s, kLargestQueryTile)));
   }
 };

@@ -5,8 +5,7 @@
 
 #include "core/band.h"
 #include "core/plan/row.h"
-#include "core/visible/key_tiles.h"
-#include "core/visible/row_blocks.h"
+#include "core/visible/mask_tiles.h"
 
 namespace jax_flash {
 
@@ -92,6 +91,7 @@ struct GridTiles {
   const TileWork* schedule;  // of packed sequences, else null
   const Interval* segments;  // visible rows or keys of each tile of a batch entry; null without segments
   int32_t count;             // tiles of one head
+  MaskTiles mask;            // what a boolean mask shows of its tiles, if the plan finds it
 };
 
 // For each query tile of a batch entry: the keys that segments let it see, and whether these keys and its

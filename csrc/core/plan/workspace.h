@@ -97,9 +97,13 @@ inline Dim mask_tiles_bytes(const DimShapes& s) {
          ((s.k_rows + (kRowBlock - 1)) / kRowBlock);
 }
 
+inline Dim mask_tiles_bound(const AttentionSpec& spec, const DimShapes& s) {
+  return spec.has(Operand::kMask) ? aligned(mask_tiles_bytes(s)) : Dim(0);
+}
+
 // Upper bounds of the lists of all kernels for block masks and boolean masks.
 inline Dim lists_bound(const AttentionSpec& spec, const DimShapes& s, const Dim& lists) {
-  const Dim tiles = spec.has(Operand::kMask) ? aligned(mask_tiles_bytes(s)) : Dim(0);
+  const Dim tiles = mask_tiles_bound(spec, s);
   return spec.has(Operand::kBlockMask) || spec.has(Operand::kMask) ? aligned(lists) + tiles : Dim(0);
 }
 inline Dim key_lists_bound(const AttentionSpec& spec, const DimShapes& s) {
@@ -146,7 +150,7 @@ inline void add_ranges(const Call& call, int64_t rows, int32_t other_block, Tile
 
 // Adds the workspace of a boolean mask's tiles.
 inline void add_mask_tiles(const Call& call, TileGrid& grid, Workspace& workspace) {
-  if (call.spec.has(Operand::kMask))
+  if (call.spec.has(Operand::kMask) && grid.blocks > 0)
     grid.mask_tiles = workspace.add(mask_tiles_bytes(dims_of(call.shapes)).value());
 }
 

@@ -14,6 +14,19 @@ JF_HD SeenPiece seen_piece_of(bool any, bool all) {
   return !any ? SeenPiece::kNone : all ? SeenPiece::kAll : SeenPiece::kSome;
 }
 
+// How much some rows see of some keys. `rows`, `columns`: the blocks that they lie in; sees(row, column) says
+// it of one block.
+template <class Sees>
+JF_HD SeenPiece seen_in(const Interval& rows, const Interval& columns, Sees sees) {
+  bool any = false, all = true;
+  for (int32_t row = rows.lo; row < rows.hi; ++row)
+    for (int32_t column = columns.lo; column < columns.hi; ++column) {
+      const SeenPiece own = sees(row, column);
+      any |= own != SeenPiece::kNone, all &= own == SeenPiece::kAll;
+    }
+  return seen_piece_of(any, all);
+}
+
 // The block mask of one sequence, from one head on. Rows past the last block see no key, and no row sees keys
 // past the last block.
 struct BlockMask {
@@ -28,16 +41,12 @@ struct BlockMask {
   JF_HD bool sees_block(int32_t h, int32_t at, int32_t column) const {
     return at < rows && column < columns && seen[h * head + at * row + column] != 0;
   }
-  // How much of `keys`, which lie in one block, the rows of head h see. Neither interval is empty, and the
-  // position must be 0.
-  JF_HD SeenPiece seen_in_block(int32_t h, const Interval& rows, const Interval& keys) const {
-    const int32_t column = keys.lo / block_keys;
-    bool any = false, all = true;
-    for (int32_t at = rows.lo / block_rows; at <= (rows.hi - 1) / block_rows; ++at) {
-      const bool sees = sees_block(h, at, column);
-      any |= sees, all &= sees;
-    }
-    return seen_piece_of(any, all);
+  // How much of `keys` the rows of head h see, if the position is 0.
+  JF_HD SeenPiece seen_of(int32_t h, const Interval& of_rows, const Interval& keys) const {
+    return seen_in(tiles_of(of_rows, block_rows), tiles_of(keys, block_keys),
+                   [&](int32_t at, int32_t column) {
+                     return sees_block(h, at, column) ? SeenPiece::kAll : SeenPiece::kNone;
+                   });
   }
   // Whether the blocks of head h let any of `rows` see any of `keys`; neither interval is empty.
   JF_HD bool any_sees(int32_t h, const Interval& rows, const Interval& keys) const {

@@ -1,5 +1,6 @@
 // How much of each tile of kRowBlock × kRowBlock elements a boolean mask shows. A kernel computes this once
-// per call (cuda/mask_tiles.cu); the lists of core/visible/key_tiles.h are made from it.
+// per call (cuda/mask_tiles.cu). The lists of core/visible/key_tiles.h are made from it, and portable kernels
+// read it themselves.
 #pragma once
 
 #include "key_tiles.h"
@@ -7,8 +8,8 @@
 
 namespace jax_flash {
 
-// The tiles of a call; at() returns those from one head on. Dimensions that the mask broadcasts have one
-// entry and stride 0.
+// The tiles of a call, or none if `seen` is null; at() returns those from one head on. Dimensions that the
+// mask broadcasts have one entry and stride 0.
 struct MaskTiles {
   static constexpr int32_t block_keys = kRowBlock;
 
@@ -22,15 +23,13 @@ struct MaskTiles {
     own.seen += leading_entry * leading + batch_entry * batch + first_head * head;
     return own;
   }
-  // How much of `keys`, which lie in one tile, the rows of head h see. Neither interval is empty.
-  JF_HD SeenPiece seen_in_block(int32_t h, const Interval& of_rows, const Interval& keys) const {
-    const uint8_t* const first = seen + h * head + keys.lo / kRowBlock;
-    bool any = false, all = true;
-    for (int32_t at = of_rows.lo / kRowBlock; at <= (of_rows.hi - 1) / kRowBlock; ++at) {
-      const auto own = static_cast<SeenPiece>(first[at * row]);
-      any |= own != SeenPiece::kNone, all &= own == SeenPiece::kAll;
-    }
-    return seen_piece_of(any, all);
+  // How much of `keys` the rows of head h see. Both must lie in tiles of the mask.
+  JF_HD SeenPiece seen_of(int32_t h, const Interval& of_rows, const Interval& keys) const {
+    return seen_in(tiles_of(of_rows, kRowBlock), tiles_of(keys, kRowBlock),
+                   [&](int32_t at, int32_t column) { return seen_of_tile(h, at, column); });
+  }
+  JF_HD SeenPiece seen_of_tile(int32_t h, int32_t at, int32_t column) const {
+    return static_cast<SeenPiece>(seen[h * head + at * row + column]);
   }
 };
 

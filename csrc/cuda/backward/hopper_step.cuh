@@ -48,7 +48,7 @@ struct SeenByStep {
   template <class Tile>
   __device__ __forceinline__ void fetch(const Problem& p, const Tile& tile, const QueryStep& step,
                                         int32_t key) {
-    const MaskRows mask = tile.score.mask_rows(p, step.head);
+    const MaskRows mask = tile.score.mask(p, step.head);
     const int32_t row = step.tile * C::kM + static_cast<int32_t>(ptx::lane_index());
 #pragma unroll
     for (int i = 0; i < kWords; ++i)
@@ -92,7 +92,7 @@ __device__ __forceinline__ void hide_unseen_keys(S& s, const Problem& p, const T
       return ranges.seen(0, i, intersect(band.row(i), {key, key + S::kColumns}));
     });
   } else if constexpr (C::kKind == ScoreKind::kBlocks) {
-    const BlockMask blocks = tile.score.block_mask(p, step.head);
+    const BlockMask blocks = tile.score.mask(p, step.head);
     hide_unseen_transposed(s, row, key, [&](int32_t i) {
       const bool sees = i < band.q_len && blocks.sees(0, i, key);
       return SeenKeys{sees ? intersect(band.row(i), {key, key + S::kColumns}) : Interval{0, 0}, {0, 0}};

@@ -107,6 +107,7 @@ template <class C>
 __device__ __forceinline__ void prepare_score(const Problem& p, KeyBlockState<typename C::Element>& block,
                                               int32_t head) {
   block.score.template prepare<typename C::Score>(p, block.work, block.work.head + head);
+  block.score.move_tiles(head - block.score_head);
   block.score_head = head;
 }
 
@@ -146,33 +147,22 @@ __device__ __forceinline__ void backward_keys(const Problem& p, KeyBlockState<ty
   typename C::DK dk;
   typename C::DV dv;
   dk.clear(), dv.clear();
-  QueryStep step{0, block.tiles.lo, 0};
-  const auto advance = [&](QueryStep& x) {
-    if constexpr (C::Score::reads(Operand::kBlockMask)) {
-      if (p.block_mask)
-        return x.advance(block.tiles, heads,
-                         [&](const QueryStep& at) { return block.blocks_hide(p, at, C::kM, C::kN); });
-    }
-    x.advance(block.tiles);
-  };
+  QueryStep step = first_shown<C>(p, block, heads);
   auto load_step = [&](const QueryStep& next) {
     load_queries<C>(p, block, next, stages + next.number % C::kStages * kLayout.stage_bytes);
     barriers.arrive_queries_full(next);
   };
   auto load_next_step = [&] {
     QueryStep next = step;
-    advance(next);
+    advance_shown<C>(p, block, heads, next);
     if (next.head < heads) load_step(next);
   };
-  if constexpr (C::Score::reads(Operand::kBlockMask)) {
-    if (!block.tiles.empty() && block.blocks_hide(p, step, C::kM, C::kN)) advance(step), step.number = 0;
-  }
   if (!block.tiles.empty() && step.head < heads) {
     load_tile<typename C::KTile, C::kThreads>(k, block.key, tile.row, tile.used_keys());
     load_tile<typename C::VTile, C::kThreads>(k + kLayout.v, block.value, tile.row, tile.used_keys());
     load_step(step);
   }
-  for (; !block.tiles.empty() && step.head < heads; advance(step)) {
+  for (; !block.tiles.empty() && step.head < heads; advance_shown<C>(p, block, heads, step)) {
     const int stage = step.number % C::kStages, begin = kLayout.queries + stage * kLayout.stage_bytes;
     const uint32_t q = k + begin, d_out = q + kLayout.d_out;
     const auto* statistics = reinterpret_cast<const float*>(shared + begin + kLayout.lse);
@@ -245,7 +235,7 @@ cudaError_t launch_backward_keys(const Problem& p, const TileGrid& grid, void* w
                                  const QuerySums& sums, cudaStream_t stream) {
   const int32_t slices = slice_count<C>(std::max(p.head_dim, p.value_dim));
   return launch(backward_keys_sm80<C>, {grid.blocks, slices}, C::kThreads, C::kSharedBytes, stream, p,
-                grid_tiles(grid, workspace), sums);
+                grid_tiles(p, grid, workspace), sums);
 }
 
 }  // namespace jax_flash::inline JF_ARCH_NAMESPACE

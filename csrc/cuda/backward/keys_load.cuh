@@ -22,11 +22,12 @@ struct KeyBlockState : GradientBlock<T> {
   float* sums;         // of dQ, of the sequence's first query tile and the group's first head, or null
   int32_t score_head;  // of the group: the one that `score` is of
 
-  // Whether block masks hide the block's keys from all rows of a step.
-  __device__ __forceinline__ bool blocks_hide(const Problem& p, const QueryStep& step, int32_t block_m,
-                                              int32_t block_n) const {
-    const int32_t row = step.tile * block_m, key = this->work.tile.row;
-    return this->score.blocks_hide(p, step.head - score_head, {row, row + block_m}, {key, key + block_n});
+  // Whether masks hide the block's keys from all rows of a step.
+  __device__ __forceinline__ bool hides(const Problem& p, const QueryStep& step, int32_t block_m) const {
+    const int32_t row = step.tile * block_m;
+    const TileWork& tile = this->work.tile;
+    return this->score.hides(p, step.head - score_head, {row, min(row + block_m, tile.q_len)},
+                             {tile.row, tile.used_keys()});
   }
 
   // `column`: the first one of dK and dV that the CTA works on.
@@ -37,6 +38,7 @@ struct KeyBlockState : GradientBlock<T> {
     const BlockWork& work = this->work;
     const TileWork& tile = work.tile;
     const int32_t kv_head = p.kv_head(work.head);
+    score_head = 0;
     rows = this->band.queries(tile.row, tile.used_keys());
     rows = trim_to_segments(grid.segments, grid.count, block_n, p, work, rows);
     whole = this->band.common_queries(tile.row, tile.row + block_n);
@@ -48,6 +50,39 @@ struct KeyBlockState : GradientBlock<T> {
     sums = all_sums.data ? sum_tile<kM>(p, all_sums.data, all_sums.first_tile<kM>(p, work)) : nullptr;
   }
 };
+
+// Moves `step` to the first one from there on that masks do not hide; without one, step.head is `heads`, the
+// heads of the group. All lanes of a warp call it.
+template <class C>
+__device__ __forceinline__ void seek_shown(const Problem& p, const KeyBlockState<typename C::Element>& block,
+                                           int32_t heads, QueryStep& step) {
+  if constexpr (C::Score::reads(Operand::kBlockMask)) {
+    if (!block.score.skips(p)) return;
+    while (step.head < heads) {
+      const int32_t own = step.tile + static_cast<int32_t>(threadIdx.x % 32);
+      const bool shown = own < block.tiles.hi && !block.hides(p, {step.head, own, 0}, C::kM);
+      const uint32_t all = __ballot_sync(~0u, shown);
+      step.tile += all ? __ffs(static_cast<int>(all)) - 1 : 32;
+      if (all) return;
+      if (step.tile >= block.tiles.hi) step.tile = block.tiles.lo, ++step.head;
+    }
+  }
+}
+template <class C>
+__device__ __forceinline__ void advance_shown(const Problem& p,
+                                              const KeyBlockState<typename C::Element>& block, int32_t heads,
+                                              QueryStep& step) {
+  step.advance(block.tiles);
+  seek_shown<C>(p, block, heads, step);
+}
+template <class C>
+__device__ __forceinline__ QueryStep first_shown(const Problem& p,
+                                                 const KeyBlockState<typename C::Element>& block,
+                                                 int32_t heads) {
+  QueryStep step{0, block.tiles.lo, 0};
+  if (!block.tiles.empty()) seek_shown<C>(p, block, heads, step);
+  return step;
+}
 
 // lse and delta of a query tile in shared memory: [2, M].
 template <class S, int M>

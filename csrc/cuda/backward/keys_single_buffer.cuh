@@ -41,10 +41,13 @@ __device__ __forceinline__ void backward_keys_single_buffer(const Problem& p,
   typename C::DK dk;
   typename C::DV dv;
   dk.clear(), dv.clear();
-  load_tile<KTile, C::kThreads>(k, block.key, tile.row, tile.used_keys());
-  load_tile<VTile, C::kThreads>(v, block.value, tile.row, tile.used_keys());
-  QueryStep step{0, block.tiles.lo, 0};
-  for (; !block.tiles.empty() && step.head < p.heads / p.kv_heads; step.advance(block.tiles)) {
+  const int32_t heads = p.heads / p.kv_heads;
+  QueryStep step = first_shown<C>(p, block, heads);
+  if (!block.tiles.empty() && step.head < heads) {  // else no copy may be left when dK and dV are stored
+    load_tile<KTile, C::kThreads>(k, block.key, tile.row, tile.used_keys());
+    load_tile<VTile, C::kThreads>(v, block.value, tile.row, tile.used_keys());
+  }
+  for (; !block.tiles.empty() && step.head < heads; advance_shown<C>(p, block, heads, step)) {
     const int32_t row = step.tile * C::kM, first = row + at.s.row, key = tile.row + at.s.column;
     const bool partial = row < block.whole.lo || row + C::kM > block.whole.hi;
     // Rows that see no key become zeros, because they may hold NaN or infinities and 0 · NaN is NaN.

@@ -37,7 +37,8 @@ struct BackwardQueriesSm80 {
   static constexpr bool kPlain = Kind == ScoreKind::kPlain;
   using DQ = Accumulator<1, kDqColumns / 8>;
   // V comes first, because only dP = dO Vᵀ needs it, while dQ still needs K after S.
-  using Ring = TileRing<R.stages == 0 ? 0 : 1, kThreads, VTile, KTile, RowSource<T>>;
+  static constexpr bool kSkips = Score::reads(Operand::kBlockMask);
+  using Ring = TileRing<R.stages == 0 ? 0 : 1, kThreads, VTile, KTile, RowSource<T>, kSkips>;
   static constexpr BackwardQueriesLayout kLayout = backward_queries_layout(R.with_tile(kM, kN), sizeof(T));
   static constexpr int kSharedBytes = kLayout.bytes;
   static_assert(kLayout.d_out == QTile::kBytes && kLayout.ring == QTile::kBytes + DoTile::kBytes &&
@@ -78,22 +79,21 @@ __device__ __forceinline__ void backward_queries(const Problem& p,
 
   typename C::DQ dq;
   dq.clear();
-  if (!block.tiles.empty()) {
+  const auto from = [&](int32_t n) {
+    return C::kSkips ? next_shown<C::kN>(p, block.score, tile, block.tiles, n) : n;
+  };
+  const int32_t first = from(block.tiles.lo);
+  if (first < block.tiles.hi) {
     load_tile<QTile, C::kThreads>(q, block.query, tile.row, tile.used_queries());
     load_tile<DoTile, C::kThreads>(d_out, block.dout, tile.row, tile.used_queries());
-    vk.start();
+    vk.start(first);
   }
-  for (int32_t n = block.tiles.lo; n < block.tiles.hi; ++n) {
+  for (int32_t n = first, next; n < block.tiles.hi; n = next) {
+    next = from(n + 1);
     const int32_t key = n * C::kN;
-    if constexpr (C::Score::reads(Operand::kBlockMask)) {
-      if (block.score.blocks_hide(p, 0, {tile.row, tile.row + C::kM}, {key, key + C::kN})) {
-        vk.wait_first(n), vk.wait_second(n);
-        continue;
-      }
-    }
     typename C::S s, dp;
-    mma_qk<DoTile, typename C::VTile>(dp, d_out, warp_row, vk.wait_first(n));  // dP = dO Vᵀ  [M, N]
-    const uint32_t k = vk.wait_second(n);
+    mma_qk<DoTile, typename C::VTile>(dp, d_out, warp_row, vk.wait_first(n, next));  // dP = dO Vᵀ  [M, N]
+    const uint32_t k = vk.wait_second(n, next);
     mma_qk<QTile, typename C::KTile>(s, q, warp_row, k);  // S = Q Kᵀ  [M, N]
     rows.clear_unseen(s, dp);
     const bool partial =
@@ -124,7 +124,7 @@ template <class C>
 cudaError_t launch_backward_queries(const Problem& p, const TileGrid& grid, void* workspace,
                                     cudaStream_t stream) {
   return launch(backward_queries_sm80<C>, {grid.blocks, slice_count<C>(p.head_dim)}, C::kThreads,
-                C::kSharedBytes, stream, p, grid_tiles(grid, workspace));
+                C::kSharedBytes, stream, p, grid_tiles(p, grid, workspace));
 }
 
 }  // namespace jax_flash::inline JF_ARCH_NAMESPACE

@@ -45,14 +45,6 @@ struct QueryStep {
     ++number;
     if (++tile == tiles.hi) tile = tiles.lo, ++head;
   }
-  // Likewise, but skips steps for which hidden(step) holds; `number` counts only the others.
-  template <class Hidden>
-  __device__ __forceinline__ void advance(const Interval& tiles, int32_t heads, Hidden hidden) {
-    const int32_t next = number + 1;
-    do advance(tiles);
-    while (head < heads && hidden(*this));
-    number = next;
-  }
   __device__ __forceinline__ void advance(const QueryWalk& walk) {
     ++number;
     if (walk.heads_inner) {

@@ -55,7 +55,10 @@ struct ForwardSm80 {
   using O = Accumulator<kWarpRows / 16, kValueDim / 8>;
   using Score = PortableScore<Kind, S, State::kPaged>;
   using Softmax = typename Score::template Softmax<T, volatile float>;
-  using Ring = TileRing<R.stages, kThreads, KTile, VTile, typename State::Source>;
+  static constexpr bool kReadsMasks = Score::reads(Operand::kBlockMask),
+                        kSkips = kReadsMasks && !State::kPaged;
+  using Operands = std::conditional_t<kSkips, TileOperands, ScoreOperands>;
+  using Ring = TileRing<R.stages, kThreads, KTile, VTile, typename State::Source, kSkips>;
   // Q's fragments stay in registers if 32 registers hold all of them. With two stages and 16 rows per warp,
   // the leading ones do.
   static constexpr int kQRegisters = kWarpRows / 4 * static_cast<int>(sizeof(T)) / 2 * kHeadDim / 16;
@@ -82,7 +85,9 @@ struct ForwardTile {
   const typename C::State& block;
   int32_t warp_row, key;  // where the tile begins, in the query tile and in the sequence
 
-  __device__ __forceinline__ const ScoreOperands& operands() const { return block.score; }
+  __device__ __forceinline__ const auto& operands() const {
+    return static_cast<const typename C::Operands&>(block.score);
+  }
   __device__ __forceinline__ const Band& band() const { return block.band; }
   // The warp's first query row. It is reloaded from shared memory at each use, since no register is left for
   // it.
@@ -150,17 +155,22 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const typename C:
   o.clear();
   typename C::Softmax softmax(C::Score::template start<typename C::Softmax>(p));
 
-  if (!block.tiles.empty()) {
+  const auto from = [&](int32_t n) {
+    return C::kSkips ? next_shown<C::kN>(p, block.score, tile, block.tiles, n) : n;
+  };
+  const int32_t first = from(block.tiles.lo);
+  if (first < block.tiles.hi) {
     load_tile<typename C::QTile, C::kThreads>(q_tile, block.query, tile.row, tile.used_queries());
-    kv.start();
+    kv.start(first);
   }
-  for (int32_t n = block.tiles.lo; n < block.tiles.hi; ++n) {
+  for (int32_t n = first, next; n < block.tiles.hi; n = next) {
+    next = from(n + 1);
     const int32_t key = at.key = n * C::kN;
-    const RowsB<typename C::KTile> k(kv.wait_first(n), 0);
+    const RowsB<typename C::KTile> k(kv.wait_first(n, next), 0);
     if constexpr (C::kQSteps > 0) {
-      if (n == block.tiles.lo) q.read(q_tile, warp_row);
+      if (n == first) q.read(q_tile, warp_row);
     }
-    if constexpr (C::Score::reads(Operand::kBlockMask)) {
+    if constexpr (C::kReadsMasks && !C::kSkips) {
       if (block.score.blocks_hide(p, 0, {tile.row, tile.row + C::kM}, {key, key + C::kN})) {
         kv.wait_second(n);
         continue;
@@ -174,7 +184,7 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const typename C:
     S s;
     s.clear();
     multiply_add<T, C::kHeadSteps>(s, q, k);  // S = Q Kᵀ  [M, N]
-    const ColumnsB<typename C::VTile, 16, true> v(kv.wait_second(n), 0);
+    const ColumnsB<typename C::VTile, 16, true> v(kv.wait_second(n, next), 0);
     if constexpr (C::State::kScaled)
       for_each(s, [&](float& x, int, int, int) { x *= block.key_scale; });  // S ← k_scale · S
     score.apply(s, at, softmax);  // softcap, bias, alibi, segments, mask
@@ -214,7 +224,7 @@ cudaError_t launch_forward_sm80(const Problem& p, const LaunchPlan& plan, void* 
   const TileGrid& grid = plan.queries;
   // All slices compute the same S, and so write the same lse and largest scores.
   return launch(forward_sm80<C>, {grid.blocks, slice_count<C>(p.value_dim)}, C::kThreads, C::kSharedBytes,
-                stream, p, grid_tiles(grid, workspace));
+                stream, p, grid_tiles(p, grid, workspace));
 }
 
 // A row whose keys and values lie in pages. Pool: T, or uint8_t for float8.

@@ -41,6 +41,15 @@ class RowSource {
       offset_ = __shfl_sync(~0u, Share::offset(), threadIdx.x % 32);
     }
   }
+  // Leaves out tiles before the next load.
+  template <class Tile>
+  __device__ __forceinline__ void skip(int32_t tiles) {
+    if (!kRunning || tiles == 0) return;
+    const int32_t rows = tiles * Tile::kRows;
+    next_first_ += uint64_t{static_cast<uint32_t>(rows)} * static_cast<uint32_t>(first_.stride);
+    next_second_ += uint64_t{static_cast<uint32_t>(rows)} * static_cast<uint32_t>(second_.stride);
+    rows_left_ -= rows;
+  }
   // Only the page loader reads ahead.
   __device__ __forceinline__ void look_ahead(int32_t) const {}
 

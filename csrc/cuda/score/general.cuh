@@ -129,6 +129,18 @@ struct GeneralScore : ScoreVariant<S> {
     }
   }
 
+  // Whether the mask is known to show all of S. The vote tells the compiler that the branch is uniform.
+  template <class Tile>
+  __device__ __forceinline__ static bool mask_shows_all(const Tile& tile, int32_t row) {
+    if constexpr (requires { tile.operands().shown; }) {
+      static_assert(kRowBlock % S::kRows == 0 && MaskTiles::block_keys % S::kColumns == 0);
+      const Band& band = tile.band();
+      const bool used = row < band.q_len && tile.key < band.k_len;
+      return __all_sync(~0u, used && tile.operands().shows_all(row, tile.key));
+    }
+    return false;
+  }
+
   // S ← S + factor · (bias − slope · distance), −inf where segments, ranges or mask hide the key.
   template <class Scores, class Tile>
   __device__ __forceinline__ void add_and_hide(Scores& s, const Tile& tile, int32_t row, float factor,
@@ -144,7 +156,7 @@ struct GeneralScore : ScoreVariant<S> {
     if (in_segment == InSegment::kNone) for_each(s, [](float& x, int, int, int) { x = -INFINITY; });
     if (p.ranges) hide_outside_ranges(s, operands.row_ranges(p), band, row, tile.key);
     if (kBlocks && p.block_mask) hide_outside_blocks(s, operands.block_mask(p), row, tile.key);
-    if (!kStaged && kBiasAndMask && p.mask) {
+    if (!kStaged && kBiasAndMask && p.mask && !mask_shows_all(tile, row)) {
       for_each_used<uint8_t>(s, operands.mask, p.mask, band, row, tile.key,
                              [](float& x, uint8_t seen) { hide_unless(x, seen); });
     }

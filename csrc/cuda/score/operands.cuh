@@ -56,44 +56,32 @@ struct RangeOperands {
   }
 };
 
-// The score operands of kernels for blocks, which serve calls without a position.
-struct BlockOperands {
-  const uint8_t* blocks = nullptr;
-
-  template <class Score>
-  __device__ __forceinline__ void prepare(const Problem& p, const BlockWork& work, int32_t query_head) {
-    blocks = p.block_mask.as<const uint8_t>() + work.offset(p, p.block_mask, query_head, 0);
-  }
-  // The block mask of the rows at the first head + `further`.
-  __device__ __forceinline__ BlockMask block_mask(const Problem& p, int32_t further) const {
-    return {blocks + further * p.block_mask.head,
-            0,
-            p.block_mask.row,
-            p.mask_rows,
-            p.mask_columns,
-            p.spec.block_rows,
-            p.spec.block_keys};
-  }
-};
+// The block mask of a head that begins at `first`, in calls without a position.
+__device__ __forceinline__ BlockMask block_mask_from(const Problem& p, const uint8_t* first) {
+  return {first, 0, p.block_mask.row, p.mask_rows, p.mask_columns, p.spec.block_rows, p.spec.block_keys};
+}
 
 // The mask of a head that begins at `first`.
 __device__ __forceinline__ MaskRows mask_rows_from(const Problem& p, const uint8_t* first) {
   return {first, p.mask.row, p.mask.column, p.k_rows};
 }
 
-// The score operands of kernels for a boolean mask.
-struct MaskOperands {
-  const uint8_t* mask = nullptr;
+// The score operands of kernels that read one mask alone; kFrom returns the mask of a head.
+template <View Problem::* kMask, auto kFrom>
+struct OneMaskOperands {
+  const uint8_t* first = nullptr;  // of the first head
 
   template <class Score>
   __device__ __forceinline__ void prepare(const Problem& p, const BlockWork& work, int32_t query_head) {
-    mask = p.mask.as<const uint8_t>() + work.offset(p, p.mask, query_head, 0);
+    first = (p.*kMask).template as<const uint8_t>() + work.offset(p, p.*kMask, query_head, 0);
   }
   // The mask of the `further`-th head after the first.
-  __device__ __forceinline__ MaskRows mask_rows(const Problem& p, int32_t further) const {
-    return mask_rows_from(p, mask + further * p.mask.head);
+  __device__ __forceinline__ auto mask(const Problem& p, int32_t further) const {
+    return kFrom(p, first + further * (p.*kMask).head);
   }
 };
+using BlockOperands = OneMaskOperands<&Problem::block_mask, block_mask_from>;
+using MaskOperands = OneMaskOperands<&Problem::mask, mask_rows_from>;
 
 // The operands of one head's scores: pointers to its part, and scalars by value.
 struct ScoreOperands : SegmentOperands {
@@ -163,8 +151,8 @@ struct ScoreOperands : SegmentOperands {
             p.mask_columns, p.spec.block_rows, p.spec.block_keys, first_row,
             first_key};
   }
-  // Whether the blocks hide all keys of a tile from all of its rows, at the head `further` heads after this
-  // one.
+
+  // Whether block masks hide all of `keys` from all of `rows`, at the head `further` heads after this one.
   __device__ __forceinline__ bool blocks_hide(const Problem& p, int32_t further, const Interval& rows,
                                               const Interval& keys) const {
     return p.block_mask && !block_mask(p).any_sees(further, rows, keys);
@@ -189,13 +177,14 @@ struct ScoreOperands : SegmentOperands {
 
 // The Tile of a score variant for warps whose rows belong to one head. The warp's part of S begins at query
 // first_row and key `key` of the sequence.
+template <class Operands>
 struct ScoreTile {
   const Problem& p;
-  const ScoreOperands& score;
+  const Operands& score;
   const Band& visible;
   int32_t first_row, key;
 
-  __device__ __forceinline__ const ScoreOperands& operands() const { return score; }
+  __device__ __forceinline__ const Operands& operands() const { return score; }
   __device__ __forceinline__ const Band& band() const { return visible; }
   __device__ __forceinline__ int32_t row() const { return first_row; }
 };

@@ -278,7 +278,7 @@ cudaError_t launch_tangent_sm80(const Problem& p, const Tangents& t, const Launc
                                 cudaStream_t stream) {
   const TileGrid& grid = plan.queries;
   return launch(tangent_sm80<C>, {grid.blocks, slice_count<C>(p.value_dim)}, C::kThreads, C::kSharedBytes,
-                stream, p, t, grid_tiles(grid, workspace));
+                stream, p, t, grid_tiles(p, grid, workspace));
 }
 
 template <class T, Row R>

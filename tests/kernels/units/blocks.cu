@@ -1,5 +1,5 @@
-// The lists that csrc/cuda/blocks.cu makes of block masks and boolean masks, on random calls, against the
-// mask pair by pair.
+// The lists that csrc/cuda/blocks.cu makes of block masks and boolean masks, and the tiles of boolean masks,
+// on random calls, against the mask pair by pair.
 #include <algorithm>
 #include <set>
 #include <utility>
@@ -253,9 +253,46 @@ int wrong_step_lists(bool boolean) {
   return wrong;
 }
 
+// The number of sets of rows and keys of which the tiles of a call say something wrong.
+int wrong_mask_tiles() {
+  Memory memory;
+  const Drawn x(memory, true);
+  const Problem& p = x.p;
+  LaunchPlan plan{};
+  (draw(0, 1) ? plan.keys : plan.queries).mask_tiles = kMaskTiles;
+  void* const workspace = poisoned(memory);
+  check(launch_blocks(p, plan, workspace, nullptr));
+  check(cudaDeviceSynchronize());
+  TileGrid grid{};
+  grid.mask_tiles = kMaskTiles;
+  MaskTiles tiles = mask_tiles(p, grid, workspace);
+  std::vector<uint8_t> seen = read(tiles.seen, tiles.heads * tiles.rows * tiles.columns);
+  tiles.seen = seen.data();
+  int wrong = 0;
+  for (int i = 0; i < 20; ++i) {
+    const int32_t b = draw(0, p.batch - 1), first = draw(0, p.heads - 1), h = draw(0, p.heads - 1 - first);
+    const int32_t row = draw(0, p.q_rows - 1) / 16 * 16, key = draw(0, p.k_rows - 1) / 16 * 16;
+    const Interval rows{row, std::min(row + 16 * draw(1, 8), p.q_rows)},
+        keys{key, std::min(key + 16 * draw(1, 8), p.k_rows)};
+    bool any = false, all = true;  // of the tiles that rows and keys lie in
+    for (int32_t r = rows.lo / kRowBlock * kRowBlock;
+         r < p.q_rows && r < ceil_div(rows.hi, kRowBlock) * kRowBlock; ++r)
+      for (int32_t j = keys.lo / kRowBlock * kRowBlock;
+           j < p.k_rows && j < ceil_div(keys.hi, kRowBlock) * kRowBlock; ++j) {
+        const bool sees = x.mask[x.before + p.mask.offset(b, first + h, r, j)];
+        any |= sees, all &= sees;
+      }
+    wrong += tiles.at(0, b, first).seen_of(h, rows, keys) != seen_piece_of(any, all);
+  }
+  return wrong;
+}
+
 }  // namespace
 
 void test_blocks() {
+  std::vector<float> of_tiles;
+  for (int i = 0; i < kCalls; ++i) of_tiles.push_back(static_cast<float>(wrong_mask_tiles()));
+  expect("tiles of boolean masks", of_tiles, [](int) { return 0; });
   for (const bool boolean : {false, true}) {
     std::vector<float> of_queries, of_keys;
     for (int i = 0; i < kCalls; ++i) {
