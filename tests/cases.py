@@ -221,6 +221,7 @@ FIXED_TILES = (
     ),
     Case("more tiles than teams, window", window=(40, 40), sq=400, sk=400, d=64, dv=64, hq=68, hk=4, b=1),
     Case("few queries, many keys", sq=150, sk=1705, d=128, dv=128, hq=2, hk=1, b=1),
+    Case("few tokens of many heads", causal=True, sq=3, sk=330, d=64, dv=64, hq=75, hk=1, b=1),
     Case("many keys", sq=70, sk=1705, d=128, dv=128, hq=68, hk=2, b=1),
     Case("many keys, causal", causal=True, sq=100, sk=1999, d=120, dv=104, hq=68, hk=4, b=1, sinks="token"),
     Case("many keys, two tiles of queries", sq=250, sk=4111, d=256, dv=248, hq=2, hk=1, b=1, causal=True),

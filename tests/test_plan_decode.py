@@ -103,7 +103,8 @@ def test_packed_sequences_of_few_rows_decode_beside_the_others():
     chosen = plan(varlen=True, q_rows=3000)
     two_tokens = 8  # rows: each KV head has four query heads
     assert chosen["decode"] == {"columns": 8, "ranges": 33, "packed_rows": two_tokens}
-    assert plan(varlen=True, q_rows=3000, heads=130, kv_heads=1)["decode"]["packed_rows"] == 0
+    assert plan(varlen=True, q_rows=3000, heads=130, kv_heads=1)["decode"]["packed_rows"] == 160  # of 32-row tiles
+    assert plan(varlen=True, q_rows=3000, heads=1025, kv_heads=1)["decode"]["packed_rows"] == 0
     assert plan(varlen=True, q_rows=0)["decode"]["packed_rows"] == 0
 
 
@@ -130,7 +131,27 @@ def test_a_draft_mask_changes_neither_the_row_nor_the_grid(q_rows, name):
 
 def test_contiguous_keys_decode_as_well():
     assert plan(paged=False)["row"]["pass"] == "decode"
-    assert plan(paged=False, q_rows=5)["row"]["pass"] == "forward"
+    assert plan(paged=False, q_rows=8)["row"]["pass"] == "decode"
+    assert plan(paged=False, q_rows=9)["row"]["pass"] == "forward"
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize(
+    ("call", "block", "columns"),
+    [
+        ({"heads": 71, "kv_heads": 1}, 32, 3),
+        ({"heads": 64, "kv_heads": 1, "q_rows": 3}, 32, 6),
+        ({"heads": 64, "kv_heads": 1, "d": 512, "dv": 512, "batch": 8}, 8, 8),
+        ({"heads": 40, "kv_heads": 2, "dtype": "float32", "d": 64, "dv": 64}, 8, 6),
+    ],
+    ids=str,
+)
+def test_few_tokens_decode_however_many_heads_share_keys(call, block, columns, paged):
+    """The forward would read the keys once for each query head, and its tiles would hold few tokens."""
+    chosen = plan(paged=paged, **call)
+    assert (chosen["row"]["pass"], chosen["row"]["block_m"]) == ("decode", block)
+    assert chosen["decode"]["columns"] == columns
+    assert chosen["workspace"] <= chosen["workspace_bound"]
 
 
 def test_a_wave_of_blocks_or_a_few():

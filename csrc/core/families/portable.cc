@@ -115,11 +115,20 @@ class LatentDecode final : public latent::Decode {
 
 // Limits of the calls that decode serves, and of its grid.
 constexpr int64_t kMostRows = 64;  // query rows of a KV head over pages; with more, the call is compute-bound
+constexpr int64_t kMostRowsDense = 16;  // the same without pages
+// Calls with few tokens decode even where many query heads share a KV head. Decode reads a key once for each
+// kMostTile rows, the forward once for each query head, of which its tiles would hold only those tokens.
+constexpr int64_t kFewTokens = 8, kMostRowsOfFewTokens = 1024;
 constexpr int64_t kMostTile = 32;  // query rows of a column
 constexpr int64_t kLeastKeys = 64;      // keys per key tile
 constexpr int64_t kMostBlocks = 1024;   // most CTAs of a grid that splits sequences
 constexpr int64_t kSplitKeys = 2048;    // keys per split in batch-invariant mode
-constexpr int64_t kMostRowsDense = 16;  // query rows of a KV head without pages
+
+// The most query rows of a KV head that decode serves. Packed sequences may have one token.
+int64_t most_rows(const AttentionSpec& spec, const Dim& tokens) {
+  if (spec.packed() || !tokens.known() || tokens.value() <= kFewTokens) return kMostRowsOfFewTokens;
+  return spec.paged() ? kMostRows : kMostRowsDense;
+}
 
 // The number of CTAs of a column: one wave, or a few waves if one would leave SMs idle.
 int32_t ranges_of_column(int64_t columns, int64_t wave) {
@@ -154,7 +163,7 @@ class Decode final : public PassTraits {
     const int64_t rows = call.rows_of_group(kMostRows), entries = call.entries();
     // A tile twice as large as needed wastes half of every product.
     if (row.block_m > 8 && rows <= row.block_m / 2) return false;
-    return 0 < s.q_rows && 0 < rows && rows <= (spec.paged() ? kMostRows : kMostRowsDense) && 0 < entries &&
+    return 0 < s.q_rows && 0 < rows && rows <= most_rows(spec, s.q_rows) && 0 < entries &&
            entries <= std::numeric_limits<int32_t>::max();
   }
 
@@ -193,8 +202,9 @@ class Decode final : public PassTraits {
     if (!s.kv_heads.known() || s.kv_heads.value() > 0) group = s.heads / s.kv_heads;
     const Dim rows = group * (spec.packed() ? max(s.draft_rows, 1) : s.q_rows);
     const Dim& least = spec.packed() ? group : rows;
-    if (least.known() && least.value() > kMostRows) return 0;
-    const Dim column_rows = s.kv_heads * (min(rows, kMostRows) + (kMostTile - 1));
+    const int64_t most = most_rows(spec, s.q_rows);
+    if (least.known() && least.value() > most) return 0;
+    const Dim column_rows = s.kv_heads * (min(rows, most) + (kMostTile - 1));
     const Dim entries = s.leading * s.batch;
     Dim split_rows = 0;
     if (spec.num_splits > 0) {
