@@ -28,7 +28,7 @@ LARGE_HEADS = 1.3  # backward at head dim 256, relative to cuDNN
 # Forwards at length LONG: their rate over that of the matrix product.
 OF_PRODUCT = {(128, False): 0.95, (128, True): 0.92, (256, False): 1.0, (256, True): 0.97}
 LONG = 16384
-LATENT_OF_PRODUCT = 0.59  # head dims 192/128, backward: of the matrix product's rate
+LATENT_OF_PRODUCT = 0.59  # head dims 192/128, backward: share of the matrix product's rate
 WINDOWS = {"window 128": 1.7, "window 1024": 1.25, "window 4096": 1.25}  # backward, relative to cuDNN
 OF_FIXED, SEGMENTS_OF_PACKED = 0.92, 1 / 1.15
 OF_PLAIN = {  # an option's rate, relative to the plain call's

@@ -1,4 +1,4 @@
-"""Attention of a Gemma-3-like layer with images: gemma's own equations beside compat.gemma's masks.
+"""Attention of a Gemma-3-like layer with images: compat.gemma's masks compared with gemma's own equations.
 
 python -m benchmarks.gemma_layer        the bar is 3 times gemma's own speed (issue 39)
 

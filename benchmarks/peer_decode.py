@@ -53,7 +53,7 @@ def prepared(made: Made, chain: int) -> tuple[measure.Calls, dict[str, Any]]:
 def cell(
     name: str, made: Made, sizes: dict[str, float], chain: int = decode_calls.CHAIN, **tags: Any
 ) -> Cell:
-    """One cell; `sizes` has the bytes that each call has to read by its name, or those of all others by ""."""
+    """One cell. `sizes`: the bytes that each call has to read, by its name; those of all other calls are under ""."""
     if "shape" in tags:
         decode_calls.draw(tags["shape"])  # cached, because calls are made in parallel
     calls, refused = prepared(made, chain)

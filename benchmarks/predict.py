@@ -30,7 +30,7 @@ class Rates:
     both: float = 560e12
     dense: float = 600e12  # FLOP of the other products of a training step
     memory: float = 4.0e12  # bytes read and written
-    link: float = 348e9  # bytes a direction between two devices of a host
+    link: float = 348e9  # bytes in one direction between two devices of a host
     network: float = 45e9  # between devices of two hosts, one 400 Gbit/s adapter for each
 
     def between(self, devices: int) -> float:
@@ -74,7 +74,9 @@ def _ring(case: Case, pass_: str, devices: int, rates: Rates, order: str) -> flo
         max(share * work + (joining if n else 0.0), moving if n < last else 0.0)
         for n, share in enumerate(shares)
     )
-    return seconds + (moving / 2 if backward and devices > 1 else 0.0)  # the last gradients go home
+    return seconds + (
+        moving / 2 if backward and devices > 1 else 0.0
+    )  # the last gradients return to their owners
 
 
 def _rate(case: Case, pass_: str, rates: Rates) -> float:

@@ -49,10 +49,10 @@ def stepper(trainer: Any, batch: Any, program: Any) -> Any:
 def scaled(
     meshes: dict[str, str], devices: int, tokens: int = TOKENS, **sizes: Any
 ) -> tuple[dict[str, Any], dict[str, Any], float]:
-    """Steps and their compiled programs, by name: one on each mesh; and the FLOP of a step.
+    """A step and its compiled program for each mesh, by name, and the FLOP of a step.
 
-    On a GPU the step over the sequence is also compiled to send by copy engines. The batch has as many rows as devices,
-    at least two, each of them a document of random bytes, so that every mesh has the same work.
+    On a GPU the step over the sequence is also compiled to send with copy engines. The batch has as many rows as
+    devices, but at least two. Each row is a document of random bytes, so that every mesh has the same work.
     """
     sys.path.insert(0, str(EXAMPLES))
     from settings import Settings
@@ -84,7 +84,7 @@ def scaled(
 
 
 def step_flop(settings: Any) -> float:
-    """The model's FLOP of a step: six for each weight of a product and token, and attention's."""
+    """The model's FLOP of a step: six per token for each weight of a matrix product, and those of attention."""
     heads = settings.heads * settings.head_dim
     weights = settings.layers * settings.width * (4 * heads + 2 * settings.hidden) + 256 * settings.width
     tokens = settings.rows * settings.row_length

@@ -28,7 +28,7 @@ from . import compare, compare_cells, measure, other_checkout
 TABLE = cuda_library.ROOT / "csrc" / "kernels.def"
 FOLDER = cuda_library.ROOT / "build" / "tune"
 DTYPES = {"half": "bfloat16", "single": "float32"}  # dtypes of the libraries
-BOTH = {"dense", "paged"}  # the loaders that any other word in the table stands for
+LOADERS = {"dense", "paged"}  # the words for one loader; any other word in the table stands for both
 # pass → the words in the names of its cells; for each head dim, those with that dim are selected.
 CELLS = {"forward": "forward", "backward": "backward", "bias_gradient": "bias backward", "decode": "decode"}
 
@@ -57,7 +57,7 @@ def parse_rows(text: str, names: list[str]) -> list[Row]:
 def replaces(new: Row, old: Row) -> bool:
     """Whether a candidate's row replaces a row of the table."""
     same = all(new[column].split()[0] == old[column].split()[0] for column in ("pass", "element", "d", "dv"))
-    loaders = [{row["loader"]} if row["loader"] in BOTH else BOTH for row in (new, old)]
+    loaders = [{row["loader"]} if row["loader"] in LOADERS else LOADERS for row in (new, old)]
     return same and bool(loaders[0] & loaders[1])
 
 

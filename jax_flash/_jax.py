@@ -169,8 +169,8 @@ class _Kept:
 
 
 def lower_partitioned(ctx: mlir.LoweringRuleContext, run: Any, values: Any, identity: str) -> Any:
-    """Lowers a jitted function that is one custom partitioning. `identity` names all it depends on but mesh and
-    platforms.
+    """Lowers a jitted function that is one custom partitioning. `identity` names everything that it depends on,
+    except the mesh and the platforms.
 
     `jax.experimental.serialize_executable` pickles every object that a compiled program keeps alive, but the objects
     that JAX keeps alive for XLA's partitioner cannot be pickled.

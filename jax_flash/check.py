@@ -320,7 +320,7 @@ def _check_appended_slots(tables: np.ndarray, lengths: np.ndarray, new: np.ndarr
 
 
 def _check_scale(call: _Call, name: str) -> None:
-    """A float8 scale must fit the pool, and be a factor by which one can divide on every page that holds keys."""
+    """A float8 scale must have the pool's shape, and be finite and above 0 on every page that holds keys."""
     by_head, by_page = (call.kv_heads,), (call.pages, call.kv_heads)
     if call.kv_heads is not None and call.shapes[name] not in ((), by_head, by_page):
         raise _CHECK.fail(

@@ -198,13 +198,13 @@ def _sinks_gradient(sinks: jax.Array, by_row: jax.Array) -> jax.Array:
     return _jax.sharded_like(_sum_where_one(_by_row_of_lse(by_row), sinks), sinks)
 
 
-def _sum_where_one(x: jax.Array, of: jax.Array) -> jax.Array:
-    """The sum over the dimensions that an array has as 1."""
-    summed = [axis for axis in range(x.ndim) if of.shape[axis] == 1 != x.shape[axis]]
+def _sum_where_one(x: jax.Array, like: jax.Array) -> jax.Array:
+    """The sum of x over the dimensions in which `like` has size 1."""
+    summed = [axis for axis in range(x.ndim) if like.shape[axis] == 1 != x.shape[axis]]
     return x.sum(summed, keepdims=True)
 
 
 def _row_bias_gradient(bias: jax.Array, lse: jax.Array, by_row: jax.Array) -> jax.Array:
-    """dbias of a bias [b|1, hq|1, sq|1, 1], the same for all keys of a row: it moves lse, and what the sinks take."""
+    """dbias of a bias [b|1, hq|1, sq|1, 1], the same for all keys of a row: it shifts lse and the sinks' weights."""
     rows = jnp.where(lse > -jnp.inf, by_row, 0)[..., None]
     return _jax.sharded_like(_sum_where_one(rows, bias).astype(bias.dtype), bias)

@@ -110,14 +110,14 @@ def segments(q_ids: ArrayLike, kv_ids: ArrayLike | None = None) -> Mask:
     Args:
       q_ids: int32 `[b, sq]`, packed `[tq]`.
       kv_ids: int32 `[b, sk]`, packed `[tk]`, for pages `[n, keys]` with as many keys as a row of the tables holds; by
-        default q_ids. In packed and paged calls the keys of a segment must be neighbours (`check_inputs` tells).
+        default q_ids. In packed and paged calls the keys of a segment must be neighbours (`check_inputs` checks it).
     """
     q = _per_token("segments", "q_ids", q_ids)
     return Mask((forms.Segments(q, q if kv_ids is None else _per_token("segments", "kv_ids", kv_ids)),))
 
 
 def ranges(lo: ArrayLike, hi: ArrayLike) -> Mask:
-    """Keys lo ≤ j < hi. `ranges(…) | ranges(…)` gives two of them to a row.
+    """Keys lo ≤ j < hi. `ranges(…) | ranges(…)` gives each row two ranges.
 
     Args:
       lo, hi: int32, broadcastable to `[b, h, sq]`; packed to `[h, tq]`.
@@ -161,7 +161,7 @@ def prefix_lm(lengths: int | ArrayLike) -> Mask:
 
 
 def bidirectional_spans(ids: ArrayLike) -> Mask:
-    """Causal, and both ways within a span, as images in a text have it.
+    """Causal, but bidirectional within a span, such as an image in a text.
 
     Args:
       ids: int32 `[b, s]`: neighbours with the same id ≥ 0 are one span, a negative id is none.

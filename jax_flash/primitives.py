@@ -164,10 +164,11 @@ def _with_row_max(ctx: mlir.LoweringRuleContext, by_row: Sequence[Any]) -> Seque
 
 
 def _computed_once(results: Sequence[Any]) -> Sequence[Any]:
-    """The results of a custom call that runs once where they are used and stored in a slice of a larger array, too.
+    """The results of a custom call, behind a barrier, so that XLA does not run the call twice.
 
-    This is what a scan over layers does with the `out` and `lse` that a remat policy saves. XLA's dynamic-slice fusion
-    for GPUs would make a second call that writes to the slice (seen in jaxlib 0.11.2); it does not look past a barrier.
+    A scan over layers both uses `out` and `lse` and stores them in a slice of a larger array, if a remat policy saves
+    them. XLA's dynamic-slice fusion for GPUs would make a second call that writes to the slice (seen in jaxlib 0.11.2);
+    it does not look past a barrier.
     """
     barrier: Sequence[Any] = stablehlo.OptimizationBarrierOp(results).results
     return barrier
@@ -208,7 +209,7 @@ def _require_cuda_kernel(pass_: Pass, spec: Spec, dtype: str, d: int, dv: int) -
 
 
 def _with_values_apart(pass_: Pass, spec: AttentionSpec, *arrays: jax.Array) -> list[jax.Array]:
-    """CUDA's kernels of derivatives take V for an operand of its own, whose gradient, rounded, is then added to K's."""
+    """Passes V as a separate operand, because CUDA's derivative kernels need that; adds V's rounded gradient to K's."""
     results = LOCAL[pass_].bind(*arrays, spec=replace(spec, value_dim=0))
     if pass_ is not BACKWARD:
         return list(results)
@@ -217,7 +218,7 @@ def _with_values_apart(pass_: Pass, spec: AttentionSpec, *arrays: jax.Array) -> 
 
 
 def _with_padded_head_dims(pass_: Pass, spec: Spec, *arrays: jax.Array) -> list[jax.Array]:
-    """Head dims that CUDA does not load pay for a padded copy."""
+    """Runs a pass on copies of the operands that are padded to head dims which CUDA loads."""
     named = dict(zip(operand_names(pass_, spec), arrays))
     sizes = {"d": named["query"].shape[-1], "dv": _value_dim(spec, named["value"].shape[-1])}
     if isinstance(spec, AttentionSpec) and spec.value_dim:

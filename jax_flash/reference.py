@@ -82,12 +82,12 @@ def _attend(
     p, lse = _softmax(s, _round(_sink(operands, place, wide), round_to))
     p = jnp.where(visible, p, 0)  # also zero if the row's maximum is NaN
     p = _drop(spec, operands, place, _round(p, round_to))
-    odd = jnp.swapaxes(~jnp.isfinite(v).all(3), 1, 2)  # [b, hk, sk]
+    nonfinite = jnp.swapaxes(~jnp.isfinite(v).all(3), 1, 2)  # [b, hk, sk]
     group = p.shape[1] // v.shape[2]
-    by_query_head = jnp.broadcast_to(odd[:, :, None], (*odd.shape[:2], group, odd.shape[2]))
-    odd = by_query_head.reshape(*p.shape[:2], v.shape[1])  # [b, hq, sk]
-    sees_odd = jnp.swapaxes((visible & odd[:, :, None]).any(3), 1, 2)[..., None]  # [b, sq, hq, 1]
-    o = jnp.where(row_read, _probability_value(p, v, sees_odd), 0)  # [b, sq, hq, dv]
+    by_query_head = jnp.broadcast_to(nonfinite[:, :, None], (*nonfinite.shape[:2], group, nonfinite.shape[2]))
+    nonfinite = by_query_head.reshape(*p.shape[:2], v.shape[1])  # [b, hq, sk]
+    sees_nonfinite = jnp.swapaxes((visible & nonfinite[:, :, None]).any(3), 1, 2)[..., None]  # [b, sq, hq, 1]
+    o = jnp.where(row_read, _probability_value(p, v, sees_nonfinite), 0)  # [b, sq, hq, dv]
     return o.astype(dtype), lse, *row_max
 
 
@@ -322,18 +322,18 @@ def _query_key_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) 
 
 
 @jax.custom_jvp
-def _probability_value(p: Array, v: Array, sees_odd: Array) -> Array:
+def _probability_value(p: Array, v: Array, sees_nonfinite: Array) -> Array:
     """P·V `[b, sq, hq, dv]` over the finite elements of V; NaN in rows that see others."""
-    return jnp.where(sees_odd, jnp.nan, _product_of_values(p, _finite(v)))
+    return jnp.where(sees_nonfinite, jnp.nan, _product_of_values(p, _finite(v)))
 
 
 @_probability_value.defjvp
 def _probability_value_jvp(
     primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]
 ) -> tuple[Array, Array]:
-    (p, v, sees_odd), (tp, tv, _) = primals, tangents
-    of_p = _product_of_values(tp, _finite(v)) * jnp.where(sees_odd, jnp.nan, 1).astype(p.dtype)
-    return _probability_value(p, v, sees_odd), of_p + _product_of_values(p, tv)
+    (p, v, sees_nonfinite), (tp, tv, _) = primals, tangents
+    of_p = _product_of_values(tp, _finite(v)) * jnp.where(sees_nonfinite, jnp.nan, 1).astype(p.dtype)
+    return _probability_value(p, v, sees_nonfinite), of_p + _product_of_values(p, tv)
 
 
 def _finite(x: Array) -> Array:

@@ -1,9 +1,9 @@
 """Lays out a CUDA toolkit that can build jax_flash, without root: `python tools/fetch_cuda.py MAJOR PREFIX`.
 
-packages/release.json names what is fetched, some 110 MB. CUDA 13 needs NVIDIA's wheels alone, which have nvcc and the
-static runtime. The wheels of CUDA 12 lack nvcc, which Debian's package nvidia-cuda-toolkit has, and the static runtime,
-whose name becomes a link to libcudart.so.12. CUDA 12 takes CUDA 13's fatbinary, which compresses machine code by a
-third more (--compress-mode=size; drivers from 550.54.14 on, CUDA 12.4's own, read it).
+packages/release.json names what is fetched, some 110 MB. For CUDA 13, NVIDIA's wheels are enough: they have nvcc and
+the static runtime. The wheels of CUDA 12 lack both. There nvcc comes from Debian's package nvidia-cuda-toolkit, and the
+name of the static runtime becomes a link to libcudart.so.12. CUDA 12 also uses the program fatbinary of CUDA 13, which
+compresses machine code by a third more (--compress-mode=size; drivers since CUDA 12.4's, 550.54.14, can read it).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def lay_out(toolkit: dict, prefix: Path) -> None:
-    """An entry of release.json's `cuda` at the prefix, unless the very same is there already."""
+    """Installs an entry of release.json's `cuda` at the prefix, unless exactly this entry is installed there."""
     complete = prefix / ".complete"
     if complete.exists() and complete.read_text() == repr(toolkit):
         return
@@ -119,7 +119,8 @@ def ar_member(archive: bytes, prefix: str) -> bytes:
 
 
 def unpack_wheels(wheels: list[str], prefix: Path, all_programs: bool) -> None:
-    """nvidia/<package>/<folder>/… of each wheel to its place; of bin and nvvm, unless wanted, FATBINARY alone."""
+    """Copies nvidia/<package>/<folder>/… of each wheel to its place. Without `all_programs`, the only program that it
+    copies is FATBINARY."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
         subprocess.run([*command, "-d", folder, *wheels], check=True)

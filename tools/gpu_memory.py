@@ -1,4 +1,4 @@
-"""Runs tests/kernels/units, then the drivers of tests/kernels/guards until every CUDA kernel has had its turn.
+"""Runs tests/kernels/units, then the drivers of tests/kernels/guards until they have reached every CUDA kernel.
 
     python3 tools/gpu_memory.py [units bands memcheck initcheck synccheck racecheck]
 
@@ -33,7 +33,7 @@ EVERY_LANE = "every-lane"  # racecheck's build, in a folder of the other build
 CHECKS = ("units", *GUARDS)
 SANITIZER = ("compute-sanitizer", "--print-limit", "20", "--error-exitcode", "9", "--tool")
 # Every fourth call targets no kernel, and every third call of the driver `paged` is append_kv's.
-CALLS_PER_TURN = {"dense": 4 / 3, "paged": 2}
+CALLS_PER_KERNEL = {"dense": 4 / 3, "paged": 2}
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def main() -> int:
         every_lane = "ON" if folder.name == EVERY_LANE else "OFF"
         defines = {"JAX_FLASH_MEMORY_DRIVERS": "ON", "JAX_FLASH_EVERY_LANE": every_lane}
         cuda_library.build(options.archs, folder, defines)
-    kernels = {driver: count_kernels(folders[checks[0]], driver) for driver in CALLS_PER_TURN}
+    kernels = {driver: count_kernels(folders[checks[0]], driver) for driver in CALLS_PER_KERNEL}
     failed = [
         not (run_units(folder) if check == "units" else run(check, kernels, folder, options.processes))
         for check, folder in folders.items()
@@ -117,7 +117,7 @@ def run(check: str, kernels: dict[str, int], folder: Path, processes: int) -> bo
     """Whether the calls that target each kernel, divided among processes, find no fault."""
     slices = []
     for driver, count in kernels.items():
-        calls = int(count * CALLS_PER_TURN[driver]) + 2
+        calls = int(count * CALLS_PER_KERNEL[driver]) + 2
         share = -(-calls * len(kernels) // processes)
         slices += [Slice(check, driver, first, share) for first in range(0, calls, share)]
     began = time.time()

@@ -41,7 +41,7 @@ struct Dropout {
   // Whether row i is one of the last 8 of its block's 16 rows.
   JF_HD bool second(uint32_t i) const { return (i + row) % kDropoutRows >= 8; }
   // The word for row i + 8, from the word for row i.
-  JF_HD static uint32_t turned(uint32_t word) { return word >> 8 | word << 24; }
+  JF_HD static uint32_t rotated(uint32_t word) { return word >> 8 | word << 24; }
 
   // Selects without indexing: on a GPU a run-time index would move the block to local memory.
   JF_HD static uint32_t half(const PhiloxBlock& numbers, uint32_t column) {
@@ -55,7 +55,7 @@ struct Dropout {
     const uint32_t c = j + column;
     PhiloxBlock numbers = philox(key0, key1, counter(b, h, i, index(c)));
     if (second(i)) {
-      for (uint32_t& word : numbers.word) word = turned(word);
+      for (uint32_t& word : numbers.word) word = rotated(word);
     }
     return half(numbers, c) >= threshold;
   }

@@ -18,9 +18,9 @@ JF_HD RotaryPair rotary_pair(int32_t i, int32_t count, bool interleaved) {
 
 // (a + ib) ← (a + ib)·exp(iθ)
 JF_HD void rotate(float& a, float& b, float cos, float sin) {
-  const float turned = a * cos - b * sin;
+  const float new_a = a * cos - b * sin;
   b = b * cos + a * sin;
-  a = turned;
+  a = new_a;
 }
 
 // The row of the cos and sin tables for a position, clamped to the last.

@@ -38,8 +38,8 @@ JF_INLINE UInt order_words(Wide first, Wide second, std::integer_sequence<int, l
   return __builtin_shufflevector((UInt)first, (UInt)second, from(part * kLanes + lane)...);
 }
 
-// Dropout::turned of both words of a lane.
-JF_INLINE Wide turned(Wide x) { return (x >> 8 & 0x00FFFFFF00FFFFFFu) | (x << 24 & 0xFF000000FF000000u); }
+// Dropout::rotated of both words of a lane.
+JF_INLINE Wide rotated(Wide x) { return (x >> 8 & 0x00FFFFFF00FFFFFFu) | (x << 24 & 0xFF000000FF000000u); }
 
 // kWideLanes consecutive Philox blocks from `index` on: words 0 and 1 of a block in a lane of `first`,
 // words 2 and 3 in a lane of `second`.
@@ -66,7 +66,7 @@ JF_INLINE WideBlocks philox_blocks(const Dropout& dropout, uint32_t b, uint32_t 
   }
   const Wide first = (c0 & 0xFFFFFFFFu) | c1 << 32, second = (c2 & 0xFFFFFFFFu) | c3 << 32;
   if (!dropout.second(i)) return {first, second};
-  return {turned(first), turned(second)};
+  return {rotated(first), rotated(second)};
 }
 
 // Stores the dropout numbers of kDropoutStep columns: those of kWideLanes blocks, but at least 32.

@@ -118,12 +118,12 @@ inline MaskTiles mask_tiles(const Problem& p, const TileGrid& grid, void* worksp
   return tiles;
 }
 
-// The keys of a piece of a key tile: of one block, or of one tile of a boolean mask.
+// The number of keys in a piece of a key tile. A piece lies in one block, or in one tile of a boolean mask.
 inline int32_t keys_of_piece(const Problem& p, int32_t tile_keys) {
   return std::gcd(p.block_mask ? p.spec.block_keys : kRowBlock, tile_keys);
 }
 
-// The lists that masks leave to the query tiles of a grid, of which each has two consumers.
+// The lists of visible key tiles for the query tiles of a grid. Each query tile has two consumers.
 inline KeyLists key_lists(const Problem& p, const TileGrid& grid, void* workspace) {
   const int32_t heads = 2 * kRowBlock / grid.block;
   const auto most = static_cast<int32_t>(ceil_div(p.k_rows, grid.other_block));
@@ -138,7 +138,7 @@ inline KeyLists key_lists(const Problem& p, const TileGrid& grid, void* workspac
           static_cast<int32_t>(grid.tiles)};
 }
 
-// The lists of steps that masks leave to the key tiles of a grid.
+// The lists of visible steps for the key tiles of a grid.
 inline StepLists step_lists(const Problem& p, const TileGrid& grid, void* workspace) {
   const auto most = static_cast<int32_t>(p.heads / p.kv_heads * ceil_div(p.q_rows, grid.other_block));
   const int64_t lists = p.leading.count() * p.batch * p.kv_heads * grid.tiles;

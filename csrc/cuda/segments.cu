@@ -89,8 +89,9 @@ struct SegmentsOfTile {
   __device__ bool may_share(int32_t j) const { return !others || set.may_have(others[j]); }
 };
 
-// The tiles of a grid, or parts of them. to, one_segment: [L, batch, tiles].
-struct FoundSegments {
+// Where the results for the tiles of a grid, or for parts of them, are stored. to, one_segment: [L, batch,
+// tiles].
+struct SegmentTables {
   Interval* to;
   int32_t* one_segment;
   int32_t tiles, block;  // tiles of a batch entry; rows per tile
@@ -99,11 +100,11 @@ struct FoundSegments {
 // One CTA per tile of a batch entry, followed by one per part.
 template <Over over>
 __global__ void __launch_bounds__(kThreads)
-    find_segments(const __grid_constant__ Problem p, const FoundSegments tiles, const FoundSegments parts,
+    find_segments(const __grid_constant__ Problem p, const SegmentTables tiles, const SegmentTables parts,
                   uint32_t first_part) {
   constexpr bool kQueries = over == Over::kQueries;
   const bool part = blockIdx.x >= first_part;
-  const FoundSegments& found = part ? parts : tiles;
+  const SegmentTables& found = part ? parts : tiles;
   const uint32_t number = blockIdx.x - (part ? first_part : 0);
   const int64_t entry = number / found.tiles, leading = entry / p.batch;
   const Sequence s = fixed_sequence(p, leading, static_cast<int32_t>(entry % p.batch));
@@ -151,9 +152,9 @@ cudaError_t trim_grid(const Problem& p, const TileGrid& grid, void* workspace, c
     auto* to = reinterpret_cast<Interval*>(free);
     auto* one_segment = reinterpret_cast<int32_t*>(to + all);
     free = reinterpret_cast<char*>(one_segment + all);
-    return FoundSegments{to, one_segment, static_cast<int32_t>(tiles), block};
+    return SegmentTables{to, one_segment, static_cast<int32_t>(tiles), block};
   };
-  const FoundSegments tiles = take(grid.block), parts = take(kSegmentPart);
+  const SegmentTables tiles = take(grid.block), parts = take(kSegmentPart);
   const int64_t all = entries * tiles.tiles, all_parts = grid.segment_parts ? entries * parts.tiles : 0;
   return launch(find_segments<over>, all + all_parts, kThreads, 0, stream, p, tiles, parts,
                 static_cast<uint32_t>(all));

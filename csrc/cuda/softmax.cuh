@@ -30,7 +30,8 @@ __device__ __forceinline__ float thread_max(const S& s, int slot) {
   return fmaxf(even, odd);
 }
 
-// From this |scale · m| on the rounding of scale · s + shift would show in P, and S − m is computed first.
+// If |scale · m| is at least this, the rounding of scale · s + shift would show in P, so S − m is computed
+// first.
 inline constexpr float kLargeShift = 1 << 20;
 
 // The online softmax (Milakov and Gimelshein, 2018) of a thread's rows. m is kept as shift = −scale · m, and
@@ -39,7 +40,7 @@ template <int kSlots>
 struct OnlineSoftmax {
   static constexpr bool kBounded = false;
   static constexpr float kRescaleThreshold = 8;  // for update_lazily(): P ≤ 2^8
-  static constexpr int kManyTiles = 10;  // from so many column tiles on, maxima by bits are faster on sm_90
+  static constexpr int kManyTiles = 10;  // with this many column tiles, maxima by bits are faster on sm_90
   static constexpr float kEmptyRow = FLT_MAX;  // the shift of a row that has seen no key
   float shift[kSlots];
   float l[kSlots];  // this lane's share of Σ P
@@ -142,9 +143,10 @@ struct OnlineSoftmax {
     }
   }
 
-  // The maximum of the bits as integers, of which one instruction of sm_90 compares three, is that of the
-  // floats unless all are negative: those are in the opposite order, and a second pass finds the least. A NaN
-  // may hide the lane's other scores of a row, but then the row's P are NaN in any case.
+  // Compares the bits of floats as integers, because one instruction of sm_90 finds the maximum of three
+  // integers. The order is the same, except among negative floats, where it is reversed: if all are negative,
+  // a second pass finds the minimum. A NaN may hide the lane's other scores of a row, but then the row's P
+  // are NaN in any case.
   template <class S>
   __device__ __forceinline__ static void thread_maxima_by_bits(const S& s, float (&maxima)[kSlots]) {
     const auto bits = [&](int slot, int i) { return __float_as_int(s.at(slot, i / 2, i % 2)); };

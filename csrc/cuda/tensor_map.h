@@ -28,8 +28,8 @@ struct PageMap : CUtensorMap {
   int32_t head_panels, head_groups, page_groups;
 };
 
-// Whether such boxes can load heads of `columns` columns. They can if one stride leads through all rows of
-// the pool, or through the rows of each head of each page in turn.
+// Whether such boxes can load heads of `columns` columns. They can if all rows of the pool, taken page by
+// page and either token by token or head by head, have one stride.
 bool has_page_map(const Problem& p, const View& view, int32_t columns);
 cudaError_t make_page_map(PageMap& map, const Problem& p, const View& view, int32_t columns,
                           int32_t box_rows);

@@ -95,13 +95,14 @@ def append_kv(  # type: ignore[misc]  # only an overload has `unpacked`
       k_scale, v_scale: float32 `[hk]`, `[p, hk]` (by page), or a number, only for float8 pools, where stored =
         value / scale, rounded to nearest and saturated at the largest number of the dtype, infinities too; 1 by
         default.
-      scale: `"static"` takes k_scale and v_scale as they are. `"dynamic"`, for float8 pools, keeps them: `[p, hk]`,
-        those of the pages that are written to are overwritten, in place like the pools. A page's scale is the smallest
-        power of two with which its largest finite element does not saturate. A page begins with the token at its first
-        slot, whatever scale and elements it had before. When a later token is larger than its scale allows, the page's
-        earlier tokens are requantised in the same call, which changes none of them but those that become subnormal: a
-        finite x is stored with an error of at most `|x| / 16 + scale / 512` (float8_e4m3fn) or `|x| / 8 + scale /
-        65536` (float8_e5m2), however often its page's scale has grown. No two sequences may then write to one page.
+      scale: `"static"` takes k_scale and v_scale as they are. `"dynamic"`, for float8 pools, updates them: they are
+        `[p, hk]`, and the call overwrites those of the pages that it writes to, in place. A page's scale is the
+        smallest power of two with which its largest finite element does not saturate. A page begins with the token at
+        its first slot, whatever scale and elements it had before. When a later token is larger than its scale allows,
+        the page's earlier tokens are requantised in the same call, which changes none of them but those that become
+        subnormal: a finite x is stored with an error of at most `|x| / 16 + scale / 512` (float8_e4m3fn) or `|x| / 8 +
+        scale / 65536` (float8_e5m2), however often its page's scale has grown. No two sequences may then write to one
+        page.
       implementation: as in `flash_attention`.
 
     Returns:

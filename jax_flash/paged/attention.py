@@ -119,14 +119,14 @@ def paged_attention(  # type: ignore[misc]  # only an overload has `unpacked`
         keys before the new tokens are visible as without it. It hides and never uncovers: with causal=True a token sees
         none after it either, which changes nothing for a tree that lists parents before their children. Causal, window
         and ALiBi count tokens in the order in which they are given, not by their depth in a tree. With cu_seqlens_q it
-        is `[n, s, s]`, of which a sequence of t ≤ s tokens uses the first t rows and columns; one of more than s
-        tokens, such as a chunk of a prompt, is attended to as without it. Needs align="bottom_right".
+        is `[n, s, s]`, of which a sequence of t ≤ s tokens uses the first t rows and columns; it does not apply to a
+        sequence of more than s tokens, such as a chunk of a prompt. Needs align="bottom_right".
       value_dim, value_start: with `v_pages=None`, values are the columns [value_start, value_start + value_dim) of
         k_pages, and keys its first d columns, of which the pool may have more; without value_dim, values have d columns
-        too, so that V is K where value_start is 0. The gradient of k_pages is that of both. So a pool that stores
+        too, so that V is K where value_start is 0. The gradient of k_pages is the sum of both. So a pool that stores
         [K | V] in one row is read in place, and so is one of heads K0 V0 K1 V1 … after the reshape to `[p, ps, hk, 2
-        d]`. They may overlap: with value_start=0, values are the first columns of the keys, stored once, as in
-        multi-head latent attention. d may be up to 640, and value_dim up to 512; with d above 512 GPUs need
+        d]`. Keys and values may overlap: with value_start=0, values are the first columns of the keys, stored once,
+        as in multi-head latent attention. d may be up to 640, and value_dim up to 512; with d above 512 GPUs need
         value_start=0, d ≤ 576, 16 bits and sm_80. Columns that are no multiples of 8 make GPUs copy the pool. Without
         v_scale, k_scale is the scale of both.
       causal, window, align, scale, softcap, return_lse, deterministic, implementation: as in `flash_attention`.

@@ -103,7 +103,7 @@ def _calls(shard: Shard, total: Total) -> Iterator[tuple[Visit, Work, Block]]:
     own = block = shard.block
     for n, visit in enumerate(shard.visits):
         following = next(iter(shard.visits[n + 1 :]), None)
-        first, later = shard.halves(own) if shard.in_turns(visit) else (own, {})
+        first, later = shard.halves(own) if shard.fetches_separately(visit) else (own, {})
         coming = shard.fetch(first, following) if following else {}
         for i, work in enumerate(visit.work):
             if i == 1 and later and following:

@@ -18,7 +18,7 @@ from ..spec import UNLIMITED, AttentionSpec, Ring
 # Operands that depend on the position in the sequence.
 _PLACED = {"q_lengths", "kv_lengths", "mask", "bias", "alibi_slopes", "dropout", "ranges", "block_mask"}
 _ALIGNMENT = 64  # cuts are multiples of it, because kernels load whole tiles
-HALVED = 4096  # with so many queries in a shard, half of them take longer than starting a transfer
+HALVED = 4096  # with at least this many queries in a shard, half of them take longer than starting a transfer
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ class Shard:
         """
         return self.spec.limited and self.pass_ in (FORWARD, BACKWARD)
 
-    def in_turns(self, visit: Visit) -> bool:
+    def fetches_separately(self, visit: Visit) -> bool:
         """Whether K and V arrive during two calls of a visit, so that they need not be joined."""
         return self._splits and self.pass_ is FORWARD and len(visit.work) > 1
 

@@ -1,6 +1,6 @@
 // Decode of few and short sequences on sm_90a, in which each KV head of a sequence has a cluster of CTAs
-// (cuda/decode/hopper_cluster.cuh). This file has, for plan and kernel, the layout of a CTA's shared memory
-// and the calls that the kernel serves.
+// (cuda/decode/hopper_cluster.cuh). Plan and kernel share this file: the layout of a CTA's shared memory, and
+// the calls that the kernel serves.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@ inline constexpr int32_t kMostCtas = 16;  // CTAs per cluster
 // Shared-memory offsets; the merge buffer aliases the ring.
 struct Layout {
   int32_t warp_ring, merge_o, merge_softmax;
-  // What this CTA merges of all n CTAs' results: O as [items, n] float4, where an item is four columns of a
+  // The parts of all n CTAs that this CTA merges: O as [items, n] float4, where an item is four columns of a
   // row, and m and l as [M, n].
   int32_t parts, softmax;
   int32_t barrier;  // counts the bytes that arrive in `parts` and `softmax`
@@ -60,9 +60,9 @@ class Choice {
     return ctas;
   }
 
-  // Whether the kernel chooses the algorithm, because only the device knows the lengths of long sequences. It
-  // takes clusters if the lengths are about equal, else equal ranges of all keys, which do not wait for the
-  // longest sequence.
+  // Whether the kernel chooses the algorithm, because only the device knows the lengths of long sequences.
+  // Clusters run if the lengths are about equal. Otherwise each CTA works on an equal range of all keys, so
+  // that none waits for the longest sequence.
   bool asks_for_lengths() const {
     return !knows_lengths() && (call_.device.always_cluster || ceil_div(tiles_, size()) > kManyTiles);
   }

@@ -80,7 +80,7 @@ struct Candidates {
   }
 
   // The index of the first candidate that the row is built for, or std::size(kinds) if there is none.
-  size_t of(const KernelRow& row) const {
+  size_t index_for(const KernelRow& row) const {
     size_t i = 0;
     while (i < std::size(kinds) && !row.takes(kinds[i])) ++i;
     return i;
@@ -107,7 +107,7 @@ bool better(const KernelRow& a, const KernelRow& b, const Call& call, const Cand
   if (a.arch->oldest != b.arch->oldest) return a.arch->oldest > b.arch->oldest;
   const int32_t padded_a = a.head_dim + a.value_dim, padded_b = b.head_dim + b.value_dim;
   if (padded_a != padded_b) return padded_a < padded_b;
-  if (scores.of(a) != scores.of(b)) return scores.of(a) < scores.of(b);
+  if (scores.index_for(a) != scores.index_for(b)) return scores.index_for(a) < scores.index_for(b);
   return traits_of(a).better(a, b, call);
 }
 
@@ -117,7 +117,7 @@ const PassTraits& traits_of(const KernelRow& row) { return *row.arch->family().o
 
 bool find_score(const KernelRow& row, const Call& call, ScoreKind& found) {
   const Candidates scores(call);
-  const size_t at = scores.of(row);
+  const size_t at = scores.index_for(row);
   if (at == std::size(scores.kinds)) return false;
   found = scores.kinds[at];
   return true;
@@ -127,7 +127,7 @@ const KernelRow* choose(Pass pass, const Call& call, std::span<const KernelRow> 
   const Candidates scores(call);
   const KernelRow* best = nullptr;
   for (const KernelRow& row : built) {
-    if (row.pass != pass || scores.of(row) == std::size(scores.kinds) || !runs(row, call)) continue;
+    if (row.pass != pass || scores.index_for(row) == std::size(scores.kinds) || !runs(row, call)) continue;
     if (!best || better(row, *best, call, scores)) best = &row;
   }
   return best;

@@ -56,8 +56,8 @@ struct LaunchPlan {
   TileGrid queries, keys;
   DecodeGrid decode;
   // CTAs per cluster. In the forward the two CTAs share multicast K and V, and each has one of two adjacent
-  // query tiles. In the backward they share multicast Q and dO, and each has half of a key tile. In a
-  // Design::kClusterColumns they have the same tile, and each has half of a head's columns.
+  // query tiles. In the backward they share multicast Q and dO, and each has half of a key tile. With
+  // Design::kClusterColumns they work on the same tile, and each has half of a head's columns.
   int32_t cluster_size = 1;
   int32_t persistent_ctas = 0;  // CTAs among which the tiles are distributed; 0: one CTA per tile
   int64_t tile_counter = -1;    // offset of the tile counter (4 bytes, cleared by the launch) in the

@@ -113,8 +113,9 @@ inline Dim step_lists_bound(const AttentionSpec& spec, const DimShapes& s) {
   return lists_bound(spec, s, step_lists_bytes(s, kRowBlock));
 }
 
-// Query tiles of a head among the sums and the tickets of dQ: those of a batch entry, or at least the slots
-// of all packed sequences (first_slot in core/sequence.h). The rows of all tiles grow with `tile`.
+// For how many query tiles a head has sums and tickets of dQ: the tiles of a batch entry, or an upper bound
+// of the slots of all packed sequences (first_slot in core/sequence.h). The product of this number and `tile`
+// does not decrease with `tile`, so the largest tile gives the bound over all kernels.
 inline Dim dq_tiles(const AttentionSpec& spec, const Dim& rows, const Dim& sequences, int64_t tile) {
   return (rows + (tile - 1)) / tile + (spec.packed() ? sequences : Dim(0));
 }

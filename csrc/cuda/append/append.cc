@@ -12,8 +12,8 @@ bool runs(const KernelRow& row, const AppendProblem& p, const Device& device) {
          row.takes(p.pool_dtype) && (row.design == Design::kDynamic) == p.dynamic;
 }
 
-// The same call on 16-bit elements, for float8 elements that are stored as they are: each stands for a pair.
-// All sizes and strides are multiples of the head dims, which are even.
+// The same call with each pair of float8 elements as one 16-bit element, for float8 that is only copied. All
+// sizes and strides are multiples of the head dims, which are even.
 AppendProblem in_pairs(AppendProblem p) {
   for (View* view : {&p.key, &p.value, &p.k_pages, &p.v_pages}) {
     for (int64_t* stride : {&view->batch, &view->head, &view->row}) *stride /= 2;

@@ -24,8 +24,8 @@ __device__ __forceinline__ uint32_t warp_maximum(uint32_t x) {
   return x;
 }
 
-// One warp requantises the slots before `end` of a page at one KV head. It takes float8 byte by byte, because
-// a page's scale seldom changes.
+// One warp requantises the slots before `end` of a page at one KV head. It works byte by byte: that is slow,
+// but a page's scale seldom changes.
 __device__ __forceinline__ void requantise(const AppendCall& call, const AppendStream& stream, int32_t entry,
                                            int32_t page, int32_t head, int32_t end, PageScale scale) {
   if (scale.before == scale.after) return;

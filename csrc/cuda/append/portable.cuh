@@ -17,8 +17,8 @@
 
 namespace jax_flash::append::inline JF_ARCH_NAMESPACE {
 
-// How the call is divided: a block handles `tokens` tokens of one leading entry, and of each token `units`
-// units, from slice · units on.
+// How the call is divided: a block handles `tokens` tokens of one leading entry. Of each token it handles
+// `units` units, the first of which is slice · units.
 struct Parts {
   Divisor chunks, slices, units;
   int32_t tokens;

@@ -21,8 +21,8 @@ struct alignas(std::min<size_t>(16, sizeof(T) * kWord)) Words {
 // The units of a token: pairs of words of its key that are rotated, words of its key that are not, and words
 // of its value, each at all heads.
 struct Units {
-  Divisor pairs, rest, value;  // of one head; 1 if there are none, because they divide
-  Divisor of_token;            // of all heads; 1 if there are none
+  Divisor pairs, rest, value;  // units of one head; 1 instead of 0, because they are divisors
+  Divisor of_token;            // units of all heads; likewise
   int32_t key_pairs, key_words, all;
 
   Units(int32_t heads, int32_t of_pairs, int32_t of_rest, int32_t of_value)
@@ -35,8 +35,8 @@ struct Units {
         all(heads * (of_pairs + of_rest + of_value)) {}
 };
 
-// A unit of a new token. In a rotated pair of words the features (a[i], b[i]) are rotated by angle i. If
-// pairs are interleaved, a and b are adjacent words whose features (2 i, 2 i + 1) are.
+// A unit of a new token. In a rotated pair of words, angle i rotates the features (a[i], b[i]). If pairs are
+// interleaved, a and b are adjacent words, and it rotates their features (2 i, 2 i + 1) instead.
 template <class T, class Pool, int kWord>
 struct Unit {
   bool of_value;
@@ -128,9 +128,9 @@ struct Unit {
 
  private:
   __device__ __forceinline__ void turn(T& x, T& y, int i) const {
-    float turned_x = static_cast<float>(x), turned_y = static_cast<float>(y);
-    jax_flash::rotate(turned_x, turned_y, cos.x[i], sin.x[i]);
-    x = T(turned_x), y = T(turned_y);
+    float new_x = static_cast<float>(x), new_y = static_cast<float>(y);
+    jax_flash::rotate(new_x, new_y, cos.x[i], sin.x[i]);
+    x = T(new_x), y = T(new_y);
   }
   __device__ __forceinline__ void turn_neighbours(T* at, int i) const {
     float2 x = ptx::load_pair(at);

@@ -72,7 +72,7 @@ __device__ __forceinline__ void multiply_ds_k(typename C::DQ& dq, uint32_t ds, u
                                          k + slice_offset<C, typename C::KTile>(), at.column));
 }
 
-// Adds a step's dQ to the sums. `tiles`: of a head there.
+// Adds a step's dQ to the sums. `tiles`: query tiles per head.
 template <class C>
 __device__ __forceinline__ void add_dq(const Problem& p, const KeyBlockState<typename C::Element>& block,
                                        int32_t tiles, const QueryStep& step, const typename C::DQ& dq,
@@ -129,9 +129,9 @@ __device__ __forceinline__ void prepare_step(const Problem& p, KeyBlockState<typ
   }
 }
 
-// The main loop. Steps overlap: a warp waits only for its step's copies, for the warps of its group before dK
-// and dV, for all dS before dQ, and, before it stores P and dS, until all warps have read those of the last
-// step.
+// The main loop. Steps overlap, because a warp waits only for what it needs: the copies of its step; before
+// dK and dV, the warps of its group; before dQ, all of dS; and before it stores P and dS, until all warps
+// have read those of the last step.
 template <class C>
 __device__ __forceinline__ void backward_keys(const Problem& p, KeyBlockState<typename C::Element>& block,
                                               int32_t sum_tiles, uint8_t* shared) {

@@ -19,8 +19,8 @@ struct KeyBlockState : GradientBlock<T> {
   Interval rows;   // from the first to the last query that may see one of the block's keys
   Interval whole;  // queries that see all of them
   GlobalRows<T> dkey, dvalue;
-  float* sums;         // of dQ, of the sequence's first query tile and the group's first head, or null
-  int32_t score_head;  // of the group: the one that `score` is of
+  float* sums;         // sums of dQ at the sequence's first query tile and the group's first head, or null
+  int32_t score_head;  // the head, within the group, that `score` is prepared for
 
   // Whether masks hide the block's keys from all rows of a step.
   __device__ __forceinline__ bool hides(const Problem& p, const QueryStep& step, int32_t block_m) const {
@@ -30,7 +30,7 @@ struct KeyBlockState : GradientBlock<T> {
                              {tile.row, tile.used_keys()});
   }
 
-  // `column`: the first one of dK and dV that the CTA works on.
+  // `column`: the first column of dK and dV that the CTA works on.
   template <int kM>
   __device__ void prepare(const Problem& p, const GridTiles& grid, int32_t block_n, const QuerySums& all_sums,
                           int32_t column) {

@@ -99,7 +99,7 @@ struct ListedQueryStep : QueryStep {
   }
 };
 
-// The first step of a walk. `number`: the steps before it.
+// The first step of a walk. `number`: the number of steps before it.
 __device__ __forceinline__ QueryStep first_step(const QueryWalk& walk, uint32_t number) {
   return QueryStep::first(walk, number);
 }

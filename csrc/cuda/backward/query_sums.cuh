@@ -1,9 +1,9 @@
-// The float32 sums of dQ: [entries, h, query tiles, M · d], where an entry is a leading one, and of fixed
-// layouts a batch entry of it. Packed sequences begin with a tile (first_slot).
+// The float32 sums of dQ: [entries, h, query tiles, M · d]. An entry is a leading entry or, in fixed layouts,
+// a batch entry of one. Each packed sequence begins a new tile (first_slot).
 //
 // A tile is [M / R, d / 8, R / 16, 128] for R = kSumRows. A block of 128 is 16 rows × 8 columns as mma and
 // wgmma leave them in a warp's registers (ptx::add_fragment), so an instruction of a warp adds to contiguous
-// memory, and the columns of 64 rows that a consumer warpgroup has are one piece, which TMA adds at once.
+// memory, and a consumer warpgroup's columns of 64 rows are contiguous, so TMA adds them at once.
 #pragma once
 
 #include "core/families/hopper_layout.h"
@@ -28,7 +28,7 @@ inline constexpr int kSumRows = kM < hopper::kConsumerRows ? kM : hopper::kConsu
 
 struct QuerySums {
   float* data;    // null: another kernel computes dQ
-  int32_t tiles;  // of a head
+  int32_t tiles;  // query tiles per head
 
   // The number of the first tile of a sequence and its head.
   template <int kM>
@@ -39,13 +39,14 @@ struct QuerySums {
   }
 };
 
-// Where tile `number` begins, counted from the one at `first`.
+// The start of tile `number`, counted from the tile at `first`.
 template <int kM>
 __device__ __forceinline__ float* sum_tile(const Problem& p, float* first, int64_t number) {
   return first + number * (kM * p.head_dim);
 }
 
-// Where the columns from `column` on, a multiple of 8, begin in the 16 rows from `row` on.
+// The offset in a tile of the sums of rows [row, row + 16) and of the columns from `column`, a multiple of 8,
+// on.
 template <int kM>
 __device__ __forceinline__ int32_t sum_offset(int32_t head_dim, int32_t row, int32_t column) {
   const int32_t in_part = row & (kSumRows<kM> - 1);
@@ -95,7 +96,8 @@ inline const int32_t* query_starts_of_keys(const Problem& p, const TileGrid& key
 
 inline constexpr int kSumThreads = 256, kOutsideBlocks = 16;
 
-// Zeros packed rows outside all sequences, in `to` [q_rows, h, d]. The share of one of kOutsideBlocks blocks.
+// Zeros the packed rows of `to` [q_rows, h, d] that lie outside all sequences: the share of block `block` of
+// kOutsideBlocks.
 template <class T>
 __device__ void clear_outside(const Problem& p, T* to, const int32_t* starts, uint32_t block) {
   const int64_t row = int64_t{p.heads} * p.head_dim / kChunk<T>, before = starts[0] * row;
@@ -107,9 +109,9 @@ __device__ void clear_outside(const Problem& p, T* to, const int32_t* starts, ui
   for (int64_t i = after + first; i < end; i += kStep) chunks[i] = uint4{};
 }
 
-// dQ [entries, q_rows, h, d] = scale · sums, rounded; 0 in rows past a length. A block has a query tile of a
-// head, a thread 8 columns of rows r and r + 8; the last kOutsideBlocks blocks of an entry of packed rows
-// have what lies outside all sequences. starts: of packed queries, else null.
+// dQ [entries, q_rows, h, d] = scale · sums, rounded; 0 in rows past a length. A block converts a query tile
+// of a head, and a thread 8 columns of rows r and r + 8. If rows are packed, the last kOutsideBlocks blocks
+// of an entry zero the rows outside all sequences. starts: those of packed queries, else null.
 template <class T, int kM>
 __global__ void __launch_bounds__(kSumThreads)
     convert_tiles(const __grid_constant__ Problem p, const __grid_constant__ QuerySums sums,

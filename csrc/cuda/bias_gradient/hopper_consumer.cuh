@@ -43,19 +43,19 @@ struct BiasConsumer : BiasRole<C> {
 
   // The tile of S of a step, for its score variant.
   struct Tile {
-    const BiasConsumer& of;
+    const BiasConsumer& consumer;
     const Problem& p;
     const Band& visible;
     int32_t first_row, key;
 
     __device__ __forceinline__ const ScoreOperands& operands() const {
-      return of.shared.operands[of.bias_use % C::Tiles::kStages];
+      return consumer.shared.operands[consumer.bias_use % C::Tiles::kStages];
     }
     __device__ __forceinline__ const Band& band() const { return visible; }
     __device__ __forceinline__ int32_t row() const { return first_row; }
     template <class Add>
     __device__ __forceinline__ void apply_tiles(S& x, Add add) const {
-      C::Tiles::apply(x, of.shared, p, of.tile_row(), 0, of.bias_use, add);
+      C::Tiles::apply(x, consumer.shared, p, consumer.tile_row(), 0, consumer.bias_use, add);
     }
   };
 

@@ -50,7 +50,7 @@ struct LatentFewSm90 {
   static constexpr int kStages = R.stages, kThreads = R.warps * 32;
   static constexpr int kGroups = 2, kGroupWarps = 4, kWarps = kGroups * kGroupWarps;
   static constexpr int kLoadWarps = R.warps - kWarps;
-  // The parts, and the blocks of 128 features, that are merged together: as many as cause no spills.
+  // How many parts, and blocks of 128 features, are merged together: as many as registers allow.
   static constexpr int kPartsAtOnce = 2, kBlocksAtOnce = 4;
   using QTile = SharedTile<T, kRows, kHeadDim>;
   using KTile = SharedTile<T, kTile, kHeadDim>;

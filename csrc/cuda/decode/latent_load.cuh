@@ -186,7 +186,7 @@ __device__ __forceinline__ void run_latent(const LatentCall& call, typename C::S
   auto& found = *reinterpret_cast<PartitionShared<C::kThreads>*>(shared.q);
   const Partition partition = find_range<C::kTile, C::kThreads>(call, column, found, number, range);
   if (range.begin >= range.end) return;
-  __syncthreads();  // all have read what was found, and the barriers are there
+  __syncthreads();  // all threads have read `found`, and the barriers are initialised
   run(column.kv_head, LatentLoader<C>(call, shared, column, partition, range, number));
 }
 

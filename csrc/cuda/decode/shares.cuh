@@ -108,7 +108,7 @@ __device__ __forceinline__ void attend_share(const DecodeCall& call) {
         prepare_counter(PartialResults<C::kRows>(call).counter(segment->parts, column));
     }
     const int32_t key = tile * C::kTile + warp * Ring::kKeys;
-    state.of_keys.load(call, rows, segment->work, key);
+    state.page_scales.load(call, rows, segment->work, key);
     const uint32_t k = ring.wait();
     if (key < keys.hi && key + Ring::kKeys > keys.lo)
       state.step(call, rows, segment->work, key, k, k + Ring::KTile::kBytes);

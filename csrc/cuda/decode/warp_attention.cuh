@@ -105,13 +105,13 @@ struct WarpAttention {
   float scale;                                    // S = scale · stored keys · Q
   float value_scale = 1;                          // V = value_scale · stored values
   // Scales of single pages, which S and P are multiplied by.
-  KeyScales<S, kScaled && Score::kGeneral> of_keys;
+  KeyScales<S, kScaled && Score::kGeneral> page_scales;
   float query_scale[kSharedQueries ? 1 : kTiles][2];  // kRescaled: Q = query_scale · q, for each row of S
 
   __device__ __forceinline__ static int row_of(int n, int e) { return S::row(2 * n + e); }
 
-  // Loads the operands of a segment, but not yet its sums, because those may still be in use for the segment
-  // before. All warps must call this together if they share the queries.
+  // Loads the operands of a segment. It leaves the sums alone, because the segment before may still use them.
+  // All warps must call this together if they share the queries.
   __device__ __forceinline__ void load(const DecodeCall& call, const ColumnRows& rows,
                                        const SequenceWork& work) {
     load_queries(call, rows, work);
@@ -139,7 +139,7 @@ struct WarpAttention {
     S s;
     with_format(call.kv_dtype, [&]<DType kFormat>() { multiply_keys<kFormat>(s, k); });  // Sᵀ = K Qᵀ
     if constexpr (kRescaled) for_each(s, [&](float& x, int slot, int, int) { x *= scale_of_queries(slot); });
-    of_keys.scale_keys(s);
+    page_scales.scale_keys(s);
     Score().apply(s, DecodeTile<S>{call, rows, work, key, scale});  // softcap, ALiBi, ranges, draft mask
     if (key < common.lo || key + kKeys > common.hi) mask(s, key);
     if (call.row_max) raise_row_maxima(call, rows, work, s);
@@ -169,9 +169,9 @@ struct WarpAttention {
   }
 
   // The scale that all pages share; 1 if each page has a scale.
-  __device__ __forceinline__ static float scale_of_all_pages(const DecodeView& of, const ColumnRows& rows,
+  __device__ __forceinline__ static float scale_of_all_pages(const DecodeView& scales, const ColumnRows& rows,
                                                              const SequenceWork& work) {
-    return of && of.batch == 0 ? *of.at<const float>(work.leading, 0, rows.kv_head, 0) : 1;
+    return scales && scales.batch == 0 ? *scales.at<const float>(work.leading, 0, rows.kv_head, 0) : 1;
   }
 
   __device__ __forceinline__ static Interval keys_of(const ColumnRows& rows, const SequenceWork& work,
@@ -330,10 +330,11 @@ struct WarpAttention {
     float largest[kTiles][2];
     bool above = false;
     for_each_row([&](int n, int e) {
-      largest[n][e] = of_keys.bounded(s.at(2 * n + e, 0, 0), 0, 0);
+      largest[n][e] = page_scales.bounded(s.at(2 * n + e, 0, 0), 0, 0);
 #pragma unroll
       for (int i = 1; i < 2 * S::kColumnTiles; ++i)
-        largest[n][e] = fmaxf(largest[n][e], of_keys.bounded(s.at(2 * n + e, i / 2, i % 2), i / 2, i % 2));
+        largest[n][e] =
+            fmaxf(largest[n][e], page_scales.bounded(s.at(2 * n + e, i / 2, i % 2), i / 2, i % 2));
       above |= largest[n][e] > m[n][e] + (kSlack + kLead);
     });
     if (!__any_sync(~0u, above)) return;
@@ -355,7 +356,7 @@ struct WarpAttention {
       // A row that has seen no key yet has m = −inf: P must be 0, not NaN.
       x = ptx::exp2(x - (m[n][e] == -INFINITY ? 0 : m[n][e]));
       l[n][e] += x;
-      x = of_keys.scale_value(x, key_tile, key);
+      x = page_scales.scale_value(x, key_tile, key);
     });
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)

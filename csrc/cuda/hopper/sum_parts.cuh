@@ -19,7 +19,7 @@ template <class Sum, int kConsumers>
 struct SumParts {
   static constexpr uint32_t kThreadBytes = sizeof(float4), kRowBytes = kWarpgroup * kThreadBytes,
                             kTiles = std::extent_v<decltype(Sum::x), 1>, kBytes = kRowBytes * kTiles;
-  alignas(16) uint8_t of[kConsumers][kBytes];  // a row of threads for each column tile
+  alignas(16) uint8_t received[kConsumers][kBytes];  // for each column tile, a float4 of each thread
   // Full when the other CTA's part has arrived here, empty when the other CTA has read this CTA's part.
   Pipeline<1> pipe[kConsumers];
 
@@ -66,7 +66,7 @@ struct SumParts {
   }
   // The address at which this thread receives. It is the same in both CTAs.
   __device__ __forceinline__ uint32_t own(int consumer) const {
-    return ptx::shared_address(of[consumer]) + thread() * kThreadBytes;
+    return ptx::shared_address(received[consumer]) + thread() * kThreadBytes;
   }
 };
 struct NoSumParts {

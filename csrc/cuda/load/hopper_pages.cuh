@@ -79,8 +79,8 @@ class PageLoader {
     View nan{};
     nan.row = kNanStep, nan.batch = nan.row * maps.box;
     cudaError_t e = cudaGetSymbolAddress(&nan.data, kNan);
-    const auto make = [&](auto& map, const Problem& of, const View& view, int32_t columns) {
-      if (e == cudaSuccess) e = Boxes::make(map, of, view, columns, maps.box);
+    const auto make = [&](auto& map, const Problem& problem, const View& view, int32_t columns) {
+      if (e == cudaSuccess) e = Boxes::make(map, problem, view, columns, maps.box);
     };
     make(maps.key, p, p.key, p.head_dim);
     make(maps.value, p, p.value, p.value_dim);

@@ -58,7 +58,7 @@ struct PageScales {
   const float* data = nullptr;  // scale of page 0
   int64_t page = 0;             // stride
 
-  __device__ __forceinline__ float of(int32_t page_index) const {
+  __device__ __forceinline__ float at(int32_t page_index) const {
     return data && page_index >= 0 ? data[page_index * page] : 1;
   }
 };
@@ -253,7 +253,7 @@ struct PageSource {
     if (threadIdx.x >= kRows) return;
     Address& to = addresses[n % (kStages + 1)][threadIdx.x];
     if constexpr (kFloat8) {
-      to = {slot, key_scales.of(slot.page), value_scales.of(slot.page)};
+      to = {slot, key_scales.at(slot.page), value_scales.at(slot.page)};
     } else {
       to = {key.address(slot, true), value.address(slot, false)};
     }

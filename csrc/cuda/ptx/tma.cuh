@@ -67,7 +67,7 @@ __device__ __forceinline__ void reduce_add_floats(float* to, uint32_t shared, ui
                : "memory");
 }
 
-// Stores a box from shared memory; elements outside the tensor are left out. Part of the thread's current
+// Stores a box from shared memory, without elements outside the tensor. Part of the thread's current
 // bulk group.
 __device__ __forceinline__ void store_box(const CUtensorMap& map, uint32_t shared, const Coordinates& at) {
   asm volatile(

@@ -9,7 +9,7 @@
 namespace jax_flash {
 
 // S [rows row_of(slot), keys from `key`] ← −inf where hidden(row, key), which is called for rows and keys in
-// use. The loop, which few tiles run, is not unrolled: then its loads would take registers from all other
+// use. Few tiles run the loop. It is not unrolled, because its loads would then take registers from all other
 // tiles.
 template <class S, class Row, class Hidden>
 __device__ __forceinline__ void hide_where(S& s, const Band& band, int32_t key, Row row_of, Hidden hidden) {

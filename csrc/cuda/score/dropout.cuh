@@ -77,7 +77,7 @@ struct KeptNumbers {
   // Whether the numbers of a pair reach the threshold, as a mask of 16 bits each.
   __device__ __forceinline__ uint32_t mask(int slot, int n) const {
     const uint32_t x = word[slot / 2][n % kTiles];
-    const uint32_t numbers = (slot % 2 ? Dropout::turned(x) : x) & pair_of(kDropoutNumbers - 1);
+    const uint32_t numbers = (slot % 2 ? Dropout::rotated(x) : x) & pair_of(kDropoutNumbers - 1);
     return ptx::not_below(numbers, threshold);  // NaN, beyond infinity, is not below it either
   }
 };
@@ -132,8 +132,8 @@ struct TileDropout {
     return kept;
   }
 
-  // For needs_scalar_path(): draws one element after the other. The resulting numbers only say on which side
-  // of a threshold of their own they lie.
+  // For needs_scalar_path(): draws one element after the other. Instead of the random numbers it stores ones
+  // that are above the threshold 0x4000 where the element is kept, and below it elsewhere.
   template <class S>
   __device__ __forceinline__ KeptTile<S> numbers_one_by_one() const {
     KeptTile<S> kept(0x4000u);
@@ -176,7 +176,7 @@ struct TileDropout {
         if (slot % 2 == 0) {
           x = block<S>(slot, first + n);
         } else {
-          for (uint32_t& word : x.word) word = Dropout::turned(word);
+          for (uint32_t& word : x.word) word = Dropout::rotated(word);
         }
         uint32_t bits = 0;
 #pragma unroll
@@ -217,8 +217,8 @@ struct TileDropout {
         for (int e = 0; e < 2; ++e) {
           const uint32_t own = upper ? block.word[2 + e] : block.word[e];
           const uint32_t other = __shfl_xor_sync(~0u, own, 4);
-          // The even row's half-word goes to the lower half, the odd row's to the upper half; `own` is that
-          // of the lane's row.
+          // The even row's half-word goes to the lower half, the odd row's to the upper half; `own` belongs
+          // to this lane's row.
           const auto masks = [&](uint32_t halves) {
             const uint32_t numbers = __byte_perm(own, other, halves) & pair_of(kDropoutNumbers - 1);
             return ptx::not_below(numbers, threshold);
@@ -281,7 +281,7 @@ struct DroppedA {
   }
 };
 
-// The factor that dropout multiplies the elements by that it keeps.
+// The factor by which dropout multiplies the elements that it keeps.
 __device__ __forceinline__ float dropout_scale(const AttentionSpec& spec) {
   return spec.has(Operand::kDropout) ? 1.0f / (1.0f - spec.dropout_rate) : 1.0f;
 }

@@ -30,9 +30,9 @@ struct SegmentOperands {
   // Finds what a score variant reads().
   template <class Score>
   __device__ __forceinline__ void prepare(const Problem& p, const BlockWork& work, int32_t query_head) {
-    auto of = [&](const View& ids) { return ids.as<const int32_t>() + work.offset(p, ids, query_head, 0); };
-    if (Score::reads(Operand::kQSegmentIds) && p.q_segment_ids) q_segments = of(p.q_segment_ids);
-    if (Score::reads(Operand::kKvSegmentIds) && p.kv_segment_ids) kv_segments = of(p.kv_segment_ids);
+    auto rows = [&](const View& ids) { return ids.as<const int32_t>() + work.offset(p, ids, query_head, 0); };
+    if (Score::reads(Operand::kQSegmentIds) && p.q_segment_ids) q_segments = rows(p.q_segment_ids);
+    if (Score::reads(Operand::kKvSegmentIds) && p.kv_segment_ids) kv_segments = rows(p.kv_segment_ids);
   }
   template <class Score>
   __device__ __forceinline__ const SegmentOperands& of_head(const Problem&, const BlockWork&, int32_t) const {

@@ -27,7 +27,7 @@ struct SegmentRange {
   }
 };
 
-// Whether the rows and keys of a tile of S have one segment, none in common, or some.
+// Compares the segments of the rows and the keys of a tile of S, given the range of each.
 __device__ __forceinline__ InSegment compare_ranges(const SegmentRange& rows, const SegmentRange& keys) {
   if (rows.hi < keys.lo || keys.hi < rows.lo) return InSegment::kNone;
   return rows.lo == rows.hi && keys.lo == keys.hi ? InSegment::kAll : InSegment::kSome;
@@ -44,7 +44,7 @@ __device__ __forceinline__ InSegment in_segment(const Problem& p, const SegmentO
   return compare_ranges(rows, keys);
 }
 
-// Likewise for a score variant; returns what the kernel has found before, if it has.
+// Likewise for a score variant; returns the kernel's own result if it has compared them before.
 template <class S, class Tile>
 __device__ __forceinline__ InSegment in_segment_of(const Tile& tile) {
   if constexpr (requires { tile.in_segment(); }) {

@@ -16,7 +16,7 @@ struct GlobalRows {
   int64_t stride;
   int32_t columns;
 
-  // Leaves out the first ones; none may be left.
+  // Drops the first `count` columns, possibly all of them.
   __device__ __forceinline__ void skip_columns(int32_t count) { data += count, columns -= count; }
 };
 
@@ -49,7 +49,7 @@ struct ThreadShare {
 #pragma unroll
     for (int r = 0; r < Tile::kRows; r += kStep) {
       const Row source = find(r);
-      // swizzle(row() + r) = swizzle(row()) ^ swizzle(r), and `offset` has the first.
+      // swizzle(row() + r) = swizzle(row()) ^ swizzle(r), and `offset` contains swizzle(row()).
       const uint32_t to = tile + (offset ^ Tile::swizzle(r) << 4);
 #pragma unroll
       for (int panel = 0; panel < kPanels; panel += kPanelsAtOnce) {
