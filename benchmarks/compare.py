@@ -103,7 +103,7 @@ def ratio(times: dict[str, list[float]]) -> float:
 
 
 def bits(cell: Cell, calls: measure.Calls) -> str:
-    """ "same" or "differ", or that the cell's results are not repeatable (not promised to be, or seen not to be)."""
+    """ "same" or "differ"; or "not promised" or "not repeatable before", if two runs of one checkout may differ too."""
     if not cell.repeatable:
         return "not promised"
     first, second = (call(*arguments[0]) for call, arguments in (calls["before"], calls["after"]))

@@ -28,8 +28,9 @@ def draw(shape: tuple[int, ...], dtype: str = "bfloat16") -> tuple[jax.Array, ja
     """Query, keys and values of a decode shape."""
     b, hq, hk, d, keys = shape
     dims = ((b, 1, hq, d), (b, keys, hk, d), (b, keys, hk, d))
-    keys_of = (jax.random.key(seed, impl="rbg") for seed in range(3))  # the caches may fill gigabytes
-    q, k, v = (jax.random.normal(key, x, dtype) for key, x in zip(keys_of, dims, strict=True))
+    # rbg is fast; the caches may fill gigabytes
+    seeds = (jax.random.key(seed, impl="rbg") for seed in range(3))
+    q, k, v = (jax.random.normal(seed, x, dtype) for seed, x in zip(seeds, dims, strict=True))
     return q, k, v
 
 

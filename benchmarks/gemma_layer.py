@@ -27,7 +27,7 @@ BATCH, HEADS, KV_HEADS, HEAD_DIM, IMAGES = 2, 8, 4, 256, 4
 
 
 def seen(size: int, window: int | None) -> Array:
-    """The mask that gemma makes: causal, images see themselves, and a local layer sees near tokens."""
+    """The mask that gemma makes: causal, bidirectional within an image, and in local layers a window."""
     place = np.arange(size)
     part = size // IMAGES
     image = np.where((place % part >= 7) & (place % part < 7 + part // 4), place // part + 1, 0)
@@ -45,7 +45,7 @@ def own(q: Array, k: Array, v: Array, visible: Array) -> Array:
     return jnp.einsum("BTKGS,BSKH->BTKGH", weights.astype(k.dtype), v).reshape(q.shape)
 
 
-def here(q: Array, k: Array, v: Array, visible: Array, *, ranges: bool) -> Array:
+def ours(q: Array, k: Array, v: Array, visible: Array, *, ranges: bool) -> Array:
     mask = gemma._ranges(visible)[0] if ranges else masks.dense(visible[:, None])
     return flash_attention(q, k, v, mask=mask)
 
@@ -63,7 +63,7 @@ def main(size: int) -> None:
         jax.random.normal(key, (BATCH, size, n, HEAD_DIM), jnp.bfloat16)
         for key, n in zip(keys, heads, strict=True)
     )
-    calls = {"own": own, "dense": partial(here, ranges=False), "ranges": partial(here, ranges=True)}
+    calls = {"own": own, "dense": partial(ours, ranges=False), "ranges": partial(ours, ranges=True)}
     for layer, window in (("global", None), ("local", size // 4)):
         arguments = [(q, k, v, seen(size, window))]
         for pass_ in ("forward", "forward and backward"):

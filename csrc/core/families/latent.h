@@ -89,9 +89,9 @@ class Decode : public PassTraits {
   static int64_t entries(const Call& call, int64_t rows) {
     const Shapes& s = call.shapes;
     const Chunks chunks(s.heads / s.kv_heads, static_cast<int32_t>(rows));
-    const int64_t of_tokens =
+    const int64_t token_chunks =
         call.spec.packed() ? s.q_rows / chunks.tokens + s.batch : s.batch * ceil_div(s.q_rows, chunks.tokens);
-    return s.q_rows == 0 ? 0 : s.leading * of_tokens * chunks.heads;
+    return s.q_rows == 0 ? 0 : s.leading * token_chunks * chunks.heads;
   }
 };
 

@@ -17,8 +17,8 @@
 
 namespace jax_flash::append::inline JF_ARCH_NAMESPACE {
 
-// How the call is divided: a block handles `tokens` tokens of one leading entry. Of each token it handles
-// `units` units, the first of which is slice · units.
+// The division of a call: a block handles `tokens` tokens of one leading entry, and `units` units of each
+// token, the first of which is slice · units.
 struct Parts {
   Divisor chunks, slices, units;
   int32_t tokens;
