@@ -6,7 +6,7 @@ burst would otherwise pay for, or profit from, the calls before it (this changed
 drained before and after each burst. Reports show the median of the repeats. Inputs are rotated through more bytes
 than the largest cache holds.
 
-The bursts of other implementations still affect the card's power: products of the same kernel were up to 10% faster
+The bursts of other implementations still affect the card's power: matrix products by one kernel were up to 10% faster
 after slow kernels than after fast ones. If `settle` is `SETTLED` seconds of untimed calls, repeats agree to 1%, and
 all rates are those of a card that has run at its power limit for long, some 6% lower.
 """
@@ -47,8 +47,8 @@ def order(names: Sequence[str], repeat: int) -> list[str]:
     Every implementation thus has every place, and runs before each other one as often as after it.
     """
     first = repeat // 2 % len(names) if names else 0
-    turned = [*names[first:], *names[:first]]
-    return turned[::-1] if repeat % 2 else turned
+    rotated = [*names[first:], *names[:first]]
+    return rotated[::-1] if repeat % 2 else rotated
 
 
 def interleaved(
@@ -88,7 +88,7 @@ def interleaved(
 def in_turns(
     calls: Calls, repeats: int = REPEATS, seconds: float = BURST, settle: float | None = None
 ) -> dict[str, Any]:
-    """Times calls as the head of this file says; their summaries."""
+    """Times calls as described at the head of this file; returns their summaries."""
     times = interleaved(calls, repeats, seconds, settle=settle)
     return {name: summary(each) for name, each in times.items()}
 

@@ -67,10 +67,10 @@ def flash_attention(
       bias: added before the soft cap, broadcastable to `[b, hq, sq, sk]`. Differentiable here.
       softmax_aux: `[sinks]` for all heads or `[hq, sinks]`: logits that take part in the softmax sum only, once (in
         ejkernel's XLA kernel once for each block of keys). Differentiable here.
-      mask_info: a MaskInfo. Its segment ids, −1 for padding, are data by which kernels skip; its attention mask is
-        dense. Both hold where both are given.
+      mask_info: a MaskInfo. Kernels skip keys by its segment ids, which are −1 for padding; its attention mask is
+        dense. If both are given, both apply.
       softmax_scale: factor of q·kᵀ, 1/√d by default.
-      dropout_prob, dropout_seed: dropout of the attention weights; it drops others than ejkernel's.
+      dropout_prob, dropout_seed: dropout of the attention weights, with other random bits than ejkernel's.
       causal: query i sees keys up to i.
       sliding_window: `(left, right)` around key i, or one number for both.
       logits_soft_cap: c in `S ← c·tanh(S/c)`.

@@ -52,10 +52,11 @@ def dot_product_attention(
       QPos, KPos, Key: axes or names of the queries' positions, of the keys' (another name), and of the head dim.
       query, key, value: NamedArrays with at least {QPos, Key}, {KPos, Key} and {KPos, a head dim}, of one dtype of
         float16, bfloat16 and float32, or of several that promote to one.
-      mask: an `AttentionMask`, whose offset, segments and window are data by which kernels skip what they hide, or a
-        boolean NamedArray of some of the axes.
+      mask: an `AttentionMask`, by whose offset, segments and window kernels skip hidden keys, or a boolean NamedArray
+        of some of the axes.
       bias: a NamedArray of some of the axes, added before the soft cap. Differentiable.
-      dropout, inference, prng: dropout of the attention weights unless `inference`; it drops others than Levanter's.
+      dropout, inference, prng: dropout of the attention weights unless `inference`, with other random bits than
+        Levanter's.
       logits_soft_cap: c in `S ← c·tanh(S/c)`.
       scaling_factor: factor of q·kᵀ, 1/√(size of Key) by default; it may be traced.
       attn_sink: a NamedArray of some of query's axes but Key, logits that take part in the softmax sum only. A soft cap

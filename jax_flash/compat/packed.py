@@ -1,6 +1,6 @@
 """The functions of flash_attn that take q, k and v, or k and v, in one array.
 
-XLA copies the parts out of that array, and their gradients into one: where they can be had apart, pass them apart.
+XLA copies q, k and v out of that array, and their gradients into one. Separate arrays avoid these copies.
 """
 
 from __future__ import annotations

@@ -228,9 +228,9 @@ def make_splash_mha(
 
     Args:
       mask: a `MultiHeadMask` with a mask for each query head, of this module's classes, JAX's, or any with a shape and
-        slices; or a boolean array `[hq, sq, sk]`. Full, causal, local and chunked masks and their `&` are options of
-        the kernels, whatever else leaves each query one or two ranges of keys is two integers a range, and kernels skip
-        what both hide. Other masks stay dense, with a warning, as do traced arrays.
+        slices; or a boolean array `[hq, sq, sk]`. Kernels skip what these masks hide: full, causal, local and chunked
+        ones and their `&`, which become options of the call, and any other mask that leaves each query one or two
+        ranges of keys, which takes two integers per range. Other masks stay dense, with a warning, as do traced arrays.
       save_residuals: calls also return the log-sum-exp.
       attn_logits_soft_cap: c in `S ← c·tanh(S/c)`.
       head_shards, q_seq_shards: devices over which shard_map splits heads and queries (`manual_sharding_spec`).
@@ -292,7 +292,7 @@ def make_splash_mha(
 
 
 def make_splash_mqa(mask: Any, **options: Any) -> SplashAttentionKernel:
-    """`make_splash_mha` for keys and values of one head, which calls give without it: `[sk, d]` and `[sk, dv]`."""
+    """`make_splash_mha` for keys and values of one head, passed without a dimension for it: `[sk, d]`, `[sk, dv]`."""
     return replace(make_splash_mha(mask, **options), is_mqa=True)
 
 

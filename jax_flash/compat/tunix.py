@@ -5,9 +5,8 @@
 
     model.splash = tunix
 
-Qwen 2 and 3 and Gemma 4 of tunix 0.1.7 then train and prefill here, by shards as their sharding config says. Their
-decoding steps, and the other models, compute scores in plain JAX and have no such place. This module does not import
-tunix.
+Qwen 2 and 3 and Gemma 4 of tunix 0.1.7 then train and prefill here, sharded as their config says. Their decoding steps,
+and the other models, compute scores in plain JAX, which this module does not replace. It does not import tunix.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ __all__ = ["BlockSizes", "PrefillKernel", "SegmentIds", "make_splash_mha"]
 @partial(jax.tree_util.register_dataclass, data_fields=splash.DATA_FIELDS, meta_fields=splash.META_FIELDS)
 @dataclass(frozen=True, eq=False)
 class PrefillKernel(splash.SplashAttentionKernel):
-    """A `SplashAttentionKernel` that gets the whole cache of a prompt, and reads as many keys as the mask has."""
+    """A `SplashAttentionKernel` that gets a whole cache, and reads only as many keys as the mask has."""
 
     def __call__(
         self,
@@ -46,7 +45,7 @@ class PrefillKernel(splash.SplashAttentionKernel):
 def make_splash_mha(mask: Any, **options: Any) -> PrefillKernel:
     """`jax_flash.compat.splash.make_splash_mha`, whose kernel takes longer arrays of keys than the mask has.
 
-    tunix's Qwen models pass their whole cache with a prompt, which begins the cache.
+    For a prompt, tunix's Qwen models pass their whole cache, in which the prompt's keys come first.
 
     Args:
       mask, options: as in `jax_flash.compat.splash.make_splash_mha`.

@@ -1,4 +1,4 @@
-"""What the file of each library shares: its tests are counted, its calls compared, and a line of JSON is the result."""
+"""Shared by the files of all libraries: counts tests, compares calls, and prints the result as a line of JSON."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class Library:
         self.pytest(*(_TESTS / test for test in tests), options=["--noconftest"], ours=True)
 
     def case(self, name: str, run: Callable[[], Any]) -> None:
-        """Counts a call written here, which passes if it returns, for libraries whose tests are on no registry."""
+        """Counts a call that is written here and passes if it returns, for libraries that publish no tests."""
         passed, message = True, ""
         try:
             run()
@@ -159,7 +159,7 @@ class Library:
 
     def report(self, *comparisons: Comparison) -> int:
         """Prints the line of JSON that the runner reads; the exit status is 1 where a failure has no known reason."""
-        made, close = (sum(getattr(x, of) for x in comparisons) for of in ("made", "close"))
+        made, close = (sum(getattr(x, field) for x in comparisons) for field in ("made", "close"))
         if made != close:
             worst = max(x.worst for x in comparisons)
             self.surprises.append(f"{made - close} calls differ, by up to {worst:.1f} tolerances")

@@ -1,4 +1,4 @@
-"""gemma: its layers beside our patched ones; where a clone is given, the tests of its modules on patched ones."""
+"""gemma: its layers compared with our patched ones; with a clone, also its modules' tests on patched ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ TESTS = ("_modules_test.py", "gemma3n/_modules_test.py")
 
 def main() -> int:
     library = Library("gemma", "gemma", EXPECTED)
-    library.our_tests("test_compat_gemma.py::test_it_is_gemma_s_own")  # which patches classes of its own
+    library.our_tests(
+        "test_compat_gemma.py::test_it_is_gemma_s_own"
+    )  # that test patches its own copies of the classes
     if "LIBRARY_CHECKOUT" in os.environ:
         gemma.patch(*(module.Attention for module in MODULES))
         folder = Path(os.environ["LIBRARY_CHECKOUT"]) / "gemma" / "gm" / "nn"

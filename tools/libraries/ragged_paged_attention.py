@@ -25,7 +25,7 @@ def main() -> int:
     own.ragged_paged_attention, own.ref_ragged_paged_attention = beside_own(
         comparison, ragged_paged_attention, own.ref_ragged_paged_attention
     )
-    test_util.is_device_tpu_at_least = lambda version: True  # the tests that skip elsewhere
+    test_util.is_device_tpu_at_least = lambda version: True  # else the tests skip
     library = Library("ragged_paged_attention", "jax", EXPECTED)
     tests = Path(os.environ["LIBRARY_CHECKOUT"]) / "tests" / "pallas"
     library.pytest(tests / "tpu_ragged_paged_attention_test.py", options=["--noconftest"])

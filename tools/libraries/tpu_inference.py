@@ -1,6 +1,7 @@
 """tpu-inference: its tests of ragged paged attention (v2, v3 and hd64), with our adapter in place of its TPU kernels.
 
-They allow .15 and more, as its reference rounds scores to 16 bits; calls in float32 are compared with it to 5e-5 too.
+Its tests allow errors of .15 and more, because its reference rounds scores to 16 bits. So calls in float32 are also
+compared with it to 5e-5.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from jax_flash.compat.ragged_paged_attention import ragged_paged_attention, ragg
 from .common import Comparison, Library, bare
 
 EXPECTED: dict[str, str] = {}
-SCORES = 5e-5  # allowed: nothing scales scores of 128 columns, and the last bit of 64 is 8e-6
+SCORES = 5e-5  # allowed error: unscaled scores over 128 columns reach 64, whose last bit is 8e-6
 
 
 def beside_own(
@@ -36,7 +37,7 @@ def beside_own(
             waiting[which] = jax.tree.leaves(results)
         if len(waiting) == 2:
             found, expected = waiting.pop("ours"), waiting.pop("theirs")
-            found[0] = found[0][: expected[0].shape[0]]  # the reference leaves out rows of no sequence
+            found[0] = found[0][: expected[0].shape[0]]  # the reference has no rows outside the sequences
             # Slots that nothing was written to are NaN.
             comparison.record(0.0, *([jnp.nan_to_num(x) for x in y] for y in (found, expected)), grads=0)
         return results
@@ -46,7 +47,7 @@ def beside_own(
 
 def main() -> int:
     bare("tpu_inference")
-    # It imports vLLM, and only a TPU kernel asks it.
+    # This module imports vLLM, and only a TPU kernel needs it.
     tuned = types.ModuleType("tpu_inference.kernels.ragged_paged_attention.v3.tuned_block_sizes_hd64")
     tuned.get_tuned_block_sizes = None  # type: ignore[attr-defined]
     sys.modules[tuned.__name__] = tuned
@@ -62,9 +63,9 @@ def main() -> int:
         (hd64, "ragged_paged_attention_hd64", partial(update, layout="concatenated")),
     ):
         both = beside_own(comparison, ours, getattr(module, f"ref_{name}"))
-        for of, function in zip((name, f"ref_{name}"), both):
-            setattr(module, of, function)
-    test_util.is_device_tpu_at_least = lambda version: True  # the tests that skip elsewhere
+        for attribute, function in zip((name, f"ref_{name}"), both):
+            setattr(module, attribute, function)
+    test_util.is_device_tpu_at_least = lambda version: True  # else the tests skip
     library = Library("tpu_inference", "tpu-inference", EXPECTED)
     tests = Path(sys.modules["tpu_inference"].__path__[0]).parent / "tests" / "kernels"
     names = [f"ragged_paged_attention_kernel_{x}_test.py" for x in ("v2", "v3", "v3_hd64")]
