@@ -102,6 +102,13 @@ def test_every_field_of_a_spec_reaches_cpp_or_is_pythons_own(python, fields, mad
         assert type(attribute) is {"float": np.float32, "bool": np.bool_}.get(fields[name], np.int32)
 
 
+def test_a_call_with_two_leading_dimensions_launches_slice_by_slice(printed):
+    """Each slice has the entries of the last dimension, its own schedules, and its share of the grid's blocks."""
+    one_dimension = ["kernel 0 5 30"]  # what, offset of query in bytes, entries, blocks
+    slices = [f"{what} {200 * i} 5 10" for i in range(3) for what in ("schedules", "kernel")]
+    assert printed["launch"] == one_dimension + slices
+
+
 def test_each_view_of_a_call_is_cut_into_slices_of_leading_dimensions(printed):
     """A kernel with tensor maps has room for one leading dimension, so that a call with two runs slice by slice."""
     found = {name: float(size) for name, size, step in map(str.split, printed["slice"]) if step == "7"}

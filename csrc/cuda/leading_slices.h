@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "core/schema.h"
+#include "cuda/registry.h"
 
 namespace jax_flash {
 
@@ -33,12 +34,18 @@ inline Problem leading_slice(const Problem& p, int64_t index) {
   return slice;
 }
 
-// Calls launch(slice) for all slices, in order.
+// Calls launch(slice, its plan) for all slices, one after another in the same workspace. `grid`: the grid of
+// the plan whose blocks the slices divide. If there are several slices, each makes its own schedules.
 template <class Launch>
-cudaError_t for_each_slice(const Problem& p, Launch launch) {
-  if (p.leading.rank <= 1) return launch(p);
-  for (int64_t i = 0, count = leading_slices(p); i < count; ++i) {
-    if (cudaError_t e = launch(leading_slice(p, i)); e != cudaSuccess) return e;
+cudaError_t launch_slices(const Problem& p, LaunchPlan plan, TileGrid LaunchPlan::* grid, void* workspace,
+                          cudaStream_t stream, Launch launch) {
+  if (p.leading.rank <= 1) return launch(p, plan);
+  const int64_t count = leading_slices(p);
+  (plan.*grid).blocks /= count;
+  for (int64_t i = 0; i < count; ++i) {
+    const Problem slice = leading_slice(p, i);
+    if (cudaError_t e = launch_schedules(slice, plan, workspace, stream); e != cudaSuccess) return e;
+    if (cudaError_t e = launch(slice, plan); e != cudaSuccess) return e;
   }
   return cudaSuccess;
 }

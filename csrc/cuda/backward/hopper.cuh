@@ -259,17 +259,12 @@ cudaError_t launch_slice(const Problem& p, const LaunchPlan& plan, void* workspa
   }
 }
 
-// The slices run one after another in the same workspace, and each makes its own schedule there.
 template <class T, Row R>
 cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
-  LaunchPlan of_slice = plan;
-  of_slice.keys.blocks /= leading_slices(p);
-  return for_each_slice(p, [&](const Problem& slice) {
-    if (&slice != &p) {
-      if (cudaError_t e = launch_schedules(slice, of_slice, workspace, stream); e != cudaSuccess) return e;
-    }
+  const auto launch = [&](const Problem& slice, const LaunchPlan& of_slice) {
     return launch_slice<T, R>(slice, of_slice, workspace, stream);
-  });
+  };
+  return launch_slices(p, plan, &LaunchPlan::keys, workspace, stream, launch);
 }
 
 }  // namespace jax_flash

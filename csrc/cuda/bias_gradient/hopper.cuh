@@ -144,16 +144,12 @@ cudaError_t launch_bias_gradient_sm90(const Problem& p, const LaunchPlan& plan, 
 
 template <class T, Row R>
 cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
-  LaunchPlan of_slice = plan;
-  of_slice.queries.blocks /= leading_slices(p);
-  return for_each_slice(p, [&](const Problem& slice) {
-    if (&slice != &p) {
-      if (cudaError_t e = launch_schedules(slice, of_slice, workspace, stream); e != cudaSuccess) return e;
-    }
+  const auto launch = [&](const Problem& slice, const LaunchPlan& of_slice) {
     return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
       return launch_bias_gradient_sm90<BiasGradientSm90<T, R, kKind>>(slice, of_slice, workspace, stream);
     });
-  });
+  };
+  return launch_slices(p, plan, &LaunchPlan::queries, workspace, stream, launch);
 }
 
 }  // namespace jax_flash

@@ -1,11 +1,27 @@
 // Prints the tables of core/schema.h, one line per entry: an array with its dimensions in each layout, a pass
-// with its arrays, and for each view of a Problem the distance in bytes between two slices of a leading
-// dimension.
+// with its arrays, for each view of a Problem the distance in bytes between two slices of a leading
+// dimension, and what launch_slices() launches.
 #include <iostream>
 
 #include "cuda/leading_slices.h"
 
 using namespace jax_flash;
+
+namespace {
+
+uint8_t memory[1 << 16];
+
+void print_launch(const char* what, const Problem& slice, const LaunchPlan& plan) {
+  std::cout << "launch " << what << " " << slice.query.as<uint8_t>() - memory << " " << slice.leading.count()
+            << " " << plan.keys.blocks << "\n";
+}
+
+}  // namespace
+
+cudaError_t jax_flash::launch_schedules(const Problem& p, const LaunchPlan& plan, void*, cudaStream_t) {
+  print_launch("schedules", p, plan);
+  return cudaSuccess;
+}
 
 namespace {
 
@@ -31,7 +47,6 @@ void print_pass(const char* name, const schema::CallArrays<Row>& arrays) {
 }
 
 void print_slices() {
-  static uint8_t memory[1 << 16];
   Problem p{};
   p.dtype = DType::kBF16, p.kv_dtype = DType::kF8E4M3, p.bias_dtype = DType::kF32;
   p.leading = {2, {3, 5}};
@@ -55,6 +70,20 @@ void print_slices() {
 #include "results.def"
 }
 
+void print_launches(const Leading& leading) {
+  Problem p{};
+  p.dtype = DType::kBF16;
+  p.leading = leading;
+  p.query = {.data = memory, .leading = {100, 10}};
+  LaunchPlan plan{};
+  plan.keys.blocks = 30;
+  const auto launch = [&](const Problem& slice, const LaunchPlan& of_slice) {
+    print_launch("kernel", slice, of_slice);
+    return cudaSuccess;
+  };
+  launch_slices(p, plan, &LaunchPlan::keys, nullptr, nullptr, launch);
+}
+
 }  // namespace
 
 int main() {
@@ -66,4 +95,6 @@ int main() {
 #define JF_APPEND_PASS(id, name, ...) print_pass(#name, schema::k##id);
 #include "results.def"
   print_slices();
+  print_launches({1, {5}});
+  print_launches({2, {3, 5}});
 }
