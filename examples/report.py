@@ -45,8 +45,14 @@ class Verdict:
     def __str__(self) -> str:
         return (
             f"validation loss {self.validation_loss:.3f} nats/byte, byte-bigram {self.bigram_loss:.3f}: "
-            f"{self.margin:.3f} below, target {self.target} {'reached' if self.reached else 'NOT reached'}"
+            f"{abs(self.margin):.3f} {'below' if self.margin >= 0 else 'above'}"
         )
+
+    def judged(self, settings: Settings) -> str:
+        """The verdict, and for a default run whether it reached the target."""
+        if not settings.is_default_run():
+            return f"{self}; the target, {self.target} below, is for runs with the default settings"
+        return f"{self}, target {self.target} {'reached' if self.reached else 'NOT reached'}"
 
 
 def describe(
@@ -72,7 +78,7 @@ def summary(settings: Settings, history: History, verdict: Verdict, cores_used: 
     return (
         f"{history.step} of {settings.steps} steps, {history.tokens_per_second:,.0f} tokens/s{more}\n"
         f"{sum(history.seconds.values()):.1f} s on {cores_used:.1f} of {cpu_cores()} CPU cores: {parts}\n"
-        f"wrote {settings.out}/run.json, loss.png, checkpoint/\n{verdict}"
+        f"wrote {settings.out}/run.json, loss.png, checkpoint/\n{verdict.judged(settings)}"
     )
 
 

@@ -223,6 +223,9 @@ def test_only_a_default_run_is_judged_by_its_target():
         assert not parse_settings(changed).is_default_run()
     assert Verdict(validation_loss=2.0, bigram_loss=2.31, target=0.3).reached
     assert not Verdict(validation_loss=2.0, bigram_loss=2.29, target=0.3).reached
+    missed = Verdict(validation_loss=2.6, bigram_loss=2.2, target=0.3)
+    assert missed.judged(Settings()).endswith("byte-bigram 2.200: 0.400 above, target 0.3 NOT reached")
+    assert "NOT reached" not in missed.judged(parse_settings(["--steps", "5"]))
 
 
 @pytest.mark.parametrize(
