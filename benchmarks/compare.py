@@ -153,8 +153,8 @@ def describe(found: dict[str, Any]) -> str:
     if found["mean"] is None:
         return "no cell ran"
     lines = [
-        f"geometric mean {found['mean']:.4f} of {found['cells']} cells (asked ≥ {MEAN}), "
-        f"worst {found['worst'][1]:.3f}: {found['worst'][0]} (asked ≥ {EACH})"
+        f"geometric mean {found['mean']:.4f} of {found['cells']} cells (target ≥ {MEAN}), "
+        f"worst {found['worst'][1]:.3f}: {found['worst'][0]} (target ≥ {EACH})"
     ]
     for what in ("slower", "differ", "errors"):
         if found[what]:

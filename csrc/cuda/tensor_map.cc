@@ -91,13 +91,13 @@ cudaError_t make_page_map(PageMap& map, const Problem& p, const View& view, int3
   map.head_panels = by_rows ? panels : 0;
   map.head_groups = by_rows ? 0 : groups;
   map.page_groups = by_rows ? groups : groups * p.kv_heads;
-  const bool led = view.leading[0] != 0 && p.leading.count() > 1;
+  const bool has_leading = view.leading[0] != 0 && p.leading.count() > 1;
   const auto size = [](int64_t x) { return static_cast<cuuint64_t>(std::max<int64_t>(1, x)); };
   const auto bytes = [](int64_t elements) { return static_cast<cuuint64_t>(elements) * 2; };
   const Layout5 layout{
       {64, 8, size(by_rows ? p.kv_heads * panels : panels), size(int64_t{p.pages} * map.page_groups),
-       led ? size(p.leading.count()) : 1},
-      {bytes(view.row), bytes(64), bytes(8 * view.row), led ? bytes(view.leading[0]) : kUnusedStride},
+       has_leading ? size(p.leading.count()) : 1},
+      {bytes(view.row), bytes(64), bytes(8 * view.row), has_leading ? bytes(view.leading[0]) : kUnusedStride},
       {64, 8, static_cast<cuuint32_t>(panels), static_cast<cuuint32_t>(box_rows / 8), 1}};
   return encode(map, view.data, layout, half_type(p), CU_TENSOR_MAP_SWIZZLE_128B);
 }

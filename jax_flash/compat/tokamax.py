@@ -117,15 +117,15 @@ def tokamax_attention(
       q, k, v, bias, logits_soft_cap, is_causal, precision, q_sharding, implementation: as in `dot_product_attention`.
       logits_dtype: has no effect; scores are float32.
       logits_scale: a number; None or tokamax's AUTO is 1/√H.
-      mask: a boolean array, tokamax's `CausalMask` or its `Mask`. `causal_mask`, `k_start`, `k_end` and bounds of all
-        queries alike are ranges, by which kernels skip what they hide. `q_start` and `q_end` that differ by key become
+      mask: a boolean array, tokamax's `CausalMask` or its `Mask`. Kernels skip what `causal_mask`, `k_start` and
+        `k_end` hide, and `q_start` and `q_end` if they are the same for all keys. If these differ by key, they become
         a dense mask, with a warning.
       k_sharding: a constraint on k's and v's sharding.
       q_indices: positions of the queries for the mask, `[*#B, #N, T]`.
       k_indices: positions of the keys, `[*#B, #N, S]`, with which the mask becomes dense, with a warning.
       normalize_output: False only with return_residuals.
-      return_residuals: also return `(maximum, sum)`, float32 `[*B, N, T]`. Any pair with the same sum·exp(maximum)
-        combines partial results alike; here it is (log Σ exp(S), 1), for which the output is normalised already.
+      return_residuals: also return `(maximum, sum)`, float32 `[*B, N, T]`, to combine partial results. Only
+        sum·exp(maximum) matters for that; here they are (log Σ exp(S), 1), since the output is already normalised.
 
     Returns:
       `[*B, T, N, h]`, or the pair `(out, (maximum, sum))`.

@@ -1,6 +1,6 @@
 """Splash attention of JAX: its tests, with the kernels and masks of `jax_flash.compat.splash` in place of its own.
 
-They are in JAX's repository alone.
+The tests exist only in JAX's repository.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> int:
 
     from_checkout("jax._src.hypothesis_test_util")
     pallas_test_util = from_checkout("jax._src.pallas.pallas_test_util")
-    pallas_test_util.PallasTest.INTERPRET = True  # they skip elsewhere than on TPUs
+    pallas_test_util.PallasTest.INTERPRET = True  # else the tests skip without a TPU
     library = Library("splash", "jax", EXPECTED)
     tests = Path(os.environ["LIBRARY_CHECKOUT"]) / "tests" / "pallas"
     masks = f"{tests / 'tpu_splash_attention_mask_test.py'}::SplashAttentionMaskTest"

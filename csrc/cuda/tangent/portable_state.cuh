@@ -1,5 +1,4 @@
-// Shared memory of the portable tangent pass, and the loads of each key tile: K,
-// tK, V and tV.
+// Shared memory of the portable tangent pass, and the loads of each key tile: K, tK, V and tV.
 #pragma once
 
 #include "core/families/portable_layout.h"
@@ -144,12 +143,12 @@ class TangentRing<0, kThreads, KTile, VTile> {
 //
 // In rows of few keys T V and r · O are almost equal, so T's rounding to 16 bits would dominate their
 // difference. Therefore V is multiplied by P ∘ (dS − c), where c is the mean of dS, weighted by P, over the
-// tile in which the row begins. What then remains to be subtracted is (r − c) · O.
+// row's first visible tile. Then only (r − c) · O has to be subtracted.
 template <class S>
 struct TangentRows {
   float lses[S::kSlots];  // times log2(e); +inf in rows that see no key, so that their P = 0
   float r[S::kSlots];     // this lane's share of r
-  float c[S::kSlots];     // in the unit of dS; 0 in rows that have not begun
+  float c[S::kSlots];     // in the unit of dS; 0 in rows that have not seen a key yet
 
   // lse: at the sequence's first row. `row`: the accumulator's first row within the sequence.
   __device__ __forceinline__ TangentRows(const Problem& p, const float* lse, int32_t row, int32_t q_len) {
@@ -161,8 +160,8 @@ struct TangentRows {
     }
   }
 
-  // Computes c of the rows that begin in this tile: all visible rows if it is the first tile, else those
-  // whose band begins here. S holds exponents.
+  // Computes c of the rows whose first visible tile this is: all visible rows if it is the first tile, else
+  // those whose band begins here. S holds exponents.
   __device__ __forceinline__ void find_c(const S& s, const S& ds, const Band& band, int32_t row, int32_t key,
                                          bool first) {
 #pragma unroll
