@@ -116,8 +116,8 @@ class LatentDecode final : public latent::Decode {
 // Limits of the calls that decode serves, and of its grid.
 constexpr int64_t kMostRows = 64;  // query rows of a KV head over pages; with more, the call is compute-bound
 constexpr int64_t kMostRowsDense = 16;  // the same without pages
-// Calls with few tokens decode even where many query heads share a KV head. Decode reads a key once for each
-// kMostTile rows, the forward once for each query head, of which its tiles would hold only those tokens.
+// Calls with few tokens decode even if many query heads share a KV head: decode reads each key once for every
+// kMostTile rows, but the forward, whose tiles have rows of one head only, once for each query head.
 constexpr int64_t kFewTokens = 8, kMostRowsOfFewTokens = 1024;
 constexpr int64_t kMostTile = 32;  // query rows of a column
 constexpr int64_t kLeastKeys = 64;      // keys per key tile

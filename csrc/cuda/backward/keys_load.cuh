@@ -51,8 +51,8 @@ struct KeyBlockState : GradientBlock<T> {
   }
 };
 
-// Moves `step` to the first one from there on that masks do not hide; without one, step.head is `heads`, the
-// heads of the group. All lanes of a warp call it.
+// Advances `step` to the first step, from this one on, that masks do not hide. If there is none, step.head
+// becomes `heads`, the number of heads in the group. All lanes of a warp call it.
 template <class C>
 __device__ __forceinline__ void seek_shown(const Problem& p, const KeyBlockState<typename C::Element>& block,
                                            int32_t heads, QueryStep& step) {

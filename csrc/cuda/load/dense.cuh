@@ -41,7 +41,7 @@ class RowSource {
       offset_ = __shfl_sync(~0u, Share::offset(), threadIdx.x % 32);
     }
   }
-  // Leaves out tiles before the next load.
+  // Skips this many tiles before the next load.
   template <class Tile>
   __device__ __forceinline__ void skip(int32_t tiles) {
     if (!kRunning || tiles == 0) return;

@@ -16,7 +16,7 @@ namespace jax_flash {
 
 // First, Second: the SharedTile types of a pair. Source: RowSource or PageSource, which copies tile n of
 // either operand. Pairs are requested in ascending order, the first tile before the second. kSkips: the
-// caller leaves pairs out, and names the next one.
+// caller may skip pairs, and passes the number of the pair that comes next.
 template <int kStages, int kThreads, class First, class Second, class Source, bool kSkips = false>
 class TileRing {
   static_assert(kStages <= 2);
@@ -71,7 +71,7 @@ class TileRing {
   __device__ __forceinline__ void finish() const { ptx::cp_async_wait<0>(); }
 
  private:
-  // The stage of pair `n`, which the caller is at, modulo kStages.
+  // Counts the pairs up to the current one, `n`; modulo kStages this is its stage.
   __device__ __forceinline__ int32_t stage_of(int32_t n) const { return kSkips ? uses_ : n; }
   __device__ __forceinline__ uint32_t first_address(int32_t stage) const {
     return shared_ + stage % kStages * First::kBytes;
