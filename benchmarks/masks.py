@@ -1,6 +1,9 @@
 """Masks that kernels read as ranges, blocks or boolean arrays, beside calls of the plain kernels, on one GPU.
 
     python -m benchmarks.masks [LENGTH] [HEAD_DIM,HEAD_DIM,…] [PART OF A NAME]
+    python -m benchmarks.masks decode                    windows as data beside static ones, in decode
+    python -m benchmarks.masks sparsity [LENGTH] [HEAD_DIM]     times at several shares of hidden pairs
+    python -m benchmarks.masks plot FILE.png < OUTPUT           draws what `sparsity` printed
 
 A rate is FLOP of visible pairs in a second, over that of a call without a mask value: causal=True, or for masks whose
 rows see few keys one of the same band (chunks as sequences of their own, a static window). Blocks are an eighth of all,
@@ -12,7 +15,7 @@ bursts in turns (measure.py).
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,10 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flash import flash_attention, flops, mask_forms, masks
+from jax_flash import flash_attention, flops, mask_forms, masks, paged_attention
 from jax_flash.mask_rows import Rows
 
-from . import measure
+from . import decode_calls, measure
 
 BATCH, WIDTH, PART = 2, 2048, 8  # heads · head dim; a chunk, and a window, is 1 / PART of the length
 Options = dict[str, Any]
@@ -159,7 +162,162 @@ def run(size: int, d: int, wanted: str) -> None:
                   f"{rates[name] / rates[beside]:.3f} of {beside}", flush=True)  # fmt: skip
 
 
+# --- decode ----------------------------------------------------------------------------------------------------------
+
+DECODE = {  # batch, query heads, KV heads, head dim, keys; the window
+    "64 × 8,192 keys": ((64, 32, 8, 128, 8192), 1024),
+    "8 × 65,536 keys": ((8, 32, 8, 128, 65536), 4096),
+    "32 × 8,192 keys, d256": ((32, 16, 8, 256, 8192), 1024),
+}
+GLOBAL = 2**30  # a window that hides nothing
+
+
+def steps(attend: Callable[..., Any]) -> Callable[..., Any]:
+    """CHAIN decode steps in one program, each with a window of its own if `lefts` is given."""
+
+    def run(query: Any, lefts: Any, *cache: Any) -> Any:
+        for n in range(decode_calls.CHAIN):
+            query = attend(query, None if lefts is None else lefts[n], *cache)
+        return query
+
+    return jax.jit(run)
+
+
+def decode(name: str) -> None:
+    """A decode step whose window is static, and the same as data."""
+    shape, left = DECODE[name]
+    last = shape[-1] - 1
+    q, k, v = decode_calls.draw(shape)
+
+    def fixed(window: int | None) -> Callable[..., Any]:
+        def attend(q: Any, size: Any, k: Any, v: Any) -> Any:
+            if size is not None:
+                return flash_attention(q, k, v, mask=masks.window(size, 0, offset=last))
+            return flash_attention(q, k, v, causal=True, window=(window, None))
+
+        return steps(attend)
+
+    def paged(window: int | None) -> Callable[..., Any]:
+        def attend(q: Any, size: Any, *cache: Any) -> Any:
+            if size is not None:
+                return paged_attention(q, *cache, mask=masks.window(size, 0, offset=cache[-1] - 1))
+            return paged_attention(q, *cache, causal=True, window=(window, None))
+
+        return steps(attend)
+
+    for layout, make, cache in (
+        ("contiguous", fixed, (k, v)),
+        ("pages", paged, decode_calls.scattered(k, v, 64)),
+    ):
+        for kind, window in (("full", None), (f"window {left}", left)):
+            sizes = jnp.full(decode_calls.CHAIN, GLOBAL if window is None else window, jnp.int32)
+            static, data = make(window), make(window)
+            wanted, got = (
+                np.asarray(x, np.float32) for x in (static(q, None, *cache), data(q, sizes, *cache))
+            )
+            assert np.abs(wanted - got).max() <= 0.02 * np.abs(wanted).max(), (name, layout, kind)
+            times = measure.in_turns(
+                {"static": (static, [(q, None, *cache)]), "data": (data, [(q, sizes, *cache)])}, repeats=8
+            )
+            own, other = (1e6 * times[x]["median"] / decode_calls.CHAIN for x in ("static", "data"))
+            print(f"decode {name}, {layout}, {kind}: static {own:.1f} µs, as data {other:.1f} µs, "
+                  f"ratio {other / own:.3f} ±{100 * times['data']['spread']:.1f}%", flush=True)  # fmt: skip
+
+
+# --- time against sparsity -------------------------------------------------------------------------------------------
+
+
+def by_sparsity(size: int) -> Iterator[tuple[str, Any]]:
+    """Masks of several kinds that hide more and more pairs."""
+    for length in (size, 3 * size // 4, size // 2, 0):
+        yield "prefix-LM", masks.prefix_lm(jnp.full(BATCH, length, jnp.int32))
+    row = jnp.arange(size, dtype=jnp.int32)[None, None]
+    for count in (2, 4, 8, 16, 32):
+        start = row // (size // count) * (size // count)
+        yield "documents", masks.ranges(start, start + size // count)
+    for part in (2, 4, 8, 16):
+        draw = np.random.default_rng(part).random((1, 1, size // 128, size // 128))
+        chosen = np.argsort(draw, -1)[..., : size // 128 // part]
+        yield "blocks of 128", masks.blocks(jnp.asarray(chosen, jnp.int32), (128, 128))
+    yield "nothing", masks.ranges(jnp.zeros_like(row), jnp.zeros_like(row))
+
+
+WAYS = ("value", "array", "cuDNN, array")
+
+
+def sparsity(size: int, d: int) -> None:
+    """Prints the kind of mask, the way it is given, the share of hidden pairs, and milliseconds of each pass."""
+    heads = WIDTH // d
+    *qkv, dout = (
+        jax.random.normal(key, (BATCH, size, heads, d), jnp.bfloat16)
+        for key in jax.random.split(jax.random.key(d), 4)
+    )
+    attend = {
+        "value": jax.jit(lambda qkv, mask: flash_attention(*qkv, mask=mask)),
+        "cuDNN, array": jax.jit(
+            lambda qkv, mask: jax.nn.dot_product_attention(*qkv, mask=mask, implementation="cudnn")
+        ),
+    }
+    attend["array"] = attend["value"]
+    pullbacks = {
+        way: jax.jit(lambda qkv, mask, f=f: jax.vjp(lambda x: f(x, mask), qkv)[1])
+        for way, f in attend.items()
+    }
+    backward = jax.jit(lambda pullback, x: pullback(x))
+    forwards, backwards, hidden = {}, {}, {}
+    for number, (kind, mask) in enumerate(by_sparsity(size)):
+        array = array_of(mask, size)
+        for way in WAYS if jax.default_backend() == "gpu" else WAYS[:2]:
+            given = mask if way == "value" else array
+            key = f"{number} {kind}|{way}"
+            hidden[key] = 1 - flops(flash_attention, *qkv, mask=mask) / flops(flash_attention, *qkv)
+            forwards[key] = attend[way], [(qkv, given)]
+            backwards[key] = backward, [(pullbacks[way](qkv, given), dout)]
+    times = [measure.in_turns(calls, repeats=4, seconds=0.02) for calls in (forwards, backwards)]
+    print(f"# 2 × {size:,} tokens, {heads} heads of {d}: mask, way, hidden, forward ms, backward ms")
+    for key, share in hidden.items():
+        kind, way = key.split(" ", 1)[1].split("|")
+        cells = (f"{1e3 * t[key]['median']:.4f}" for t in times)
+        print("point", kind, way, f"{share:.4f}", *cells, sep="\t", flush=True)
+
+
+def plot(lines: Iterable[str], path: str) -> None:
+    """Draws the points that `sparsity` printed: a panel for each pass."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    points = [line.rstrip("\n").split("\t")[1:] for line in lines if line.startswith("point\t")]
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    styles = {"value": "-o", "array": "--s", "cuDNN, array": ":^"}
+    colours = {"prefix-LM": "tab:blue", "documents": "tab:orange", "blocks of 128": "tab:green"}
+    for column, (axes, title) in enumerate(zip(panels, ("forward", "backward"), strict=True)):
+        for kind, colour in colours.items():
+            for way, style in styles.items():
+                own = sorted((float(x[2]), float(x[3 + column])) for x in points if x[:2] == [kind, way])
+                if own:
+                    axes.plot(*zip(*own, strict=True), style, color=colour, label=f"{kind}, {way}", ms=4)
+        axes.set(title=title, xlabel="share of pairs that the mask hides", ylabel="ms", yscale="log")
+        axes.grid(alpha=0.3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def main(*arguments: str) -> None:
+    command, rest = arguments[:1], arguments[1:]
+    if command == ("decode",):
+        for name in DECODE:
+            decode(name)
+    elif command == ("sparsity",):
+        sparsity(*map(int, (*rest, *("8192", "128")[len(rest) :])))
+    elif command == ("plot",):
+        plot(sys.stdin, *rest)
+    else:
+        lengths, dims, part = (*arguments, *("8192", "64,128,256", "")[len(arguments) :])
+        for dim in dims.split(","):
+            run(int(lengths), int(dim), part)
+
+
 if __name__ == "__main__":
-    lengths, dims, part = (sys.argv[1:] + ["8192", "64,128,256", ""][len(sys.argv) - 1 :])[:3]
-    for dim in dims.split(","):
-        run(int(lengths), int(dim), part)
+    main(*sys.argv[1:])

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .mask_rows import MOST, Data, Rows, SortedKeys
+from .spec import UNLIMITED, Reach, narrower, wider
 
 Pair = tuple[Array, Array]  # lo, hi, int32, broadcastable to [b, h, s]: the keys lo ≤ j < hi
 
@@ -44,6 +45,10 @@ class Form:
         """The one or two ranges that the rows see; None for a form that is not made of ranges."""
         return None
 
+    def reach(self) -> Reach:
+        """A bound on what any row sees that is known while tracing."""
+        return Reach()
+
 
 @_form("left", "right", "offset")
 @dataclass(frozen=True, eq=False)
@@ -59,6 +64,15 @@ class Band(Form):
         lo = 0 if self.left is None else diagonal - rows.each(self.left)
         hi = MOST if self.right is None else diagonal + rows.each(self.right) + 1
         return [between(lo, hi)]
+
+    def reach(self) -> Reach:
+        if not isinstance(self.offset, int):
+            return Reach()
+        left, right = (x if isinstance(x, int) else None for x in (self.left, self.right))
+        return Reach(
+            UNLIMITED if left is None else max(left - self.offset, 0),
+            UNLIMITED if right is None else max(right + self.offset, 0),
+        )
 
 
 @_form("limits")
@@ -81,6 +95,9 @@ class Prefix(Form):
 
     def pairs(self, rows: Rows) -> list[Pair]:
         return [between(0, jnp.maximum(rows.i + 1, rows.each(self.lengths)))]
+
+    def reach(self) -> Reach:
+        return Reach(right=max(self.lengths - 1, 0)) if isinstance(self.lengths, int) else Reach()
 
 
 @_form("ids")
@@ -126,6 +143,9 @@ class Chunks(Form):
     def pairs(self, rows: Rows) -> list[Pair]:
         return [between(rows.i // self.size * self.size, rows.i + 1)]
 
+    def reach(self) -> Reach:
+        return Reach(self.size - 1, 0, self.size)
+
 
 @_form("first", "left")
 @dataclass(frozen=True, eq=False)
@@ -141,6 +161,9 @@ class FirstAndWindow(Form):
             between(0, jnp.minimum(rows.each(self.first), end)),
             between(rows.i - rows.each(self.left), end),
         ]
+
+    def reach(self) -> Reach:
+        return Reach(right=0)
 
 
 @_form()
@@ -239,6 +262,12 @@ class Either(Form):
     def pairs(self, rows: Rows) -> list[Pair]:
         return union(pairs_of(self.a, rows), pairs_of(self.b, rows))
 
+    def reach(self) -> Reach:
+        a, b = reach_of(self.a), reach_of(self.b)
+        return Reach(
+            wider(a.left, b.left), wider(a.right, b.right), a.chunk if a.chunk == b.chunk else UNLIMITED
+        )
+
 
 def pairs_of(forms: Sequence[Form], rows: Rows) -> list[Pair]:
     """The ranges that remain of all forms that are made of ranges; empty if there is no such form."""
@@ -247,6 +276,14 @@ def pairs_of(forms: Sequence[Form], rows: Rows) -> list[Pair]:
         pairs = each.pairs(rows)
         if pairs is not None:
             found = intersection(found, pairs) if found else pairs
+    return found
+
+
+def reach_of(forms: Sequence[Form]) -> Reach:
+    """A bound on what a row sees through all of these forms."""
+    found = Reach()
+    for each in forms:
+        found = Reach(*map(narrower, found, each.reach()))
     return found
 
 

@@ -18,7 +18,7 @@ from .masks import Mask, both_segments
 from .operands import OPTIONAL
 from .paged import gather
 from .sequence.passes import takes_blocks
-from .spec import UNLIMITED, AttentionSpec, Ring
+from .spec import UNLIMITED, AttentionSpec, Ring, narrower
 from .zigzag import zigzag_unpermute
 
 Operands = dict[str, Array]
@@ -79,6 +79,7 @@ def _add(mask: Mask, spec: AttentionSpec, operands: Operands, rows: Rows, sizes:
         limits = jnp.broadcast_arrays(whole, *(x for pair in visible.pairs for x in pair))
         ranges = jnp.stack(limits[1:], -1)
         operands["ranges"] = ranges[0] if sizes.packed else ranges
+        spec = replace(spec, reach=forms.reach_of(mask.conditions))
     if visible.segments is not None:
         _add_segments(operands, visible.segments, sizes)
     if visible.dense is not None:
@@ -121,7 +122,7 @@ def _without_band(mask: Mask, spec: AttentionSpec) -> tuple[Mask, AttentionSpec]
         if sides is None:
             rest.append(condition)
             continue
-        left, right = (_narrower(a, b) for a, b in zip((left, right), sides))
+        left, right = (narrower(a, b) for a, b in zip((left, right), sides))
     if len(rest) == len(mask.conditions):
         return mask, spec
     return Mask(tuple(rest)), replace(spec, left=left, right=right, align="top_left")
@@ -140,10 +141,6 @@ def _static_sides(condition: Form) -> tuple[int, int] | None:
         else:
             return None
     return found[0], found[1]
-
-
-def _narrower(a: int, b: int) -> int:
-    return max(a, b) if UNLIMITED in (a, b) else min(a, b)
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -28,6 +28,28 @@ ORDERS = ("contiguous", "zigzag")
 ENUMS = {"Layout": ATTENTION_LAYOUTS, "Align": ALIGNMENTS, "PageLayout": PAGE_LAYOUTS}
 _TYPES = {"int32_t": np.int32, "float": np.float32, "bool": np.bool_}
 UNLIMITED = -1
+
+
+def narrower(a: int, b: int) -> int:
+    """The smaller of two limits."""
+    return max(a, b) if UNLIMITED in (a, b) else min(a, b)
+
+
+def wider(a: int, b: int) -> int:
+    """The larger of two limits."""
+    return UNLIMITED if UNLIMITED in (a, b) else max(a, b)
+
+
+class Reach(NamedTuple):
+    """What is known while tracing of the keys that row i sees: at most `left` before and `right` after key i, all in
+    one chunk of `chunk` keys with it. It may see fewer. UNLIMITED: not known."""
+
+    left: int = UNLIMITED
+    right: int = UNLIMITED
+    chunk: int = UNLIMITED
+
+
+ANYWHERE = Reach()
 
 
 @dataclass(frozen=True)
@@ -54,8 +76,8 @@ class AttentionSpec:
     `value_start + value_dim`), which may overlap K. Without pages, V then is K. The gradient of `key` is the sum of
     both. `block`: the numbers of rows and of keys in a block of the operand `block_mask`. With `row_max` the forward
     has this result too, the largest visible score of each row. With `same_offsets`, packed queries and keys have the
-    same array of offsets. With a `ring`, every operand with a row or key per token is the local shard of a sequence;
-    columns of mask and bias, and lengths, are those of the whole.
+    same array of offsets. `reach` bounds what `ranges` show. With a `ring`, every operand with a row or key per token
+    is the local shard of a sequence; columns of mask and bias, and lengths, are those of the whole.
     """
 
     layout: Layout
@@ -77,6 +99,7 @@ class AttentionSpec:
     same_offsets: bool = False
     block: tuple[int, int] = (0, 0)
     row_max: bool = False
+    reach: Reach = ANYWHERE
     ring: Ring | None = None
 
     @property

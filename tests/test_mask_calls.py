@@ -200,6 +200,7 @@ RINGED = {
     "prefix": masks.prefix_lm(jnp.array([30, 7], jnp.int32)),
     "band": masks.window(5, 2),
     "chunks": masks.chunked(10),
+    "chunks of a part": masks.chunked(12),
     "first": masks.first_and_window(3, 11),
 }
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from programs import require_devices
 
+from jax_flash import masks, ring_attention
 from jax_flash.sequence import schedule as rules
 from jax_flash.sequence.schedule import Visit, chunks, visits
 from jax_flash.spec import ORDERS, UNLIMITED, AttentionSpec, Ring
@@ -112,3 +119,30 @@ def test_a_backward_begins_and_ends_with_halves_of_a_devices_own_keys():
     for options in ({"shard": rules.HALVED - 1}, {"left": 5, "right": 0}):  # short shards; little to send
         own, *_ = schedule("contiguous", halves=True, **({"shard": shard} | options))
         assert len(own.work) == 1
+
+
+# --- masks as values -------------------------------------------------------------------------------------------------
+
+
+def transfers(mask: masks.Mask, order: str) -> int:
+    """The collective permutations of a forward over four devices."""
+    require_devices(N)
+    mesh = Mesh(np.asarray(jax.devices()[:N]), ("x",))
+    call = partial(ring_attention, axis_name="x", order=order, mask=mask, implementation="cpu")
+    ring = jax.shard_map(call, mesh=mesh, in_specs=(P(None, "x"),) * 3, out_specs=P(None, "x"))
+    x = jax.ShapeDtypeStruct((1, N * SHARD, 1, 16), np.float32)
+    return jax.jit(ring).lower(x, x, x).as_text().count("stablehlo.collective_permute")
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_keys_that_a_mask_is_known_to_hide_are_not_sent(order):
+    everything = masks.ranges(np.zeros(SHARD, np.int32), np.full(SHARD, N * SHARD, np.int32))
+    assert transfers(everything, order) == transfers(masks.prefix_lm(np.int32([9])), order) == N - 1
+    few = {
+        "chunks": (masks.chunked(SHARD // 2), 0),
+        "chunks across shards": (masks.chunked(SHARD + 1), 1),
+        "a window before the diagonal": (masks.causal(-1) & masks.window(4), 1),
+        "either": (masks.chunked(SHARD) | masks.window(3, 2, -1), 2),
+    }
+    for name, (mask, wanted) in few.items():
+        assert transfers(mask, order) == wanted or (order == "zigzag" and wanted), name

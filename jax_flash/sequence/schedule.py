@@ -164,10 +164,16 @@ class _Pair:
     @cached_property
     def offsets(self) -> tuple[np.ndarray, np.ndarray]:
         """For each device, the least and the largest possible key on the diagonal of the chunk's first query."""
+        query, key = self._first
+        offset = query - key
+        return offset + self.shifts[0], offset + self.shifts[1]
+
+    @cached_property
+    def _first(self) -> tuple[np.ndarray, np.ndarray]:
+        """The positions of the first query and of the first key, on each device."""
         device = np.arange(self.ring.size)
         owner = (device - self.distance) % self.ring.size
-        offset = self.query.position(device) - self.key.position(owner)
-        return offset + self.shifts[0], offset + self.shifts[1]
+        return self.query.position(device), self.key.position(owner)
 
     @cached_property
     def seen(self) -> np.ndarray:
@@ -178,7 +184,17 @@ class _Pair:
             seen &= self.query.size - 1 + largest + self.spec.right >= 0
         if self.spec.left != UNLIMITED:
             seen &= least - self.spec.left <= self.key.size - 1
+        if self.spec.reach.chunk != UNLIMITED:
+            rows, keys = (
+                self._chunks(part, first) for part, first in zip((self.query, self.key), self._first)
+            )
+            seen &= (rows[0] <= keys[1]) & (keys[0] <= rows[1])
         return seen
+
+    def _chunks(self, part: Chunk, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The first and the last chunk of keys in which rows with the numbers of these tokens may see keys."""
+        size = self.spec.reach.chunk
+        return first // size, (first + part.size - 1) // size
 
     @cached_property
     def full(self) -> np.ndarray:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ..operands import BACKWARD, DROPOUT_BATCH, DROPOUT_ROW, FORWARD, OPTIONAL, Pass
-from ..spec import UNLIMITED, AttentionSpec, Ring
+from ..spec import UNLIMITED, AttentionSpec, Ring, narrower
 from .schedule import Chunk, Range, Visit, Work, chunks, visits
 
 COPIED = 16 << 20  # from this many elements on, copies are faster than one concatenation
@@ -52,7 +52,8 @@ class Shard:
     @cached_property
     def visits(self) -> list[Visit]:
         """The visits in order. A backward keeps all but one of the calls on its own keys for the end."""
-        found = visits(self.spec, self.ring, self.queries, self.keys, self._shifts(), halves=self._splits)
+        spec, shifts = self._seen()
+        found = visits(spec, self.ring, self.queries, self.keys, shifts, halves=self._splits)
         own = found[0]
         if self.pass_ is not BACKWARD or len(found) == 1 or len(own.work) == 1:
             return found
@@ -264,6 +265,13 @@ class Shard:
         """Queries and keys of the whole sequence."""
         q, k = (self.operands[name].shape[1] for name in ("query", "key"))
         return q * self.ring.size, k * self.ring.size
+
+    def _seen(self) -> tuple[AttentionSpec, tuple[int, int]]:
+        """A spec whose band is also that of its reach, and its `_shifts`."""
+        spec, shifts, (left, right, _) = self.spec, self._shifts(), self.spec.reach
+        if (left, right) == (UNLIMITED, UNLIMITED) or (spec.limited and shifts != (0, 0)):
+            return spec, shifts
+        return replace(spec, left=narrower(spec.left, left), right=narrower(spec.right, right)), (0, 0)
 
     def _shifts(self) -> tuple[int, int]:
         """The least and the largest key that lengths may put on the diagonal of query 0."""
