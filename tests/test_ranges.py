@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import checks
 import jax
@@ -15,6 +16,7 @@ from conftest import IMPLEMENTATION
 from operand_calls import differentiate, references, static_of
 from pages import paged
 
+from jax_flash import flash_attention, masks, paged_attention
 from jax_flash.autodiff import attend
 from jax_flash.operands import OPTIONAL
 
@@ -197,3 +199,56 @@ def test_only_pages_that_ranges_show_need_to_exist(implementation):
     out, lse = attend(static, arrays | {"ranges": ranges})
     assert np.isnan(out).all(-1).tolist() == [[[False, False], [False, True]]]
     assert np.isnan(lse).tolist() == [[[False, False], [False, True]]]
+
+
+# Rows of ranges for decode: of one token each, over as many keys as fill many tiles, of which most are hidden.
+SEEN = {
+    "a window": lambda rng, n: (n - 70, n, 0 * n, 0 * n),
+    "the first keys": lambda rng, n: (0 * n, 0 * n + 40, 0 * n, 0 * n),
+    "the first keys and a window": lambda rng, n: (0 * n, 0 * n + 5, n - 90, n),
+    "some of the keys": lambda rng, n: (
+        rng.integers(0, 400, n.shape),
+        rng.integers(300, 700, n.shape),
+        n - 3,
+        n,
+    ),
+    "none": lambda rng, n: (n, 0 * n, n, 0 * n),
+}
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("sequences", [3, 70])
+@pytest.mark.parametrize("name", SEEN)
+def test_decode_skips_the_tiles_that_ranges_hide(name, sequences, per_head, kernel):
+    """Every way to split keys, in every layout, with sequences of which most see few of their keys."""
+    checks.require(kernel, dtype="float32")
+    rng = np.random.default_rng(sequences)
+    heads, size, most = 4, 16, 90 if sequences > 3 else 700
+    q = jnp.asarray(rng.standard_normal((sequences, 1, heads, 16)), jnp.float32)
+    pages = -(-most // size)
+    k, v = (jnp.asarray(rng.standard_normal((sequences * pages, size, 2, 16)), jnp.float32) for _ in "kv")
+    tables = jnp.asarray(rng.permutation(sequences * pages).reshape(sequences, pages), jnp.int32)
+    lengths = np.minimum(rng.integers(0, most + 1, sequences), most).astype(np.int32)
+    rows = np.broadcast_to(lengths[:, None, None], (sequences, heads if per_head else 1, 1))
+    a, b, c, d = (jnp.asarray(x, jnp.int32) for x in SEEN[name](rng, rows))
+    mask = (
+        masks.ranges(a, b)
+        if name in ("a window", "the first keys", "none")
+        else masks.ranges(a, b) | masks.ranges(c, d)
+    )
+    keys, values = (x[tables].reshape(sequences, pages * size, 2, 16) for x in (k, v))
+    wanted = flash_attention(q, keys, values, kv_lengths=lengths, mask=mask, implementation="xla")
+
+    def compare(got):
+        np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=2e-5)
+
+    compare(flash_attention(q, keys, values, kv_lengths=lengths, mask=mask, implementation=kernel))
+    for options in ({}, {"num_splits": 3}, {"batch_invariant": True}):
+        call = partial(paged_attention, implementation=kernel, **options)
+        compare(call(q, k, v, tables, lengths, mask=mask))
+    packed = jax.tree.map(lambda x: x[..., 0].T[:, None].reshape(x.shape[1], -1), mask)
+    starts = jnp.arange(sequences + 1, dtype=jnp.int32)
+    out = paged_attention(
+        q[:, 0], k, v, tables, lengths, cu_seqlens_q=starts, mask=packed, implementation=kernel
+    )
+    compare(out[:, None])

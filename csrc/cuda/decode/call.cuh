@@ -46,7 +46,7 @@ struct DecodeCall {
   bool paged;
   bool scaled_by_page;  // float8: each page has a scale
   bool evicts_first;    // L2 evicts the keys first, because they exceed it
-  bool same_lengths;    // the host knows that all sequences have the same length; if so:
+  bool same_lengths;    // the host knows that all sequences have the same work; if so:
   Partition partition;  // the partition of every column
   Divisor units;        // the units of every sequence
   bool bottom_right;
@@ -115,7 +115,7 @@ DecodeCall make_call(const Problem& p, const DecodeGrid& grid, int32_t block_row
   call.q_rows = p.q_rows, call.k_rows = p.k_rows, call.head_dim = p.head_dim, call.value_dim = p.value_dim;
   call.pages = p.paged() ? p.pages : std::numeric_limits<int32_t>::max(), call.paged = p.paged();
   call.evicts_first = exceeds_l2(p);
-  call.same_lengths = !p.q_lengths && !p.kv_lengths && !p.position && !starts && call.chunks.value == 1;
+  call.same_lengths = !p.q_lengths && !p.kv_lengths && !p.position && !p.ranges && !starts && call.chunks.value == 1;
   call.bottom_right = p.spec.align == Align::kBottomRight;
   call.left = p.spec.left < 0 ? kUnbounded : p.spec.left;
   call.right = p.spec.right < 0 ? kUnbounded : p.spec.right;

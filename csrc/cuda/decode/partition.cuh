@@ -98,6 +98,24 @@ __device__ __forceinline__ SeenKeys seen_by_ranges(const DecodeCall& call, const
   return RowRanges{limits, 0, 0, call.two_ranges}.seen(0, 0, keys);
 }
 
+// The keys that ranges leave to any and to all of the rows.
+__device__ __forceinline__ SeenByRows seen_by_column(const DecodeCall& call, const ColumnRows& rows,
+                                                     const SequenceWork& work) {
+  const int32_t* const limits = call.ranges.at<const int32_t>(
+      work.leading, work.batch_row, rows.kv_head * rows.group.value, work.q_begin);
+  return seen_by_rows(work.band, RowRanges{limits, call.ranges.head, call.ranges.row, call.two_ranges},
+                      {rows.first_position(), rows.end_position(), rows.group.value}, work.keys);
+}
+
+// The rows of a column in a kernel with score options, which skips tiles that the ranges of all rows hide.
+struct RowsWithOptions : ColumnRows {
+  __device__ __forceinline__ SequenceWork sequence(const DecodeCall& call, int32_t number) const {
+    SequenceWork work = ColumnRows::sequence(call, number);
+    if (call.ranges) work.keys = seen_by_column(call, *this, work).any;
+    return work;
+  }
+};
+
 template <int kTile>
 __device__ __forceinline__ SequenceUnits<kTile> units_of(const DecodeCall& call, const SequenceWork& work) {
   return {call.grid, call.end_tiles, work.keys, work.served};

@@ -119,8 +119,9 @@ struct Segment {
 };
 static_assert(sizeof(Segment) <= kDecodeSegmentBytes);
 
-// kTile: keys in a tile of the whole block; each warp takes kKeys of them.
-template <class Stored, int HeadDim, int ValueDim, int kStageCount, int kKeyCount, int kTile, bool kPolicy>
+// kTile: keys in a tile of the whole block; each warp takes kKeys of them. Rows: ColumnRows, or a class of it.
+template <class Stored, int HeadDim, int ValueDim, int kStageCount, int kKeyCount, int kTile, bool kPolicy,
+          class Rows>
 class WarpRing {
  public:
   static constexpr int kKeys = kKeyCount, kStages = kStageCount;
@@ -138,7 +139,7 @@ class WarpRing {
   // This warp's parts of shared memory are `shared` for the stages, `queue` for kSegments segments, and
   // `page_memory` for table entries: int32 [kStages, kKeys].
   __device__ __forceinline__ WarpRing(uint32_t shared, uint32_t page_memory, Segment* queue,
-                                      const DecodeCall& decode, const ColumnRows& column_rows,
+                                      const DecodeCall& decode, const Rows& column_rows,
                                       const Partition& of_column, const Range& range, int32_t range_number)
       : call(decode),
         rows(column_rows),
@@ -215,7 +216,7 @@ class WarpRing {
   }
 
   const DecodeCall& call;
-  const ColumnRows& rows;
+  const Rows& rows;
   const Partition& partition;
   uint32_t memory, entries;  // entries: address of this lane's entry for stage 0
   int32_t number;            // number of the block's range

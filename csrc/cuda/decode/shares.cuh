@@ -27,7 +27,8 @@ struct DecodeShares {
       sizeof(Stored) < sizeof(T) && R.block_n / R.warps < 32 && kRows <= 16 ? 2 : 1;
   static constexpr int kTile = kRowTiles * R.block_n, kKeys = kTile / kWarps;
   static constexpr int kStages = R.stages * (sizeof(T) / sizeof(Stored)) / kRowTiles;
-  using Ring = WarpRing<Stored, kHeadDim, kValueDim, kStages, kKeys, kTile, kRows <= 16>;
+  using Rows = std::conditional_t<kOptions, RowsWithOptions, ColumnRows>;
+  using Ring = WarpRing<Stored, kHeadDim, kValueDim, kStages, kKeys, kTile, kRows <= 16, Rows>;
   using Score = DecodeScore<TransposedAccumulator<kKeys / 16, kRows / 8>, kOptions>;
   using WarpState = WarpAttention<T, Stored, kHeadDim, kValueDim, kKeys, kRows / 8, kWarps, Score>;
   static constexpr DecodeLayout kLayout = decode_layout(R, sizeof(T));
@@ -72,7 +73,7 @@ __device__ __forceinline__ void attend_share(const DecodeCall& call) {
   const int32_t warp = static_cast<int32_t>(threadIdx.x) / 32;
   const int32_t number = call.columns.quotient(static_cast<int32_t>(blockIdx.x));
   const int32_t column = static_cast<int32_t>(blockIdx.x) - number * call.columns.value;
-  const ColumnRows rows = ColumnRows::of_column<C::kRows>(call, column);
+  const typename C::Rows rows{ColumnRows::of_column<C::kRows>(call, column)};
   Range range;
   const Partition partition = find_range<C::kTile, C::kThreads>(call, rows, found, number, range);
   if (range.begin >= range.end) return;

@@ -76,6 +76,12 @@ struct DecodeTile {
   }
 };
 
+// The tile for rows whose mask already hides the keys outside their ranges, but not those between two ranges.
+template <class S>
+struct MaskedTile : DecodeTile<S> {
+  __device__ __forceinline__ bool has_ranges() const { return this->call.two_ranges; }
+};
+
 // The warp's state. A lane holds the query rows S::row(2 n + e) = 8 n + 2 (lane % 4) + e, for n < kTiles and
 // e < 2.
 template <class T, class Stored, int HeadDim, int ValueDim, int kKeys, int kTiles, int kWarps, class Score>
@@ -116,8 +122,9 @@ struct WarpAttention {
                                        const SequenceWork& work) {
     load_queries(call, rows, work);
     common = work.band.common(rows.first_position(), work.end_position(rows));
+    if (Score::kGeneral && call.ranges) common = seen_by_column(call, rows, work).all;
     if constexpr (!kSharedQueries)
-      for_each_row([&](int n, int e) { keys[2 * n + e] = keys_of(rows, work, row_of(n, e)); });
+      for_each_row([&](int n, int e) { keys[2 * n + e] = keys_of(call, rows, work, row_of(n, e)); });
     scale = call.scale;
     if constexpr (kScaled) {
       scale *= scale_of_all_pages(call.k_scale, rows, work);
@@ -140,7 +147,7 @@ struct WarpAttention {
     with_format(call.kv_dtype, [&]<DType kFormat>() { multiply_keys<kFormat>(s, k); });  // Sᵀ = K Qᵀ
     if constexpr (kRescaled) for_each(s, [&](float& x, int slot, int, int) { x *= scale_of_queries(slot); });
     page_scales.scale_keys(s);
-    Score().apply(s, DecodeTile<S>{call, rows, work, key, scale});  // softcap, ALiBi, ranges, draft mask
+    Score().apply(s, MaskedTile<S>{{call, rows, work, key, scale}});  // softcap, ALiBi, ranges, draft mask
     if (key < common.lo || key + kKeys > common.hi) mask(s, key);
     if (call.row_max) raise_row_maxima(call, rows, work, s);
     rescale(s);  // m ← max(m, rowmax S); O ← α O, l ← α l
@@ -174,9 +181,12 @@ struct WarpAttention {
     return scales && scales.batch == 0 ? *scales.at<const float>(work.leading, 0, rows.kv_head, 0) : 1;
   }
 
-  __device__ __forceinline__ static Interval keys_of(const ColumnRows& rows, const SequenceWork& work,
-                                                     int32_t row) {
-    return row < rows.count() ? work.band.row(rows.position(row)) : Interval{0, 0};
+  // The keys that a row sees, and with two ranges those between them.
+  __device__ __forceinline__ static Interval keys_of(const DecodeCall& call, const ColumnRows& rows,
+                                                     const SequenceWork& work, int32_t row) {
+    const Interval keys = row < rows.count() ? work.band.row(rows.position(row)) : Interval{0, 0};
+    if (!Score::kGeneral || !call.ranges || keys.empty()) return keys;
+    return seen_by_ranges(call, rows, work, row, keys).hull;
   }
 
   // Loads Qᵀ. Unused features become zeros.
@@ -192,7 +202,7 @@ struct WarpAttention {
         for (int k = 0; k < kSteps; ++k)
           shared_q[(n * kSteps + k) * 32 + lane] = make_uint2(tile[k][0], tile[k][1]);
         const int row = 8 * n + lane / 4;
-        if (lane % 4 == 0) row_scales()[row] = scale_of_row, row_keys()[row] = keys_of(rows, work, row);
+        if (lane % 4 == 0) row_scales()[row] = scale_of_row, row_keys()[row] = keys_of(call, rows, work, row);
       }
       __syncthreads();
     } else {
