@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from . import _jax
-from .operands import BACKWARD, BIAS_GRADIENT, MAX_HEAD_DIM, TANGENT, TANGENTS
+from .operands import BACKWARD, BIAS_GRADIENT, MAX_HEAD_DIM, OPTIONAL, TANGENT, TANGENTS
 from .paged import gather
 from .primitives import bind
 from .spec import AttentionSpec
@@ -35,7 +35,7 @@ def tangents(spec: AttentionSpec, operands: Operands) -> Pair:
     by_score = moving & {"tquery", "tkey", "tvalue"}
     tout, tlse = _zeros(operands["out"]), _zeros(operands["lse"])
     if "tbias" in operands and not _by_row(spec, operands):
-        spec = replace(spec, operands=(*spec.operands, "tbias"))
+        spec = replace(spec, operands=tuple(x for x in OPTIONAL if x in (*spec.operands, "tbias")))
         by_score.add("tbias")
     if by_score:
         zeros = {"t" + n: _zeros(operands[n]) for n in ("query", "key", "value")}

@@ -26,6 +26,18 @@ def between(lo: Array | int, hi: Array | int) -> Pair:
     return jnp.asarray(lo, jnp.int32), jnp.asarray(hi, jnp.int32)
 
 
+def plus(x: Array, y: Array | int) -> Array:
+    """x + y, or the end of int32 that it would pass."""
+    total = x + y
+    return jnp.where(((x ^ total) & (y ^ total)) < 0, jnp.where(x < 0, -MOST - 1, MOST), total)
+
+
+def minus(x: Array, y: Array) -> Array:
+    """x − y, or the end of int32 that it would pass."""
+    left = x - y
+    return jnp.where(((x ^ y) & (x ^ left)) < 0, jnp.where(x < 0, -MOST - 1, MOST), left)
+
+
 def _form(*arrays: str) -> Callable[[type], type]:
     """Makes a frozen dataclass a pytree whose leaves are in the fields of these names."""
 
@@ -60,9 +72,9 @@ class Band(Form):
     offset: Data = 0
 
     def pairs(self, rows: Rows) -> list[Pair]:
-        diagonal = rows.i + rows.each(self.offset)
-        lo = 0 if self.left is None else diagonal - rows.each(self.left)
-        hi = MOST if self.right is None else diagonal + rows.each(self.right) + 1
+        diagonal = plus(rows.i, rows.each(self.offset))
+        lo = 0 if self.left is None else minus(diagonal, rows.each(self.left))
+        hi = MOST if self.right is None else plus(plus(diagonal, rows.each(self.right)), 1)
         return [between(lo, hi)]
 
     def reach(self) -> Reach:
@@ -159,7 +171,7 @@ class FirstAndWindow(Form):
         end = rows.i + 1
         return [
             between(0, jnp.minimum(rows.each(self.first), end)),
-            between(rows.i - rows.each(self.left), end),
+            between(minus(rows.i, rows.each(self.left)), end),
         ]
 
     def reach(self) -> Reach:
@@ -197,9 +209,9 @@ class Positions(Form):
         lo: Array | int = 0
         hi: Array | int = MOST
         if self.left is not None:
-            lo = keys.first_from(self.q_positions - rows.each(self.left)[:, 0])[:, None]
+            lo = keys.first_from(minus(self.q_positions, rows.each(self.left)[:, 0]))[:, None]
         if self.right is not None:
-            hi = keys.first_from(self.q_positions + rows.each(self.right)[:, 0], above=True)[:, None]
+            hi = keys.first_from(plus(self.q_positions, rows.each(self.right)[:, 0]), above=True)[:, None]
         return [between(lo, hi)]
 
 

@@ -292,7 +292,8 @@ def _check(check: Checker, x: Form, sizes: Sizes) -> None:
             fits(name, array[0] if dims in ("tq", "tk") and array.shape[0] == 1 else array, dims)
     elif isinstance(x, forms.Dense) and sizes.keys is None:
         raise check.fail(
-            "mask has masks.dense(…), which is for flash_attention and ring_attention; ranges of keys and blocks are "
+            "mask has masks.dense(…), which is for flash_attention and ring_attention, as keys here have no array of "
+            "their own; masks.ranges(…), masks.from_function(…) with at most two ranges a row and masks.blocks(…) are "
             "for every function",
             NotImplementedError,
         )

@@ -1,0 +1,185 @@
+"""Masks as values in JAX's programs: forward mode, bias gradients, scans over masks, rings, memory, limits of int32."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from programs import require_devices
+
+from jax_flash import (
+    flash_attention,
+    flash_attention_varlen,
+    masks,
+    paged_attention,
+    ring_attention,
+    zigzag_permute,
+    zigzag_unpermute,
+)
+
+B, S, H, D = 2, 48, 4, 16
+X = [jax.random.normal(jax.random.key(n), (B, S, H if n == 0 else 2, D)) for n in range(3)]
+MOST = 2**31 - 1
+RNG = np.random.default_rng(0)
+LIMITS = [jnp.asarray(x, jnp.int32) for x in RNG.integers(0, S, (4, 1, H, S))]
+
+FORMS = {
+    "causal with an offset": masks.causal(jnp.array([2, -3], jnp.int32)),
+    "ranges": masks.ranges(*LIMITS[:2]) | masks.ranges(*LIMITS[2:]),
+    "prefix and segments": masks.prefix_lm(9) & masks.segments(jnp.arange(S)[None] // 20),
+    "diffusion": masks.block_diffusion(5),
+    "first and window": masks.first_and_window(3, 7),
+    "blocks": masks.blocks(jnp.asarray(RNG.integers(-1, 3, (1, H, 3, 2)), jnp.int32), (16, 16)),
+    "blocks and chunks": masks.chunked(20)
+    & masks.blocks(jnp.asarray([[[[0], [1], [0]]]], jnp.int32), (16, 32)),
+    "dense": masks.dense(jnp.asarray(RNG.random((B, 1, S, S)) < 0.5)),
+}
+
+
+def array_of(mask, entries=B, heads=H):
+    """The mask as booleans, [b, h, sq, sk]."""
+    rows = [[mask.picture(S, entry=z, head=h) for h in range(heads)] for z in range(entries)]
+    return jnp.asarray([[[[x == "#" for x in row] for row in head] for head in entry] for entry in rows])
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forward_mode_and_the_gradient_of_a_bias(name, implementation):
+    mask = FORMS[name]
+    bias = jax.random.normal(jax.random.key(4), (1, H, S, S))
+    moves = [jnp.cos(5 * x) for x in (*X, bias)]
+
+    def call(q, k, v, bias, mask=mask, implementation=implementation):
+        return flash_attention(q, k, v, mask=mask, bias=bias, implementation=implementation)
+
+    wanted = partial(call, mask=array_of(mask), implementation="xla")
+    for got, right in zip(jax.jvp(call, (*X, bias), tuple(moves)), jax.jvp(wanted, (*X, bias), tuple(moves))):
+        np.testing.assert_allclose(got, right, rtol=1e-4, atol=1e-4)
+    pulled, right = (jax.vjp(f, *X, bias)[1](moves[0]) for f in (call, wanted))
+    for one, other in zip(pulled, right):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_scan_runs_over_masks_as_over_arrays(implementation):
+    each = [masks.prefix_lm(jnp.int32(n)) & masks.ranges(LIMITS[0], LIMITS[0] + 20 + n) for n in (0, 11, 30)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *each)
+
+    def layer(x, mask):
+        return x + flash_attention(x, *X[1:], mask=mask, implementation=implementation), None
+
+    def loss(x, masks_of_layers):
+        return (jax.lax.scan(jax.checkpoint(layer), x, masks_of_layers)[0] ** 2).sum()
+
+    def one_by_one(x):
+        for mask in each:
+            x, _ = layer(x, mask)
+        return (x**2).sum()
+
+    np.testing.assert_allclose(
+        jax.jit(jax.grad(loss))(X[0], stacked), jax.grad(one_by_one)(X[0]), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_the_largest_numbers_do_not_wrap_around():
+    """A window or a position near the ends of int32 hides nothing on that side."""
+    most = jnp.int32(MOST)
+    assert masks.window(most, most).picture(3) == ["###"] * 3
+    assert masks.window(most, 0).picture(3) == ["#..", "##.", "###"]
+    assert masks.window(0, most, 1).picture(3) == [".##", "..#", "..."]
+    assert masks.causal(most).picture(2) == ["##", "##"]
+    assert masks.causal(-most - 1).picture(2) == ["..", ".."]
+    assert masks.first_and_window(most, most).picture(2) == ["#.", "##"]
+    far = masks.by_position(
+        [[MOST - 1, MOST]], [[MOST - 2, MOST - 1, MOST]], window=(MOST, MOST), causal=False
+    )
+    assert far.picture(2, 3) == ["###", "###"]
+    near = masks.by_position([[-MOST, MOST]], [[-MOST, 0, MOST]], window=(1, 0))
+    assert near.picture(2, 3) == ["#..", "..#"]
+
+
+RINGS = {
+    "segments": lambda x: masks.causal() & masks.segments(x),
+    "diffusion": lambda x: masks.block_diffusion(6),
+    "an offset for each entry": lambda x: masks.causal(jnp.array([3, -40], jnp.int32)),
+    "chunks or a window": lambda x: masks.chunked(12) | masks.window(3, 2),
+    "a prefix of a number": lambda x: masks.prefix_lm(20),
+    "nothing": lambda x: masks.ranges(0 * x[:, None], 0 * x[:, None]),
+    "dense": lambda x: masks.dense((x[:, None, :, None] + jnp.arange(S)) % 3 > 0),
+}
+
+
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("name", RINGS)
+def test_rings_of_four_devices(name, order, kernel):
+    """Forward and backward are those of one device, whether shards are left out while tracing or skipped by kernels."""
+    require_devices(4)
+    make, ids = RINGS[name], jnp.asarray(np.arange(S)[None] // 10, jnp.int32)
+
+    def permuted(x, axis=1):
+        return zigzag_permute(x, devices=4, axis=axis) if order == "zigzag" else x
+
+    def local(q, k, v, ids):
+        return ring_attention(q, k, v, axis_name="x", order=order, mask=make(ids), implementation=kernel)
+
+    shard = P(None, "x")
+    mesh = Mesh(np.asarray(jax.devices()[:4]), ("x",))
+    ring = jax.shard_map(local, mesh=mesh, in_specs=(shard,) * 4, out_specs=shard)
+
+    def through(q, k, v):
+        out = ring(*map(permuted, (q, k, v)), permuted(ids))
+        return zigzag_unpermute(out, devices=4) if order == "zigzag" else out
+
+    whole = partial(flash_attention, mask=make(ids), implementation="xla")
+    for got, wanted in zip(*(jax.jit(partial(with_gradients, f))(*X) for f in (through, whole)), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def with_gradients(run, *arrays):
+    out, pullback = jax.vjp(run, *arrays)
+    return out, *pullback(jnp.cos(out))
+
+
+TILE = 64  # the smallest number of rows and keys of which kernels keep anything
+
+
+def memory(mask, tokens, implementation, **options):
+    """Bytes of temporaries of a forward, and of both passes, and those of the mask's own arrays."""
+    x = jax.ShapeDtypeStruct((1, tokens, 1, D), jnp.float32)
+
+    def forward(q, mask):
+        return flash_attention(q, q, q, mask=mask, implementation=implementation, **options)
+
+    def both(q, mask):
+        return jax.grad(lambda q: forward(q, mask).sum())(q)
+
+    found = (jax.jit(f).lower(x, mask).compile().memory_analysis() for f in (forward, both))
+    return [analysis.temp_size_in_bytes for analysis in found]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_mask_takes_eight_bytes_a_range_and_row(count, kernel):
+    """Beside a causal call, which has the same tiles, a call with ranges keeps their limits and a few bytes a tile."""
+    tokens = 8192
+    mask = (
+        masks.prefix_lm(jnp.int32(9)) if count == 1 else masks.first_and_window(jnp.int32(4), jnp.int32(90))
+    )
+    tiles = tokens // TILE
+    for own, causal in zip(
+        memory(mask, tokens, kernel), memory(None, tokens, kernel, causal=True), strict=True
+    ):
+        assert own - causal <= 8 * count * tokens + 64 * tiles + 4096
+
+
+def test_packed_and_paged_calls_name_the_way_out_of_a_dense_array():
+    mask = masks.dense(np.ones((1, 1, S, S), bool))
+    (x, k, v), starts, tables = (x[0] for x in X), jnp.array([0, S]), jnp.array([[0, 1, 2]])
+    pages = [y.reshape(3, 16, 2, D) for y in (k, v)]
+    for call in (
+        lambda: flash_attention_varlen(x, k, v, starts, mask=mask),
+        lambda: paged_attention(x[None], *pages, tables, starts[1:], mask=mask),
+        lambda: paged_attention(x, *pages, tables, starts[1:], cu_seqlens_q=starts, mask=mask),
+    ):
+        with pytest.raises(NotImplementedError, match=r"masks\.dense.*from_function.*blocks"):
+            call()
