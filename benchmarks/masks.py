@@ -217,7 +217,9 @@ def decode(name: str) -> None:
             )
             assert np.abs(wanted - got).max() <= 0.02 * np.abs(wanted).max(), (name, layout, kind)
             times = measure.in_turns(
-                {"static": (static, [(q, None, *cache)]), "data": (data, [(q, sizes, *cache)])}, repeats=8
+                {"static": (static, [(q, None, *cache)]), "data": (data, [(q, sizes, *cache)])},
+                repeats=6,
+                seconds=0.02,
             )
             own, other = (1e6 * times[x]["median"] / decode_calls.CHAIN for x in ("static", "data"))
             print(f"decode {name}, {layout}, {kind}: static {own:.1f} µs, as data {other:.1f} µs, "
