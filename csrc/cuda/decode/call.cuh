@@ -115,7 +115,8 @@ DecodeCall make_call(const Problem& p, const DecodeGrid& grid, int32_t block_row
   call.q_rows = p.q_rows, call.k_rows = p.k_rows, call.head_dim = p.head_dim, call.value_dim = p.value_dim;
   call.pages = p.paged() ? p.pages : std::numeric_limits<int32_t>::max(), call.paged = p.paged();
   call.evicts_first = exceeds_l2(p);
-  call.same_lengths = !p.q_lengths && !p.kv_lengths && !p.position && !p.ranges && !starts && call.chunks.value == 1;
+  call.same_lengths =
+      !p.q_lengths && !p.kv_lengths && !p.position && !p.ranges && !starts && call.chunks.value == 1;
   call.bottom_right = p.spec.align == Align::kBottomRight;
   call.left = p.spec.left < 0 ? kUnbounded : p.spec.left;
   call.right = p.spec.right < 0 ? kUnbounded : p.spec.right;

@@ -101,8 +101,8 @@ __device__ __forceinline__ SeenKeys seen_by_ranges(const DecodeCall& call, const
 // The keys that ranges leave to any and to all of the rows.
 __device__ __forceinline__ SeenByRows seen_by_column(const DecodeCall& call, const ColumnRows& rows,
                                                      const SequenceWork& work) {
-  const int32_t* const limits = call.ranges.at<const int32_t>(
-      work.leading, work.batch_row, rows.kv_head * rows.group.value, work.q_begin);
+  const int32_t* const limits = call.ranges.at<const int32_t>(work.leading, work.batch_row,
+                                                              rows.kv_head * rows.group.value, work.q_begin);
   return seen_by_rows(work.band, RowRanges{limits, call.ranges.head, call.ranges.row, call.two_ranges},
                       {rows.first_position(), rows.end_position(), rows.group.value}, work.keys);
 }

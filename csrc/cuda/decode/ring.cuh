@@ -119,7 +119,8 @@ struct Segment {
 };
 static_assert(sizeof(Segment) <= kDecodeSegmentBytes);
 
-// kTile: keys in a tile of the whole block; each warp takes kKeys of them. Rows: ColumnRows, or a class of it.
+// kTile: keys in a tile of the whole block; each warp takes kKeys of them. Rows: ColumnRows, or a class of
+// it.
 template <class Stored, int HeadDim, int ValueDim, int kStageCount, int kKeyCount, int kTile, bool kPolicy,
           class Rows>
 class WarpRing {
