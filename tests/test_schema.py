@@ -82,7 +82,7 @@ def test_the_names_of_each_enum_are_in_the_order_of_its_values():
             spec.AttentionSpec("fixed", block=(3, 5), left=7, operands=("bias",)),
             operands.ATTENTION_FIELDS,
             {"block_rows": 3, "block_keys": 5, "operands": 1 << operands.OPTIONAL.index("bias")},
-            {"block", "implementation", "same_offsets", "ring"},
+            {"block", "implementation", "same_offsets", "reach", "ring"},
         ),
         (
             spec.AppendSpec("append", interleaved=True, operands=("sin",)),
