@@ -301,6 +301,7 @@ def plot(lines: Iterable[str], path: str) -> None:
                 if own:
                     axes.plot(*zip(*own, strict=True), style, color=colour, label=f"{kind}, {way}", ms=4)
         axes.set(title=title, xlabel="share of pairs that the mask hides", ylabel="ms", yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=130)
