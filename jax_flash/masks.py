@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from . import mask_arrays
 from . import mask_forms as forms
 from .mask_forms import Form, Pair
 from .mask_rows import Rows
@@ -213,7 +214,8 @@ def dense(array: ArrayLike) -> Mask:
 
 
 def from_function(f: Callable[..., Any], sq: int, sk: int, *, batch: int = 1, heads: int = 1) -> Mask:
-    """The mask of a function of indices, which is evaluated once here: ranges if a row has at most two, else dense.
+    """The mask of a function of indices, which is evaluated once here and kept in as little memory as it allows: as
+    ranges if a row has at most two, as blocks of 128 or 256 if it consists of these, else as a boolean array.
 
     Args:
       f: takes `(b, h, i, j)`, integer arrays of NumPy that broadcast against each other, and returns booleans.
@@ -221,23 +223,12 @@ def from_function(f: Callable[..., Any], sq: int, sk: int, *, batch: int = 1, he
     """
     grid = np.ogrid[:batch, :heads, :sq, :sk]
     seen = np.broadcast_to(np.asarray(f(*grid), bool), (batch, heads, sq, sk))
-    found = _ranges_of(seen)
-    return dense(seen) if found is None else Mask((forms.Ranges(found),))
-
-
-def _ranges_of(seen: np.ndarray) -> tuple[Pair, ...] | None:
-    """The one or two ranges of each row, if no row has more."""
-    edges = np.diff(seen.astype(np.int8), axis=-1, prepend=0, append=0)
-    starts, ends = edges == 1, edges == -1
-    most = int(starts.sum(-1).max(initial=0))
-    if most > 2:
-        return None
-    pairs = []
-    for k in range(max(most, 1)):
-        has = starts.sum(-1) > k
-        limits = [np.where(has, (np.cumsum(x, -1) == k + 1).argmax(-1), 0) for x in (starts, ends)]
-        pairs.append(tuple(jnp.asarray(x, jnp.int32) for x in limits))
-    return tuple(pairs)  # type: ignore[arg-type]
+    if (pairs := mask_arrays.ranges_of(seen)) is not None:
+        return Mask((forms.Ranges(tuple(forms.between(*map(jnp.asarray, pair)) for pair in pairs)),))
+    if (found := mask_arrays.blocks_of(seen)) is not None:
+        chosen, size = found
+        return blocks(chosen, (size, size))
+    return dense(seen)
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------

@@ -194,6 +194,18 @@ def test_a_function_is_kept_as_ranges_where_rows_have_two():
     np.testing.assert_array_equal(seen(odd, 6, 6)[0, 0], (i + j) % 2 == 0)
 
 
+@pytest.mark.parametrize(("size", "kept"), [(128, 128), (256, 256), (384, 128), (64, None), (130, None)])
+def test_a_function_is_kept_as_blocks_where_it_consists_of_them(size, kept):
+    def f(b, h, i, j):
+        return (i // size + j // size + h) % 2 == 0
+
+    mask = masks.from_function(f, 700, 2000, heads=2)
+    (condition,) = mask.conditions
+    assert getattr(condition, "block", None) == (kept and (kept, kept))
+    _, h, i, j = np.ogrid[:1, :2, :700, :2000]
+    np.testing.assert_array_equal(seen(mask, 700, 2000), f(0, h, i, j))
+
+
 def test_packed_rows_count_in_their_sequence():
     starts = np.array([0, 3, 7])
     sequence = jnp.array([0, 0, 0, 1, 1, 1, 1])
