@@ -250,3 +250,18 @@ def test_decode_skips_the_tiles_that_ranges_hide(name, sequences, per_head, kern
         q[:, 0], k, v, tables, lengths, cu_seqlens_q=starts, mask=packed, implementation=kernel
     )
     compare(out[:, None])
+
+
+def test_nan_in_tiles_that_decode_skips_reaches_no_row(kernel):
+    checks.require(kernel)
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, n, 2, 16)), jnp.bfloat16) for n in (1, 2048, 2048))
+    k, v = (x.at[:, :1500].set(jnp.nan) for x in (k, v))
+    mask = masks.window(jnp.array([300, 5], jnp.int32), 0, offset=2047)
+    pages = [x.reshape(256, 16, 2, 16) for x in (k, v)]
+    tables = jnp.arange(256, dtype=jnp.int32).reshape(2, 128)
+    for out in (
+        flash_attention(q, k, v, mask=mask, implementation=kernel),
+        paged_attention(q, *pages, tables, np.array([2048, 2048]), mask=mask, implementation=kernel),
+    ):
+        assert np.isfinite(np.asarray(out, np.float32)).all()
