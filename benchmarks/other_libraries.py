@@ -296,7 +296,8 @@ def train_step(**changes: Any) -> Callable[[], Any]:
         state = jax.jit(lambda: nnx.split(make_state())[1])()
         batch = train.make_synthetic_batch(config, maxtext_utils.get_shaped_batch(config))
         call = jax.jit(partial(train.train_step, graph, config, None, None), donate_argnums=0)
-        program = call.lower(state, batch).compile()
+        products = measure.PRODUCTS if jax.default_backend() == "gpu" else None
+        program = call.lower(state, batch).compile(compiler_options=products)
 
     def step() -> Any:
         nonlocal state
