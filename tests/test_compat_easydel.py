@@ -145,14 +145,18 @@ def pages():
 
 
 @pytest.mark.parametrize("name", PAGED)
-@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("version", ["v2", "v3", "unified"])
 def test_pages_are_the_equations(version, name, implementation):
     options = dict(PAGED[name])
     sinks = options.pop("sinks", None)
-    scale = options.get("softmax_scale", D**-0.5 if version == 2 else 1)
+    scale = options.get("softmax_scale", 1 if version == "v3" else D**-0.5)
     queries, pool, new, (k, v) = pages()
     starts = i32(0, 3, 4)
-    if version == 2:
+    if version == "unified":
+        caches = pool[:, :, ::2], pool[:, :, 1::2]
+        arrays = queries, *caches, i32(*LENS), TABLES, starts, None, None, sinks
+        out = easydel.unified_attention(*arrays, **options, implementation=implementation)
+    elif version == "v2":
         arrays = queries, pool, i32(*LENS), TABLES, starts, i32(2)
         out = easydel.ragged_page_attention_v2(*arrays, sinks, **options, implementation=implementation)
     else:
@@ -186,7 +190,27 @@ def test_pages_are_split_over_a_mesh():
     np.testing.assert_array_equal(written, pool)
 
 
+def test_alibi_over_pages():
+    queries, pool, _, (k, v) = pages()
+    slopes = np.array([0.5, 0.25, 0.125, 0.0625], np.float32)
+    caches = pool[:, :, ::2], pool[:, :, 1::2]
+    out = easydel.unified_attention(queries, *caches, i32(*LENS), TABLES, i32(0, 3, 4), slopes)
+    bias = slopes[:, None, None] * (np.arange(LENS[1]) - (LENS[1] - 1.0))
+    assert_close(out[3:], masked_reference.attend(queries[None, 3:], k[1][None], v[1][None], bias=bias)[0][0])
+
+
+def unified(*rest, **named):
+    return easydel.unified_attention(Q[0], K, V, i32(1, 1), i32([0], [1]), i32(0, 1, 2), *rest, **named)
+
+
 ERRORS = {
+    "pages: bias": (NotImplementedError, lambda: unified(None, np.ones((2, 2), np.float32)), "qq_bias"),
+    "pages: causal": (NotImplementedError, lambda: unified(causal=False), "causal must be True"),
+    "pages: slopes": (
+        NotImplementedError,
+        lambda: unified(BIAS[0, :, 0, 0], logits_soft_cap=2.0),
+        "alibi_slopes",
+    ),
     "pages": (NotImplementedError, lambda: flash_attention(Q, K, V, *[None] * 4, i32([0])), "block_tables"),
     "sums": (
         NotImplementedError,
@@ -205,7 +229,8 @@ ERRORS = {
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors_name_the_argument(name):
     error, call, message = ERRORS[name]
-    with pytest.raises(error, match="^easydel.flash_attention: " + message):
+    function = "unified_attention" if "pages:" in name else "flash_attention"
+    with pytest.raises(error, match=f"^easydel.{function}: {message}"):
         call()
 
 
