@@ -4,7 +4,8 @@ python -m benchmarks.other_libraries [pool] [sglang] [maxtext]        the bars a
 
 pool: decode from pages of K0 V0 K1 V1 …, read in place, beside separate pools of keys and of values. sglang: a decode
 step of sglang-jax's Llama through compat.ragged_paged_attention, beside that of examples/models with the same weights.
-maxtext: a training step of MaxText's default configuration, with compat.maxtext and with cuDNN's attention.
+maxtext: a training step of MaxText's default configuration, with compat.maxtext and with cuDNN's attention. They need
+sglang-jax 0.0.2 and MaxText 0.2.5 with what their models import (tools/libraries/pins.toml).
 """
 
 from __future__ import annotations
