@@ -9,7 +9,10 @@ import masked_reference
 import numpy as np
 import pytest
 from flash_attn_reference import assert_close, i32, normal, slope
+from jax.sharding import PartitionSpec
+from programs import require_devices
 
+from jax_flash.compat import easydel
 from jax_flash.compat.easydel import flash_attention, scaled_dot_product_attention
 
 B, S, HQ, HK, D = 2, 24, 4, 2, 16
@@ -119,7 +122,95 @@ def test_it_differentiates():
     assert_close(got, wanted, 1e-4)
 
 
+PAGE, LENS, NEW = 4, (9, 14), (3, 1)  # keys, and new tokens, of two sequences
+TABLES = i32([6, 1, 4, 0], [2, 7, 3, 5])
+PAGED = {
+    "plain": {},
+    "window": dict(sliding_window=5),
+    "cap": dict(logits_soft_cap=1.5),
+    "scale": dict(softmax_scale=0.3),
+    "sinks": {"sinks": normal(8, HQ)},
+}
+
+
+def pages():
+    """Queries `[4, hq, d]`, a pool of K0 V0 K1 V1 …, its new keys and values, and the sequences' keys and values."""
+    k, v = ([x[i, :length] for i, length in enumerate(LENS)] for x in (K, V))
+    pool = np.zeros((8, PAGE, 2 * HK, D), np.float32)
+    for i, length in enumerate(LENS):
+        for j in range(length):
+            pool[TABLES[i, j // PAGE], j % PAGE] = np.stack((k[i][j], v[i][j]), 1).reshape(2 * HK, D)
+    new = [np.concatenate([x[i][-n:] for i, n in enumerate(NEW)]) for x in (k, v)]
+    return Q[0, : sum(NEW)], pool, new, (k, v)
+
+
+@pytest.mark.parametrize("name", PAGED)
+@pytest.mark.parametrize("version", ["v2", "v3", "unified"])
+def test_pages_are_the_equations(version, name, implementation):
+    options = dict(PAGED[name])
+    sinks = options.pop("sinks", None)
+    scale = options.get("softmax_scale", 1 if version == "v3" else D**-0.5)
+    queries, pool, new, (k, v) = pages()
+    starts = i32(0, 3, 4)
+    if version == "unified":
+        caches = pool[:, :, ::2], pool[:, :, 1::2]
+        arrays = queries, *caches, i32(*LENS), TABLES, starts, None, None, sinks
+        out = easydel.unified_attention(*arrays, **options, implementation=implementation)
+    elif version == "v2":
+        arrays = queries, pool, i32(*LENS), TABLES, starts, i32(2)
+        out = easydel.ragged_page_attention_v2(*arrays, sinks, **options, implementation=implementation)
+    else:
+        before = pool.copy()
+        for i, (length, count) in enumerate(zip(LENS, NEW)):
+            for j in range(length - count, length):
+                before[TABLES[i, j // PAGE], j % PAGE] = np.nan
+        arrays = queries, *new, before, i32(*LENS), TABLES.ravel(), starts, i32(0, 0, 2)
+        call = partial(easydel.ragged_page_attention_v3, **options, implementation=implementation)
+        out, cache = call(*arrays, sinks)
+        np.testing.assert_array_equal(cache, pool)
+    for i, (length, count) in enumerate(zip(LENS, NEW)):
+        row, key = length - count + np.arange(count)[:, None], np.arange(length)
+        seen = (key <= row) & (row - key < options.get("sliding_window", S))
+        rows = queries[starts[i] : starts[i + 1]]
+        scores = dict(scale=scale, softcap=options.get("logits_soft_cap"), sinks=sinks)
+        wanted = masked_reference.attend(rows[None], k[i][None], v[i][None], seen, **scores)[0]
+        assert_close(out[starts[i] : starts[i + 1]], wanted[0])
+
+
+def test_pages_are_split_over_a_mesh():
+    require_devices(2)
+    queries, pool, new, _ = pages()
+    arrays = queries, *new, pool, i32(*LENS), TABLES.ravel(), i32(0, 3, 4), i32(0, 0, 2), None
+    mesh = jax.make_mesh((2,), ("tp",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    heads, cache = PartitionSpec(None, "tp"), PartitionSpec(None, None, "tp")
+    specs = dict(in_specs=(heads,) * 3 + (cache,) + (PartitionSpec(),) * 5, out_specs=(heads, cache))
+    out, written = easydel.ragged_page_attention_v3(*arrays, mesh=mesh, **specs)
+    assert out.sharding.spec[1] == "tp"
+    assert_close(out, easydel.ragged_page_attention_v3(*arrays)[0])
+    np.testing.assert_array_equal(written, pool)
+
+
+def test_alibi_over_pages():
+    queries, pool, _, (k, v) = pages()
+    slopes = np.array([0.5, 0.25, 0.125, 0.0625], np.float32)
+    caches = pool[:, :, ::2], pool[:, :, 1::2]
+    out = easydel.unified_attention(queries, *caches, i32(*LENS), TABLES, i32(0, 3, 4), slopes)
+    bias = slopes[:, None, None] * (np.arange(LENS[1]) - (LENS[1] - 1.0))
+    assert_close(out[3:], masked_reference.attend(queries[None, 3:], k[1][None], v[1][None], bias=bias)[0][0])
+
+
+def unified(*rest, **named):
+    return easydel.unified_attention(Q[0], K, V, i32(1, 1), i32([0], [1]), i32(0, 1, 2), *rest, **named)
+
+
 ERRORS = {
+    "pages: bias": (NotImplementedError, lambda: unified(None, np.ones((2, 2), np.float32)), "qq_bias"),
+    "pages: causal": (NotImplementedError, lambda: unified(causal=False), "causal must be True"),
+    "pages: slopes": (
+        NotImplementedError,
+        lambda: unified(BIAS[0, :, 0, 0], logits_soft_cap=2.0),
+        "alibi_slopes",
+    ),
     "pages": (NotImplementedError, lambda: flash_attention(Q, K, V, *[None] * 4, i32([0])), "block_tables"),
     "sums": (
         NotImplementedError,
@@ -138,7 +229,8 @@ ERRORS = {
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors_name_the_argument(name):
     error, call, message = ERRORS[name]
-    with pytest.raises(error, match="^easydel.flash_attention: " + message):
+    function = "unified_attention" if "pages:" in name else "flash_attention"
+    with pytest.raises(error, match=f"^easydel.{function}: {message}"):
         call()
 
 

@@ -215,10 +215,14 @@ def test_queries_are_rounded_where_they_have_a_scale(kernel):
 
 @pytest.mark.parametrize("shape", [(8, 64), (4, 2, 64)], ids=str)
 @pytest.mark.parametrize("layout", ["interleaved", "concatenated"])
-def test_the_cache_is_updated_in_place(kernel, layout, shape):
+@pytest.mark.parametrize("kept", ["as pages", "by tokens"])  # sglang-jax keeps [p · ps, 2 hk, d] and reshapes it
+def test_the_cache_is_updated_in_place(kernel, layout, shape, kept):
     heads = (4 if layout == "interleaved" else 8, 64 if layout == "interleaved" else 32)
     query, key = jnp.ones((4, heads[0] * 2, heads[1]), jnp.bfloat16), jnp.ones((4, *heads), jnp.bfloat16)
-    cache = jax.ShapeDtypeStruct((8192, 16, *shape), jnp.bfloat16)  # larger than a GPU's workspace
+    if kept == "by tokens" and jax.__version_info__ < (0, 11):
+        pytest.skip("XLA of JAX 0.10 copies a reshaped cache, also behind a barrier")
+    pool = (8192, 16, *shape)  # larger than a GPU's workspace
+    cache = jax.ShapeDtypeStruct(pool if kept == "as pages" else (8192 * 16, *shape), jnp.bfloat16)
     size = int(np.prod(cache.shape)) * 2
     arrays = (
         jnp.full(4, 100),
@@ -226,12 +230,14 @@ def test_the_cache_is_updated_in_place(kernel, layout, shape):
         jnp.arange(5, dtype=jnp.int32),
         jnp.asarray([4, 4, 4]),
     )
-    step = jax.jit(
-        lambda cache: ragged_paged_attention_update(
-            query, key, key, cache, *arrays, layout=layout, implementation=kernel
-        ),
-        donate_argnums=0,
-    )
+
+    def step(cache):
+        out, written = ragged_paged_attention_update(
+            query, key, key, cache.reshape(pool), *arrays, layout=layout, implementation=kernel
+        )
+        return out, written.reshape(cache.shape)
+
+    step = jax.jit(step, donate_argnums=0)
     memory = step.lower(cache).compile().memory_analysis()
     assert memory.temp_size_in_bytes < size / 8
     assert memory.alias_size_in_bytes == size

@@ -6,9 +6,9 @@
     flash_attention.flash_attention = easydel.flash_attention
     scaled_dot_product_attention.scaled_dot_product_attention = easydel.scaled_dot_product_attention
 
-Models with `attn_mechanism="flash_attn2"`, and with `"sdpa"`, which `"auto"` is on GPUs, then run here. It holds for
-EasyDeL 0.3.0 and ejkernel 0.0.80; neither is imported. Their serving over pages is
-`jax_flash.compat.ragged_paged_attention`.
+Models with `attn_mechanism="flash_attn2"`, and with `"sdpa"`, which `"auto"` is on GPUs, then run here; likewise their
+serving with `ragged_page_attention.ragged_page_attention_v2` and `_v3`, and `unified_attention.unified_attention`. It
+holds for EasyDeL 0.3.0 and ejkernel 0.0.78; neither is imported.
 """
 
 from __future__ import annotations
@@ -24,6 +24,15 @@ from ..attention import flash_attention as attend
 from ..batch_dims import as_bias
 from ..checker import Checker
 from ..options import ArrayLike, Implementation, Number
+from .easydel_pages import ragged_page_attention_v2, ragged_page_attention_v3, unified_attention
+
+__all__ = [
+    "flash_attention",
+    "ragged_page_attention_v2",
+    "ragged_page_attention_v3",
+    "scaled_dot_product_attention",
+    "unified_attention",
+]
 
 _CHECK = Checker("easydel.flash_attention")
 _CHECK_SDPA = Checker("easydel.scaled_dot_product_attention")

@@ -273,13 +273,14 @@ class _Pool:
     def append(
         self, batch: _Batch, new: tuple[jax.Array, jax.Array], implementation: Implementation | None
     ) -> _Pool:
-        """The pool with new rows at the end of each sequence. The rows are reshaped to the cache's shape and not the
-        reverse: a reshape before an operation in place would make XLA copy the cache."""
+        """The pool with new rows at the end of each sequence. A reshape right before an operation in place makes XLA
+        copy the cache: hence the rows are reshaped to the cache's shape, and a barrier separates the operation from a
+        caller's reshape, such as sglang-jax's. (XLA of JAX 0.10 copies behind a barrier too.)"""
         tokens, heads, d = new[0].shape
         missing = self.pairs - heads, self.width - d
         rows = jnp.pad(jnp.stack(new, 2), ((0, 0), (0, missing[0]), (0, 0), (0, missing[1])))
         cache, _, _ = append_kv(
-            self.cache,
+            jax.lax.optimization_barrier(self.cache),
             None,
             rows.astype(self.dtype).reshape(tokens, self.cache.shape[2], -1),
             None,

@@ -115,7 +115,8 @@ def watched(command: list[Any], settings: dict[str, str]) -> tuple[int, str]:
 
 def checkout_of(name: str, pin: dict[str, Any], checkouts: Path | None) -> Path | None:
     """The repository that was given for a library, if one was."""
-    folder = None if checkouts is None else (checkouts / pin.get("repository", name)).resolve()
+    clone = pin.get("repository", pin.get("clone", name))
+    folder = None if checkouts is None else (checkouts / clone).resolve()
     return folder if folder is not None and folder.exists() else None
 
 

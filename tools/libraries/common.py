@@ -73,7 +73,7 @@ class Comparison:
         for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
             low = max(np.finfo(x.dtype).eps if x.dtype.kind == "f" else 1e-2 for x in (a, b)) > 1e-5
             a, b = (np.asarray(x, np.float64) for x in (a, b))
-            rounding = 4e-6 * float(size) if index >= outs else 0.0
+            rounding = (8e-3 if low else 4e-6) * float(size) if index >= outs else 0.0
             off = np.abs(a - b) / ((1 + np.abs(b)) * (2e-2 if low else self.tolerance) + rounding)
             if self.zero_rows and index == 0:
                 off = np.where((a == 0).all(-1, keepdims=True), 0, off)

@@ -29,7 +29,17 @@ from jax_flash.compat.maxtext import apply_attention
 
 from .common import Comparison, Library, replace
 
-EXPECTED: dict[str, str] = {}
+OLDER = "tests older than 0.2.5, which its own attention fails too"
+EXPECTED = {
+    "*test_dot_product_mask_respects_segment_boundaries": OLDER,
+    "*test_dot_product_mask_uses_original_load_balanced_positions": OLDER,
+    "*test_flash_attention_dispatch_on_non_tpu": OLDER,
+    "*test_tpu_splash_selects_block_causal_masks": OLDER,
+    "*LoadBalancedMaskTest::test_dot_product_*_mask_uses_segment_positions": OLDER,
+    "*test_packed_attention_sequence_descriptor_uses_thd_metadata_with_legacy_fallback": OLDER,
+    "*test_mla_indexer_loss_chunking_parity": OLDER,
+    "*DeepSeekV4AttentionMaskingTest::test_generate_attention_mask_*": OLDER,
+}
 B, S, HQ, HK, D = 2, 32, 4, 2, 16
 LIMITS = dict(sliding_window_size=5, chunk_attn_window_size=7)
 
@@ -47,11 +57,17 @@ def beside_own(comparison: Comparison) -> Callable[..., Any]:
         quiet = named | {"record_max_logits": False}
         if all(isinstance(x, jax.Array) for x in (query, key, value)) and self.attention_type in COMPARED:
             lse = named.get("model_mode", "train") != "train"
-            both = [
-                lambda *x, f=f: comparable(f(self, *x, *rest, **quiet))[: 1 + lse]
-                for f in (apply_attention, own)
-            ]
-            comparison.beside(*both)(query, key, value)
+
+            def ours(*x: Any) -> Any:
+                return comparable(apply_attention(self, *x, *rest, **quiet))[: 1 + lse]
+
+            def theirs(
+                *x: Any,
+            ) -> Any:  # in float32, as its own scores and weights have 16 bits in 16-bit calls
+                wide = (y.astype(jnp.float32) for y in x)
+                return comparable(own(self, *wide, *rest, **quiet))[: 1 + lse]
+
+            comparison.beside(ours, theirs)(query, key, value)
         return apply_attention(self, query, key, value, *rest, **named)
 
     def own(self: AttentionOp, *rest: Any, **named: Any) -> Any:

@@ -50,16 +50,22 @@ def stub(name: str, **members: Any) -> None:
     vars(sys.modules[name]).update(members)
 
 
-def main() -> int:
+def runs_here() -> tuple[types.ModuleType, types.ModuleType]:
+    """Its attention backend and its pool of pages, with the adapter; its scheduler is not imported."""
     bare("sgl_jax.srt.utils")
     sys.modules["sgl_jax.srt.utils"].cdiv = lambda a, b: -(-a // b)  # type: ignore[attr-defined]
     stub("sgl_jax.srt.managers.schedule_batch", ModelWorkerBatch=types.SimpleNamespace)
-    stub("sgl_jax.test.test_utils", CustomTestCase=unittest.TestCase)
     from sgl_jax.srt.layers.attention import flashattention_backend
     from sgl_jax.srt.mem_cache import memory_pool
 
     flashattention_backend.ragged_paged_attention = ragged_paged_attention
     memory_pool.update_fused_kv_cache = write
+    return flashattention_backend, memory_pool
+
+
+def main() -> int:
+    stub("sgl_jax.test.test_utils", CustomTestCase=unittest.TestCase)
+    _, memory_pool = runs_here()
     pool = memory_pool.MHATokenToKVPool
     made = pool.__init__
     pool.__init__ = lambda self, size, **named: made(self, size=min(size, TOKENS), **named)

@@ -16,9 +16,8 @@ EXPECTED = {
     "*test_normalize_output": "unnormalised sums without their maximum",
     "*test_quantized_int*": "quantised arrays",
     "*test_dropout": "dropout by an array",
-    "*test_tanh_clipping0": "bias before the soft cap",
-    "*test_small_sequences1": "3 float32 sums of 4,096, 2.6e-5 off",
-    "*test_bias2": "float32 sums of 1,024 rows, 2e-5 off",
+    "*test_small_sequences1": "float32 sums, up to 2.6e-5 off",
+    "*test_bias2": "float32 sums, up to 2.6e-5 off",
     "*OfItsFunction::test_dot_product_attention?": "looks for tokamax's own operation",
     "*OfItsFunction::test_dot_product_attention1?": "looks for tokamax's own operation",
 }
