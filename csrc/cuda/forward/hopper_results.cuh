@@ -4,6 +4,7 @@
 
 #include "cuda/epilogue.cuh"
 #include "cuda/forward/hopper_heads.cuh"
+#include "cuda/forward/hopper_partner.cuh"
 #include "cuda/forward/hopper_state.cuh"
 #include "cuda/forward/hopper_store.cuh"
 #include "cuda/row_max.cuh"
@@ -72,7 +73,8 @@ __device__ __forceinline__ void write_rows(Consumer& of) {
   if constexpr (C::kPacksHeads) {
     store_row_maxima<kSlots>(p, of.softmax, tile.lse.data, PackedRows(p, p.lse), work, of.row());
   } else if constexpr (!C::Softmax::kBounded) {
-    store_row_maxima<kSlots>(p, of.softmax, lse_rows(of).data, StridedRows{tile.lse.stride}, work, of.row());
+    const StridedRows rows{tile.lse.stride};
+    if (owns_rows(of)) store_row_maxima<kSlots>(p, of.softmax, lse_rows(of).data, rows, work, of.row());
   }
   normalise_rows(of.o, of.alpha);
   if constexpr (C::kPacksHeads) {
