@@ -1,15 +1,15 @@
-"""Masks that kernels read as ranges, blocks or boolean arrays, beside calls of the plain kernels, on one GPU.
+"""Masks that kernels read as ranges, blocks or boolean arrays, compared with calls of the plain kernels, on one GPU.
 
     python -m benchmarks.masks [LENGTH] [HEAD_DIM,HEAD_DIM,…] [PART OF A NAME]
-    python -m benchmarks.masks decode                    windows as data beside static ones, in decode
+    python -m benchmarks.masks decode                    decode with windows as data, compared with static ones
     python -m benchmarks.masks sparsity [LENGTH] [HEAD_DIM]     times at several shares of hidden pairs
     python -m benchmarks.masks plot FILE.png < OUTPUT           draws what `sparsity` printed
 
-A rate is FLOP of visible pairs in a second, over that of a call without a mask value: causal=True, or for masks whose
-rows see few keys one of the same band (chunks as sequences of their own, a static window). Blocks are an eighth of all,
-chosen at random for each KV head, which four query heads share, or one. An array is a mask's [1, 1, s, s] of booleans,
-for jax_flash and for jax.nn's cuDNN; its rate is compared with that of the same mask as ranges. Times are medians of
-bursts in turns (measure.py).
+A rate is the FLOP per second over visible pairs, divided by that of a call without a mask value: of causal=True or, for
+masks whose rows see few keys, of the same band (chunks as sequences of their own, a static window). An eighth of all
+blocks is visible, chosen at random for each KV head, which one or four query heads share. An array is the mask as
+booleans [1, 1, s, s], for jax_flash and for jax.nn's cuDNN; its rate is divided by that of the same mask as ranges.
+Times are medians of alternating bursts (measure.py).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from . import decode_calls, measure
 
 BATCH, WIDTH, PART = 2, 2048, 8  # heads · head dim; a chunk, and a window, is 1 / PART of the length
 Options = dict[str, Any]
-GROUP, CHOSEN = 4, 8  # query heads of a KV head; blocks over those that are chosen
+GROUP, CHOSEN = 4, 8  # query heads of a KV head; one of so many blocks is visible
 AS_ARRAYS = ("prefix", "documents", "spans", "block diffusion")
 
 
@@ -77,7 +77,7 @@ def cases(size: int, heads: int) -> dict[str, tuple[Options, str]]:
         "chunks": masks.causal() & masks.chunked(size // PART),
         "first and window": masks.first_and_window(64, size // PART),
     }
-    beside = {"chunks": "causal chunks", "first and window": "window"}
+    compared = {"chunks": "causal chunks", "first and window": "window"}
     grouped: Options = {"group": GROUP}
     of_blocks: dict[str, tuple[Options, str]] = {
         "grouped causal": (grouped | {"causal": True}, "grouped causal")
@@ -97,7 +97,7 @@ def cases(size: int, heads: int) -> dict[str, tuple[Options, str]]:
             "causal chunks": ({"causal": True, "parts": PART}, "causal chunks"),
             "window": ({"causal": True, "window": (size // PART, None)}, "window"),
         }
-        | {name: ({"mask": value}, beside.get(name, "causal")) for name, value in values.items()}
+        | {name: ({"mask": value}, compared.get(name, "causal")) for name, value in values.items()}
         | of_blocks
         | arrays
     )
@@ -143,7 +143,7 @@ def run(size: int, d: int, wanted: str) -> None:
     )
     named = cases(size, WIDTH // d)
     chosen = {name for name in named if wanted in name}
-    for _ in range(2):  # what these are compared with, and what that is
+    for _ in range(2):  # adds what these are compared with, then what the added calls are compared with
         chosen |= {named[name][1] for name in chosen}
     names = [name for name in named if name in chosen]
     with ThreadPoolExecutor(8) as pool:
@@ -156,10 +156,10 @@ def run(size: int, d: int, wanted: str) -> None:
     for index, pass_ in enumerate(("forward", "backward")):
         times = measure.in_turns({name: calls[index] for name, calls in made.items()}, repeats=7)
         rates = {name: made[name][2] / times[name]["median"] for name in made}
-        for name, (_, beside) in named.items():
+        for name, (_, other) in named.items():
             median, spread = 1e3 * times[name]["median"], 100 * times[name]["spread"]
             print(f"d{d} s{size} {pass_:8} {name:17} {median:9.4f} ms ±{spread:.1f}%, "
-                  f"{rates[name] / rates[beside]:.3f} of {beside}", flush=True)  # fmt: skip
+                  f"{rates[name] / rates[other]:.3f} of {other}", flush=True)  # fmt: skip
 
 
 # --- decode ----------------------------------------------------------------------------------------------------------

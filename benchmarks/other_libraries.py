@@ -1,10 +1,10 @@
-"""Models and pools of other libraries that run here, beside what they run on otherwise, on one GPU.
+"""Models and pools of other libraries that run here, compared with their usual attention or layout, on one GPU.
 
 python -m benchmarks.other_libraries [pool] [sglang] [maxtext]        the bars are in issue 39
 
-pool: decode from pages of K0 V0 K1 V1 …, read in place, beside separate pools of keys and of values. sglang: a decode
-step of sglang-jax's Llama through compat.ragged_paged_attention, beside that of examples/models with the same weights.
-maxtext: a training step of MaxText's default configuration, with compat.maxtext and with cuDNN's attention. They need
+pool: decode from pages of K0 V0 K1 V1 …, read in place, and from separate pools of keys and of values. sglang: a decode
+step of sglang-jax's Llama through compat.ragged_paged_attention, and of examples/models with the same weights. maxtext:
+a training step of MaxText's default configuration, with compat.maxtext and with cuDNN's attention. The last two need
 sglang-jax 0.0.2 and MaxText 0.2.5 with what their models import (tools/libraries/pins.toml).
 """
 

@@ -1,4 +1,4 @@
-"""Head dims above 256 beside 256, plain JAX and the device's own read, on one GPU: a line for each call.
+"""Head dims above 256 compared with 256, with plain JAX and with a copy's bandwidth, on one GPU: a line for each call.
 
 python -m benchmarks.wide_heads        the bars are in issue 38
 """
@@ -18,7 +18,7 @@ HEADS, WIDE, HALF = 4, 512, 256
 
 
 def training(passes: tuple[str, ...] = ("forward", "backward")) -> None:
-    """Rates of d 512, over those of d 256 with the same FLOP; 16,384 tokens."""
+    """Rates at d 512 divided by those at d 256, with the same FLOP and 16,384 tokens."""
     for s, causal in ((4096, False), (4096, True), (16384, False), (16384, True)):
         sizes = {"b": 16384 // s, "causal": causal}
         wide, half = (

@@ -10,7 +10,7 @@
 
 namespace jax_flash {
 
-// Constants of a format. Those of type uint32_t are the bits of a float32.
+// Constants of a format; a uint32_t holds the bits of a float32.
 template <DType kFormat>
 struct Float8;
 template <>

@@ -1,4 +1,4 @@
-"""EasyDeL: calls of ejkernel's functions, which its models use, and of its operation, beside those of `compat.easydel`.
+"""EasyDeL: calls of ejkernel's functions and of its operation, which its models use, compared with `compat.easydel`.
 
 ejkernel's tests are in its repository alone: where a clone is given, those of flash attention run with ours.
 """
@@ -80,7 +80,7 @@ def ours_as_kernel(comparison: Comparison, own: Any) -> Any:
 
 
 def pages(name: str) -> None:
-    """A function of ejkernel over pages beside ours."""
+    """Compares a function of ejkernel over pages with ours."""
     lens, size = jnp.array([19, 33], jnp.int32), 8
     tables = jnp.array([[3, 1, 7, 0, 0], [2, 4, 9, 8, 6]], jnp.int32)
     starts = jnp.array([0, 5, 6], jnp.int32)

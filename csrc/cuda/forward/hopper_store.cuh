@@ -18,12 +18,12 @@ namespace jax_flash {
 template <int kConsumers, class OTile>
 struct OutputBuffer {
   struct Tiles {
-    alignas(1024) uint8_t of[kConsumers][OTile::kBytes];
+    alignas(1024) uint8_t tile[kConsumers][OTile::kBytes];
   };
   struct Pipes {
-    Pipeline<1> of[kConsumers];
+    Pipeline<1> pipe[kConsumers];
     __device__ __forceinline__ void init(uint32_t arrivals) {
-      for (auto& pipe : of) pipe.init(1, arrivals);
+      for (auto& each : pipe) each.init(1, arrivals);
     }
   };
   using Map = CUtensorMap;
@@ -72,7 +72,7 @@ struct StoreWarp {
     if (!stores_by_tma(p, work.tile, row)) return;
     ptx::Coordinates at =
         coordinates_of(p.out, work, work.head + consumer * state.heads_apart(), work.tile.q_begin + row);
-    const uint32_t from = ptx::shared_address(shared.o.of[consumer]);
+    const uint32_t from = ptx::shared_address(shared.o.tile[consumer]);
 #pragma unroll
     for (int chunk = 0; chunk < Tile::kChunks; chunk += Tile::kPanel) {
       at.column = chunk * 8;
@@ -86,12 +86,12 @@ struct StoreWarp {
       const auto& tile = shared.tiles[tile_index % kTileStates];
       if (tile.done) break;
       for (int i = 0; i < C::kConsumers; ++i) {
-        shared.out_pipe.of[i].wait_full(tile_index);
+        shared.out_pipe.pipe[i].wait_full(tile_index);
         store(tile, i);
         ptx::bulk_commit();
       }
       ptx::bulk_wait_read<0>();
-      for (auto& pipe : shared.out_pipe.of) pipe.release_by_thread(tile_index);
+      for (auto& pipe : shared.out_pipe.pipe) pipe.release_by_thread(tile_index);
       shared.state_pipe.release_by_thread(tile_index);
     }
     ptx::bulk_wait<0>();

@@ -1,10 +1,10 @@
-// What the two CTAs of a cluster that share a query tile send each other (Design::kClusterColumns). For each
-// block of 64 rows one CTA's consumer owns S and the softmax. Its partner is the consumer of the other CTA
-// that has the same rows and other columns of O. The owner sends the partner P, rounded, with the factors α
-// of O, and after the last key tile the factors 1 / Σ P.
+// The exchange between the two CTAs of a cluster that share a query tile (Design::kClusterColumns). For each
+// block of 64 rows, a consumer of one CTA owns S and the softmax. Its partner is the consumer of the other
+// CTA that has the same rows and other columns of O. The owner sends the partner P, rounded, with the factors
+// α of O, and after the last key tile the factors 1 / Σ P.
 //
-// Both have the same rows in the same registers, so a thread sends to its counterpart. Each CTA has one owner
-// and one partner. All data go by st.async to the other CTA's shared memory.
+// Both have the same rows in the same registers, so each thread sends to the same thread of the other CTA, by
+// st.async. Each CTA has one owner and one partner.
 #pragma once
 
 #include <cstdint>
@@ -26,15 +26,15 @@ struct RowExchange {
                             kWeightBytes = kWeightRows * kRowBytes;
   static constexpr int kWeightStages = 2, kSlots = 2;
   static constexpr uint32_t kFactorBytes = kWarpgroup / 4 * sizeof(float2);
-  alignas(16) uint8_t weights[kWeightStages][kWeightBytes];  // a row of threads for each k step
-  float2 factors[kWeightStages][kWarpgroup / 4];             // of the rows of four lanes
+  alignas(16) uint8_t weights[kWeightStages][kWeightBytes];  // for each k step, a float4 of each thread
+  float2 factors[kWeightStages][kWarpgroup / 4];             // one for the two rows that four lanes share
   // Full when the data have arrived here, empty when the other CTA has read what this CTA sent.
   Pipeline<kWeightStages> weight_pipe;
 
   // `releases`: the arrivals of one warpgroup.
   __device__ __forceinline__ void init(uint32_t releases) { weight_pipe.init(releases); }
 
-  // P, and the factors if kFactors.
+  // Sends P and, if kFactors, the factors.
   template <bool kFactors>
   __device__ __forceinline__ void send_weights(const Weights& from, const float (&factor)[kSlots],
                                                uint32_t use) const {
@@ -63,7 +63,7 @@ struct RowExchange {
     release(weight_pipe, use);
   }
 
-  // The factors alone, as one more use of the pipeline of P.
+  // Sends only the factors, as one more use of P's pipeline.
   __device__ __forceinline__ void send_factors(const float (&factor)[kSlots], uint32_t use) const {
     weight_pipe.wait_empty(use);
     send_factors_to(factor, use, in_other(weight_pipe.full_barrier(use)));
