@@ -147,7 +147,7 @@ struct Consumer {
       of.key = key;  // without this the compiler would move key into the masked branch
     if constexpr (kInput) score.apply(s, of, softmax);  // softcap, bias, ALiBi, segments
     if constexpr (C::kRanges) {
-      if constexpr (kMasked) score.hide(s, of, key);
+      if constexpr (kMasked) score.hide(s);
     } else if constexpr (C::kListed) {
       score.hide(s, of);
     } else if constexpr (kMasked) {
@@ -193,6 +193,7 @@ struct Consumer {
     pass_turn();
     Score score;
     score.template prefetch<kRare>(score_tile(kv_index), n * C::kN);
+    if constexpr (C::kRanges) score.find_seen(score_tile(kv_index), n * C::kN);
     ptx::wgmma_wait<0>();
     ptx::hold(s.x[0]);
     shared.release_key(kv_index);
@@ -249,6 +250,7 @@ struct Consumer {
     pass_turn();
     Score score;
     score.template prefetch<kRare>(score_tile(next), n * C::kN);
+    if constexpr (C::kRanges && kMasked) score.find_seen(score_tile(next), n * C::kN);
     ptx::wgmma_wait<1>();
     ptx::hold(s.x[0]);
     shared.release_key(next);

@@ -9,6 +9,7 @@
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/roles.cuh"
 #include "cuda/hopper/tile_scheduler.cuh"
+#include "cuda/ptx/cp_async.cuh"
 #include "cuda/score/operands.cuh"
 #include "cuda/slices.cuh"
 #include "cuda/tile/copy.cuh"
@@ -56,6 +57,7 @@ struct RangesOfTile : NeighbouringRows {
   // For each consumer, a second interval of tiles in which all its rows see all keys. It lies before the one
   // in ConsumerKeys, because rows may have two ranges.
   Interval first_whole[kConsumers];
+  SeenByBlock blocks[kConsumers];  // each consumer's, copied before they are needed
 
   // The tile after n, in descending order.
   __device__ __forceinline__ int32_t after(int32_t n) const { return n == gap.hi ? gap.lo - 1 : n - 1; }
@@ -122,7 +124,7 @@ struct TileState : Ranges, Slice {
   template <class C>
   __device__ __forceinline__ void prepare(const Problem& p, const TileSegments& segments) {
     const TileWork& tile = work.tile;
-    if constexpr (C::kKind == ScoreKind::kRanges) prepare_blocks<C>(p, segments);
+    if constexpr (C::kKind == ScoreKind::kRanges) prepare_blocks<C>();
 #pragma unroll 1
     for (int i = 0; C::kListed && i < kConsumers; ++i) {
       const bool used = tile.row + i * this->rows_apart() < tile.used_queries();
@@ -195,6 +197,7 @@ struct TileState : Ranges, Slice {
   __device__ __forceinline__ void trim_to_ranges(const Problem& p, const TileSegments& segments) {
     tiles = this->gap = {0, 0};
     if (work.tile.index == kNoSequence) return;
+    copy_blocks(p, segments);
     const int64_t first = slot_of_rows(p, C::kM);
     reload_shared();
     const SeenByTile& seen = segments.tiles[first + work.tile.row / C::kM];
@@ -220,17 +223,30 @@ struct TileState : Ranges, Slice {
     this->keys_of_piece = lists.keys;
     this->rows = lists.heads > 1 ? 0 : kConsumerRows, this->heads = lists.heads - 1;
   }
-  // Likewise for each consumer.
+  // Starts to copy the entries of the consumers' blocks from the table, whose latency would add up otherwise.
+  __device__ __forceinline__ void copy_blocks(const Problem& p, const TileSegments& segments) {
+    const SeenByBlock* const from = segments.blocks + slot_of_rows(p, kRowBlock) + work.tile.row / kRowBlock;
+#pragma unroll
+    for (int i = 0; i < kConsumers; ++i) {
+      if (work.tile.row + i * kConsumerRows >= work.tile.used_queries()) continue;
+      const uint32_t to = ptx::shared_address(&this->blocks[i]);
+      ptx::cp_async_16(to, from + i);
+      ptx::cp_async_16(to + 16, reinterpret_cast<const uint4*>(from + i) + 1);
+    }
+    ptx::cp_async_commit();
+    reload_shared();
+  }
+  // Restricts each consumer to the keys that its block sees.
   template <class C>
-  __device__ __forceinline__ void prepare_blocks(const Problem& p, const TileSegments& segments) {
-    const int64_t first = work.tile.index == kNoSequence ? 0 : slot_of_rows(p, kRowBlock);
+  __device__ __forceinline__ void prepare_blocks() {
+    ptx::cp_async_wait<0>();
 #pragma unroll 1
     for (int i = 0; i < kConsumers; ++i) {
       reload_shared();
       const int32_t row = work.tile.row + i * kConsumerRows;
       keys[i].tiles = {tiles.lo, tiles.lo};
-      if (row >= work.tile.used_queries()) continue;
-      const SeenByBlock& block = segments.blocks[first + row / kRowBlock];
+      if (work.tile.index == kNoSequence || row >= work.tile.used_queries()) continue;
+      const SeenByBlock& block = this->blocks[i];
       if (block.any.empty()) continue;
       keys[i].tiles = tiles_of(block.any, C::kN);
       reload_shared();
