@@ -152,9 +152,8 @@ struct SeenByQueries {
 // A warp handles a key tile. rows: the query rows from the first to the last query tile that sees it; gaps:
 // the query tiles between them that do not. If sums are ordered, key tiles have no gaps.
 __global__ void __launch_bounds__(32)
-    find_seeing_queries(const __grid_constant__ Problem p, const SequenceStarts starts,
-                        const Slots slots, const SeenByBlock* blocks, int32_t query_tile, Interval* rows,
-                        Interval* gaps) {
+    find_seeing_queries(const __grid_constant__ Problem p, const SequenceStarts starts, const Slots slots,
+                        const SeenByBlock* blocks, int32_t query_tile, Interval* rows, Interval* gaps) {
   const SlotRows at = rows_of_slot(p, starts.key, starts.apart, slots);
   ptx::wait_for_kernel_before();  // it finds `blocks`
   if (at.row < 0) return;

@@ -35,10 +35,7 @@ struct RowRanges {
     const int32_t* x = limits + h * head + i * row;
     const Interval first = intersect({x[0], x[1]}, keys);
     if (!two) return {hull_of(first, {0, 0}), {0, 0}};
-    return seen_in(first, intersect({x[2], x[3]}, keys));
-  }
-  // The keys of a row that sees those of two intervals.
-  JF_HD static SeenKeys seen_in(Interval first, Interval second) {
+    const Interval second = intersect({x[2], x[3]}, keys);
     if (first.empty() || second.empty()) return {hull_of(first, second), {0, 0}};
     return {hull_of(first, second),
             {first.hi < second.hi ? first.hi : second.hi, first.lo > second.lo ? first.lo : second.lo}};

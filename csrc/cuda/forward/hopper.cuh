@@ -221,7 +221,8 @@ cudaError_t launch_forward_sm90(const Problem& p, const LaunchPlan& plan, void* 
     return e;
   }
   return launch_clusters<C::kRanges>(forward_sm90<C>, C::kCluster, plan.persistent_ctas, C::kThreads,
-                         C::kTeams * sizeof(typename C::Shared), stream, p, maps, tiles, segments);
+                                     C::kTeams * sizeof(typename C::Shared), stream, p, maps, tiles,
+                                     segments);
 }
 
 template <class T, Row R>

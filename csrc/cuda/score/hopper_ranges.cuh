@@ -14,8 +14,8 @@ template <class S>
 struct RangesScore : ScoreVariant<S> {
   static constexpr bool reads(Operand operand) { return operand == Operand::kRanges; }
 
-  // By slot, a bit for each of the lane's elements of a partial tile, in their order: whether the row sees the
-  // key.
+  // By slot, a bit for each of the lane's elements of a partial tile, in their order: whether the row sees
+  // the key.
   uint32_t seen[S::kSlots];
 
   // Finds `seen` while the tensor cores compute S. `key`: the tile's first.
