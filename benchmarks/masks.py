@@ -5,8 +5,8 @@
 A rate is FLOP of visible pairs in a second, over that of a call without a mask value: causal=True, or for masks whose
 rows see few keys one of the same band (chunks as sequences of their own, a static window). Blocks are an eighth of all,
 chosen at random for each KV head, which four query heads share, or one. An array is a mask's [1, 1, s, s] of booleans,
-for jax_flash and for jax.nn's cuDNN; its rate is compared with that of the same mask as ranges. Times are medians of
-bursts in turns (measure.py).
+for jax_flash and for jax.nn's cuDNN; its rate is compared with that of the same mask as ranges, as are documents by
+segment ids and as packed sequences. Times are medians of bursts in turns (measure.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flash import flash_attention, flops, mask_forms, masks
+from jax_flash import flash_attention, flash_attention_varlen, flops, mask_forms, masks
 from jax_flash.mask_rows import Rows
 
 from . import measure
@@ -45,14 +45,31 @@ def blocks(size: int, block: int, heads: int) -> Any:
     return masks.blocks(jnp.asarray(chosen, jnp.int32), (block, block))
 
 
+def starts_of_documents(size: int) -> np.ndarray[Any, Any]:
+    """The first token of each document; their lengths differ by a factor of up to 60."""
+    ends = np.cumsum(np.random.default_rng(0).lognormal(6, 1, size).astype(int) + 50)
+    return np.concatenate(([0], ends[ends < size]))
+
+
 def documents(size: int) -> Any:
-    """Causal documents whose lengths differ by a factor of up to 60."""
-    lengths = np.random.default_rng(0).lognormal(6, 1, size).astype(int) + 50
-    ends = np.cumsum(lengths)
-    starts = np.concatenate(([0], ends))[np.searchsorted(ends, np.arange(size), "right")]
+    """Causal documents."""
+    starts = starts_of_documents(size)
+    own = starts[np.searchsorted(starts, np.arange(size), "right") - 1]
     return masks.ranges(
-        jnp.asarray(starts, jnp.int32)[None, None], jnp.arange(1, size + 1, dtype=jnp.int32)[None, None]
+        jnp.asarray(own, jnp.int32)[None, None], jnp.arange(1, size + 1, dtype=jnp.int32)[None, None]
     )
+
+
+def attend_to_documents(how: str, q: Any, k: Any, v: Any) -> Any:
+    """The same by segment ids, or as packed sequences."""
+    batch, size = q.shape[:2]
+    starts = starts_of_documents(size)
+    if how == "segments":
+        ids = jnp.asarray(np.searchsorted(starts, np.arange(size), "right"), jnp.int32)[None].repeat(batch, 0)
+        return flash_attention(q, k, v, causal=True, q_segment_ids=ids, kv_segment_ids=ids)
+    first = np.concatenate([starts + i * size for i in range(batch)] + [[batch * size]])
+    packed = (x.reshape(batch * size, *x.shape[2:]) for x in (q, k, v))
+    return flash_attention_varlen(*packed, jnp.asarray(first, jnp.int32), causal=True).reshape(q.shape)
 
 
 def array_of(mask: Any, size: int) -> Any:
@@ -87,6 +104,9 @@ def cases(size: int, heads: int) -> dict[str, tuple[Options, str]]:
         f"{name}, {how}": ({"mask": values[name], "array": how}, name)
         for name in AS_ARRAYS
         for how in ("array", "cuDNN")
+    } | {
+        f"documents, {how}": ({"mask": values["documents"], "array": how}, "documents")
+        for how in ("segments", "packed")
     }
     return (
         {
@@ -107,12 +127,14 @@ def calls_of(options: Options, arrays: tuple[Any, ...]) -> tuple[Any, Any, int]:
     q, k, v, dout = (x.reshape(x.shape[0] * parts, -1, *x.shape[2:]) for x in arrays)
     k, v = (x[:, :, ::group] for x in (k, v))
     array = (
-        (array_of(options["mask"], q.shape[1]),) if how else ()
+        (array_of(options["mask"], q.shape[1]),) if how in ("array", "cuDNN") else ()
     )  # an argument, not a constant of the program
 
     def attend(qkv: Any, *mask: Any) -> Any:
         if how == "cuDNN":
             return jax.nn.dot_product_attention(*qkv, mask=mask[0], implementation="cudnn")
+        if how in ("segments", "packed"):
+            return attend_to_documents(how, *qkv)
         return flash_attention(*qkv, **options | ({"mask": mask[0]} if mask else {}))
 
     forward: Callable[..., Any] = jax.jit(attend)

@@ -299,12 +299,23 @@ struct Consumer {
     }
   }
 
+  // Whether the last of several key tiles has a short visible tail.
+  __device__ __forceinline__ bool has_tail(const Interval& tiles) const {
+    const int32_t n = tiles.hi - 1;
+    return C::kTailKeys > 0 && n > tiles.lo &&
+           uniform(tile->keys[consumer].end) - n * C::kN <= C::kTailKeys;
+  }
+
   // Attends to all visible key tiles except those of the gap, from the last to the first. Only tiles in which
   // some row does not see all keys are masked.
   __device__ __forceinline__ void attend_around_gap(const Interval& tiles) {
     if constexpr (C::kQuerySteps > 0) load_query();
     int32_t n = tiles.hi - 1;
-    first_step<false, true>(n, false);
+    const bool tail = has_tail(tiles);
+    if constexpr (C::kTailKeys > 0) {
+      if (tail) tail_step<false, true>(n), n = tile->after(n);
+    }
+    first_step<false, true>(n, tail);
     n = tile->after(n);
 #pragma unroll 1
     while (n >= tiles.lo) {  // masked tiles down to `end`, then whole tiles down to `lo`
@@ -338,12 +349,12 @@ struct Consumer {
     whole = uniform(tile->keys[consumer].whole);
     if constexpr (C::kQuerySteps > 0) load_query();
     int32_t n = tiles.hi - 1;
-    bool has_tail = false;
+    bool tail = false;
     if constexpr (C::kTailKeys > 0 && kInput == (C::Input::kStages == 0)) {
-      has_tail = n > tiles.lo && uniform(tile->keys[consumer].end) - n * C::kN <= C::kTailKeys;
-      if (has_tail) tail_step<kRare, kInput>(n--);
+      tail = has_tail(tiles);
+      if (tail) tail_step<kRare, kInput>(n--);
     }
-    first_step<kRare, kInput>(n--, has_tail);
+    first_step<kRare, kInput>(n--, tail);
     if constexpr (Score::kGeneral || C::kListed || kRare) {  // one loop: long steps, or a list
       for (; n >= tiles.lo; --n) step<true, kRare, kInput>(n);
     } else {

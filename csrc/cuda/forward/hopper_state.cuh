@@ -248,7 +248,7 @@ struct TileState : Ranges, Slice {
       if (work.tile.index == kNoSequence || row >= work.tile.used_queries()) continue;
       const SeenByBlock& block = this->blocks[i];
       if (block.any.empty()) continue;
-      keys[i].tiles = tiles_of(block.any, C::kN);
+      keys[i].tiles = tiles_of(block.any, C::kN), keys[i].end = block.any.hi;
       reload_shared();
       this->first_whole[i] = whole_tiles<C>(block.whole[0]);
       reload_shared();
