@@ -66,7 +66,7 @@ def attend_to_documents(how: str, q: Any, k: Any, v: Any) -> Any:
     starts = starts_of_documents(size)
     if how == "segments":
         ids = jnp.asarray(np.searchsorted(starts, np.arange(size), "right"), jnp.int32)[None].repeat(batch, 0)
-        return flash_attention(q, k, v, causal=True, q_segment_ids=ids, kv_segment_ids=ids)
+        return flash_attention(q, k, v, causal=True, segment_ids=ids)
     first = np.concatenate([starts + i * size for i in range(batch)] + [[batch * size]])
     packed = (x.reshape(batch * size, *x.shape[2:]) for x in (q, k, v))
     return flash_attention_varlen(*packed, jnp.asarray(first, jnp.int32), causal=True).reshape(q.shape)
