@@ -6,7 +6,7 @@ A rate is FLOP of visible pairs in a second, over that of a call without a mask 
 rows see few keys one of the same band (chunks as sequences of their own, a static window). Blocks are an eighth of all,
 chosen at random for each KV head, which four query heads share, or one. An array is a mask's [1, 1, s, s] of booleans,
 for jax_flash and for jax.nn's cuDNN; its rate is compared with that of the same mask as ranges, as are documents by
-segment ids and as packed sequences. Times are medians of bursts in turns (measure.py).
+segment ids and as packed sequences. Times are medians of bursts in turns at settled power (measure.py).
 """
 
 from __future__ import annotations
@@ -173,7 +173,9 @@ def run(size: int, d: int, wanted: str) -> None:
     made = {name: calls for name, calls in found.items() if not isinstance(calls, str)}
     named = {name: named[name] for name in made}
     for index, pass_ in enumerate(("forward", "backward")):
-        times = measure.in_turns({name: calls[index] for name, calls in made.items()}, repeats=7)
+        times = measure.in_turns(
+            {name: calls[index] for name, calls in made.items()}, repeats=5, settle=measure.SETTLED
+        )
         rates = {name: made[name][2] / times[name]["median"] for name in made}
         for name, (_, beside) in named.items():
             median, spread = 1e3 * times[name]["median"], 100 * times[name]["spread"]

@@ -97,11 +97,9 @@ struct ForwardSm90 {
                                             kAllConsumers <= 2 && R.block_n <= 128;
   static constexpr int kHeadSteps = kHeadDim / 16, kKeySteps = kN / 16;
   static constexpr int kQuerySteps = kQueryInRegisters ? kHeadSteps : kSharers > 1 && kPlainLoop ? 4 : 0;
-  // Multiplies only the visible tail of a consumer's last key tile, where it is no longer than this. Ranges
-  // mostly end as a causal mask does: such tails are short only if the tile is no multiple of 64 keys.
-  static constexpr bool kHasTails =
-      Kind == ScoreKind::kPlain || Kind == ScoreKind::kSegments || (kRanges && kN % kConsumerRows != 0);
-  static constexpr int kTailKeys = kSharers == 1 && kHasTails ? 32 : 0;
+  // Multiplies only the visible tail of a consumer's last key tile, where it is no longer than this.
+  static constexpr int kTailKeys =
+      kSharers == 1 && (Kind == ScoreKind::kPlain || Kind == ScoreKind::kSegments) ? 32 : 0;
   using QTile = SharedTile<T, kConsumerRows, kHeadDim>;  // of a consumer
   template <int kColumns>
   using KeyTile =

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cuda/forward/hopper_gap.cuh"
 #include "cuda/forward/hopper_results.cuh"
 #include "cuda/forward/hopper_score_tile.cuh"
 #include "cuda/forward/hopper_state.cuh"
@@ -299,40 +300,6 @@ struct Consumer {
     }
   }
 
-  // Whether the last of several key tiles has a short visible tail.
-  __device__ __forceinline__ bool has_tail(const Interval& tiles) const {
-    const int32_t n = tiles.hi - 1;
-    return C::kTailKeys > 0 && n > tiles.lo &&
-           uniform(tile->keys[consumer].end) - n * C::kN <= C::kTailKeys;
-  }
-
-  // Attends to all visible key tiles except those of the gap, from the last to the first. Only tiles in which
-  // some row does not see all keys are masked.
-  __device__ __forceinline__ void attend_around_gap(const Interval& tiles) {
-    if constexpr (C::kQuerySteps > 0) load_query();
-    int32_t n = tiles.hi - 1;
-    const bool tail = has_tail(tiles);
-    if constexpr (C::kTailKeys > 0) {
-      if (tail) tail_step<false, true>(n), n = tile->after(n);
-    }
-    first_step<false, true>(n, tail);
-    n = tile->after(n);
-#pragma unroll 1
-    while (n >= tiles.lo) {  // masked tiles down to `end`, then whole tiles down to `lo`
-      const Interval gap = uniform(tile->gap);
-      const int32_t first = n >= gap.hi ? max(gap.hi, tiles.lo) : tiles.lo;
-      whole = uniform(tile->keys[consumer].whole);
-      if (whole.lo > n || whole.empty()) whole = uniform(tile->first_whole[consumer]);
-      if (whole.lo > n || whole.empty()) whole = {first, first};
-      const int32_t lo = max(first, whole.lo), end = max(first, whole.hi);
-      for (; n >= end; --n) step<true, false, true>(n);
-      for (; n >= lo; --n) step<false, false, true>(n);
-      if (n < gap.hi && first == gap.hi && !gap.empty()) n = gap.lo - 1;
-    }
-    if constexpr (!C::kQueryInRegisters) shared.q_pipe[consumer].release(tile_index);
-    multiply_values<C::kN, true>();
-  }
-
   // The number of key tiles in an interval that are loaded. It contains the whole gap or none of it.
   __device__ __forceinline__ int32_t loaded(const Interval& tiles) const {
     if constexpr (!C::kRanges)
@@ -349,12 +316,12 @@ struct Consumer {
     whole = uniform(tile->keys[consumer].whole);
     if constexpr (C::kQuerySteps > 0) load_query();
     int32_t n = tiles.hi - 1;
-    bool tail = false;
+    bool has_tail = false;
     if constexpr (C::kTailKeys > 0 && kInput == (C::Input::kStages == 0)) {
-      tail = has_tail(tiles);
-      if (tail) tail_step<kRare, kInput>(n--);
+      has_tail = n > tiles.lo && uniform(tile->keys[consumer].end) - n * C::kN <= C::kTailKeys;
+      if (has_tail) tail_step<kRare, kInput>(n--);
     }
-    first_step<kRare, kInput>(n--, tail);
+    first_step<kRare, kInput>(n--, has_tail);
     if constexpr (Score::kGeneral || C::kListed || kRare) {  // one loop: long steps, or a list
       for (; n >= tiles.lo; --n) step<true, kRare, kInput>(n);
     } else {
@@ -384,7 +351,7 @@ struct Consumer {
       if (uniform(tile->done)) return;
       softmax = typename C::Softmax(Score::template start<typename C::Softmax>(p));
       o.clear();
-      const Interval tiles = uniform(tile->tiles), own = uniform(tile->keys[consumer].tiles);
+      Interval tiles = uniform(tile->tiles), own = uniform(tile->keys[consumer].tiles);
       if constexpr (C::Input::kSkipsUniformTiles) has_input = !uniform(tile->one_segment);
       skip(loaded({own.hi, tiles.hi}));
       if (own.empty()) {
@@ -395,10 +362,12 @@ struct Consumer {
       } else if (C::Input::kSkipsUniformTiles && !has_input) {
         if constexpr (C::Input::kSkipsUniformTiles) attend<false, false>(own);
       } else if constexpr (C::kRanges) {
-        attend_around_gap(own);
+        attend_around_gap(*this);
       } else {
         attend(own);
       }
+      if constexpr (C::kRanges)  // read again, because the loop needs the registers
+        tiles = uniform(tile->tiles), own = uniform(tile->keys[consumer].tiles);
       skip(loaded({tiles.lo, own.lo}));
       if (C::Input::kSkipsUniformTiles && !has_input) without_input += tiles.size();
       write_rows(*this);

@@ -31,7 +31,8 @@ struct RangesScore : ScoreVariant<S> {
     for (int slot = 0; slot < S::kSlots; ++slot) {
       const Interval band = tile.in_band(tile.row() + S::row(slot), {key, key + S::kColumns});
       const int2 first = limits[slot].first, second = limits[slot].second;
-      seen[slot] = bits(band, key) & (bits({first.x, first.y}, key) | bits({second.x, second.y}, key));
+      const int32_t at = key + tile.keys_before();
+      seen[slot] = bits(band, key) & (bits({first.x, first.y}, at) | bits({second.x, second.y}, at));
     }
   }
 

@@ -42,6 +42,7 @@ template <class Accumulator>
 struct LeftByBits {
   using S = Accumulator;
   static constexpr int kColumns = S::kColumns, kElements = S::kRows * kColumns;
+  static constexpr int kBefore = 40;  // the tile's keys are counted from this one on
   bool two;
 
   struct Tile {
@@ -51,6 +52,7 @@ struct LeftByBits {
     __device__ RowRanges row_ranges(const int&) const { return ranges; }
     __device__ Band band() const { return {kQLen, 1 << 20, 0, 1 << 20, 1 << 20}; }
     __device__ int32_t row() const { return kRow; }
+    __device__ int32_t keys_before() const { return kBefore; }
     __device__ Interval in_band(int32_t i, const Interval& keys) const {
       return i < kQLen ? keys : Interval{0, 0};
     }
@@ -62,7 +64,7 @@ struct LeftByBits {
     for_each(s, [](float& x, int, int, int) { x = 1; });
     if constexpr (kColumns > 16) {
       RangesScore<S> score;
-      score.find_seen(tile, kKey);
+      score.find_seen(tile, kKey - kBefore);
       score.hide(s);
     } else {
       const auto sees = [&](int slot, int e) {
