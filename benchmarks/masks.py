@@ -8,8 +8,9 @@
 A rate is the FLOP per second over visible pairs, divided by that of a call without a mask value: of causal=True or, for
 masks whose rows see few keys, of the same band (chunks as sequences of their own, a static window). An eighth of all
 blocks is visible, chosen at random for each KV head, which one or four query heads share. An array is the mask as
-booleans [1, 1, s, s], for jax_flash and for jax.nn's cuDNN; its rate is divided by that of the same mask as ranges.
-Times are medians of alternating bursts (measure.py).
+booleans [1, 1, s, s], for jax_flash and for jax.nn's cuDNN; its rate is divided by that of the same mask as ranges,
+as are those of documents by segment ids and as packed sequences. Times are medians of alternating bursts at settled
+power (measure.py).
 """
 
 from __future__ import annotations
@@ -23,7 +24,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flash import flash_attention, flops, mask_forms, masks, paged_attention
+from jax_flash import (
+    flash_attention,
+    flash_attention_varlen,
+    flops,
+    mask_forms,
+    masks,
+    paged_attention,
+)
 from jax_flash.mask_rows import Rows
 
 from . import decode_calls, measure
@@ -48,14 +56,31 @@ def blocks(size: int, block: int, heads: int) -> Any:
     return masks.blocks(jnp.asarray(chosen, jnp.int32), (block, block))
 
 
+def starts_of_documents(size: int) -> np.ndarray[Any, Any]:
+    """The first token of each document; their lengths differ by a factor of up to 60."""
+    ends = np.cumsum(np.random.default_rng(0).lognormal(6, 1, size).astype(int) + 50)
+    return np.concatenate(([0], ends[ends < size]))
+
+
 def documents(size: int) -> Any:
-    """Causal documents whose lengths differ by a factor of up to 60."""
-    lengths = np.random.default_rng(0).lognormal(6, 1, size).astype(int) + 50
-    ends = np.cumsum(lengths)
-    starts = np.concatenate(([0], ends))[np.searchsorted(ends, np.arange(size), "right")]
+    """Causal documents."""
+    starts = starts_of_documents(size)
+    own = starts[np.searchsorted(starts, np.arange(size), "right") - 1]
     return masks.ranges(
-        jnp.asarray(starts, jnp.int32)[None, None], jnp.arange(1, size + 1, dtype=jnp.int32)[None, None]
+        jnp.asarray(own, jnp.int32)[None, None], jnp.arange(1, size + 1, dtype=jnp.int32)[None, None]
     )
+
+
+def attend_to_documents(how: str, q: Any, k: Any, v: Any) -> Any:
+    """The same by segment ids, or as packed sequences."""
+    batch, size = q.shape[:2]
+    starts = starts_of_documents(size)
+    if how == "segments":
+        ids = jnp.asarray(np.searchsorted(starts, np.arange(size), "right"), jnp.int32)[None].repeat(batch, 0)
+        return flash_attention(q, k, v, causal=True, segment_ids=ids)
+    first = np.concatenate([starts + i * size for i in range(batch)] + [[batch * size]])
+    packed = (x.reshape(batch * size, *x.shape[2:]) for x in (q, k, v))
+    return flash_attention_varlen(*packed, jnp.asarray(first, jnp.int32), causal=True).reshape(q.shape)
 
 
 def array_of(mask: Any, size: int) -> Any:
@@ -90,6 +115,9 @@ def cases(size: int, heads: int) -> dict[str, tuple[Options, str]]:
         f"{name}, {how}": ({"mask": values[name], "array": how}, name)
         for name in AS_ARRAYS
         for how in ("array", "cuDNN")
+    } | {
+        f"documents, {how}": ({"mask": values["documents"], "array": how}, "documents")
+        for how in ("segments", "packed")
     }
     return (
         {
@@ -110,12 +138,14 @@ def calls_of(options: Options, arrays: tuple[Any, ...]) -> tuple[Any, Any, int]:
     q, k, v, dout = (x.reshape(x.shape[0] * parts, -1, *x.shape[2:]) for x in arrays)
     k, v = (x[:, :, ::group] for x in (k, v))
     array = (
-        (array_of(options["mask"], q.shape[1]),) if how else ()
+        (array_of(options["mask"], q.shape[1]),) if how in ("array", "cuDNN") else ()
     )  # an argument, not a constant of the program
 
     def attend(qkv: Any, *mask: Any) -> Any:
         if how == "cuDNN":
             return jax.nn.dot_product_attention(*qkv, mask=mask[0], implementation="cudnn")
+        if how in ("segments", "packed"):
+            return attend_to_documents(how, *qkv)
         return flash_attention(*qkv, **options | ({"mask": mask[0]} if mask else {}))
 
     forward: Callable[..., Any] = jax.jit(attend)
@@ -154,7 +184,9 @@ def run(size: int, d: int, wanted: str) -> None:
     made = {name: calls for name, calls in found.items() if not isinstance(calls, str)}
     named = {name: named[name] for name in made}
     for index, pass_ in enumerate(("forward", "backward")):
-        times = measure.in_turns({name: calls[index] for name, calls in made.items()}, repeats=7)
+        times = measure.in_turns(
+            {name: calls[index] for name, calls in made.items()}, repeats=5, settle=measure.SETTLED
+        )
         rates = {name: made[name][2] / times[name]["median"] for name in made}
         for name, (_, other) in named.items():
             median, spread = 1e3 * times[name]["median"], 100 * times[name]["spread"]

@@ -17,8 +17,9 @@ struct Blocks {
 };
 
 // Launches `blocks` thread blocks in clusters of size `cluster`, or nothing if there are none. `shared`:
-// bytes of dynamic shared memory.
-template <class... Parameters>
+// bytes of dynamic shared memory. kEarly: the kernel may start before the one before it has ended, and waits
+// for it itself (ptx/dependent.cuh).
+template <bool kEarly = false, class... Parameters>
 cudaError_t launch_clusters(void (*kernel)(Parameters...), uint32_t cluster, Blocks blocks, int32_t threads,
                             size_t shared, cudaStream_t stream,
                             std::type_identity_t<Parameters>... arguments) {
@@ -35,11 +36,18 @@ cudaError_t launch_clusters(void (*kernel)(Parameters...), uint32_t cluster, Blo
   config.blockDim = dim3(static_cast<uint32_t>(threads));
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster, attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = cluster > 1;
+  cudaLaunchAttribute attributes[2]{};
+  config.attrs = attributes;
+  if (cluster > 1) {
+    cudaLaunchAttribute& x = attributes[config.numAttrs++];
+    x.id = cudaLaunchAttributeClusterDimension;
+    x.val.clusterDim.x = cluster, x.val.clusterDim.y = x.val.clusterDim.z = 1;
+  }
+  if constexpr (kEarly) {
+    cudaLaunchAttribute& x = attributes[config.numAttrs++];
+    x.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    x.val.programmaticStreamSerializationAllowed = 1;
+  }
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 

@@ -3,6 +3,7 @@
 #include "core/sequence.h"
 #include "core/visible/row_blocks.h"
 #include "cuda/launch.h"
+#include "cuda/ptx/dependent.cuh"
 #include "cuda/registry.h"
 #include "cuda/work.cuh"
 
@@ -22,24 +23,34 @@ struct SequenceStarts {
   }
 };
 
-// The rows of a slot of a table, within a sequence.
+// The slots of a table, whose entries are of `block` rows each. In 32 bits, as divisions are slow in 64.
+struct Slots {
+  int32_t rows, block;    // rows: those of a batch entry, or of all packed sequences
+  uint32_t count, tiles;  // slots of a leading entry, and in the fixed layouts of a batch entry
+
+  Slots(const Problem& p, int32_t rows, int32_t block)
+      : rows(rows),
+        block(block),
+        count(static_cast<uint32_t>(slots_of_entry(p.packed(), rows, p.batch, block))),
+        tiles(static_cast<uint32_t>(ceil_div(rows, block))) {}
+};
+
+// The rows of a slot, within a sequence.
 struct SlotRows {
   int64_t leading;
   int32_t index, row;  // the sequence, and the row's position in it
 };
 
-// `rows`: the rows of an entry, or of all sequences, whose first rows are `starts`.
-__device__ SlotRows rows_of_slot(const Problem& p, const int32_t* starts, int32_t apart, int32_t rows,
-                                 int32_t block, int64_t slot) {
-  const int64_t slots = slots_of_entry(p.packed(), rows, p.batch, block);
-  const int64_t leading = slot / slots, own = slot % slots;
-  if (!p.packed()) {
-    const int64_t tiles = ceil_div(rows, block);
-    return {leading, static_cast<int32_t>(own / tiles), static_cast<int32_t>(own % tiles) * block};
-  }
-  starts += leading * apart;
-  const int32_t index = sequence_of_slot(starts, p.batch, block, own);
-  return {leading, index, static_cast<int32_t>(own - first_slot(starts[index], block, index)) * block};
+// `starts`: the first rows of the sequences whose rows the table's entries are of.
+__device__ SlotRows rows_of_slot(const Problem& p, const int32_t* starts, int32_t apart, const Slots& slots) {
+  const uint32_t leading = blockIdx.x / slots.count, own = blockIdx.x % slots.count;
+  if (!p.packed())
+    return {leading, static_cast<int32_t>(own / slots.tiles),
+            static_cast<int32_t>(own % slots.tiles) * slots.block};
+  starts += int64_t{leading} * apart;
+  const int32_t index = sequence_of_slot(starts, p.batch, slots.block, own);
+  return {leading, index,
+          static_cast<int32_t>(own - first_slot(starts[index], slots.block, index)) * slots.block};
 }
 
 __device__ __forceinline__ int32_t lane() { return static_cast<int32_t>(threadIdx.x % 32); }
@@ -98,12 +109,15 @@ __device__ SeenByTile seen_by_tile(const SeenByBlock* blocks, int32_t count) {
 }
 
 // A CTA handles a tile of query rows, and each warp one of its blocks. tiles: null if only blocks are needed.
+// Clears the tile counter of the kernel after it, if that has one.
 __global__ void __launch_bounds__(32 * kMostWarps)
-    find_seen_keys(const __grid_constant__ Problem p, const SequenceStarts starts, int32_t warps,
-                   SeenByBlock* blocks, SeenByTile* tiles) {
+    find_seen_keys(const __grid_constant__ Problem p, const SequenceStarts starts, const Slots slots,
+                   SeenByBlock* blocks, SeenByTile* tiles, uint32_t* counter) {
+  ptx::let_next_kernel_start();
+  if (counter && blockIdx.x == 0 && threadIdx.x == 0) *counter = 0;
   __shared__ SeenByBlock of_warp[kMostWarps];
   const auto warp = static_cast<int32_t>(threadIdx.x / 32);
-  const SlotRows at = rows_of_slot(p, starts.query, starts.apart, p.q_rows, warps * kRowBlock, blockIdx.x);
+  const SlotRows at = rows_of_slot(p, starts.query, starts.apart, slots);
   const Sequence s = starts.sequence(p, at.leading, at.index);
   const int32_t rows = p.packed() ? s.q_len : p.q_rows, row = at.row + warp * kRowBlock;
   if (at.row < 0 || at.row >= rows) return;  // the slot belongs to no sequence
@@ -114,7 +128,7 @@ __global__ void __launch_bounds__(32 * kMostWarps)
       blocks[first_slot_of(p, at.leading, at.index, s.q_begin, p.q_rows, kRowBlock) + row / kRowBlock] = seen;
   }
   __syncthreads();
-  if (threadIdx.x == 0 && tiles) tiles[blockIdx.x] = seen_by_tile(of_warp, warps);
+  if (threadIdx.x == 0 && tiles) tiles[blockIdx.x] = seen_by_tile(of_warp, slots.block / kRowBlock);
 }
 
 // The query tiles that see a key tile: the interval from the first to the last, and the longest gap of query
@@ -138,13 +152,13 @@ struct SeenByQueries {
 // A warp handles a key tile. rows: the query rows from the first to the last query tile that sees it; gaps:
 // the query tiles between them that do not. If sums are ordered, key tiles have no gaps.
 __global__ void __launch_bounds__(32)
-    find_seeing_queries(const __grid_constant__ Problem p, const SequenceStarts starts,
-                        const SeenByBlock* blocks, int32_t query_tile, int32_t key_tile, Interval* rows,
-                        Interval* gaps) {
-  const SlotRows at = rows_of_slot(p, starts.key, starts.apart, p.k_rows, key_tile, blockIdx.x);
+    find_seeing_queries(const __grid_constant__ Problem p, const SequenceStarts starts, const Slots slots,
+                        const SeenByBlock* blocks, int32_t query_tile, Interval* rows, Interval* gaps) {
+  const SlotRows at = rows_of_slot(p, starts.key, starts.apart, slots);
+  ptx::wait_for_kernel_before();  // it finds `blocks`
   if (at.row < 0) return;
   const Sequence s = starts.sequence(p, at.leading, at.index);
-  const Interval keys{at.row, min(at.row + key_tile, s.k_len)};
+  const Interval keys{at.row, min(at.row + slots.block, s.k_len)};
   const int64_t first_block = first_slot_of(p, at.leading, at.index, s.q_begin, p.q_rows, kRowBlock);
   SeenByQueries found;
   if (!keys.empty()) {
@@ -181,14 +195,15 @@ cudaError_t launch_ranges(const Problem& p, const LaunchPlan& plan, void* worksp
   if (grid.ranges < 0 || p.batch == 0) return cudaSuccess;
   const RangeTables tables = range_tables(p, grid, workspace);
   const SequenceStarts starts = starts_of(p, grid, forward, workspace);
-  const int32_t rows = forward ? grid.block : kMostWarps * kRowBlock;
+  const Slots queries(p, p.q_rows, forward ? grid.block : kMostWarps * kRowBlock);
   const int64_t leading = p.leading.count();
-  const cudaError_t e = launch(find_seen_keys, leading * slots_of_entry(p.packed(), p.q_rows, p.batch, rows),
-                               32 * rows / kRowBlock, 0, stream, p, starts, rows / kRowBlock, tables.blocks,
-                               forward ? tables.tiles : nullptr);
+  const cudaError_t e = launch(find_seen_keys, leading * queries.count, 32 * queries.block / kRowBlock, 0,
+                               stream, p, starts, queries, tables.blocks, forward ? tables.tiles : nullptr,
+                               forward ? tile_counter(plan, workspace) : nullptr);
   if (forward || e != cudaSuccess) return e;
-  return launch(find_seeing_queries, leading * slots_of_entry(p.packed(), p.k_rows, p.batch, grid.block), 32,
-                0, stream, p, starts, tables.blocks, grid.other_block, grid.block, tables.rows, tables.gaps);
+  const Slots keys(p, p.k_rows, grid.block);
+  return launch_clusters<true>(find_seeing_queries, 1, leading * keys.count, 32, 0, stream, p, starts, keys,
+                               tables.blocks, grid.other_block, tables.rows, tables.gaps);
 }
 
 }  // namespace jax_flash

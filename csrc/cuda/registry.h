@@ -77,6 +77,12 @@ inline const Interval* segments_of(const TileGrid& grid, const void* workspace) 
   return reinterpret_cast<const Interval*>(static_cast<const char*>(workspace) + grid.segments);
 }
 
+// The counter of a persistent grid's tiles, if the plan has one.
+inline uint32_t* tile_counter(const LaunchPlan& plan, void* workspace) {
+  if (plan.tile_counter < 0) return nullptr;
+  return reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + plan.tile_counter);
+}
+
 // The tables by which kernels for ranges skip tiles. The forward takes `tiles`, the backward `rows` and
 // `gaps`; they begin at the same address.
 struct RangeTables {

@@ -69,9 +69,9 @@ __device__ __forceinline__ BlockWork find_packed_work(const Problem& p, const Ti
 }
 
 // The work of a tile. The tiles of a group of heads have consecutive numbers. With a causal mask the longest
-// come first (the last queries, the first keys), so that the last CTAs to run have short ones. kUneven: query
-// tiles differ without a causal mask, too. heads_of_tile: the number of successive heads that a query tile
-// covers.
+// come first (the last queries, the first keys), so that the last CTAs to run have short ones. kUneven: tiles
+// differ without a causal mask, too, and the first key tiles of all heads come first, because all rows may
+// see them (attention sinks). heads_of_tile: the number of successive heads that a query tile covers.
 template <Over over, bool kUneven = false>
 __device__ __forceinline__ BlockWork find_work(const Problem& p, const TileWork* schedule, int32_t tiles,
                                                int32_t block, TileNumber wanted,
@@ -85,10 +85,17 @@ __device__ __forceinline__ BlockWork find_work(const Problem& p, const TileWork*
   // Without a causal mask query tiles are equally long, and share more K and V if the heads come one after
   // the other.
   const uint32_t group = kQueries && !kUneven && p.spec.right < 0 ? 1 : heads_together;
-  const uint32_t first = wanted.number / (group * tiles) * group;
-  const uint32_t together = min(group, all - first), number = wanted.number - first * tiles;
-  const int32_t t = static_cast<int32_t>(number / together), tile = kQueries ? tiles - 1 - t : t;
-  uint32_t rest = first + number % together;
+  constexpr uint32_t kFirst = !kQueries && kUneven ? 1 : 0;  // tiles of each head that come first
+  int32_t tile = 0;
+  uint32_t rest = wanted.number;
+  if (kFirst == 0 || wanted.number >= all) {
+    const uint32_t others = tiles - kFirst, of_others = wanted.number - kFirst * all;
+    const uint32_t first = of_others / (group * others) * group;
+    const uint32_t together = min(group, all - first), number = of_others - first * others;
+    const int32_t t = static_cast<int32_t>(number / together + kFirst);
+    tile = kQueries ? tiles - 1 - t : t;
+    rest = first + number % together;
+  }
   BlockWork work;
   work.head = static_cast<int32_t>(rest % heads) * (kQueries ? heads_of_tile : p.heads / p.kv_heads);
   rest /= heads;

@@ -47,7 +47,10 @@ struct GradientProducer {
   // tile that the tiles before it begin with, or have reached by then.
   __device__ __forceinline__ void set_order(QueryWalk& walk, const PersistentTiles& all,
                                             uint32_t number) const {
-    const uint32_t group = number / (all.heads_together * static_cast<uint32_t>(all.tiles_per_head));
+    const uint32_t tiles = static_cast<uint32_t>(all.tiles_per_head);
+    if constexpr (C::kKind == ScoreKind::kRanges)
+      number -= min(number, all.count / tiles);  // the first tiles of all heads come before the groups
+    const uint32_t group = number / (all.heads_together * tiles);
     walk.heads_inner = all.back_and_forth || (C::kCluster > 1 && grid.tickets);
     walk.direction = grid.tickets || (all.back_and_forth && group % 2 == 0) ? -1 : 1;
   }
@@ -55,7 +58,8 @@ struct GradientProducer {
   // One thread finds the key tiles of the CTA, or of its cluster, at most one ahead.
   template <class Mailbox>
   __device__ __forceinline__ void schedule(const PersistentTiles& all, Mailbox& mailbox) {
-    using Scheduler = TileScheduler<Over::kKeys, C::kN / C::kCluster, C::kCluster, 1, Mailbox>;
+    using Scheduler = TileScheduler<Over::kKeys, C::kN / C::kCluster, C::kCluster, 1, Mailbox,
+                                    C::kKind == ScoreKind::kRanges>;
     Scheduler scheduler{all, mailbox};
     // A tile that waits for its ticket waits for tiles with smaller numbers. These are in progress, because
     // CTAs and clusters take numbers only while they run.

@@ -36,28 +36,49 @@ __device__ __forceinline__ bool is_partial_of(const int32_t& large_lse, int cons
 template <class C>
 inline constexpr bool kPlainSteps = C::kKind == ScoreKind::kPlain || kMarksSteps<C>;
 
-// What a step's rows see of a warp's 16 keys by a boolean mask and the band: fetched while S is multiplied.
-// Nothing in kernels of other kinds.
+// What a step's rows see of a warp's 16 keys by a boolean mask or ranges, and the band: fetched while S is
+// multiplied. Nothing in kernels of other kinds.
 template <class C>
 struct SeenByStep {
-  static constexpr bool kFetched = C::kKind == ScoreKind::kListedMask;
-  static constexpr int kWords = kFetched ? C::kM / 64 : 1;
+  static constexpr bool kFetched = C::kKind == ScoreKind::kListedMask || C::kKind == ScoreKind::kRanges;
+  static constexpr int kWords = kFetched ? C::kM / 64 : 1, kKeys = MaskRows::kKeys;
   // Of each 64 rows, lane l has a bit per key for row l and, in the high half, for row l + 32.
   uint32_t of_rows[kWords];
 
   template <class Tile>
   __device__ __forceinline__ void fetch(const Problem& p, const Tile& tile, const QueryStep& step,
                                         int32_t key) {
-    const MaskRows mask = tile.score.mask(p, step.head);
     const int32_t row = step.tile * C::kM + static_cast<int32_t>(ptx::lane_index());
+    if constexpr (C::kKind == ScoreKind::kRanges) {
+      const RowRanges ranges = tile.score.row_ranges(p, step.head);
+      LimitsOfRow limits[2 * kWords];
 #pragma unroll
-    for (int i = 0; i < kWords; ++i)
-      of_rows[i] = mask.bits_of_two(row + 64 * i, row + 64 * i + 32, tile.band, key);
+      for (int i = 0; i < 2 * kWords; ++i) limits[i].load(ranges, min(row + 32 * i, tile.band.q_len - 1));
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        const auto bits = [&](int half) {
+          const Interval keys = tile.band.row(row + 64 * i + 32 * half);
+          return limits[2 * i + half].bits(intersect(keys, {key, key + kKeys}), key);
+        };
+        of_rows[i] = bits(0) | bits(1) << kKeys;
+      }
+    } else {
+      const MaskRows mask = tile.score.mask(p, step.head);
+#pragma unroll
+      for (int i = 0; i < kWords; ++i)
+        of_rows[i] = mask.bits_of_two(row + 64 * i, row + 64 * i + 32, tile.band, key);
+    }
   }
   // S ← −inf where the bit of a row and key is 0.
   template <class S>
   __device__ __forceinline__ void hide(S& s) const {
     constexpr int kSlots = 8;  // of 32 rows
+    if constexpr (C::kKind == ScoreKind::kRanges) {
+      bool all = true;
+#pragma unroll
+      for (uint32_t own : of_rows) all &= own == ~0u;
+      if (__all_sync(~0u, all)) return;
+    }
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
 #pragma unroll
@@ -68,7 +89,7 @@ struct SeenByStep {
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
           for (int e = 0; e < 2; ++e)
-            if (!(own >> (MaskRows::kKeys * half + S::column_step(0, e)) & 1))
+            if (!(own >> (kKeys * half + S::column_step(0, e)) & 1))
               s.at((2 * i + half) * kSlots + slot, 0, e) = -INFINITY;
         }
       }
@@ -86,11 +107,6 @@ __device__ __forceinline__ void hide_unseen_keys(S& s, const Problem& p, const T
   const int32_t row = step.tile * C::kM;
   if constexpr (SeenByStep<C>::kFetched) {
     seen.hide(s);
-  } else if constexpr (C::kKind == ScoreKind::kRanges) {
-    const RowRanges ranges = tile.score.row_ranges(p, step.head);
-    hide_unseen_transposed(s, row, key, [&](int32_t i) {
-      return ranges.seen(0, i, intersect(band.row(i), {key, key + S::kColumns}));
-    });
   } else if constexpr (C::kKind == ScoreKind::kBlocks) {
     const BlockMask blocks = tile.score.mask(p, step.head);
     hide_unseen_transposed(s, row, key, [&](int32_t i) {

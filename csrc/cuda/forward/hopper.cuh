@@ -217,9 +217,14 @@ cudaError_t launch_forward_sm90(const Problem& p, const LaunchPlan& plan, void* 
   PersistentTiles tiles{schedule_of(grid, workspace), static_cast<int32_t>(cluster_tiles),
                         static_cast<uint32_t>(heads * cluster_tiles), nullptr,
                         heads_together(p, static_cast<uint32_t>(heads))};
-  if (cudaError_t e = clear_tile_counter(tiles, plan, workspace, stream); e != cudaSuccess) return e;
-  return launch_clusters(forward_sm90<C>, C::kCluster, plan.persistent_ctas, C::kThreads,
-                         C::kTeams * sizeof(typename C::Shared), stream, p, maps, tiles, segments);
+  if constexpr (C::kRanges) {
+    tiles.counter = tile_counter(plan, workspace);  // which the kernel that makes the tables has cleared
+  } else if (cudaError_t e = clear_tile_counter(tiles, plan, workspace, stream); e != cudaSuccess) {
+    return e;
+  }
+  return launch_clusters<C::kRanges>(forward_sm90<C>, C::kCluster, plan.persistent_ctas, C::kThreads,
+                                     C::kTeams * sizeof(typename C::Shared), stream, p, maps, tiles,
+                                     segments);
 }
 
 template <class T, Row R>

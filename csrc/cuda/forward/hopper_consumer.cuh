@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cuda/forward/hopper_gap.cuh"
 #include "cuda/forward/hopper_partner.cuh"
 #include "cuda/forward/hopper_results.cuh"
 #include "cuda/forward/hopper_score_tile.cuh"
@@ -158,7 +159,7 @@ struct Consumer {
       of.key = key;  // without this the compiler would move key into the masked branch
     if constexpr (kInput) score.apply(s, of, softmax);  // softcap, bias, ALiBi, segments
     if constexpr (C::kRanges) {
-      if constexpr (kMasked) score.hide(s, of, key);
+      if constexpr (kMasked) score.hide(s);
     } else if constexpr (C::kListed) {
       score.hide(s, of);
     } else if constexpr (kMasked) {
@@ -204,6 +205,7 @@ struct Consumer {
     pass_turn();
     Score score;
     score.template prefetch<kRare>(score_tile(kv_index), n * C::kN);
+    if constexpr (C::kRanges) score.find_seen(score_tile(kv_index), n * C::kN);
     finish_scores<0>(kv_index);
     return score;
   }
@@ -260,6 +262,7 @@ struct Consumer {
     send_weights(*this);
     Score score;
     score.template prefetch<kRare>(score_tile(next), n * C::kN);
+    if constexpr (C::kRanges && kMasked) score.find_seen(score_tile(next), n * C::kN);
     finish_scores<1>(next);
     start_softmax<kMasked, kRare, kInput>(s, n, next, score);  // S ← score(S); m, α; P = 2^(S − m)
     if constexpr (C::kHoldsExponentials && C::kEarlyExponentials > 0)
@@ -295,29 +298,6 @@ struct Consumer {
         shared.input_pipe.release(kv_index - without_input);
       }
     }
-  }
-
-  // Attends to all visible key tiles except those of the gap, from the last to the first. Only tiles in which
-  // some row does not see all keys are masked.
-  __device__ __forceinline__ void attend_around_gap(const Interval& tiles) {
-    if constexpr (C::kQuerySteps > 0) load_query();
-    int32_t n = tiles.hi - 1;
-    first_step<false, true>(n, false);
-    n = tile->after(n);
-#pragma unroll 1
-    while (n >= tiles.lo) {  // masked tiles down to `end`, then whole tiles down to `lo`
-      const Interval gap = uniform(tile->gap);
-      const int32_t first = n >= gap.hi ? max(gap.hi, tiles.lo) : tiles.lo;
-      whole = uniform(tile->keys[consumer].whole);
-      if (whole.lo > n || whole.empty()) whole = uniform(tile->first_whole[consumer]);
-      if (whole.lo > n || whole.empty()) whole = {first, first};
-      const int32_t lo = max(first, whole.lo), end = max(first, whole.hi);
-      for (; n >= end; --n) step<true, false, true>(n);
-      for (; n >= lo; --n) step<false, false, true>(n);
-      if (n < gap.hi && first == gap.hi && !gap.empty()) n = gap.lo - 1;
-    }
-    if constexpr (!C::kQueryInRegisters) shared.q_pipe[q_slot()].release(tile_index);
-    multiply_values<C::kN, true>();
   }
 
   // The number of key tiles in an interval that are loaded. It contains the whole gap or none of it.
@@ -371,7 +351,7 @@ struct Consumer {
       if (uniform(tile->done)) return;
       softmax = typename C::Softmax(Score::template start<typename C::Softmax>(p));
       o.clear();
-      const Interval tiles = uniform(tile->tiles), own = uniform(tile->keys[consumer].tiles);
+      Interval tiles = uniform(tile->tiles), own = uniform(tile->keys[consumer].tiles);
       if constexpr (C::Input::kSkipsUniformTiles) has_input = !uniform(tile->one_segment);
       skip(loaded({own.hi, tiles.hi}));
       if (!owns_rows(*this)) {
@@ -385,10 +365,12 @@ struct Consumer {
       } else if (C::Input::kSkipsUniformTiles && !has_input) {
         if constexpr (C::Input::kSkipsUniformTiles) attend<false, false>(own);
       } else if constexpr (C::kRanges) {
-        attend_around_gap(own);
+        attend_around_gap(*this);
       } else {
         attend(own);
       }
+      if constexpr (C::kRanges)  // read again, because the loop needs the registers
+        tiles = uniform(tile->tiles), own = uniform(tile->keys[consumer].tiles);
       skip(loaded({tiles.lo, own.lo}));
       if (C::Input::kSkipsUniformTiles && !has_input) without_input += tiles.size();
       write_rows(*this);

@@ -40,6 +40,8 @@ struct ConsumerTile {
     const Interval seen{max(keys.lo, i + apart.lo), min(min(keys.hi, band.k_len), i + apart.hi)};
     return i < band.q_len ? seen : Interval{0, 0};
   }
+  // With ranges: the number of the sequence's keys before those of the query tile.
+  __device__ __forceinline__ int32_t keys_before() const { return of.tile->first_key; }
   // For listed tiles: the pieces, the number of keys in each, and the blocks that the consumer's head sees.
   __device__ __forceinline__ const KeyPieces& pieces() const { return of.shared.pieces.of_use(input_use); }
   __device__ __forceinline__ int32_t keys_of_piece() const { return of.tile->keys_of_piece; }

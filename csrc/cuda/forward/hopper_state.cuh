@@ -9,6 +9,7 @@
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/roles.cuh"
 #include "cuda/hopper/tile_scheduler.cuh"
+#include "cuda/ptx/cp_async.cuh"
 #include "cuda/score/operands.cuh"
 #include "cuda/slices.cuh"
 #include "cuda/tile/copy.cuh"
@@ -51,11 +52,13 @@ struct ListOfTile {
 // Additional state of kernels of score kind Ranges.
 template <int kConsumers>
 struct RangesOfTile : NeighbouringRows {
-  Interval gap;      // the part of `tiles` that no row sees
-  Interval in_band;  // the band shows keys [i + lo, i + hi) of the sequence to row i
+  int32_t first_key;  // of the sequence, the first that any row sees: the tile's keys begin with it
+  Interval gap;       // the part of `tiles` that no row sees
+  Interval in_band;   // the band shows keys [i + lo, i + hi) of the sequence to row i
   // For each consumer, a second interval of tiles in which all its rows see all keys. It lies before the one
   // in ConsumerKeys, because rows may have two ranges.
   Interval first_whole[kConsumers];
+  SeenByBlock blocks[kConsumers];  // each consumer's, copied before they are needed
 
   // The tile after n, in descending order.
   __device__ __forceinline__ int32_t after(int32_t n) const { return n == gap.hi ? gap.lo - 1 : n - 1; }
@@ -122,7 +125,7 @@ struct TileState : Ranges, Slice {
   template <class C>
   __device__ __forceinline__ void prepare(const Problem& p, const TileSegments& segments) {
     const TileWork& tile = work.tile;
-    if constexpr (C::kKind == ScoreKind::kRanges) prepare_blocks<C>(p, segments);
+    if constexpr (C::kKind == ScoreKind::kRanges) prepare_blocks<C>();
 #pragma unroll 1
     for (int i = 0; C::kListed && i < kConsumers; ++i) {
       const bool used = tile.row + i * this->rows_apart() < tile.used_queries();
@@ -190,17 +193,23 @@ struct TileState : Ranges, Slice {
     tiles = tiles_of(seen, C::kN);
     reload_shared();
   }
-  // Restricts the tile to the keys that ranges and the band leave visible.
+  // Restricts the tile to the keys from the first to the last that ranges and the band leave visible. These
+  // become a sequence of their own, so that the first key tile has no hidden keys before them.
   template <class C>
   __device__ __forceinline__ void trim_to_ranges(const Problem& p, const TileSegments& segments) {
     tiles = this->gap = {0, 0};
     if (work.tile.index == kNoSequence) return;
-    const int64_t first = slot_of_rows(p, C::kM);
+    copy_blocks(p, segments);
+    const int64_t slot = slot_of_rows(p, C::kM);
     reload_shared();
-    const SeenByTile& seen = segments.tiles[first + work.tile.row / C::kM];
-    tiles = tiles_of(seen.any, C::kN);
+    const SeenByTile& seen = segments.tiles[slot + work.tile.row / C::kM];
+    const int32_t first = this->first_key = seen.any.lo;
+    tiles = tiles_of({0, seen.any.hi - first}, C::kN);
     reload_shared();
-    this->gap = whole_tiles<C>(seen.gap);
+    this->gap = whole_tiles<C>(seen.gap, first);
+    reload_shared();
+    work.tile.k_begin += first, work.tile.k_len -= first;
+    band.shift -= first, band.k_len -= first;
     reload_shared();
     constexpr int64_t kMost = 1 << 30;  // kMost and −kMost stand for no limit
     this->in_band.lo = static_cast<int32_t>(max(-kMost, min(kMost, band.shift - band.left)));
@@ -220,28 +229,43 @@ struct TileState : Ranges, Slice {
     this->keys_of_piece = lists.keys;
     this->rows = lists.heads > 1 ? 0 : kConsumerRows, this->heads = lists.heads - 1;
   }
-  // Likewise for each consumer.
+  // Starts to copy the entries of the consumers' blocks from the table, whose latency would add up otherwise.
+  __device__ __forceinline__ void copy_blocks(const Problem& p, const TileSegments& segments) {
+    const SeenByBlock* const from = segments.blocks + slot_of_rows(p, kRowBlock) + work.tile.row / kRowBlock;
+#pragma unroll
+    for (int i = 0; i < kConsumers; ++i) {
+      if (work.tile.row + i * kConsumerRows >= work.tile.used_queries()) continue;
+      const uint32_t to = ptx::shared_address(&this->blocks[i]);
+      ptx::cp_async_16(to, from + i);
+      ptx::cp_async_16(to + 16, reinterpret_cast<const uint4*>(from + i) + 1);
+    }
+    ptx::cp_async_commit();
+    reload_shared();
+  }
+  // Restricts each consumer to the keys that its block sees.
   template <class C>
-  __device__ __forceinline__ void prepare_blocks(const Problem& p, const TileSegments& segments) {
-    const int64_t first = work.tile.index == kNoSequence ? 0 : slot_of_rows(p, kRowBlock);
+  __device__ __forceinline__ void prepare_blocks() {
+    ptx::cp_async_wait<0>();
 #pragma unroll 1
     for (int i = 0; i < kConsumers; ++i) {
       reload_shared();
       const int32_t row = work.tile.row + i * kConsumerRows;
       keys[i].tiles = {tiles.lo, tiles.lo};
-      if (row >= work.tile.used_queries()) continue;
-      const SeenByBlock& block = segments.blocks[first + row / kRowBlock];
+      if (work.tile.index == kNoSequence || row >= work.tile.used_queries()) continue;
+      const SeenByBlock& block = this->blocks[i];
       if (block.any.empty()) continue;
-      keys[i].tiles = tiles_of(block.any, C::kN);
+      const int32_t first = this->first_key;
+      keys[i].tiles = tiles_of({block.any.lo - first, block.any.hi - first}, C::kN);
       reload_shared();
-      this->first_whole[i] = whole_tiles<C>(block.whole[0]);
+      this->first_whole[i] = whole_tiles<C>(block.whole[0], first);
       reload_shared();
-      keys[i].whole = whole_tiles<C>(block.whole[1]);
+      keys[i].whole = whole_tiles<C>(block.whole[1], first);
     }
   }
+  // The whole tiles of an interval of keys, with tiles that begin with key `first`.
   template <class C>
-  __device__ __forceinline__ static Interval whole_tiles(const Interval& keys) {
-    const Interval inner{(keys.lo + C::kN - 1) / C::kN, keys.hi / C::kN};
+  __device__ __forceinline__ static Interval whole_tiles(const Interval& keys, int32_t first) {
+    const Interval inner{(keys.lo - first + C::kN - 1) / C::kN, (keys.hi - first) / C::kN};
     return inner.empty() ? Interval{0, 0} : inner;
   }
   __device__ __forceinline__ int64_t slot_of_rows(const Problem& p, int32_t block) const {

@@ -14,47 +14,58 @@ template <class S>
 struct RangesScore : ScoreVariant<S> {
   static constexpr bool reads(Operand operand) { return operand == Operand::kRanges; }
 
-  // S ← −inf outside of the band and the ranges. Unused rows may keep any score. Kernels with small key tiles
-  // have large head dims, which leave registers for one row at a time.
-  template <class Scores, class Tile>
-  __device__ __forceinline__ static void hide(Scores& s, const Tile& tile, int32_t key) {
-    constexpr int kTogether = Scores::kColumnTiles >= 16 ? Scores::kSlots : 1;
+  // By slot, a bit for each of the lane's elements of a partial tile, in their order: whether the row sees
+  // the key.
+  uint32_t seen[S::kSlots];
+
+  // Finds `seen` while the tensor cores compute S. `key`: the tile's first.
+  template <class Tile>
+  __device__ __forceinline__ void find_seen(const Tile& tile, int32_t key) {
+    static_assert(2 * S::kColumnTiles <= 32 && S::kColumns == 8 * S::kColumnTiles);
+    const RowRanges ranges = tile.operands().row_ranges(tile.p);
+    LimitsOfRow limits[S::kSlots];
 #pragma unroll
-    for (int slot = 0; slot < Scores::kSlots; slot += kTogether) hide_rows<kTogether>(s, tile, key, slot);
+    for (int slot = 0; slot < S::kSlots; ++slot)  // limits of rows past the sequence must not be read
+      limits[slot].load(ranges, min(tile.row() + S::row(slot), tile.band().q_len - 1));
+#pragma unroll
+    for (int slot = 0; slot < S::kSlots; ++slot) {
+      const Interval band = tile.in_band(tile.row() + S::row(slot), {key, key + S::kColumns});
+      const int2 first = limits[slot].first, second = limits[slot].second;
+      const int32_t at = key + tile.keys_before();
+      seen[slot] = bits(band, key) & (bits({first.x, first.y}, at) | bits({second.x, second.y}, at));
+    }
+  }
+
+  // S ← −inf outside of the band and the ranges. Unused rows may keep any score. The vote tells the compiler
+  // that the branch is uniform.
+  template <class Scores>
+  __device__ __forceinline__ void hide(Scores& s) const {
+    bool all = true;
+#pragma unroll
+    for (uint32_t own : seen) all &= own == before(S::kColumns);
+    if (__all_sync(~0u, all)) return;
+#pragma unroll
+    for (int slot = 0; slot < Scores::kSlots; ++slot) {
+#pragma unroll
+      for (int n = 0; n < Scores::kColumnTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          if (!(seen[slot] >> (2 * n + e) & 1)) s.at(slot, n, e) = -INFINITY;
+      }
+    }
   }
 
  private:
-  // hide() for kCount slots from `slot` on. Votes tell the compiler that branches are uniform.
-  template <int kCount, class Scores, class Tile>
-  __device__ __forceinline__ static void hide_rows(Scores& s, const Tile& tile, int32_t key, int slot) {
-    const RowRanges ranges = tile.operands().row_ranges(tile.p);
-    SeenKeys seen[kCount];
-    bool begins = false, ends = false, holes = false;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int32_t row = tile.row() + Scores::row(slot + i), end = key + Scores::kColumns;
-      seen[i] = ranges.seen(0, row, tile.in_band(row, {key, end}));
-      begins |= seen[i].hull.lo > key;
-      ends |= seen[i].hull.hi < end;
-      holes |= !seen[i].hole.empty();
-    }
-    const auto hide_where = [&](auto hidden) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        const int32_t first = key + Scores::column(0);
-        const Interval hull{seen[i].hull.lo - first, seen[i].hull.hi - first};
-        const Interval hole{seen[i].hole.lo - first, seen[i].hole.hi - first};
-#pragma unroll
-        for (int n = 0; n < Scores::kColumnTiles; ++n) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e)
-            if (hidden(Scores::column_step(n, e), hull, hole)) s.at(slot + i, n, e) = -INFINITY;
-        }
-      }
-    };
-    if (__any_sync(~0u, begins)) hide_where([](int x, Interval hull, Interval) { return x < hull.lo; });
-    if (__any_sync(~0u, ends)) hide_where([](int x, Interval hull, Interval) { return x >= hull.hi; });
-    if (__any_sync(~0u, holes)) hide_where([](int x, Interval, Interval hole) { return hole.contains(x); });
+  // The bits of the lane's elements in columns before `column`, which the lane's first column is subtracted
+  // from. A lane has two of eight columns.
+  __device__ __forceinline__ static uint32_t before(int32_t column) {
+    const int32_t x = max(column, 0), count = x / 8 * 2 + min(x % 8, 2);
+    return count < 32 ? (1u << count) - 1 : ~0u;
+  }
+  // The bits of the lane's elements in a tile that starts with `key`. Limits may be any numbers.
+  __device__ __forceinline__ static uint32_t bits(const Interval& keys, int32_t key) {
+    const int32_t end = key + S::kColumns, first = key + S::column(0);
+    return before(max(key, min(keys.hi, end)) - first) & ~before(max(key, min(keys.lo, end)) - first);
   }
 };
 

@@ -48,6 +48,21 @@ __device__ __forceinline__ uint32_t bits_of_keys(const Interval& keys, int32_t k
   return keys.empty() ? 0 : (1u << (keys.hi - key)) - (1u << (keys.lo - key));
 }
 
+// The limits of a row's ranges. They are loaded early, as they take some 700 cycles to arrive from L2.
+struct LimitsOfRow {
+  int2 first, second;
+
+  __device__ __forceinline__ void load(const RowRanges& ranges, int32_t row) {
+    const auto* const limits = reinterpret_cast<const int2*>(ranges.limits + row * ranges.row);
+    first = __ldg(limits), second = ranges.two ? __ldg(limits + 1) : int2{0, 0};
+  }
+  // The bits of `keys`, which lie in a tile of fewer than 32 keys from `key` on, that the row sees.
+  __device__ __forceinline__ uint32_t bits(const Interval& keys, int32_t key) const {
+    return bits_of_keys(intersect({first.x, first.y}, keys), key) |
+           bits_of_keys(intersect({second.x, second.y}, keys), key);
+  }
+};
+
 // hide_unseen() for a transposed S, with seen(i) for row i. A lane has too many rows to read all of their
 // ranges, so the lanes divide the rows: each computes, as bits, which of the warp's few keys its rows see.
 template <class S, class Seen>

@@ -35,6 +35,10 @@ struct int4 {
 };
 inline int4 make_int4(int32_t x, int32_t y, int32_t z, int32_t w) { return {x, y, z, w}; }
 
+struct int2 {
+  int32_t x, y;
+};
+
 struct uint2 {
   uint32_t x, y;
 };
@@ -144,6 +148,10 @@ inline uint32_t __ballot_sync(uint32_t, bool vote) {
     for (void* argument : all) static_cast<Argument*>(argument)->votes = votes;
   });
   return argument.votes;
+}
+template <class T>
+T __ldg(const T* from) {
+  return *from;
 }
 inline bool __any_sync(uint32_t mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
 inline bool __all_sync(uint32_t mask, bool vote) { return !__any_sync(mask, !vote); }
