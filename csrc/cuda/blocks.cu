@@ -37,12 +37,14 @@ __device__ SeenPiece seen_piece(const Band& band, const Mask& blocks, int32_t h,
   return whole.lo <= keys.lo && keys.hi <= whole.hi ? SeenPiece::kAll : SeenPiece::kSome;
 }
 
-// One warp makes the list of one query tile. `keys`: the number of keys in a key tile.
+// One warp makes the list of one query tile. `keys`: the number of keys in a key tile; `counter`: null, or the
+// counter of tiles that the first CTA clears.
 template <class Source>
 __global__ void __launch_bounds__(32)
     list_key_tiles(const __grid_constant__ Problem p, const __grid_constant__ Source source,
-                   const __grid_constant__ KeyLists to, int32_t keys) {
+                   const __grid_constant__ KeyLists to, int32_t keys, uint32_t* counter) {
   const auto lane = static_cast<int32_t>(threadIdx.x);
+  if (counter && blockIdx.x == 0 && lane == 0) *counter = 0;
   const int32_t groups = p.heads / to.heads;
   const int64_t list = blockIdx.x, head_slot = list / to.query_tiles, entry = head_slot / groups;
   const int32_t row = static_cast<int32_t>(list % to.query_tiles) * to.rows;
@@ -112,21 +114,24 @@ __device__ int32_t place_of(StepKind kind, int32_t i, const int32_t (&steps)[kSt
   return steps[kOfBoth] + (i < pairs ? 2 * i + (kind == kOfSecond) : pairs + i);
 }
 
-// One CTA makes the list of one key tile. `tiles`: key tiles of a head; `rows`: rows of a query tile.
+// One CTA makes the list of one key tile. `tiles`: key tiles of a head; `rows`: rows of a query tile;
+// `parts`: consumers of a key tile.
 template <class Source>
 __global__ void __launch_bounds__(32 * kStepWarps)
     list_steps(const __grid_constant__ Problem p, const __grid_constant__ Source source,
-               const __grid_constant__ StepLists to, int32_t tiles, int32_t rows) {
+               const __grid_constant__ StepLists to, int32_t tiles, int32_t rows, int32_t parts,
+               uint32_t* counter) {
   __shared__ int32_t of_warp[kStepKinds][kStepWarps];
   const auto thread = static_cast<int32_t>(threadIdx.x), warp = thread / 32;
+  if (counter && blockIdx.x == 0 && thread == 0) *counter = 0;
   const int64_t list = blockIdx.x, head_slot = list / tiles, entry = head_slot / p.kv_heads;
-  const int32_t key = static_cast<int32_t>(list % tiles) * kConsumersOfTile * kRowBlock;
+  const int32_t key = static_cast<int32_t>(list % tiles) * parts * kRowBlock;
   const int32_t heads = p.heads / p.kv_heads, head = static_cast<int32_t>(head_slot % p.kv_heads) * heads;
   const int64_t leading = entry / p.batch;
   const Sequence s = fixed_sequence(p, leading, static_cast<int32_t>(entry % p.batch));
   const Band band = make_band(p, leading, s);
   const auto blocks = source.at(p, leading, s, head);
-  const Interval seen = tiles_of(band.queries(key, key + kConsumersOfTile * kRowBlock), rows);
+  const Interval seen = tiles_of(band.queries(key, key + parts * kRowBlock), rows);
   int32_t* const own = to.steps + list * to.most;
   int32_t steps[kStepKinds] = {0, 0, 0};
   for (const bool stores : {false, true}) {  // the first pass counts the steps
@@ -134,7 +139,7 @@ __global__ void __launch_bounds__(32 * kStepWarps)
     for (int32_t first = 0; first < heads * seen.size(); first += 32 * kStepWarps) {
       const int32_t h = (first + thread) / seen.size(), tile = seen.lo + (first + thread) % seen.size();
       SeenPiece of[kConsumersOfTile] = {SeenPiece::kNone, SeenPiece::kNone};
-      for (int i = 0; h < heads && i < kConsumersOfTile; ++i) {
+      for (int i = 0; h < heads && i < parts; ++i) {
         const int32_t begin = key + i * kRowBlock;
         if (begin < s.k_len)
           of[i] = seen_keys(band, blocks, h, {tile * rows, min((tile + 1) * rows, s.q_len)},
@@ -164,6 +169,36 @@ __global__ void __launch_bounds__(32 * kStepWarps)
   if (thread == 0) to.counts[list] = steps[kOfFirst] + steps[kOfSecond] + steps[kOfBoth];
 }
 
+constexpr int kLengths = 256;  // classes of lists by their lengths
+
+// Orders the key tiles of a group of heads, whose numbers follow each other (find_work), so that the longest
+// lists come first and the last CTAs to run have short ones. `heads`: of all groups; `together`: of a group.
+__global__ void __launch_bounds__(kLengths)
+    order_tiles(const __grid_constant__ StepLists lists, uint32_t tiles, uint32_t heads, uint32_t together) {
+  __shared__ uint32_t end[kLengths];  // of each class, and later the place of its next tile
+  const uint32_t thread = threadIdx.x, head = blockIdx.x * together, own = min(together, heads - head),
+                 first = head * tiles;
+  const auto class_of = [&](uint32_t i) {
+    const int64_t steps = lists.counts[(head + i % own) * tiles + i / own];
+    return kLengths - 1 - static_cast<uint32_t>(steps * (kLengths - 1) / lists.most);
+  };
+  end[thread] = 0;
+  __syncthreads();
+  for (uint32_t i = thread; i < own * tiles; i += kLengths) atomicAdd(&end[class_of(i)], 1u);
+  __syncthreads();
+  const uint32_t size = end[thread];
+  for (uint32_t apart = 1; apart < kLengths; apart *= 2) {
+    const uint32_t before = thread >= apart ? end[thread - apart] : 0;
+    __syncthreads();
+    end[thread] += before;
+    __syncthreads();
+  }
+  end[thread] -= size;
+  __syncthreads();
+  for (uint32_t i = thread; i < own * tiles; i += kLengths)
+    lists.order[first + atomicAdd(&end[class_of(i)], 1u)] = static_cast<int32_t>(first + i);
+}
+
 // Launches the kernel that makes the plan's lists, if it has any.
 template <class Source>
 cudaError_t launch_lists(const Problem& p, const Source& source, const LaunchPlan& plan, void* workspace,
@@ -172,16 +207,22 @@ cudaError_t launch_lists(const Problem& p, const Source& source, const LaunchPla
     const int64_t lists = p.leading.count() * p.batch * p.kv_heads * plan.keys.tiles;
     return launch(list_steps<Source>, lists, 32 * kStepWarps, 0, stream, p, source,
                   step_lists(p, plan.keys, workspace), static_cast<int32_t>(plan.keys.tiles),
-                  plan.keys.other_block);
+                  plan.keys.other_block, plan.keys.block / kRowBlock, tile_counter(plan, workspace));
   }
   if (plan.queries.lists < 0) return cudaSuccess;
   const KeyLists lists = key_lists(p, plan.queries, workspace);
   return launch(list_key_tiles<Source>,
                 p.leading.count() * p.batch * (p.heads / lists.heads) * plan.queries.tiles, 32, 0, stream, p,
-                source, lists, plan.queries.other_block);
+                source, lists, plan.queries.other_block, tile_counter(plan, workspace));
 }
 
 }  // namespace
+
+cudaError_t launch_step_order(const StepLists& lists, int32_t tiles_per_head, uint32_t heads,
+                              uint32_t together, cudaStream_t stream) {
+  return launch(order_tiles, ceil_div(heads, together), kLengths, 0, stream, lists,
+                static_cast<uint32_t>(tiles_per_head), heads, together);
+}
 
 cudaError_t launch_blocks(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
   if (p.batch == 0) return cudaSuccess;
