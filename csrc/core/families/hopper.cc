@@ -260,7 +260,7 @@ class Backward final : public PassTraits {
   }
   // CTAs that work on one key tile together.
   static int32_t cluster_of(const KernelRow& row) {
-    return hopper::backward_in_clusters(row) ? hopper::kClusterCtas : 1;
+    return hopper::backward_in_clusters(row) ? hopper::backward_cluster_ctas(row) : 1;
   }
 };
 

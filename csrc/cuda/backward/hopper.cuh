@@ -227,6 +227,9 @@ inline cudaError_t make_key_grid(KeyGrid& grid, const Problem& p, const LaunchPl
   return cudaMemsetAsync(grid.tickets, 0, tickets * sizeof(uint32_t), stream);
 }
 
+template <class C>
+inline constexpr bool kInClusters = requires { C::kKeyParts; };
+
 template <class C, class T>
 cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void* workspace,
                                  cudaStream_t stream) {
@@ -236,7 +239,7 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
   if (grid.blocks > 0) {
     typename C::Maps maps;
     cudaError_t e = cudaSuccess;
-    if constexpr (C::kCluster > 1) {
+    if constexpr (kInClusters<C>) {
       e = make_cluster_maps<C>(maps, p);
     } else {
       e = make_maps<C>(maps, p);
@@ -256,7 +259,7 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
       if (e != cudaSuccess) return e;
     }
     constexpr size_t kShared = sizeof(typename C::Shared);
-    if constexpr (C::kCluster > 1) {
+    if constexpr (kInClusters<C>) {
       e = launch_clusters(backward_cluster_sm90<C>, C::kCluster, plan.persistent_ctas, C::kThreads, kShared,
                           stream, p, maps, tiles, key_grid);
     } else {
