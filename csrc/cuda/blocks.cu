@@ -37,8 +37,8 @@ __device__ SeenPiece seen_piece(const Band& band, const Mask& blocks, int32_t h,
   return whole.lo <= keys.lo && keys.hi <= whole.hi ? SeenPiece::kAll : SeenPiece::kSome;
 }
 
-// One warp makes the list of one query tile. `keys`: the number of keys in a key tile; `counter`: null, or the
-// counter of tiles that the first CTA clears.
+// One warp makes the list of one query tile. `keys`: the number of keys in a key tile; `counter`: null, or
+// the counter of tiles that the first CTA clears.
 template <class Source>
 __global__ void __launch_bounds__(32)
     list_key_tiles(const __grid_constant__ Problem p, const __grid_constant__ Source source,
@@ -102,7 +102,7 @@ __device__ SeenPiece seen_keys(const Band& band, const Mask& blocks, int32_t h, 
   return all ? SeenPiece::kAll : any ? SeenPiece::kSome : SeenPiece::kNone;
 }
 
-constexpr int kStepWarps = 8;
+constexpr int kStepWarps = 8, kKeptSteps = 2048;
 enum StepKind { kOfFirst, kOfSecond, kOfBoth, kStepKinds };  // the consumers some of whose keys are seen
 
 // The index in the list of the i-th step of a kind. `steps`: the number of steps of each kind. Steps with
@@ -114,14 +114,37 @@ __device__ int32_t place_of(StepKind kind, int32_t i, const int32_t (&steps)[kSt
   return steps[kOfBoth] + (i < pairs ? 2 * i + (kind == kOfSecond) : pairs + i);
 }
 
+// The steps that a key tile may have: query tiles of `rows` rows, of each head of a KV head. The tile begins
+// at `key` and has 64 keys for each of `parts` consumers.
+template <class Mask>
+struct PossibleSteps {
+  const Band& band;
+  const Mask& blocks;
+  Interval tiles;  // of queries, by the band
+  int32_t rows, key, parts;
+
+  // The i-th of them as a list element.
+  __device__ int32_t at(int32_t i) const {
+    const int32_t h = i / tiles.size(), tile = tiles.lo + i % tiles.size();
+    SeenPiece of[kConsumersOfTile] = {SeenPiece::kNone, SeenPiece::kNone};
+    for (int part = 0; part < parts; ++part) {
+      const int32_t begin = key + part * kRowBlock;
+      if (begin < band.k_len)
+        of[part] = seen_keys(band, blocks, h, {tile * rows, min((tile + 1) * rows, band.q_len)},
+                             {begin, begin + kRowBlock});
+    }
+    return ListedStep::make(h, tile, of[0], of[1]);
+  }
+};
+
 // One CTA makes the list of one key tile. `tiles`: key tiles of a head; `rows`: rows of a query tile;
-// `parts`: consumers of a key tile.
+// `parts`: consumers of a key tile; `counter`: as above.
 template <class Source>
 __global__ void __launch_bounds__(32 * kStepWarps)
     list_steps(const __grid_constant__ Problem p, const __grid_constant__ Source source,
                const __grid_constant__ StepLists to, int32_t tiles, int32_t rows, int32_t parts,
                uint32_t* counter) {
-  __shared__ int32_t of_warp[kStepKinds][kStepWarps];
+  __shared__ int32_t of_warp[kStepKinds][kStepWarps], kept[kKeptSteps];
   const auto thread = static_cast<int32_t>(threadIdx.x), warp = thread / 32;
   if (counter && blockIdx.x == 0 && thread == 0) *counter = 0;
   const int64_t list = blockIdx.x, head_slot = list / tiles, entry = head_slot / p.kv_heads;
@@ -132,20 +155,24 @@ __global__ void __launch_bounds__(32 * kStepWarps)
   const Band band = make_band(p, leading, s);
   const auto blocks = source.at(p, leading, s, head);
   const Interval seen = tiles_of(band.queries(key, key + parts * kRowBlock), rows);
+  const PossibleSteps<std::remove_cv_t<decltype(blocks)>> possible{band, blocks, seen, rows, key, parts};
+  const int32_t unseen = ListedStep::make(0, 0, SeenPiece::kNone, SeenPiece::kNone);
   int32_t* const own = to.steps + list * to.most;
   int32_t steps[kStepKinds] = {0, 0, 0};
-  for (const bool stores : {false, true}) {  // the first pass counts the steps
+  // The first pass counts the steps of each kind, and keeps what it has found. All steps of a single consumer
+  // are of one kind.
+  for (const bool stores : {false, true}) {
+    if (parts == 1 && !stores) continue;
     int32_t before[kStepKinds] = {0, 0, 0};
     for (int32_t first = 0; first < heads * seen.size(); first += 32 * kStepWarps) {
-      const int32_t h = (first + thread) / seen.size(), tile = seen.lo + (first + thread) % seen.size();
-      SeenPiece of[kConsumersOfTile] = {SeenPiece::kNone, SeenPiece::kNone};
-      for (int i = 0; h < heads && i < parts; ++i) {
-        const int32_t begin = key + i * kRowBlock;
-        if (begin < s.k_len)
-          of[i] = seen_keys(band, blocks, h, {tile * rows, min((tile + 1) * rows, s.q_len)},
-                            {begin, begin + kRowBlock});
+      const int32_t i = first + thread;
+      int32_t step = unseen;
+      if (i < heads * seen.size()) {
+        step = parts > 1 && stores && i < kKeptSteps ? kept[i] : possible.at(i);
+        if (i < kKeptSteps) kept[i] = step;
       }
-      const bool is_seen[] = {of[0] != SeenPiece::kNone, of[1] != SeenPiece::kNone};
+      const bool is_seen[] = {KeyPieces::seen(step, 0) != SeenPiece::kNone,
+                              KeyPieces::seen(step, 1) != SeenPiece::kNone};
       uint32_t same[kStepKinds];  // the lanes whose step has the same kind
       for (int kind = 0; kind < kStepKinds; ++kind) {
         same[kind] =
@@ -155,12 +182,12 @@ __global__ void __launch_bounds__(32 * kStepWarps)
       __syncthreads();
       for (int kind = 0; kind < kStepKinds; ++kind) {
         int32_t at = before[kind] + __popc(same[kind] & ((1u << thread % 32) - 1));
-        for (int i = 0; i < kStepWarps; ++i) {
-          if (i < warp) at += of_warp[kind][i];
-          before[kind] += of_warp[kind][i];
+        for (int j = 0; j < kStepWarps; ++j) {
+          if (j < warp) at += of_warp[kind][j];
+          before[kind] += of_warp[kind][j];
         }
         if (stores && same[kind] >> thread % 32 & 1)
-          own[place_of(static_cast<StepKind>(kind), at, steps)] = ListedStep::make(h, tile, of[0], of[1]);
+          own[place_of(static_cast<StepKind>(kind), at, steps)] = step;
       }
       __syncthreads();
     }
