@@ -1,5 +1,7 @@
 // Builds the lists of core/visible/key_tiles.h, of the tiles in which a block mask or a boolean mask leaves
 // some key visible.
+#include <algorithm>
+
 #include "core/sequence.h"
 #include "core/visible/key_tiles.h"
 #include "core/visible/mask_tiles.h"
@@ -45,19 +47,20 @@ __global__ void __launch_bounds__(32)
                    const __grid_constant__ KeyLists to, int32_t keys, uint32_t* counter) {
   const auto lane = static_cast<int32_t>(threadIdx.x);
   if (counter && blockIdx.x == 0 && lane == 0) *counter = 0;
-  const int32_t groups = p.heads / to.heads;
-  const int64_t list = blockIdx.x, head_slot = list / to.query_tiles, entry = head_slot / groups;
-  const int32_t row = static_cast<int32_t>(list % to.query_tiles) * to.rows;
+  const uint32_t groups = p.heads / to.heads;  // unsigned 32-bit divisions are the shortest
+  const uint32_t list = blockIdx.x, tiles = to.query_tiles, head_slot = list / tiles,
+                 entry = head_slot / groups;
+  const int32_t row = static_cast<int32_t>(list % tiles) * to.rows;
   const int32_t head = static_cast<int32_t>(head_slot % groups) * to.heads;
-  const int64_t leading = entry / p.batch;
-  const Sequence s = fixed_sequence(p, leading, static_cast<int32_t>(entry % p.batch));
+  const uint32_t batches = p.batch, leading = entry / batches;
+  const Sequence s = fixed_sequence(p, leading, static_cast<int32_t>(entry % batches));
   const Band band = make_band(p, leading, s);
   const auto blocks = source.at(p, leading, s, head);
   const bool paired = to.heads > 1;
   const int32_t end = min(row + (paired ? kRowBlock : kConsumersOfTile * kRowBlock), s.q_len);
   const Interval seen = band.rows(row, end);
   const int32_t pieces = keys / to.keys;  // pieces per tile
-  KeyPieces* const own = to.tiles + list * to.most;
+  KeyPieces* const own = to.tiles + int64_t{list} * to.most;
   int32_t count = 0, last = 0;  // pieces so far; the first key of the last piece
   for (int32_t first = seen.lo / to.keys * to.keys; first < seen.hi; first += 32 * to.keys) {
     const int32_t key = first + lane * to.keys;
@@ -142,29 +145,30 @@ struct PossibleSteps {
 template <class Source>
 __global__ void __launch_bounds__(32 * kStepWarps)
     list_steps(const __grid_constant__ Problem p, const __grid_constant__ Source source,
-               const __grid_constant__ StepLists to, int32_t tiles, int32_t rows, int32_t parts,
+               const __grid_constant__ StepLists to, uint32_t tiles, int32_t rows, int32_t parts,
                uint32_t* counter) {
   __shared__ int32_t of_warp[kStepKinds][kStepWarps], kept[kKeptSteps];
-  const auto thread = static_cast<int32_t>(threadIdx.x), warp = thread / 32;
+  const auto thread = static_cast<int32_t>(threadIdx.x), warp = thread / 32,
+             threads = static_cast<int32_t>(blockDim.x);
   if (counter && blockIdx.x == 0 && thread == 0) *counter = 0;
-  const int64_t list = blockIdx.x, head_slot = list / tiles, entry = head_slot / p.kv_heads;
+  const uint32_t list = blockIdx.x, kv_heads = p.kv_heads, batches = p.batch, head_slot = list / tiles,
+                 entry = head_slot / kv_heads, leading = entry / batches;
   const int32_t key = static_cast<int32_t>(list % tiles) * parts * kRowBlock;
-  const int32_t heads = p.heads / p.kv_heads, head = static_cast<int32_t>(head_slot % p.kv_heads) * heads;
-  const int64_t leading = entry / p.batch;
-  const Sequence s = fixed_sequence(p, leading, static_cast<int32_t>(entry % p.batch));
+  const int32_t heads = p.heads / p.kv_heads, head = static_cast<int32_t>(head_slot % kv_heads) * heads;
+  const Sequence s = fixed_sequence(p, leading, static_cast<int32_t>(entry % batches));
   const Band band = make_band(p, leading, s);
   const auto blocks = source.at(p, leading, s, head);
   const Interval seen = tiles_of(band.queries(key, key + parts * kRowBlock), rows);
   const PossibleSteps<std::remove_cv_t<decltype(blocks)>> possible{band, blocks, seen, rows, key, parts};
   const int32_t unseen = ListedStep::make(0, 0, SeenPiece::kNone, SeenPiece::kNone);
-  int32_t* const own = to.steps + list * to.most;
+  int32_t* const own = to.steps + int64_t{list} * to.most;
   int32_t steps[kStepKinds] = {0, 0, 0};
   // The first pass counts the steps of each kind, and keeps what it has found. All steps of a single consumer
   // are of one kind.
   for (const bool stores : {false, true}) {
     if (parts == 1 && !stores) continue;
     int32_t before[kStepKinds] = {0, 0, 0};
-    for (int32_t first = 0; first < heads * seen.size(); first += 32 * kStepWarps) {
+    for (int32_t first = 0; first < heads * seen.size(); first += threads) {
       const int32_t i = first + thread;
       int32_t step = unseen;
       if (i < heads * seen.size()) {
@@ -182,7 +186,7 @@ __global__ void __launch_bounds__(32 * kStepWarps)
       __syncthreads();
       for (int kind = 0; kind < kStepKinds; ++kind) {
         int32_t at = before[kind] + __popc(same[kind] & ((1u << thread % 32) - 1));
-        for (int j = 0; j < kStepWarps; ++j) {
+        for (int j = 0; j < threads / 32; ++j) {
           if (j < warp) at += of_warp[kind][j];
           before[kind] += of_warp[kind][j];
         }
@@ -232,9 +236,11 @@ cudaError_t launch_lists(const Problem& p, const Source& source, const LaunchPla
                          cudaStream_t stream) {
   if (plan.keys.lists >= 0) {
     const int64_t lists = p.leading.count() * p.batch * p.kv_heads * plan.keys.tiles;
-    return launch(list_steps<Source>, lists, 32 * kStepWarps, 0, stream, p, source,
-                  step_lists(p, plan.keys, workspace), static_cast<int32_t>(plan.keys.tiles),
-                  plan.keys.other_block, plan.keys.block / kRowBlock, tile_counter(plan, workspace));
+    const StepLists to = step_lists(p, plan.keys, workspace);
+    const auto warps = std::clamp<int64_t>(ceil_div(to.most, 32), 1, kStepWarps);
+    return launch(list_steps<Source>, lists, static_cast<int32_t>(32 * warps), 0, stream, p, source, to,
+                  static_cast<uint32_t>(plan.keys.tiles), plan.keys.other_block, plan.keys.block / kRowBlock,
+                  tile_counter(plan, workspace));
   }
   if (plan.queries.lists < 0) return cudaSuccess;
   const KeyLists lists = key_lists(p, plan.queries, workspace);
