@@ -208,9 +208,8 @@ class Backward final : public PassTraits {
   bool better(const KernelRow& a, const KernelRow& b, const Call& call) const override {
     if (!call.spec.has(Operand::kBlockMask) || a.block_n == b.block_n) return false;
     const KernelRow& large = a.block_n > b.block_n ? a : b;
-    const bool fit =
-        call.spec.block_rows % large.block_m == 0 && call.spec.block_keys % large.block_n == 0;
-    return (&a == &large) == fit;
+    const bool fits = call.spec.block_rows % large.block_m == 0 && call.spec.block_keys % large.block_n == 0;
+    return (&a == &large) == fits;
   }
 
   void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,

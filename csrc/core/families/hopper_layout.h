@@ -14,8 +14,8 @@ inline constexpr int64_t kMaxSharedBytes = 232'448;  // limit of a CTA
 inline constexpr int64_t kElementBytes = 2;          // float16 and bfloat16
 
 inline constexpr int32_t kClusterCtas = 2;
-// A backward in clusters has CTAs of 64 keys each, or of some columns of the same 64 keys. A row with a single CTA
-// of 64 keys is a cluster of one.
+// A backward in clusters has CTAs of 64 keys each, or of some columns of the same 64 keys. A row with a
+// single CTA of 64 keys is a cluster of one.
 constexpr int32_t backward_cluster_ctas(const Row& r) {
   return r.design == Design::kCluster && r.block_n == kConsumerRows ? 1 : kClusterCtas;
 }
@@ -58,8 +58,8 @@ constexpr int64_t backward_shared_bytes(const Row& r) {
   const int64_t ds = kElementBytes * r.block_m * r.block_n,
                 dq = static_cast<int64_t>(sizeof(float)) * r.block_m * r.head_dim;
   const int64_t statistics = 2 * int64_t{r.stages} * r.block_m;
-  const int64_t gradients = r.block_n == kConsumerRows ? single_ds_stages(r) * ds
-                                                       : kScoreGradientStages * ds + (ds > dq ? ds : dq);
+  const int64_t gradients =
+      r.block_n == kConsumerRows ? single_ds_stages(r) * ds : kScoreGradientStages * ds + (ds > dq ? ds : dq);
   return kElementBytes * rows * (r.head_dim + r.value_dim) + gradients +
          static_cast<int64_t>(sizeof(float)) * statistics + kKeyTileStateBytes;
 }

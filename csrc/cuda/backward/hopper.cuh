@@ -81,9 +81,9 @@ struct BackwardSm90 {
   // for the other consumer's dS of two steps before, which came after that consumer's dQ of four steps
   // before.
   static constexpr bool kReleasesDs = Ordered || stages_tiles(Kind);
-  static constexpr int kDsStages =
-      kSingle       ? hopper::single_ds_stages(R)
-      : kReleasesDs ? hopper::kScoreGradientStages - (kSpareDs ? 1 : 0) : hopper::kScoreGradientStages + 1;
+  static constexpr int kDsStages = kSingle       ? hopper::single_ds_stages(R)
+                                   : kReleasesDs ? hopper::kScoreGradientStages - (kSpareDs ? 1 : 0)
+                                                 : hopper::kScoreGradientStages + 1;
   // The order of the plain kernel with 64 query rows: dQ and dV are issued before dS is stored, and dPᵀ is
   // added to −delta. A consumer that stores dS has still waited for the other's dS of the step before, which
   // now comes after the other's dQ of three steps before. With 128 rows there are too few registers, and for

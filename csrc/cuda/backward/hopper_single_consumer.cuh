@@ -1,6 +1,6 @@
 // The consumer of cuda/backward/hopper.cuh where it is the only one of its CTA, with 64 keys. Its steps come
-// from a list of its own. Another CTA on the same SM, instead of another consumer, keeps the tensor cores busy
-// during exponentials, so that dQ is computed in the step that it belongs to.
+// from a list of its own. Another CTA on the same SM, instead of another consumer, keeps the tensor cores
+// busy during exponentials, so that dQ is computed in the step that it belongs to.
 #pragma once
 
 #include <cstdint>
@@ -62,8 +62,8 @@ struct SingleConsumer : GradientConsumer<C> {
       ptx::hold(dp.x[0]);
     }
     this->template start_scores<KTile, QTile>(s, shared.k, shared.q[stage]);  // Sᵀ = K Qᵀ  [64, M]
-    this->template start_scores<VTile, DoTile, C::kStartsFromDelta>(
-        dp, shared.v, shared.d_out[stage]);  // dPᵀ = V dOᵀ
+    this->template start_scores<VTile, DoTile, C::kStartsFromDelta>(dp, shared.v,
+                                                                    shared.d_out[stage]);  // dPᵀ = V dOᵀ
     ptx::wgmma_wait<1>();
     ptx::hold(s.x[0]);
     if (this->is_partial(step)) hide_unseen_keys<C>(s, p, tile(), step, this->key(), SeenByStep<C>{});

@@ -210,8 +210,8 @@ int wrong_key_lists(bool boolean) {
   return wrong;
 }
 
-// Whether each `together` heads have all their key tiles in `order`, with lists that become shorter, up to one
-// part in 255 of the longest possible one.
+// Whether each `together` heads have all their key tiles in `order`, with lists that become shorter, up to
+// one part in 255 of the longest possible one.
 bool is_ordered(const std::vector<int32_t>& order, const std::vector<int32_t>& counts, int32_t most,
                 int32_t tiles, int32_t heads, int32_t together) {
   bool right = true;
@@ -251,7 +251,8 @@ int wrong_step_lists(bool boolean) {
   check(cudaDeviceSynchronize());
   const std::vector<int32_t> counts = read(to.counts, count), steps = read(to.steps, count * to.most);
   int wrong = *read(tile_counter(plan, workspace), 1).data() != 0;
-  wrong += !is_ordered(read(to.order, count), counts, to.most, static_cast<int32_t>(grid.tiles), heads, together);
+  wrong +=
+      !is_ordered(read(to.order, count), counts, to.most, static_cast<int32_t>(grid.tiles), heads, together);
   for (int64_t at = 0; at < count; ++at) {
     const int32_t key = static_cast<int32_t>(at % grid.tiles) * grid.block;
     const auto b = static_cast<int32_t>(at / grid.tiles / p.kv_heads);
