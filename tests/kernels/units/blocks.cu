@@ -62,6 +62,7 @@ struct Drawn {
   Drawn(Memory& memory, bool is_boolean) : boolean(is_boolean), q_lengths(2), kv_lengths(2) {
     p.batch = draw(1, 2), p.kv_heads = draw(1, 2), p.heads = p.kv_heads * group;
     p.q_rows = draw(1, 700), p.k_rows = draw(0, 1) ? draw(1, 900) : 8 * draw(1, 112);
+    if (!is_boolean && draw(0, 30) == 0) p.q_rows = draw(4000, 40'000), p.k_rows = draw(1, 100);  // long lists
     p.spec.block_rows = 16 * draw(1, 16), p.spec.block_keys = 32 * draw(1, 8);
     p.spec.left = draw(0, 3) ? -1 : draw(0, 300), p.spec.right = draw(0, 1) ? -1 : draw(0, 50);
     p.spec.align = draw(0, 1) ? Align::kBottomRight : Align::kTopLeft;
@@ -222,7 +223,7 @@ bool is_ordered(const std::vector<int32_t>& order, const std::vector<int32_t>& c
       const int32_t i = order[first * tiles + n] - first * tiles;  // the order of find_work()
       if (i < 0 || i >= own * tiles || !all.insert(i).second) return false;
       const int32_t steps = counts[(first + i % own) * tiles + i / own];
-      right &= steps <= before + most / 255 + 1;
+      right &= steps - most / 255 - 1 <= before;
       before = std::min(before, steps);
     }
   }
