@@ -93,11 +93,9 @@ struct ForwardSm90 {
                                             : kAllConsumers > 2                    ? 0
                                                                                    : kN * 3 / 64;
   // K steps of S whose Q is read from shared memory once per query tile instead of at every key tile. All at
-  // d128: 2 % where power is the limit. All at d64 with lists, which are short: Q of the next query tile is
-  // loaded early. As many as fit in registers where CTAs share the tile, as products of
+  // d128: 2 % where power is the limit. As many as fit in registers where CTAs share the tile, as products of
   // 64 keys need all of shared memory's bandwidth.
-  static constexpr bool kQueryInRegisters = (kPlainLoop || Kind == ScoreKind::kSegments) &&
-                                            (kHeadDim == 128 || (kListed && kHeadDim == 64)) &&
+  static constexpr bool kQueryInRegisters = (kPlainLoop || Kind == ScoreKind::kSegments) && kHeadDim == 128 &&
                                             kAllConsumers <= 2 && R.block_n <= 128;
   static constexpr int kHeadSteps = kHeadDim / 16, kKeySteps = kN / 16;
   static constexpr int kQuerySteps = kQueryInRegisters ? kHeadSteps : kSharers > 1 && kPlainLoop ? 4 : 0;

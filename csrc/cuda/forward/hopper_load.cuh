@@ -74,9 +74,7 @@ struct LoadWarp {
   // The tile scheduler takes the next query tile when this many key tiles are left to load. The number is
   // small, because a CTA that reserves a tile long before it begins may finish after all other CTAs. Three
   // consumers are so fast that the next tile would not be ready in time, so they take it at once.
-  static constexpr int32_t kTilesLeft = C::kConsumers > 2 || C::kTeams > 1 ? INT32_MAX / 2
-                                        : C::kListed                       ? 3
-                                                                           : 1;
+  static constexpr int32_t kTilesLeft = C::kConsumers <= 2 && C::kTeams == 1 ? 1 : INT32_MAX / 2;
 
   // Loads K, Q, then K, V, K, V … V: the order in which consumers wait for them.
   template <bool kKeys, bool kValues>
