@@ -50,8 +50,7 @@ constexpr int64_t forward_shared_bytes(const Row& r) {
 inline constexpr int32_t kScoreGradientStages = 3;
 inline constexpr int64_t kKeyTileStateBytes = 1024;  // upper bound: barriers and the state of the key tile
 
-// Tiles of dS of a CTA with one consumer warpgroup. Two of these CTAs share an SM's memory.
-constexpr int32_t single_ds_stages(const Row& r) { return r.head_dim > 64 ? 1 : 2; }
+inline constexpr int32_t kSingleDsStages = 2;  // tiles of dS of a CTA with one consumer warpgroup
 
 constexpr int64_t backward_shared_bytes(const Row& r) {
   const int64_t rows = r.block_n + int64_t{r.stages} * r.block_m;
@@ -59,7 +58,7 @@ constexpr int64_t backward_shared_bytes(const Row& r) {
                 dq = static_cast<int64_t>(sizeof(float)) * r.block_m * r.head_dim;
   const int64_t statistics = 2 * int64_t{r.stages} * r.block_m;
   const int64_t gradients =
-      r.block_n == kConsumerRows ? single_ds_stages(r) * ds : kScoreGradientStages * ds + (ds > dq ? ds : dq);
+      r.block_n == kConsumerRows ? kSingleDsStages * ds : kScoreGradientStages * ds + (ds > dq ? ds : dq);
   return kElementBytes * rows * (r.head_dim + r.value_dim) + gradients +
          static_cast<int64_t>(sizeof(float)) * statistics + kKeyTileStateBytes;
 }

@@ -60,15 +60,14 @@ struct BackwardSm90 {
   static constexpr bool kSingle = kConsumers == 1;
   static constexpr int kProducerRegisters = kSingle ? 32 : producer_registers(kConsumers),
                        kConsumerRegisters = kSingle ? 224 : consumer_registers(kConsumers);
-  // A consumer's part of dQ [M, d]: 64 of the rows, or half of the columns. A single consumer computes
-  // kDqColumns at a time.
+  // A consumer's part of dQ [M, d]: 64 of the rows, or half of the columns, or all if it is the only one.
   static constexpr bool kDqByRows = M == 2 * kConsumerRows;
   using KTile = SharedTile<T, N, HeadDim>;
   using VTile = SharedTile<T, N, ValueDim>;
   using QTile = SharedTile<T, M, HeadDim>;
   using DoTile = SharedTile<T, M, ValueDim>;
   using DsTile = SharedTile<T, N, M>;
-  static constexpr int kDqColumns = kSingle ? 64 : kDqByRows ? HeadDim : HeadDim / 2;
+  static constexpr int kDqColumns = kSingle || kDqByRows ? HeadDim : HeadDim / 2;
   using S = TransposedAccumulator<1, M / 8>;
   using Score = GradientScore<Kind, S>;
   // In kernels with ordered sums, bias and mask use the memory of dQ. A bias of 128 queries also uses the
@@ -81,17 +80,16 @@ struct BackwardSm90 {
   // for the other consumer's dS of two steps before, which came after that consumer's dQ of four steps
   // before.
   static constexpr bool kReleasesDs = Ordered || stages_tiles(Kind);
-  static constexpr int kDsStages = kSingle       ? hopper::single_ds_stages(R)
+  static constexpr int kDsStages = kSingle       ? hopper::kSingleDsStages
                                    : kReleasesDs ? hopper::kScoreGradientStages - (kSpareDs ? 1 : 0)
                                                  : hopper::kScoreGradientStages + 1;
   // The order of the plain kernel with 64 query rows: dQ and dV are issued before dS is stored, and dPᵀ is
   // added to −delta. A consumer that stores dS has still waited for the other's dS of the step before, which
-  // now comes after the other's dQ of three steps before. With 128 rows there are too few registers, and for
-  // −delta also with a single consumer of 128 columns.
+  // now comes after the other's dQ of three steps before. With 128 rows there are too few registers.
   static constexpr bool kSharesDsLate =
       (Kind == ScoreKind::kPlain || Kind == ScoreKind::kRanges || lists_tiles(Kind)) && !Ordered &&
       M == kConsumerRows;
-  static constexpr bool kStartsFromDelta = kSharesDsLate && !(kSingle && HeadDim > 64);
+  static constexpr bool kStartsFromDelta = kSharesDsLate;
   static constexpr int kTilesBytes =
       M * HeadDim * int{sizeof(float)} + (kSpareDs ? SharedTile<T, N, M>::kBytes : 0);
   using Tiles = GradientTiles<Kind, T, M, N, kTilesBytes>;

@@ -17,25 +17,22 @@ struct SingleConsumer : GradientConsumer<C> {
   using typename Base::DoTile, typename Base::DsTile, typename Base::KTile, typename Base::QTile,
       typename Base::T, typename Base::VTile;
 
-  static constexpr int kDqParts = C::HeadDim / C::kDqColumns, kBarrier = 2;
-
-  // Stores dSᵀ in shared memory, and waits until all warps have. With one tile of dS, all warps must have
-  // read that of the step before.
+  // Stores dSᵀ in shared memory, and waits until all warps have. A warp that stores the next tile but one has
+  // waited once more, and thus for all warps' dQ of this one.
   __device__ __forceinline__ void store_ds(uint32_t use) {
-    if constexpr (C::kDsStages == 1) ptx::sync_group(kBarrier, kWarpgroup);
+    static_assert(C::kDsStages == 2);
     const LaneAddress<DsTile> to(ptx::shared_address(shared.ds[use % C::kDsStages]),
                                  Base::warp_row() + Base::lane() % 16, Base::lane() / 16);
 #pragma unroll
     for (int k = 0; k < C::kM / 16; ++k) ptx::stmatrix_x4(to.at(0, 2 * k), dst.x[0][k]);
     ptx::fence_async_shared();
-    ptx::sync_group(kBarrier, kWarpgroup);
+    ptx::sync_group(2, kWarpgroup);
   }
 
-  // Issues some columns of dQ = dS K  [M, kDqColumns]
-  __device__ __forceinline__ void start_dq_part(uint32_t use, int part) {
+  // Issues dQ = dS K  [M, d]
+  __device__ __forceinline__ void start_dq(uint32_t use) {
     const ColumnsDescriptor<DsTile> a(ptx::here(ptx::shared_address(shared.ds[use % C::kDsStages])));
-    const ColumnsDescriptor<KTile> b(
-        ptx::here(ptx::shared_address(shared.k) + KTile::panel_offset(part * C::kDqColumns / 8)));
+    const ColumnsDescriptor<KTile> b(ptx::here(ptx::shared_address(shared.k)));
     using Product = ptx::Wgmma<T, C::kDqColumns>;
     ptx::hold(dq.x[0]);
     ptx::wgmma_fence();
@@ -46,24 +43,14 @@ struct SingleConsumer : GradientConsumer<C> {
     ptx::wgmma_commit();
   }
 
-  // Adds these columns to the sums.
-  __device__ __forceinline__ void add_dq_part(const QueryStep& step, int part) {
-    ptx::hold(dq.x[0]);
-    const Placement at{static_cast<int32_t>(Base::warp_row()), 16, part * C::kDqColumns, 16};
-    float* const sums = sum_tile<C::kM>(p, tile().sums, step.head * this->grid.sums.tiles + step.tile);
-    add_to_sums<C::kM>(sums, p.head_dim, dq, at);
-  }
-
   // Pᵀ and dSᵀ, rounded.
   __device__ __forceinline__ void differentiate_scores(const QueryStep& step) {
     const uint32_t stage = static_cast<uint32_t>(step.number) % C::kStages;
-    if constexpr (C::kStartsFromDelta) {
-      start_from_delta(dp, shared.statistics[stage].delta);
-      ptx::hold(dp.x[0]);
-    }
+    static_assert(C::kStartsFromDelta);
+    start_from_delta(dp, shared.statistics[stage].delta);
+    ptx::hold(dp.x[0]);
     this->template start_scores<KTile, QTile>(s, shared.k, shared.q[stage]);  // Sᵀ = K Qᵀ  [64, M]
-    this->template start_scores<VTile, DoTile, C::kStartsFromDelta>(dp, shared.v,
-                                                                    shared.d_out[stage]);  // dPᵀ = V dOᵀ
+    this->template start_scores<VTile, DoTile, true>(dp, shared.v, shared.d_out[stage]);  // dPᵀ = V dOᵀ
     ptx::wgmma_wait<1>();
     ptx::hold(s.x[0]);
     if (this->is_partial(step)) hide_unseen_keys<C>(s, p, tile(), step, this->key(), SeenByStep<C>{});
@@ -88,27 +75,22 @@ struct SingleConsumer : GradientConsumer<C> {
     ptx::wgmma_fence();
     this->template start_sum<DoTile>(dv, pt, shared.d_out[stage]);  // dV += Pᵀ dO
     store_ds(use);                                                  // overlaps with the product
-    start_dq_part(use, 0);
+    start_dq(use);
     this->template start_sum<QTile>(dk, dst, shared.q[stage]);  // dK += dSᵀ Q
     ptx::wgmma_wait<2>();
     ptx::hold(dv.x[0]);
     ptx::hold(pt.x[0]);
     shared.do_pipe.release(use);
     ptx::wgmma_wait<1>();
-    add_dq_part(step, 0);
-    if constexpr (kDqParts > 1) start_dq_part(use, 1);
-    ptx::wgmma_wait<kDqParts - 1>();
+    ptx::hold(dq.x[0]);
+    this->add_dq(step.head * this->grid.sums.tiles + step.tile);
+    ptx::wgmma_wait<0>();
     ptx::hold(dk.x[0]);
     ptx::hold(dst.x[0]);
     shared.q_pipe.release(use);
-    if constexpr (kDqParts > 1) {
-      ptx::wgmma_wait<0>();
-      add_dq_part(step, 1);
-    }
   }
 
   __device__ __forceinline__ void run() {
-    static_assert(kDqParts <= 2);
     this->run_tiles([this] {
       const int32_t steps = uniform(tile().walk.count);
       if (steps == 0) return;
