@@ -99,6 +99,20 @@ def test_portable_kernels_take_a_byte_for_each_tile_of_a_boolean_mask(device, pa
         assert chosen["workspace"] <= chosen["workspace_bound"]
 
 
+@pytest.mark.parametrize(("d", "rows", "fewest"), [(64, 128, 64), (128, 64, 128), (256, 64, 64)])
+def test_key_tiles_are_as_small_as_blocks(d, rows, fewest):
+    blocks = {"operands": ("block_mask",), "d": d, "dv": d, "batch": 4, "k_rows": 4096, "q_rows": 4096}
+    for block in ((128, 128), (64, 128), (128, 64), (32, 96)):
+        keys = 128 if block[0] % rows == 0 and block[1] % 128 == 0 else fewest
+        chosen = plan("backward", **blocks, block=block)
+        assert (chosen["row"]["block_n"], chosen["keys"]["block"]) == (keys, keys)
+        assert chosen["row"]["block_m"] == (64 if keys == 64 else rows)
+        ctas = 2 if keys == 64 and d == 64 else 1  # of an SM
+        assert chosen["persistent_ctas"] == 132 * ctas
+        assert chosen["cluster_size"] == (2 if keys == 128 and d == 256 else 1)
+        assert 0 < chosen["workspace"] <= chosen["workspace_bound"]
+
+
 def test_query_tiles_of_small_blocks_have_rows_of_two_heads():
     blocks = {"operands": ("block_mask",), "d": 128, "dv": 128, "batch": 1, "q_rows": 1000}
     of_one = plan(block=(128, 64), **blocks)["queries"]

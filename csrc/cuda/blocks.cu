@@ -1,5 +1,7 @@
 // Builds the lists of core/visible/key_tiles.h, of the tiles in which a block mask or a boolean mask leaves
 // some key visible.
+#include <algorithm>
+
 #include "core/sequence.h"
 #include "core/visible/key_tiles.h"
 #include "core/visible/mask_tiles.h"
@@ -37,25 +39,28 @@ __device__ SeenPiece seen_piece(const Band& band, const Mask& blocks, int32_t h,
   return whole.lo <= keys.lo && keys.hi <= whole.hi ? SeenPiece::kAll : SeenPiece::kSome;
 }
 
-// One warp makes the list of one query tile. `keys`: the number of keys in a key tile.
+// One warp makes the list of one query tile. `keys`: the number of keys in a key tile; `counter`: null, or
+// the counter of tiles that the first CTA clears.
 template <class Source>
 __global__ void __launch_bounds__(32)
     list_key_tiles(const __grid_constant__ Problem p, const __grid_constant__ Source source,
-                   const __grid_constant__ KeyLists to, int32_t keys) {
+                   const __grid_constant__ KeyLists to, int32_t keys, uint32_t* counter) {
   const auto lane = static_cast<int32_t>(threadIdx.x);
-  const int32_t groups = p.heads / to.heads;
-  const int64_t list = blockIdx.x, head_slot = list / to.query_tiles, entry = head_slot / groups;
-  const int32_t row = static_cast<int32_t>(list % to.query_tiles) * to.rows;
+  if (counter && blockIdx.x == 0 && lane == 0) *counter = 0;
+  const uint32_t groups = p.heads / to.heads;  // unsigned 32-bit divisions are the shortest
+  const uint32_t list = blockIdx.x, tiles = to.query_tiles, head_slot = list / tiles,
+                 entry = head_slot / groups;
+  const int32_t row = static_cast<int32_t>(list % tiles) * to.rows;
   const int32_t head = static_cast<int32_t>(head_slot % groups) * to.heads;
-  const int64_t leading = entry / p.batch;
-  const Sequence s = fixed_sequence(p, leading, static_cast<int32_t>(entry % p.batch));
+  const uint32_t batches = p.batch, leading = entry / batches;
+  const Sequence s = fixed_sequence(p, leading, static_cast<int32_t>(entry % batches));
   const Band band = make_band(p, leading, s);
   const auto blocks = source.at(p, leading, s, head);
   const bool paired = to.heads > 1;
   const int32_t end = min(row + (paired ? kRowBlock : kConsumersOfTile * kRowBlock), s.q_len);
   const Interval seen = band.rows(row, end);
   const int32_t pieces = keys / to.keys;  // pieces per tile
-  KeyPieces* const own = to.tiles + list * to.most;
+  KeyPieces* const own = to.tiles + int64_t{list} * to.most;
   int32_t count = 0, last = 0;  // pieces so far; the first key of the last piece
   for (int32_t first = seen.lo / to.keys * to.keys; first < seen.hi; first += 32 * to.keys) {
     const int32_t key = first + lane * to.keys;
@@ -100,7 +105,7 @@ __device__ SeenPiece seen_keys(const Band& band, const Mask& blocks, int32_t h, 
   return all ? SeenPiece::kAll : any ? SeenPiece::kSome : SeenPiece::kNone;
 }
 
-constexpr int kStepWarps = 8;
+constexpr int kStepWarps = 8, kKeptSteps = 2048;
 enum StepKind { kOfFirst, kOfSecond, kOfBoth, kStepKinds };  // the consumers some of whose keys are seen
 
 // The index in the list of the i-th step of a kind. `steps`: the number of steps of each kind. Steps with
@@ -112,35 +117,66 @@ __device__ int32_t place_of(StepKind kind, int32_t i, const int32_t (&steps)[kSt
   return steps[kOfBoth] + (i < pairs ? 2 * i + (kind == kOfSecond) : pairs + i);
 }
 
-// One CTA makes the list of one key tile. `tiles`: key tiles of a head; `rows`: rows of a query tile.
+// The steps that a key tile may have: query tiles of `rows` rows, of each head of a KV head. The tile begins
+// at `key` and has 64 keys for each of `parts` consumers.
+template <class Mask>
+struct PossibleSteps {
+  const Band& band;
+  const Mask& blocks;
+  Interval tiles;  // of queries, by the band
+  int32_t rows, key, parts;
+
+  // The i-th of them as a list element.
+  __device__ int32_t at(int32_t i) const {
+    const int32_t h = i / tiles.size(), tile = tiles.lo + i % tiles.size();
+    SeenPiece of[kConsumersOfTile] = {SeenPiece::kNone, SeenPiece::kNone};
+    for (int part = 0; part < parts; ++part) {
+      const int32_t begin = key + part * kRowBlock;
+      if (begin < band.k_len)
+        of[part] = seen_keys(band, blocks, h, {tile * rows, min((tile + 1) * rows, band.q_len)},
+                             {begin, begin + kRowBlock});
+    }
+    return ListedStep::make(h, tile, of[0], of[1]);
+  }
+};
+
+// One CTA makes the list of one key tile. `tiles`: key tiles of a head; `rows`: rows of a query tile;
+// `parts`: consumers of a key tile; `counter`: as above.
 template <class Source>
 __global__ void __launch_bounds__(32 * kStepWarps)
     list_steps(const __grid_constant__ Problem p, const __grid_constant__ Source source,
-               const __grid_constant__ StepLists to, int32_t tiles, int32_t rows) {
-  __shared__ int32_t of_warp[kStepKinds][kStepWarps];
-  const auto thread = static_cast<int32_t>(threadIdx.x), warp = thread / 32;
-  const int64_t list = blockIdx.x, head_slot = list / tiles, entry = head_slot / p.kv_heads;
-  const int32_t key = static_cast<int32_t>(list % tiles) * kConsumersOfTile * kRowBlock;
-  const int32_t heads = p.heads / p.kv_heads, head = static_cast<int32_t>(head_slot % p.kv_heads) * heads;
-  const int64_t leading = entry / p.batch;
-  const Sequence s = fixed_sequence(p, leading, static_cast<int32_t>(entry % p.batch));
+               const __grid_constant__ StepLists to, uint32_t tiles, int32_t rows, int32_t parts,
+               uint32_t* counter) {
+  __shared__ int32_t of_warp[kStepKinds][kStepWarps], kept[kKeptSteps];
+  const auto thread = static_cast<int32_t>(threadIdx.x), warp = thread / 32,
+             threads = static_cast<int32_t>(blockDim.x);
+  if (counter && blockIdx.x == 0 && thread == 0) *counter = 0;
+  const uint32_t list = blockIdx.x, kv_heads = p.kv_heads, batches = p.batch, head_slot = list / tiles,
+                 entry = head_slot / kv_heads, leading = entry / batches;
+  const int32_t key = static_cast<int32_t>(list % tiles) * parts * kRowBlock;
+  const int32_t heads = p.heads / p.kv_heads, head = static_cast<int32_t>(head_slot % kv_heads) * heads;
+  const Sequence s = fixed_sequence(p, leading, static_cast<int32_t>(entry % batches));
   const Band band = make_band(p, leading, s);
   const auto blocks = source.at(p, leading, s, head);
-  const Interval seen = tiles_of(band.queries(key, key + kConsumersOfTile * kRowBlock), rows);
-  int32_t* const own = to.steps + list * to.most;
+  const Interval seen = tiles_of(band.queries(key, key + parts * kRowBlock), rows);
+  const PossibleSteps<std::remove_cv_t<decltype(blocks)>> possible{band, blocks, seen, rows, key, parts};
+  const int32_t unseen = ListedStep::make(0, 0, SeenPiece::kNone, SeenPiece::kNone);
+  int32_t* const own = to.steps + int64_t{list} * to.most;
   int32_t steps[kStepKinds] = {0, 0, 0};
-  for (const bool stores : {false, true}) {  // the first pass counts the steps
+  // The first pass counts the steps of each kind, and keeps what it has found. All steps of a single consumer
+  // are of one kind.
+  for (const bool stores : {false, true}) {
+    if (parts == 1 && !stores) continue;
     int32_t before[kStepKinds] = {0, 0, 0};
-    for (int32_t first = 0; first < heads * seen.size(); first += 32 * kStepWarps) {
-      const int32_t h = (first + thread) / seen.size(), tile = seen.lo + (first + thread) % seen.size();
-      SeenPiece of[kConsumersOfTile] = {SeenPiece::kNone, SeenPiece::kNone};
-      for (int i = 0; h < heads && i < kConsumersOfTile; ++i) {
-        const int32_t begin = key + i * kRowBlock;
-        if (begin < s.k_len)
-          of[i] = seen_keys(band, blocks, h, {tile * rows, min((tile + 1) * rows, s.q_len)},
-                            {begin, begin + kRowBlock});
+    for (int32_t first = 0; first < heads * seen.size(); first += threads) {
+      const int32_t i = first + thread;
+      int32_t step = unseen;
+      if (i < heads * seen.size()) {
+        step = parts > 1 && stores && i < kKeptSteps ? kept[i] : possible.at(i);
+        if (i < kKeptSteps) kept[i] = step;
       }
-      const bool is_seen[] = {of[0] != SeenPiece::kNone, of[1] != SeenPiece::kNone};
+      const bool is_seen[] = {KeyPieces::seen(step, 0) != SeenPiece::kNone,
+                              KeyPieces::seen(step, 1) != SeenPiece::kNone};
       uint32_t same[kStepKinds];  // the lanes whose step has the same kind
       for (int kind = 0; kind < kStepKinds; ++kind) {
         same[kind] =
@@ -150,12 +186,12 @@ __global__ void __launch_bounds__(32 * kStepWarps)
       __syncthreads();
       for (int kind = 0; kind < kStepKinds; ++kind) {
         int32_t at = before[kind] + __popc(same[kind] & ((1u << thread % 32) - 1));
-        for (int i = 0; i < kStepWarps; ++i) {
-          if (i < warp) at += of_warp[kind][i];
-          before[kind] += of_warp[kind][i];
+        for (int j = 0; j < threads / 32; ++j) {
+          if (j < warp) at += of_warp[kind][j];
+          before[kind] += of_warp[kind][j];
         }
         if (stores && same[kind] >> thread % 32 & 1)
-          own[place_of(static_cast<StepKind>(kind), at, steps)] = ListedStep::make(h, tile, of[0], of[1]);
+          own[place_of(static_cast<StepKind>(kind), at, steps)] = step;
       }
       __syncthreads();
     }
@@ -164,24 +200,62 @@ __global__ void __launch_bounds__(32 * kStepWarps)
   if (thread == 0) to.counts[list] = steps[kOfFirst] + steps[kOfSecond] + steps[kOfBoth];
 }
 
+constexpr int kLengths = 256;  // classes of lists by their lengths
+
+// Orders the key tiles of a group of heads, whose numbers follow each other (find_work), so that the longest
+// lists come first and the last CTAs to run have short ones. `heads`: of all groups; `together`: of a group.
+__global__ void __launch_bounds__(kLengths)
+    order_tiles(const __grid_constant__ StepLists lists, uint32_t tiles, uint32_t heads, uint32_t together) {
+  __shared__ uint32_t end[kLengths];  // of each class, and later the place of its next tile
+  const uint32_t thread = threadIdx.x, head = blockIdx.x * together, own = min(together, heads - head),
+                 first = head * tiles;
+  const auto class_of = [&](uint32_t i) {
+    const int64_t steps = lists.counts[(head + i % own) * tiles + i / own];
+    return kLengths - 1 - static_cast<uint32_t>(steps * (kLengths - 1) / lists.most);
+  };
+  end[thread] = 0;
+  __syncthreads();
+  for (uint32_t i = thread; i < own * tiles; i += kLengths) atomicAdd(&end[class_of(i)], 1u);
+  __syncthreads();
+  const uint32_t size = end[thread];
+  for (uint32_t apart = 1; apart < kLengths; apart *= 2) {
+    const uint32_t before = thread >= apart ? end[thread - apart] : 0;
+    __syncthreads();
+    end[thread] += before;
+    __syncthreads();
+  }
+  end[thread] -= size;
+  __syncthreads();
+  for (uint32_t i = thread; i < own * tiles; i += kLengths)
+    lists.order[first + atomicAdd(&end[class_of(i)], 1u)] = static_cast<int32_t>(first + i);
+}
+
 // Launches the kernel that makes the plan's lists, if it has any.
 template <class Source>
 cudaError_t launch_lists(const Problem& p, const Source& source, const LaunchPlan& plan, void* workspace,
                          cudaStream_t stream) {
   if (plan.keys.lists >= 0) {
     const int64_t lists = p.leading.count() * p.batch * p.kv_heads * plan.keys.tiles;
-    return launch(list_steps<Source>, lists, 32 * kStepWarps, 0, stream, p, source,
-                  step_lists(p, plan.keys, workspace), static_cast<int32_t>(plan.keys.tiles),
-                  plan.keys.other_block);
+    const StepLists to = step_lists(p, plan.keys, workspace);
+    const auto warps = std::clamp<int64_t>(ceil_div(to.most, 32), 1, kStepWarps);
+    return launch(list_steps<Source>, lists, static_cast<int32_t>(32 * warps), 0, stream, p, source, to,
+                  static_cast<uint32_t>(plan.keys.tiles), plan.keys.other_block, plan.keys.block / kRowBlock,
+                  tile_counter(plan, workspace));
   }
   if (plan.queries.lists < 0) return cudaSuccess;
   const KeyLists lists = key_lists(p, plan.queries, workspace);
   return launch(list_key_tiles<Source>,
                 p.leading.count() * p.batch * (p.heads / lists.heads) * plan.queries.tiles, 32, 0, stream, p,
-                source, lists, plan.queries.other_block);
+                source, lists, plan.queries.other_block, tile_counter(plan, workspace));
 }
 
 }  // namespace
+
+cudaError_t launch_step_order(const StepLists& lists, int32_t tiles_per_head, uint32_t heads,
+                              uint32_t together, cudaStream_t stream) {
+  return launch(order_tiles, ceil_div(heads, together), kLengths, 0, stream, lists,
+                static_cast<uint32_t>(tiles_per_head), heads, together);
+}
 
 cudaError_t launch_blocks(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
   if (p.batch == 0) return cudaSuccess;

@@ -62,6 +62,9 @@ cudaError_t launch_schedules(const Problem& p, const LaunchPlan& plan, void* wor
 cudaError_t launch_segments(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream);
 cudaError_t launch_ranges(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream);
 cudaError_t launch_blocks(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream);
+// Orders the key tiles of each `together` heads by the lengths of their lists. `heads`: of all entries.
+cudaError_t launch_step_order(const StepLists& lists, int32_t tiles_per_head, uint32_t heads,
+                              uint32_t together, cudaStream_t stream);
 // Finds how much a boolean mask shows of its tiles.
 cudaError_t launch_mask_tiles(const Problem& p, const MaskTiles& tiles, cudaStream_t stream);
 
@@ -99,6 +102,12 @@ inline RangeTables range_tables(const Problem& p, const TileGrid& grid, void* wo
   auto* first = reinterpret_cast<SeenByBlock*>(static_cast<char*>(workspace) + grid.ranges);
   auto* rows = reinterpret_cast<Interval*>(first + blocks);
   return {first, reinterpret_cast<SeenByTile*>(first + blocks), rows, rows + key_tiles};
+}
+
+// The tile counter of persistent kernels; null if the plan has none.
+inline uint32_t* tile_counter(const LaunchPlan& plan, void* workspace) {
+  if (plan.tile_counter < 0) return nullptr;
+  return reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + plan.tile_counter);
 }
 
 // The tiles of a boolean mask; none if the plan does not find them.
@@ -149,7 +158,7 @@ inline StepLists step_lists(const Problem& p, const TileGrid& grid, void* worksp
   const auto most = static_cast<int32_t>(p.heads / p.kv_heads * ceil_div(p.q_rows, grid.other_block));
   const int64_t lists = p.leading.count() * p.batch * p.kv_heads * grid.tiles;
   auto* steps = reinterpret_cast<int32_t*>(static_cast<char*>(workspace) + grid.lists);
-  return {steps, steps + lists * most, most};
+  return {steps, steps + lists * most, most, steps + lists * (most + 1)};
 }
 
 inline TileSegments tile_segments(const Problem& p, const TileGrid& grid, void* workspace) {

@@ -19,12 +19,13 @@ constexpr int64_t kCounterBytes = 4;
 // Plans as many persistent CTAs as fit, for `blocks` tiles. A counter in memory schedules tiles of unequal
 // length and long tiles (`steps`), for which its cost is negligible. If another kernel occupies some SMs, as
 // NCCL's do in a ring, CTAs that start late then take fewer tiles (docs/experiments/ring.md).
-void plan_persistent(int64_t blocks, bool unequal, int64_t steps, int32_t teams, const Call& call,
+void plan_persistent(int64_t blocks, bool unequal, int64_t steps, const KernelRow& row, const Call& call,
                      Workspace& workspace, LaunchPlan& plan) {
   constexpr int64_t kLongTile = 4096;
-  const int64_t cluster = plan.cluster_size, most = int64_t{call.device.sm_count} / cluster * cluster;
+  const int64_t cluster = plan.cluster_size,
+                most = int64_t{call.device.sm_count} / cluster * cluster * row.blocks;
   plan.persistent_ctas = static_cast<int32_t>(std::min(blocks, most));
-  if ((unequal || steps >= kLongTile) && blocks > most * teams)
+  if ((unequal || steps >= kLongTile) && blocks > most * row.teams)
     plan.tile_counter = workspace.add(kCounterBytes);
 }
 
@@ -119,7 +120,7 @@ class Forward final : public PassTraits {
     } else {
       add_segments(call, s.q_rows, plan.queries, workspace, true);
     }
-    plan_persistent(blocks, unequal, call.visible_keys(), row.teams, call, workspace, plan);
+    plan_persistent(blocks, unequal, call.visible_keys(), row, call, workspace, plan);
   }
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
@@ -202,6 +203,15 @@ class Backward final : public PassTraits {
     return hopper::backward_cluster_shared_bytes(row, hopper::backward_cluster_stages(row, 0));
   }
 
+  // Where blocks are smaller than a tile, each consumer of a larger key tile would skip most steps of the
+  // other. Two CTAs per SM with one consumer each have steps of their own.
+  bool better(const KernelRow& a, const KernelRow& b, const Call& call) const override {
+    if (!call.spec.has(Operand::kBlockMask) || a.block_n == b.block_n) return false;
+    const KernelRow& large = a.block_n > b.block_n ? a : b;
+    const bool fits = call.spec.block_rows % large.block_m == 0 && call.spec.block_keys % large.block_n == 0;
+    return (&a == &large) == fits;
+  }
+
   void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
                  LaunchPlan& plan) const override {
     const Shapes& s = call.shapes;
@@ -216,8 +226,7 @@ class Backward final : public PassTraits {
     plan.dq_sums = workspace.add(dq_sums_bytes(call.spec, dims_of(s), row.block_m).value());
     const bool unequal = call.tiles_differ() || lists_tiles(plan.score) || s.k_rows % row.block_n;
     plan.cluster_size = cluster_of(row);
-    plan_persistent(plan.keys.blocks * plan.cluster_size, unequal, s.q_rows, row.teams, call, workspace,
-                    plan);
+    plan_persistent(plan.keys.blocks * plan.cluster_size, unequal, s.q_rows, row, call, workspace, plan);
     if (call.spec.deterministic) {
       plan.dq_tickets = workspace.add(dq_tickets_bytes(call.spec, dims_of(s), row.block_m).value());
       if (plan.tile_counter < 0) plan.tile_counter = workspace.add(kCounterBytes);
@@ -250,7 +259,7 @@ class Backward final : public PassTraits {
   }
   // CTAs that work on one key tile together.
   static int32_t cluster_of(const KernelRow& row) {
-    return hopper::backward_in_clusters(row) ? hopper::kClusterCtas : 1;
+    return hopper::backward_in_clusters(row) ? hopper::backward_cluster_ctas(row) : 1;
   }
 };
 
@@ -269,7 +278,7 @@ class BiasGradient final : public PassTraits {
                  LaunchPlan& plan) const override {
     plan_bias_tiles(row, call, plan);
     add_segments(call, call.shapes.q_rows, plan.queries, workspace);
-    plan_persistent(plan.queries.blocks, false, 0, row.teams, call, workspace, plan);
+    plan_persistent(plan.queries.blocks, false, 0, row, call, workspace, plan);
     plan.tile_counter = workspace.add(kCounterBytes);
   }
 

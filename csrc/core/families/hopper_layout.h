@@ -14,6 +14,11 @@ inline constexpr int64_t kMaxSharedBytes = 232'448;  // limit of a CTA
 inline constexpr int64_t kElementBytes = 2;          // float16 and bfloat16
 
 inline constexpr int32_t kClusterCtas = 2;
+// A backward in clusters has CTAs of 64 keys each, or of some columns of the same 64 keys. A row with a
+// single CTA of 64 keys is a cluster of one.
+constexpr int32_t backward_cluster_ctas(const Row& r) {
+  return r.design == Design::kCluster && r.block_n == kConsumerRows ? 1 : kClusterCtas;
+}
 // CTAs of a cluster that work on the same tile, each on its own columns of the head.
 constexpr int32_t sharers(const Row& r) { return r.design == Design::kClusterColumns ? kClusterCtas : 1; }
 
@@ -45,12 +50,16 @@ constexpr int64_t forward_shared_bytes(const Row& r) {
 inline constexpr int32_t kScoreGradientStages = 3;
 inline constexpr int64_t kKeyTileStateBytes = 1024;  // upper bound: barriers and the state of the key tile
 
+inline constexpr int32_t kSingleDsStages = 2;  // tiles of dS of a CTA with one consumer warpgroup
+
 constexpr int64_t backward_shared_bytes(const Row& r) {
   const int64_t rows = r.block_n + int64_t{r.stages} * r.block_m;
   const int64_t ds = kElementBytes * r.block_m * r.block_n,
                 dq = static_cast<int64_t>(sizeof(float)) * r.block_m * r.head_dim;
   const int64_t statistics = 2 * int64_t{r.stages} * r.block_m;
-  return kElementBytes * rows * (r.head_dim + r.value_dim) + kScoreGradientStages * ds + (ds > dq ? ds : dq) +
+  const int64_t gradients =
+      r.block_n == kConsumerRows ? kSingleDsStages * ds : kScoreGradientStages * ds + (ds > dq ? ds : dq);
+  return kElementBytes * rows * (r.head_dim + r.value_dim) + gradients +
          static_cast<int64_t>(sizeof(float)) * statistics + kKeyTileStateBytes;
 }
 
@@ -79,10 +88,10 @@ struct BackwardClusterStages {
 
 constexpr int64_t backward_cluster_shared_bytes(const Row& r, BackwardClusterStages has) {
   const int32_t d = r.head_dim / sharers(r), dv = r.value_dim / sharers(r);
-  const int64_t keys = kConsumerRows * (int64_t{d} + (sharers(r) > 1 ? 0 : d / 2) + dv);
+  const int64_t keys = kConsumerRows * (int64_t{d} + (r.block_n > kConsumerRows ? d / 2 : 0) + dv);
   const int64_t queries = r.block_m * (int64_t{r.stages} * d + has.dout_halves * dv / 2);
   const int64_t ds = int64_t{has.ds} * r.block_m * r.block_n;
-  const int64_t dq = has.dq ? int64_t{r.block_m} * d / 2 : 0,
+  const int64_t dq = has.dq ? int64_t{r.block_m} * d / (backward_cluster_ctas(r) == 1 ? 4 : 2) : 0,
                 parts = sharers(r) > 1 ? 2 * int64_t{r.block_m} * r.block_n : 0,
                 statistics = 2 * int64_t{r.stages} * r.block_m;
   return kElementBytes * (keys + queries + ds) +

@@ -85,10 +85,11 @@ inline Dim key_lists_bytes(const DimShapes& s, int64_t keys) {
   return lists * (((s.k_rows + (keys - 1)) / keys) * int64_t{sizeof(KeyPieces)} + int64_t{sizeof(KeyList)});
 }
 
-// Bytes of the lists of query tiles of `rows` rows for each 128 keys, likewise.
-inline Dim step_lists_bytes(const DimShapes& s, int64_t rows) {
-  const Dim lists = s.leading * s.batch * ((s.k_rows + (2 * kRowBlock - 1)) / (2 * kRowBlock));
-  return lists * (s.heads * ((s.q_rows + (rows - 1)) / rows) + s.kv_heads) * int64_t{sizeof(int32_t)};
+// Bytes of the lists of query tiles of `rows` rows for each `keys` keys, likewise, with the length of each
+// list and the order of the key tiles.
+inline Dim step_lists_bytes(const DimShapes& s, int64_t rows, int64_t keys) {
+  const Dim lists = s.leading * s.batch * ((s.k_rows + (keys - 1)) / keys);
+  return lists * (s.heads * ((s.q_rows + (rows - 1)) / rows) + s.kv_heads * 2) * int64_t{sizeof(int32_t)};
 }
 
 // Bytes of what a boolean mask shows of tiles; fewer are used where it is broadcast.
@@ -110,7 +111,7 @@ inline Dim key_lists_bound(const AttentionSpec& spec, const DimShapes& s) {
   return lists_bound(spec, s, key_lists_bytes(s, kRowBlock));
 }
 inline Dim step_lists_bound(const AttentionSpec& spec, const DimShapes& s) {
-  return lists_bound(spec, s, step_lists_bytes(s, kRowBlock));
+  return lists_bound(spec, s, step_lists_bytes(s, kRowBlock, kRowBlock));
 }
 
 // For how many query tiles a head has sums and tickets of dQ: the tiles of a batch entry, or an upper bound
@@ -167,7 +168,7 @@ inline void add_key_lists(const Call& call, int32_t keys, TileGrid& grid, Worksp
 inline void add_step_lists(const Call& call, int32_t rows, TileGrid& grid, Workspace& workspace) {
   if (grid.blocks == 0) return;
   add_mask_tiles(call, grid, workspace);
-  grid.lists = workspace.add(step_lists_bytes(dims_of(call.shapes), rows).value());
+  grid.lists = workspace.add(step_lists_bytes(dims_of(call.shapes), rows, grid.block).value());
   grid.other_block = rows;
 }
 

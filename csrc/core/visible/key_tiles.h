@@ -66,7 +66,8 @@ struct ListedStep {
 // The lists of all key tiles of a call.
 struct StepLists {
   int32_t *steps = nullptr, *counts = nullptr;
-  int32_t most = 0;  // capacity of a list, in steps
+  int32_t most = 0;          // capacity of a list, in steps
+  int32_t* order = nullptr;  // the numbers of the key tiles in the order in which CTAs take them
 };
 
 }  // namespace jax_flash

@@ -17,6 +17,8 @@
 // If the order of sums is fixed, consumers store dQ in shared memory for a thread of warp 3 (dq_pipe), which
 // adds it by TMA.
 //
+// Rows with tiles of 64 keys have one consumer warpgroup and two CTAs per SM (hopper_single_consumer.cuh).
+//
 // An arrow is a Pipeline (hopper/pipeline.cuh). docs/kernels/hopper-backward.md has the reasons and timings.
 #pragma once
 
@@ -28,6 +30,7 @@
 #include "cuda/backward/hopper_cluster.cuh"
 #include "cuda/backward/hopper_consumer.cuh"
 #include "cuda/backward/hopper_load.cuh"
+#include "cuda/backward/hopper_single_consumer.cuh"
 #include "cuda/backward/hopper_state.cuh"
 #include "cuda/backward/query_sums.cuh"
 #include "cuda/hopper/roles.cuh"
@@ -54,14 +57,17 @@ struct BackwardSm90 {
   static constexpr bool kOrdered = Ordered;
   static constexpr int kCluster = 1, kConsumers = N / kConsumerRows, kThreads = R.warps * 32;
   static constexpr int kM = M, kN = N, kStages = R.stages;
-  // A consumer's part of dQ [M, d]: 64 of the rows, or half of the columns.
+  static constexpr bool kSingle = kConsumers == 1;
+  static constexpr int kProducerRegisters = kSingle ? 32 : producer_registers(kConsumers),
+                       kConsumerRegisters = kSingle ? 224 : consumer_registers(kConsumers);
+  // A consumer's part of dQ [M, d]: 64 of the rows, or half of the columns, or all if it is the only one.
   static constexpr bool kDqByRows = M == 2 * kConsumerRows;
   using KTile = SharedTile<T, N, HeadDim>;
   using VTile = SharedTile<T, N, ValueDim>;
   using QTile = SharedTile<T, M, HeadDim>;
   using DoTile = SharedTile<T, M, ValueDim>;
   using DsTile = SharedTile<T, N, M>;
-  static constexpr int kDqColumns = kDqByRows ? HeadDim : HeadDim / 2;
+  static constexpr int kDqColumns = kSingle || kDqByRows ? HeadDim : HeadDim / 2;
   using S = TransposedAccumulator<1, M / 8>;
   using Score = GradientScore<Kind, S>;
   // In kernels with ordered sums, bias and mask use the memory of dQ. A bias of 128 queries also uses the
@@ -69,13 +75,14 @@ struct BackwardSm90 {
   static constexpr bool kSpareDs =
       (Kind == ScoreKind::kBias || Kind == ScoreKind::kGeneralDropout) && M > kConsumerRows;
   // Whether consumers alternate in issuing products (ping-pong).
-  static constexpr bool kAlternates = M == kConsumerRows;
+  static constexpr bool kAlternates = M == kConsumerRows && !kSingle;
   // With four tiles of dS no stage needs to be released: before a consumer overwrites a tile, it has waited
   // for the other consumer's dS of two steps before, which came after that consumer's dQ of four steps
   // before.
   static constexpr bool kReleasesDs = Ordered || stages_tiles(Kind);
-  static constexpr int kDsStages =
-      kReleasesDs ? hopper::kScoreGradientStages - (kSpareDs ? 1 : 0) : hopper::kScoreGradientStages + 1;
+  static constexpr int kDsStages = kSingle       ? hopper::kSingleDsStages
+                                   : kReleasesDs ? hopper::kScoreGradientStages - (kSpareDs ? 1 : 0)
+                                                 : hopper::kScoreGradientStages + 1;
   // The order of the plain kernel with 64 query rows: dQ and dV are issued before dS is stored, and dPᵀ is
   // added to −delta. A consumer that stores dS has still waited for the other's dS of the step before, which
   // now comes after the other's dQ of three steps before. With 128 rows there are too few registers.
@@ -94,14 +101,18 @@ struct BackwardSm90 {
   struct Maps {
     CUtensorMap query, dout, key, value;
   };
-  static_assert(kConsumers == 2 && kThreads == 3 * kWarpgroup && registers_suffice(kThreads, kConsumers));
+  using Consumer = std::conditional_t<kSingle, SingleConsumer<BackwardSm90>, GradientConsumer<BackwardSm90>>;
+  static_assert(kThreads == (1 + kConsumers) * kWarpgroup);
+  static_assert(kSingle ? lists_tiles(Kind) && M == kConsumerRows && R.blocks == 2 : kConsumers == 2);
+  static_assert(kSingle ? 2 * kWarpgroup * (kProducerRegisters + kConsumerRegisters) <= 65536
+                        : registers_suffice(kThreads, kConsumers));
   static_assert(M == kConsumerRows || kDqByRows);
   static_assert(kDqByRows || kDqColumns % (KTile::kPanel * 8) == 0);  // whole panels
   static_assert(sizeof(Shared) <= hopper::backward_shared_bytes(R));
 };
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads, 1)
+__global__ void __launch_bounds__(C::kThreads, C::kSingle ? 2 : 1)
     backward_sm90(const __grid_constant__ Problem p, const __grid_constant__ typename C::Maps maps,
                   const __grid_constant__ PersistentTiles tiles, const __grid_constant__ KeyGrid grid) {
   using Shared = typename C::Shared;
@@ -110,7 +121,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   if (threadIdx.x == 0) shared.init();
   __syncthreads();
   if (warpgroup == 0) {
-    ptx::give_registers<producer_registers(C::kConsumers)>();
+    ptx::give_registers<C::kProducerRegisters>();
     GradientProducer<C> producer{p, maps, shared, grid};
     const bool leads = threadIdx.x % 32 == 0;
     NoMailbox none;
@@ -124,8 +135,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       if (warp == 3) producer.load_score_tiles();
     }
   } else {
-    ptx::take_registers<consumer_registers(C::kConsumers)>();
-    GradientConsumer<C>(p, shared, grid, warpgroup - 1).run();
+    ptx::take_registers<C::kConsumerRegisters>();
+    typename C::Consumer(p, shared, grid, warpgroup - 1).run();
   }
 }
 
@@ -179,6 +190,15 @@ inline void keep_in_step(PersistentTiles& tiles, const Problem& p, int32_t ctas)
   tiles.heads_together = static_cast<uint32_t>(std::max(1, ctas / std::max(1, tiles.tiles_per_head)));
 }
 
+// If steps are listed, the key tiles of these heads run in the order of their lengths. The heads of a group
+// have at least one tile for each worker, so that the last group has short tiles for the end. Groups are of
+// equal size.
+inline uint32_t listed_heads_together(const PersistentTiles& tiles, uint32_t heads, int32_t workers) {
+  const uint32_t fewest = static_cast<uint32_t>(ceil_div(workers, tiles.tiles_per_head)),
+                 wanted = std::max(tiles.heads_together, fewest), groups = std::max(1u, heads / wanted);
+  return static_cast<uint32_t>(ceil_div(heads, groups));
+}
+
 // log2 of the query tiles per ticket. A ticket covers 256 rows, but at most a sixteenth of a sequence,
 // because each key tile is one ticket behind the key tile before it.
 inline int32_t query_ticket_shift(const Problem& p, int32_t block_m) {
@@ -205,6 +225,9 @@ inline cudaError_t make_key_grid(KeyGrid& grid, const Problem& p, const LaunchPl
   return cudaMemsetAsync(grid.tickets, 0, tickets * sizeof(uint32_t), stream);
 }
 
+template <class C>
+inline constexpr bool kInClusters = requires { C::kKeyParts; };
+
 template <class C, class T>
 cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void* workspace,
                                  cudaStream_t stream) {
@@ -214,7 +237,7 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
   if (grid.blocks > 0) {
     typename C::Maps maps;
     cudaError_t e = cudaSuccess;
-    if constexpr (C::kCluster > 1) {
+    if constexpr (kInClusters<C>) {
       e = make_cluster_maps<C>(maps, p);
     } else {
       e = make_maps<C>(maps, p);
@@ -227,8 +250,14 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
     if (e = clear_tile_counter(tiles, plan, workspace, stream); e != cudaSuccess) return e;
     KeyGrid key_grid;
     if (e = make_key_grid(key_grid, p, plan, workspace, sums, C::kM, stream); e != cudaSuccess) return e;
+    if constexpr (kListsSteps<C>) {
+      const uint32_t heads = tiles.count / tiles.tiles_per_head;
+      tiles.heads_together = listed_heads_together(tiles, heads, plan.persistent_ctas / C::kCluster);
+      e = launch_step_order(key_grid.lists, tiles.tiles_per_head, heads, tiles.heads_together, stream);
+      if (e != cudaSuccess) return e;
+    }
     constexpr size_t kShared = sizeof(typename C::Shared);
-    if constexpr (C::kCluster > 1) {
+    if constexpr (kInClusters<C>) {
       e = launch_clusters(backward_cluster_sm90<C>, C::kCluster, plan.persistent_ctas, C::kThreads, kShared,
                           stream, p, maps, tiles, key_grid);
     } else {

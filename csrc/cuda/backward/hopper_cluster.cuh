@@ -20,6 +20,8 @@
 // 64 keys and queries (kSplitsColumns), each on half of the columns of K, V, Q, dO, dK, dV and dQ. They send
 // each other their parts of Sᵀ and dPᵀ, and both compute all of P and dS.
 //
+// A cluster may consist of one CTA with 64 keys, whose steps come from a list of its own.
+//
 // docs/kernels/hopper-backward.md has the reasons and timings.
 #pragma once
 
@@ -49,9 +51,9 @@ struct BackwardClusterSm90 {
   static constexpr ScoreKind kKind = Kind;
   static constexpr bool kOrdered = true;  // tickets may order the additions to dQ
   static constexpr bool kStartsFromDelta = false;
-  static constexpr int kCluster = hopper::kClusterCtas, kConsumers = 3, kThreads = R.warps * 32;
+  static constexpr int kCluster = hopper::backward_cluster_ctas(R), kConsumers = 3, kThreads = R.warps * 32;
   // The CTAs of a cluster either share their keys and split the columns (kSharers = 2, kKeyParts = 1), or
-  // split the keys (1, 2).
+  // split the keys (1, 2); (1, 1) is a cluster of one.
   static constexpr int kSharers = hopper::sharers(R), kKeyParts = kCluster / kSharers;
   static constexpr bool kSplitsColumns = kSharers > 1;
   static constexpr int kM = M, kN = N, kStages = R.stages;
@@ -104,7 +106,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const int warpgroup = warpgroup_index(), warp = static_cast<int>(threadIdx.x) / 32;
   if (threadIdx.x == 0) shared.init();
   __syncthreads();
-  ptx::sync_cluster();
+  if constexpr (C::kCluster > 1) ptx::sync_cluster();
   if (warpgroup == 0) {
     ptx::give_registers<C::kProducerRegisters>();
     ClusterGradientProducer<C> producer{{p, maps, shared, grid}};
@@ -123,9 +125,11 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     ptx::give_registers<C::kDqRegisters>();
     QueryGradientConsumer<C>(p, maps, shared, grid).run();
   }
-  __syncwarp();
-  ptx::sync_any_group(0, C::kThreads);
-  ptx::sync_cluster_of_any_lanes();  // the other CTA may access this CTA's shared memory until here
+  if constexpr (C::kCluster > 1) {
+    __syncwarp();
+    ptx::sync_any_group(0, C::kThreads);
+    ptx::sync_cluster_of_any_lanes();  // the other CTA may access this CTA's shared memory until here
+  }
 }
 
 // log2 of the query tiles per ticket. Each key tile runs one ticket behind the key tile before it, so short

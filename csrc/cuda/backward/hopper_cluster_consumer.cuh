@@ -107,8 +107,7 @@ struct ClusterConsumer {
     const auto own = rows_of(part());
     clear_rows<KHalf>(shared.k[0], own, thread, kThreads);
     clear_rows<KHalf>(shared.k[1], own, thread, kThreads);
-    if constexpr (!C::kSplitsColumns)
-      clear_rows<KHalf>(shared.k_other, rows_of(1 - part()), thread, kThreads);
+    if constexpr (C::kKeyParts > 1) clear_rows<KHalf>(shared.k_other, rows_of(1 - part()), thread, kThreads);
     clear_rows<VHalf>(shared.v[0], own, thread, kThreads);
     clear_rows<VHalf>(shared.v[1], own, thread, kThreads);
     ptx::fence_async_shared();

@@ -97,7 +97,7 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
   __device__ __forceinline__ void start_all(typename C::DQ& dq, uint32_t use, int column) {
     const uint32_t ds = ptx::shared_address(shared.ds[use % C::kDsStages]);
     const int panel = KHalf::panel_offset(column / 8);
-    if constexpr (C::kSplitsColumns) {
+    if constexpr (C::kKeyParts == 1) {
       start_dq<true>(dq, ds, ptx::shared_address(shared.k) + panel);
     } else {
       const uint32_t other = (1 - this->rank()) * kConsumerRows * DsTile::kPitch;
@@ -111,7 +111,7 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
   __device__ __forceinline__ void run_step(const QueryStep& step) {
     const uint32_t use = step.number;
     if (grid.tickets && begins_ticket(step)) wait_ticket(step);
-    if constexpr (!C::kSplitsColumns) {
+    if constexpr (C::kKeyParts > 1) {
       if (leads()) ptx::barrier_expect(shared.parts.ds.full_barrier(use), DsTile::kBytes / C::kCluster);
     }
     shared.ds_pipe.wait_full(use);

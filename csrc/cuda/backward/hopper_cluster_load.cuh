@@ -34,11 +34,11 @@ struct ClusterGradientProducer : GradientProducer<C> {
   }
 
   // Issues the TMA loads of one half of the columns of a tile of Q or dO: of all of the head's columns,
-  // multicast to both CTAs, or of this CTA's columns (kSplitsColumns).
+  // multicast to both CTAs if they split the keys, or of this CTA's columns.
   template <class Half>
   __device__ __forceinline__ static void load_query_half(const uint8_t* to, const CUtensorMap& map,
                                                          uint32_t full, ptx::Coordinates at, int half) {
-    if constexpr (C::kSplitsColumns) {
+    if constexpr (C::kKeyParts == 1) {
       load_half<Half>(to, map, full, at, half);
     } else {
       load_for_both<Half>(to, map, full, at, half * Half::kColumns);
@@ -120,11 +120,11 @@ struct ClusterGradientProducer : GradientProducer<C> {
     const uint32_t rank = ptx::cluster_rank(), full = shared.k_pipe.full_barrier(tile_index);
     ptx::Coordinates at = coordinates_of(p.key, tile.work, tile.kv_head, 0);
     shared.k_pipe.wait_empty(tile_index);
-    ptx::barrier_expect(full, (C::kSplitsColumns ? 2 : 3) * KHalf::kBytes);
+    ptx::barrier_expect(full, (C::kKeyParts == 1 ? 2 : 3) * KHalf::kBytes);
     at.row = first_key(tile, rank);
     load_half<KHalf>(shared.k[0], maps.key, full, at, 0);
     load_half<KHalf>(shared.k[1], maps.key, full, at, 1);
-    if constexpr (!C::kSplitsColumns) {
+    if constexpr (C::kKeyParts > 1) {
       at.row = first_key(tile, 1 - rank);
       load_half<KHalf>(shared.k_other, maps.key, full, at, rank);
     }

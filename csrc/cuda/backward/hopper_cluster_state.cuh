@@ -14,7 +14,7 @@ namespace jax_flash {
 // The index of the 64 keys of a tile that CTA `rank` works on.
 template <class C>
 __device__ __forceinline__ int32_t key_part(uint32_t rank) {
-  return C::kSplitsColumns ? 0 : static_cast<int32_t>(rank);
+  return C::kKeyParts == 1 ? 0 : static_cast<int32_t>(rank);
 }
 
 // The first column of the head that this CTA works on. It works on two tiles `Half` of columns.
@@ -42,12 +42,19 @@ struct ColumnOwnerParts {
   }
 };
 
+struct NoParts {
+  __device__ __forceinline__ void init(uint32_t) {}
+};
+template <class C>
+using PartsOf = std::conditional_t<C::kSplitsColumns, ColumnOwnerParts<C>,
+                                   std::conditional_t<(C::kKeyParts > 1), KeyOwnerParts<C>, NoParts>>;
+
 template <class C>
 struct BackwardClusterShared {
   static constexpr int kStages = C::kStages, kDoStages = C::kDoStages, kDsStages = C::kDsStages;
   alignas(1024) uint8_t k[2][C::KHalf::kBytes];  // this CTA's keys and columns
   // The other CTA's keys, in the columns of dQ that this CTA computes.
-  alignas(1024) uint8_t k_other[C::kSplitsColumns ? 0 : C::KHalf::kBytes];
+  alignas(1024) uint8_t k_other[C::kKeyParts == 1 ? 0 : C::KHalf::kBytes];
   alignas(1024) uint8_t v[2][C::VHalf::kBytes];
   alignas(1024) uint8_t q[kStages][2][C::QHalf::kBytes];
   alignas(1024) uint8_t d_out[kDoStages][C::DoHalf::kBytes];
@@ -55,7 +62,7 @@ struct BackwardClusterShared {
   alignas(1024) uint8_t ds[kDsStages][C::DsTile::kBytes];
   alignas(1024) float dq[C::kDqByTma ? kConsumerRows * C::kDqColumns : 0];
   [[no_unique_address]] typename C::Tiles::Buffer score_tiles;  // bias and mask of this CTA's keys
-  std::conditional_t<C::kSplitsColumns, ColumnOwnerParts<C>, KeyOwnerParts<C>> parts;
+  [[no_unique_address]] PartsOf<C> parts;
   QueryStatistics<C::kM> statistics[kStages];
   int32_t large_lse[kStages];  // bit 0: some lse_too_large(); other bits: is_partial_of()
   [[no_unique_address]] StepRing<kListsSteps<C>> step_ring;

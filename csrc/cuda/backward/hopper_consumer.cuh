@@ -349,13 +349,19 @@ struct GradientConsumer {
 
   __device__ __forceinline__ void run() {
     if (consumer == 1) pass_turn(0);
+    run_tiles([this] { differentiate_tile(); });
+  }
+
+  // Calls differentiate() for each key tile.
+  template <class Differentiate>
+  __device__ __forceinline__ void run_tiles(Differentiate differentiate) {
     for (;; ++tile_index) {
       shared.state_pipe.wait_full(tile_index);
       if (uniform(tile().done)) return;
       dk.clear();
       dv.clear();
       shared.key_pipe.wait_full(tile_index);
-      differentiate_tile();
+      differentiate();
       shared.key_pipe.release(tile_index);
       if constexpr (C::Score::kDropout || C::Score::kWeightScale != 1) {  // dV ← dV / (1 − rate)
         const float factor = (C::Score::kDropout ? dropout_scale(p.spec) : 1.0f) / C::Score::kWeightScale;

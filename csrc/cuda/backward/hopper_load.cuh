@@ -68,7 +68,11 @@ struct GradientProducer {
     while (number < all.count) {
       shared.state_pipe.wait_empty(tile_index);
       Tile& tile = shared.tiles[tile_index % kKeyTileStates];
-      tile.work = scheduler.work(reload(p), number);
+      if constexpr (kListsSteps<C>) {
+        tile.work = scheduler.work(reload(p), grid.lists.order[number]);
+      } else {
+        tile.work = scheduler.work(reload(p), number);
+      }
       set_order(tile.walk, all, number);
       if (tile.template prepare<C>(reload(p), grid)) shared.state_pipe.arrive(tile_index++);
       if (tile_index > 0) shared.ending_pipe.wait_full(tile_index - 1);

@@ -13,6 +13,7 @@
 #include "core/plan/launch_plan.h"
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/roles.cuh"
+#include "cuda/registry.h"
 #include "cuda/work.cuh"
 
 namespace jax_flash {
@@ -30,11 +31,12 @@ struct PersistentTiles {
   bool back_and_forth = false;  // in the backward, every other group of heads has its steps in reverse
 };
 
-// Finds the counter in the workspace, if the plan has one, and clears it.
+// Finds the counter in the workspace, if the plan has one, and clears it, unless the kernel that makes lists
+// of tiles has.
 inline cudaError_t clear_tile_counter(PersistentTiles& tiles, const LaunchPlan& plan, void* workspace,
                                       cudaStream_t stream) {
-  if (plan.tile_counter < 0) return cudaSuccess;
-  tiles.counter = reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + plan.tile_counter);
+  tiles.counter = tile_counter(plan, workspace);
+  if (!tiles.counter || lists_tiles(plan.score)) return cudaSuccess;
   return cudaMemsetAsync(tiles.counter, 0, sizeof(uint32_t), stream);
 }
 

@@ -11,7 +11,7 @@
 #include <mutex>
 #include <vector>
 
-dim3 threadIdx, blockIdx, gridDim;
+dim3 threadIdx, blockIdx, gridDim, blockDim;
 
 namespace emulator {
 
@@ -129,7 +129,7 @@ void run(dim3 blocks, uint32_t threads, const std::function<void()>& body) {
   const std::lock_guard lock(one_at_a_time);
   if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
   kernel = &body;
-  gridDim = blocks;
+  gridDim = blocks, blockDim = dim3(threads);
   for (uint32_t y = 0; y < blocks.y; ++y) {
     for (uint32_t x = 0; x < blocks.x; ++x) {
       blockIdx = dim3(x, y);

@@ -67,7 +67,7 @@ inline float __uint_as_float(uint32_t bits) {
 inline int __float_as_int(float x) { return static_cast<int>(__float_as_uint(x)); }
 inline float __int_as_float(int bits) { return __uint_as_float(static_cast<uint32_t>(bits)); }
 
-extern dim3 threadIdx, blockIdx, gridDim;
+extern dim3 threadIdx, blockIdx, gridDim, blockDim;
 
 namespace emulator {
 
@@ -127,6 +127,7 @@ T __shfl_up_sync(uint32_t, T x, int distance) {
   return emulated_shuffle<T, 2>(x, distance);
 }
 inline void atomicAdd(float* to, float x) { *to += x; }  // fibers take turns
+inline uint32_t atomicAdd(uint32_t* to, uint32_t x) { return (*to += x) - x; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<uint32_t>(x)); }
 // Byte i of the result is the byte of y:x that hex digit i of `selector` selects; no digit asks for a sign.

@@ -62,6 +62,7 @@ struct Drawn {
   Drawn(Memory& memory, bool is_boolean) : boolean(is_boolean), q_lengths(2), kv_lengths(2) {
     p.batch = draw(1, 2), p.kv_heads = draw(1, 2), p.heads = p.kv_heads * group;
     p.q_rows = draw(1, 700), p.k_rows = draw(0, 1) ? draw(1, 900) : 8 * draw(1, 112);
+    if (!is_boolean && draw(0, 30) == 0) p.q_rows = draw(4000, 40'000), p.k_rows = draw(1, 100);  // long lists
     p.spec.block_rows = 16 * draw(1, 16), p.spec.block_keys = 32 * draw(1, 8);
     p.spec.left = draw(0, 3) ? -1 : draw(0, 300), p.spec.right = draw(0, 1) ? -1 : draw(0, 50);
     p.spec.align = draw(0, 1) ? Align::kBottomRight : Align::kTopLeft;
@@ -151,7 +152,7 @@ struct Drawn {
 
 // The workspace of a call's lists, full of what earlier calls left, and where in it a boolean mask's tiles
 // lie.
-constexpr int64_t kWords = 1 << 20, kMaskTiles = 3 * kWords;
+constexpr int64_t kWords = 1 << 20, kMaskTiles = 3 * kWords, kCounter = 2 * kWords + (kWords / 2);
 void* poisoned(Memory& memory) { return memory.copy(std::vector<uint32_t>(kWords, 0x77777777u)); }
 
 // The number of query tiles of the forward whose lists are wrong.
@@ -210,6 +211,25 @@ int wrong_key_lists(bool boolean) {
   return wrong;
 }
 
+// Whether each `together` heads have all their key tiles in `order`, with lists that become shorter, up to
+// one part in 255 of the longest possible one.
+bool is_ordered(const std::vector<int32_t>& order, const std::vector<int32_t>& counts, int32_t most,
+                int32_t tiles, int32_t heads, int32_t together) {
+  bool right = true;
+  for (int32_t first = 0; first < heads; first += together) {
+    const int32_t own = std::min(together, heads - first);
+    std::set<int32_t> all;
+    for (int32_t n = 0, before = INT32_MAX; n < own * tiles; ++n) {
+      const int32_t i = order[first * tiles + n] - first * tiles;  // the order of find_work()
+      if (i < 0 || i >= own * tiles || !all.insert(i).second) return false;
+      const int32_t steps = counts[(first + i % own) * tiles + i / own];
+      right &= steps - most / 255 - 1 <= before;
+      before = std::min(before, steps);
+    }
+  }
+  return right;
+}
+
 // The number of key tiles of the backward whose lists are wrong.
 int wrong_step_lists(bool boolean) {
   Memory memory;
@@ -217,7 +237,9 @@ int wrong_step_lists(bool boolean) {
   const Problem& p = x.p;
   LaunchPlan plan{};
   TileGrid& grid = plan.keys;
-  grid.block = kTileRows, grid.other_block = draw(0, 1) ? 64 : 128;
+  const int32_t parts = draw(1, 2);
+  grid.block = parts * kRowBlock, grid.other_block = draw(0, 1) ? 64 : 128;
+  plan.tile_counter = kCounter;
   if (boolean) grid.mask_tiles = kMaskTiles;
   grid.tiles = ceil_div(p.k_rows, grid.block), grid.lists = 0;
   void* const workspace = poisoned(memory);
@@ -225,10 +247,15 @@ int wrong_step_lists(bool boolean) {
   check(cudaDeviceSynchronize());
   const StepLists to = step_lists(p, grid, workspace);
   const int64_t count = static_cast<int64_t>(p.batch) * p.kv_heads * grid.tiles;
+  const int32_t heads = p.batch * p.kv_heads, together = draw(1, heads);
+  check(launch_step_order(to, static_cast<int32_t>(grid.tiles), heads, together, nullptr));
+  check(cudaDeviceSynchronize());
   const std::vector<int32_t> counts = read(to.counts, count), steps = read(to.steps, count * to.most);
-  int wrong = 0;
+  int wrong = *read(tile_counter(plan, workspace), 1).data() != 0;
+  wrong +=
+      !is_ordered(read(to.order, count), counts, to.most, static_cast<int32_t>(grid.tiles), heads, together);
   for (int64_t at = 0; at < count; ++at) {
-    const int32_t key = static_cast<int32_t>(at % grid.tiles) * kTileRows;
+    const int32_t key = static_cast<int32_t>(at % grid.tiles) * grid.block;
     const auto b = static_cast<int32_t>(at / grid.tiles / p.kv_heads);
     const int32_t head = static_cast<int32_t>(at / grid.tiles % p.kv_heads) * x.group;
     bool right = counts[at] >= 0 && counts[at] <= to.most;
@@ -237,16 +264,17 @@ int wrong_step_lists(bool boolean) {
       const int32_t step = steps[at * to.most + n], h = ListedStep::head(step);
       const int32_t row = ListedStep::tile(step) * grid.other_block;
       right &= h < x.group && row < p.q_rows && listed.insert({h, row}).second;
-      for (int i = 0; right && i < 2; ++i) {
+      for (int i = 0; right && i < parts; ++i) {
         const int32_t first = key + i * kRowBlock;
         right &= x.is(KeyPieces::seen(step, i), b, head + h, {row, row + grid.other_block},
                       {first, first + kRowBlock});
       }
       right &= KeyPieces::seen(step, 0) != SeenPiece::kNone || KeyPieces::seen(step, 1) != SeenPiece::kNone;
+      right &= parts == 2 || KeyPieces::seen(step, 1) == SeenPiece::kNone;
     }
     for (int32_t h = 0; h < x.group; ++h)
       for (int32_t i = 0; i < p.q_rows; ++i)
-        for (int32_t j = key; j < std::min(key + kTileRows, p.k_rows); ++j)
+        for (int32_t j = key; j < std::min(key + grid.block, p.k_rows); ++j)
           right &= listed.count({h, i / grid.other_block * grid.other_block}) || !x.sees(b, head + h, i, j);
     wrong += !right;
   }
