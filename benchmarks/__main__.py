@@ -94,6 +94,8 @@ def main(arguments: list[str]) -> int:
     parser, options = parse(arguments)
     if options.suite and options.report_only:
         return sections.report_only(suite_of(options), options.out)
+    if options.compare:
+        compare.turn_autotuning_off()
     require_library()
     if options.compare:
         repeats = options.repeats or measure.REPEATS

@@ -8,6 +8,9 @@ a GPU, its own libjax_flash_cuda.so. Each cell is timed as measure.py says, and 
 compared bit by bit. The ratio is the time before over the time after: below 1, this checkout is slower. A cell whose
 ratio is below EACH is timed once more, longer, and the repeats of both times count together.
 
+XLA's autotuning is off: in each compilation it may choose another kernel for delta = rowsum(dO ∘ O), whose sums then
+differ in their last bits.
+
 Cells of earlier runs stay in <out>/compare.json unless a cell of the same name runs again, so a comparison may be made
 in several parts.
 """
@@ -15,6 +18,7 @@ in several parts.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -57,6 +61,11 @@ def run(checkout: Path, wanted: str, repeats: int, folder: Path) -> int:
     print(f"{len(cells)} cells in {time.monotonic() - start:.0f} s; {path}")
     print(describe(summary(results)))
     return 0 if summary(results)["met"] else 1
+
+
+def turn_autotuning_off() -> None:
+    """Must be called before JAX has a backend."""
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
 
 
 def selected(name: str, wanted: str) -> bool:
