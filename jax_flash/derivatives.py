@@ -112,9 +112,9 @@ def gradients(spec: AttentionSpec, wanted: tuple[str, ...], operands: Operands) 
         return _paged_gradients(spec, wanted, operands)
     out, lse = operands["out"], operands["lse"]
     dout, dlse = operands.get("dout"), operands.get("dlse")
-    delta = _zeros(lse)  # rowsum(dO ∘ O) − dlse
+    delta = _zeros(lse)  # rowsum(dO ∘ O) − dlse; its readers ignore rows that see nothing
     if dout is not None:
-        delta = _row_products(dout, out, lse)
+        delta = _row_products(dout, out)
     if dlse is not None:
         delta = delta - dlse
     operands = {**operands, "dout": _zeros(out) if dout is None else dout, "delta": delta}
@@ -168,11 +168,12 @@ def _missing_rows(spec: AttentionSpec, operands: Operands) -> Pair:
 
 
 @partial(jax.jit, inline=True)  # outside jit, JAX would trace platform_dependent in every call
-def _row_products(x: jax.Array, y: jax.Array, lse: jax.Array) -> jax.Array:
-    """Σ x·y of the rows of two […, s, h, dv] in lse's order, […, h, s]; 0 for rows that see nothing."""
+def _row_products(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Σ x·y of the rows of two […, s, h, dv] in lse's order, […, h, s]. Anything that is done to the sums would be a
+    second kernel on a GPU."""
     wide = _jax.sharded_like(x, y).astype(jnp.float32), y.astype(jnp.float32)
     sums = jax.lax.platform_dependent(*wide, cpu=_row_dots, default=lambda x, y: (x * y).sum(-1))
-    return jnp.where(lse > -jnp.inf, jnp.swapaxes(sums, -1, -2), 0)
+    return jnp.swapaxes(sums, -1, -2)
 
 
 def _row_dots(x: jax.Array, y: jax.Array) -> jax.Array:
