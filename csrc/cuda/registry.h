@@ -104,12 +104,6 @@ inline RangeTables range_tables(const Problem& p, const TileGrid& grid, void* wo
   return {first, reinterpret_cast<SeenByTile*>(first + blocks), rows, rows + key_tiles};
 }
 
-// The tile counter of persistent kernels; null if the plan has none.
-inline uint32_t* tile_counter(const LaunchPlan& plan, void* workspace) {
-  if (plan.tile_counter < 0) return nullptr;
-  return reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + plan.tile_counter);
-}
-
 // The tiles of a boolean mask; none if the plan does not find them.
 inline MaskTiles mask_tiles(const Problem& p, const TileGrid& grid, void* workspace) {
   if (grid.mask_tiles < 0) return {};
