@@ -103,7 +103,9 @@ def test_packed_sequences_of_few_rows_decode_beside_the_others():
     chosen = plan(varlen=True, q_rows=3000)
     two_tokens = 8  # rows: each KV head has four query heads
     assert chosen["decode"] == {"columns": 8, "ranges": 33, "packed_rows": two_tokens}
-    assert plan(varlen=True, q_rows=3000, heads=130, kv_heads=1)["decode"]["packed_rows"] == 160  # of 32-row tiles
+    assert (
+        plan(varlen=True, q_rows=3000, heads=130, kv_heads=1)["decode"]["packed_rows"] == 160
+    )  # tiles of 32
     assert plan(varlen=True, q_rows=3000, heads=1025, kv_heads=1)["decode"]["packed_rows"] == 0
     assert plan(varlen=True, q_rows=0)["decode"]["packed_rows"] == 0
 

@@ -215,7 +215,7 @@ def test_queries_are_rounded_where_they_have_a_scale(kernel):
 
 @pytest.mark.parametrize("shape", [(8, 64), (4, 2, 64)], ids=str)
 @pytest.mark.parametrize("layout", ["interleaved", "concatenated"])
-@pytest.mark.parametrize("kept", ["as pages", "by tokens"])  # sglang-jax keeps [p · ps, 2 hk, d] and reshapes it
+@pytest.mark.parametrize("kept", ["as pages", "by tokens"])  # sglang-jax reshapes [p · ps, 2 hk, d]
 def test_the_cache_is_updated_in_place(kernel, layout, shape, kept):
     heads = (4 if layout == "interleaved" else 8, 64 if layout == "interleaved" else 32)
     query, key = jnp.ones((4, heads[0] * 2, heads[1]), jnp.bfloat16), jnp.ones((4, *heads), jnp.bfloat16)

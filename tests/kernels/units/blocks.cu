@@ -62,7 +62,8 @@ struct Drawn {
   Drawn(Memory& memory, bool is_boolean) : boolean(is_boolean), q_lengths(2), kv_lengths(2) {
     p.batch = draw(1, 2), p.kv_heads = draw(1, 2), p.heads = p.kv_heads * group;
     p.q_rows = draw(1, 700), p.k_rows = draw(0, 1) ? draw(1, 900) : 8 * draw(1, 112);
-    if (!is_boolean && draw(0, 30) == 0) p.q_rows = draw(4000, 40'000), p.k_rows = draw(1, 100);  // long lists
+    if (!is_boolean && draw(0, 30) == 0)
+      p.q_rows = draw(4000, 40'000), p.k_rows = draw(1, 100);  // long lists
     p.spec.block_rows = 16 * draw(1, 16), p.spec.block_keys = 32 * draw(1, 8);
     p.spec.left = draw(0, 3) ? -1 : draw(0, 300), p.spec.right = draw(0, 1) ? -1 : draw(0, 50);
     p.spec.align = draw(0, 1) ? Align::kBottomRight : Align::kTopLeft;
