@@ -72,8 +72,8 @@ struct GradientProducer {
         tile.work = scheduler.work(reload(p), grid.lists.order[number]);
       } else {
         tile.work = scheduler.work(reload(p), number);
+        set_order(tile.walk, all, number);
       }
-      set_order(tile.walk, all, number);
       if (tile.template prepare<C>(reload(p), grid)) shared.state_pipe.arrive(tile_index++);
       if (tile_index > 0) shared.ending_pipe.wait_full(tile_index - 1);
       number = in_order ? scheduler.take() : scheduler.next(number);

@@ -48,8 +48,8 @@ struct SeenByStep {
   template <class Tile>
   __device__ __forceinline__ void fetch(const Problem& p, const Tile& tile, const QueryStep& step,
                                         int32_t key) {
-    const int32_t row = step.tile * C::kM + static_cast<int32_t>(ptx::lane_index());
     if constexpr (C::kKind == ScoreKind::kRanges) {
+      const int32_t row = step.tile * C::kM + static_cast<int32_t>(ptx::lane_index());
       const RowRanges ranges = tile.score.row_ranges(p, step.head);
       LimitsOfRow limits[2 * kWords];
 #pragma unroll
@@ -63,7 +63,8 @@ struct SeenByStep {
         of_rows[i] = bits(0) | bits(1) << kKeys;
       }
     } else {
-      const MaskRows mask = tile.score.mask(p, step.head);
+      const MaskRows mask = tile.score.mask(p, step.head);  // before `row`, or a register spills at d256
+      const int32_t row = step.tile * C::kM + static_cast<int32_t>(ptx::lane_index());
 #pragma unroll
       for (int i = 0; i < kWords; ++i)
         of_rows[i] = mask.bits_of_two(row + 64 * i, row + 64 * i + 32, tile.band, key);
