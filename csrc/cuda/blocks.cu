@@ -16,12 +16,12 @@ constexpr int kConsumersOfTile = 2;
 
 // The source of a call's mask. at() returns the mask of the heads from `head` on: the operand `block_mask`,
 // or the tiles of a boolean mask.
-struct GivenBlocks {
+struct OperandBlocks {
   __device__ BlockMask at(const Problem& p, int64_t leading, const Sequence& s, int32_t head) const {
     return block_mask_of(p, leading, s, head);
   }
 };
-struct FoundTiles {
+struct MaskTileBlocks {
   MaskTiles tiles;
   __device__ MaskTiles at(const Problem&, int64_t leading, const Sequence& s, int32_t head) const {
     return tiles.at(leading, s.index, head);
@@ -64,19 +64,19 @@ __global__ void __launch_bounds__(32)
   int32_t count = 0, last = 0;  // pieces so far; the first key of the last piece
   for (int32_t first = seen.lo / to.keys * to.keys; first < seen.hi; first += 32 * to.keys) {
     const int32_t key = first + lane * to.keys;
-    SeenPiece of[kConsumersOfTile] = {SeenPiece::kNone, SeenPiece::kNone};
+    SeenPiece seen_by[kConsumersOfTile] = {SeenPiece::kNone, SeenPiece::kNone};
     if (key < seen.hi) {
       for (int i = 0; i < kConsumersOfTile; ++i) {
         const int32_t begin = paired ? row : row + i * kRowBlock;
-        of[i] = seen_piece(band, blocks, paired ? i : 0, {begin, min(begin + kRowBlock, end)},
-                           {key, key + to.keys});
+        seen_by[i] = seen_piece(band, blocks, paired ? i : 0, {begin, min(begin + kRowBlock, end)},
+                                {key, key + to.keys});
       }
     }
-    const bool is_seen = of[0] != SeenPiece::kNone || of[1] != SeenPiece::kNone;
+    const bool is_seen = seen_by[0] != SeenPiece::kNone || seen_by[1] != SeenPiece::kNone;
     const uint32_t all = __ballot_sync(~0u, is_seen);
     if (is_seen) {
       const int32_t at = count + __popc(all & ((1u << lane) - 1));
-      own[at / pieces].piece[at % pieces] = KeyPieces::make(key, of[0], of[1]);
+      own[at / pieces].piece[at % pieces] = KeyPieces::make(key, seen_by[0], seen_by[1]);
       for (int32_t i = pieces; at % pieces == 0 && i < kMostPieces; ++i) own[at / pieces].piece[i] = 0;
     }
     if (all) last = first + (31 - __clz(static_cast<int>(all))) * to.keys;
@@ -129,14 +129,14 @@ struct PossibleSteps {
   // The i-th of them as a list element.
   __device__ int32_t at(int32_t i) const {
     const int32_t h = i / tiles.size(), tile = tiles.lo + i % tiles.size();
-    SeenPiece of[kConsumersOfTile] = {SeenPiece::kNone, SeenPiece::kNone};
+    SeenPiece seen_by[kConsumersOfTile] = {SeenPiece::kNone, SeenPiece::kNone};
     for (int part = 0; part < parts; ++part) {
       const int32_t begin = key + part * kRowBlock;
       if (begin < band.k_len)
-        of[part] = seen_keys(band, blocks, h, {tile * rows, min((tile + 1) * rows, band.q_len)},
-                             {begin, begin + kRowBlock});
+        seen_by[part] = seen_keys(band, blocks, h, {tile * rows, min((tile + 1) * rows, band.q_len)},
+                                  {begin, begin + kRowBlock});
     }
-    return ListedStep::make(h, tile, of[0], of[1]);
+    return ListedStep::make(h, tile, seen_by[0], seen_by[1]);
   }
 };
 
@@ -260,10 +260,10 @@ cudaError_t launch_step_order(const StepLists& lists, int32_t tiles_per_head, ui
 cudaError_t launch_blocks(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
   if (p.batch == 0) return cudaSuccess;
   const TileGrid& grid = plan.keys.mask_tiles >= 0 ? plan.keys : plan.queries;
-  if (grid.mask_tiles < 0) return launch_lists(p, GivenBlocks{}, plan, workspace, stream);
+  if (grid.mask_tiles < 0) return launch_lists(p, OperandBlocks{}, plan, workspace, stream);
   const MaskTiles tiles = mask_tiles(p, grid, workspace);
   if (cudaError_t e = launch_mask_tiles(p, tiles, stream); e != cudaSuccess) return e;
-  return launch_lists(p, FoundTiles{tiles}, plan, workspace, stream);
+  return launch_lists(p, MaskTileBlocks{tiles}, plan, workspace, stream);
 }
 
 }  // namespace jax_flash

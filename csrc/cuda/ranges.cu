@@ -71,7 +71,8 @@ __device__ Interval intersection_of_warp(Interval x) {
   return x;
 }
 
-// What the rows of a warp's block, from `row` on, see at all heads that have their own ranges.
+// The keys that the rows of a warp's block, which begins at `row`, see at any of the heads that have ranges
+// of their own.
 __device__ SeenByBlock seen_by_block(const Problem& p, int64_t leading, const Sequence& s, int32_t row) {
   const Band band = make_band(p, leading, s);
   const RowRanges ranges = row_ranges(p, leading, s, 0);

@@ -165,12 +165,12 @@ inline int64_t head_bytes(const Problem& p) {
   return std::max<int64_t>(1, row * p.q_rows * (p.heads / p.kv_heads));
 }
 
-// KV heads whose tiles are worked on together: as many as have 32 MB of Q, dO and sums of dQ, which stay in
-// L2, but no more than 16, and with a band or a mask, where tiles differ, enough for the last ones to be
-// short.
+// How many KV heads' tiles are worked on together: as many as have 32 MB of Q, dO and sums of dQ, which then
+// stay in L2, but at most 16. With a band or a mask tiles differ in length, so at least kFewestOfBand heads
+// are taken, so that the last tiles are short.
 //
-// In a deterministic call 32, or 16 without a band; of clusters half as many: the fewer tiles of a head run
-// at a time, the less they wait for each other.
+// In a deterministic call there are 32, or 16 without a band, and half as many with clusters: the fewer tiles
+// of a head run at a time, the less they wait for each other.
 inline uint32_t backward_heads_together(const Problem& p, ScoreKind score, uint32_t cluster_size) {
   constexpr int64_t kBytes = 32 << 20, kMost = 16, kFewestOfBand = 8;
   const bool band = p.spec.left >= 0 || p.spec.right >= 0 || p.ranges || score == ScoreKind::kListedMask;
@@ -280,8 +280,8 @@ cudaError_t launch_slice(const Problem& p, const LaunchPlan& plan, void* workspa
       const auto run = [&]<bool kOrdered>() {
         return launch_backward_sm90<BackwardSm90<T, R, kKind, kOrdered>, T>(p, plan, workspace, stream);
       };
-      // Where bias or mask take the room that the ordered way to add dQ up needs, consumers wait for their
-      // tickets. Calls whose steps are listed have none.
+      // The ordered kernel stages dQ in shared memory. If bias or mask take this room, consumers wait for
+      // their tickets instead. Calls whose steps are listed have no tickets.
       constexpr bool kOrdered = !stages_tiles(kKind) && !lists_tiles(kKind);
       return plan.dq_tickets < 0 ? run.template operator()<false>() : run.template operator()<kOrdered>();
     });

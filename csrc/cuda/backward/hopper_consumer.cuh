@@ -67,7 +67,7 @@ struct GradientConsumer {
     return uniform(tile().work.tile.row) + consumer * kConsumerRows + warp * 16;
   }
 
-  // Issues Sᵀ = K Qᵀ or dPᵀ = V dOᵀ  [64, M], or adds it to what is there.
+  // Issues Sᵀ = K Qᵀ or dPᵀ = V dOᵀ  [64, M]; with kAdds, adds the product to `to`.
   template <class RowTile, class ColumnTile, bool kAdds = false>
   __device__ __forceinline__ void start_scores(S& to, const uint8_t* rows, const uint8_t* columns) {
     const RowsDescriptor<RowTile> a(
@@ -92,8 +92,8 @@ struct GradientConsumer {
     ptx::wgmma_commit();
   }
 
-  // Issues dQ = dS K, with the dS of both consumers. `listed`: the step's list element, if steps come from a
-  // list; then only the dS of consumers that see some of their keys is used, and that of at least one.
+  // Issues dQ = dS K, with the dS of both consumers. `listed`: the step's list element, if steps are listed.
+  // In a listed step, only consumers some of whose keys are visible have dS; at least one consumer does.
   __device__ __forceinline__ void start_dq(uint32_t use, int32_t listed) {
     constexpr int kSteps = (kListsSteps<C> ? kConsumerRows : C::kN) / 16;
     const bool first = !kListsSteps<C> || KeyPieces::seen(listed, 0) != SeenPiece::kNone;
@@ -120,15 +120,14 @@ struct GradientConsumer {
     ptx::wgmma_commit();
   }
 
-  // Passes a step in which no key of this consumer is seen: computes only the other consumer's part of dQ of
-  // the step before.
+  // Skips a step in which no key of this consumer is visible: issues no product but dQ of the step before.
   template <bool kFirst>
-  __device__ __forceinline__ void pass_step(uint32_t use, int32_t sum_before, int32_t listed_before) {
+  __device__ __forceinline__ void skip_step(uint32_t use, int32_t sum_before, int32_t listed_before) {
     shared.ready_pipe.release(use);
     shared.ds_pipe.arrive_by_warp(use);
-    if constexpr (C::kAlternates) ptx::sync_group(kTurn + consumer, C::kConsumers * kWarpgroup);
+    if constexpr (C::kAlternates) ptx::sync_group(kIssueBarrier + consumer, C::kConsumers * kWarpgroup);
     if constexpr (!kFirst) start_dq(use - 1, listed_before);
-    pass_turn(1 - consumer);
+    allow_issue(1 - consumer);
     shared.do_pipe.release(use);
     shared.q_pipe.release(use);
     if constexpr (!kFirst) {
@@ -137,7 +136,7 @@ struct GradientConsumer {
     }
   }
 
-  // Adds dQ to the sums. `sum`: the number of the query tile there.
+  // Adds dQ to the sums. `sum`: the index of the query tile among them.
   __device__ __forceinline__ void add_dq(int32_t sum) {
     Placement at = dq_placement<C>(consumer);
     at.row += warp_row();
@@ -195,7 +194,7 @@ struct GradientConsumer {
     shared.ds_pipe.arrive_by_warp(use);
   }
 
-  // Takes a step's dQ out of the registers. `sum`: the number of its query tile among the sums.
+  // Adds a step's finished dQ to the sums, or sends it there. `sum`: the index of its query tile among them.
   __device__ __forceinline__ void finish_dq(uint32_t use, int32_t sum) {
     ptx::hold(dq.x[0]);
     if constexpr (C::kReleasesDs) shared.ds_pipe.release(use);
@@ -208,7 +207,7 @@ struct GradientConsumer {
     }
   }
 
-  // Adds dQ after the key tiles with earlier tickets. Every warp of those has raised the counter.
+  // Adds dQ after the key tiles with earlier tickets, every warp of which has then raised the counter.
   __device__ __forceinline__ void add_dq_by_ticket(int32_t sum) {
     constexpr uint32_t kWarps = C::kConsumers * kConsumerWarps;
     uint32_t* const ticket = tile().tickets + sum;
@@ -224,10 +223,11 @@ struct GradientConsumer {
     return !uniform(tile().whole[consumer]).contains(step.tile);
   }
 
-  // Lets a consumer issue its sums. They alternate, so that one's exponentials overlap the other's products.
-  static constexpr int kTurn = 2;  // the first of the consumers' named barriers
-  __device__ __forceinline__ static void pass_turn(int to) {
-    if constexpr (C::kAlternates) ptx::arrive_group(kTurn + to, C::kConsumers * kWarpgroup);
+  // Ping-pong: allows consumer `to` to issue its sums. Consumers alternate, so that the exponentials of one
+  // overlap the products of the other.
+  static constexpr int kIssueBarrier = 2;  // the first of the consumers' named barriers
+  __device__ __forceinline__ static void allow_issue(int to) {
+    if constexpr (C::kAlternates) ptx::arrive_group(kIssueBarrier + to, C::kConsumers * kWarpgroup);
   }
 
   // A step. It computes dQ of the step before, so that no consumer waits for the other's dS of this step.
@@ -241,7 +241,7 @@ struct GradientConsumer {
       listed = shared.step_ring.element(step);
       step = shared.step_ring.get(step);
       if (KeyPieces::seen(listed, consumer) == SeenPiece::kNone)
-        return pass_step<kFirst>(use, sum_before, listed_before);
+        return skip_step<kFirst>(use, sum_before, listed_before);
     }
     if constexpr (C::kStartsFromDelta) {
       start_from_delta(dp, shared.statistics[stage].delta);
@@ -280,13 +280,13 @@ struct GradientConsumer {
     ptx::hold(dst.x[0]);
     ptx::hold(dv.x[0]);
     ptx::hold(dk.x[0]);
-    if constexpr (C::kAlternates) ptx::sync_group(kTurn + consumer, C::kConsumers * kWarpgroup);
+    if constexpr (C::kAlternates) ptx::sync_group(kIssueBarrier + consumer, C::kConsumers * kWarpgroup);
     if constexpr (!kFirst) start_dq(use - 1, listed_before);  // dQ = dS K of the step before
     ptx::wgmma_fence();
     start_sum<DoTile>(dv, pt, shared.d_out[stage]);  // dV += Pᵀ dO
     if constexpr (C::kSharesDsLate) share_ds(use);   // overlaps with the products
     start_sum<QTile>(dk, dst, shared.q[stage]);      // dK += dSᵀ Q
-    pass_turn(1 - consumer);
+    allow_issue(1 - consumer);
     if constexpr (!kFirst) {
       ptx::wgmma_wait<2>();
       finish_dq(use - 1, sum_before);
@@ -348,7 +348,7 @@ struct GradientConsumer {
   }
 
   __device__ __forceinline__ void run() {
-    if (consumer == 1) pass_turn(0);
+    if (consumer == 1) allow_issue(0);
     run_tiles([this] { differentiate_tile(); });
   }
 

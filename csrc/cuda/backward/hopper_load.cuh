@@ -235,7 +235,7 @@ struct GradientProducer {
             large_lse |= lse_too_large(row_lse(x.x));
             unseen |= x.x == -INFINITY;
           };
-          // As many loads as registers allow are issued before the stage is empty.
+          // Issues as many loads as registers allow before it waits for the stage.
           const float2 first = fetch(lane), second = fetch(lane + 32);
           const SegmentRange segments = row_segments(tile, step);
           const uint32_t partial = partial_consumers<C::kConsumers>(

@@ -36,13 +36,13 @@ __device__ __forceinline__ bool is_partial_of(const int32_t& large_lse, int cons
 template <class C>
 inline constexpr bool kPlainSteps = C::kKind == ScoreKind::kPlain || kMarksSteps<C>;
 
-// What a step's rows see of a warp's 16 keys by a boolean mask or ranges, and the band: fetched while S is
-// multiplied. Nothing in kernels of other kinds.
+// Which of a warp's 16 keys each row of a step sees by a boolean mask or ranges, and by the band. It is
+// fetched while S is multiplied. Kernels of other kinds fetch nothing.
 template <class C>
 struct SeenByStep {
   static constexpr bool kFetched = C::kKind == ScoreKind::kListedMask || C::kKind == ScoreKind::kRanges;
   static constexpr int kWords = kFetched ? C::kM / 64 : 1, kKeys = MaskRows::kKeys;
-  // Of each 64 rows, lane l has a bit per key for row l and, in the high half, for row l + 32.
+  // One word for every 64 rows: lane l has a bit per key for row l and, in the high half, for row l + 32.
   uint32_t of_rows[kWords];
 
   template <class Tile>
@@ -126,33 +126,33 @@ inline constexpr int32_t kLargeLseMask = kMarksSteps<C> ? 1 : -1;
 template <class Consumer>
 struct StepTile {
   using Score = typename Consumer::Config::Score;
-  const Consumer& of;
+  const Consumer& warpgroup;
   const QueryStep& step;
-  const Problem& p = of.p;
-  const int32_t key = of.key();
+  const Problem& p = warpgroup.p;
+  const int32_t key = warpgroup.key();
 
   __device__ __forceinline__ auto operands() const {
-    return of.tile().score.template of_head<Score>(p, of.tile().work, step.head);
+    return warpgroup.tile().score.template of_head<Score>(p, warpgroup.tile().work, step.head);
   }
-  __device__ __forceinline__ const Band& band() const { return of.tile().band; }
+  __device__ __forceinline__ const Band& band() const { return warpgroup.tile().band; }
   __device__ __forceinline__ int32_t row() const { return step.tile * Consumer::Config::kM; }
   // Compares the segments of the rows, which the statistics warp has found, with those of this warp's keys.
   __device__ __forceinline__ InSegment in_segment() const
     requires(kStagesSegments<typename Consumer::Config>)
   {
     if (!p.q_segment_ids || key >= band().k_len) return InSegment::kAll;
-    const auto& segments = of.shared.segments;
+    const auto& segments = warpgroup.shared.segments;
     return compare_ranges(segments.rows[step.number % Consumer::Config::kStages],
-                          segments.keys[of.warp_index()]);
+                          segments.keys[warpgroup.warp_index()]);
   }
   // Bias and mask (load/score_tiles.cuh).
   template <class S, class Add>
     requires(kStagesTiles<typename Consumer::Config>)
   __device__ __forceinline__ void apply_tiles(S& s, Add add) const {
-    const int column = static_cast<int>(of.consumer * kConsumerRows + Consumer::warp_row());
-    of.shared.score_pipe.wait_full(step.number);
-    Consumer::Config::Tiles::apply(s, of.shared, p, 0, column, step.number, add);
-    of.shared.score_pipe.release(step.number);
+    const int column = static_cast<int>(warpgroup.consumer * kConsumerRows + Consumer::warp_row());
+    warpgroup.shared.score_pipe.wait_full(step.number);
+    Consumer::Config::Tiles::apply(s, warpgroup.shared, p, 0, column, step.number, add);
+    warpgroup.shared.score_pipe.release(step.number);
   }
 };
 

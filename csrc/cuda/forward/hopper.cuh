@@ -92,9 +92,10 @@ struct ForwardSm90 {
   static constexpr int kEarlyExponentials = !kHoldsExponentials || kValueDim > 128 ? kN / 8
                                             : kAllConsumers > 2                    ? 0
                                                                                    : kN * 3 / 64;
-  // K steps of S whose Q is read from shared memory once per query tile instead of at every key tile. All at
-  // d128: 2 % where power is the limit. As many as fit in registers where CTAs share the tile, as products of
-  // 64 keys need all of shared memory's bandwidth.
+  // K steps of S whose Q stays in registers, so that it is read from shared memory once per query tile
+  // instead of once per key tile. At d128 these are all steps, which gains 2 % where power is the limit. If
+  // CTAs share the tile, they are as many as registers allow, because products of 64 keys need all of shared
+  // memory's bandwidth.
   static constexpr bool kQueryInRegisters = (kPlainLoop || Kind == ScoreKind::kSegments) && kHeadDim == 128 &&
                                             kAllConsumers <= 2 && R.block_n <= 128;
   static constexpr int kHeadSteps = kHeadDim / 16, kKeySteps = kN / 16;
@@ -122,8 +123,8 @@ struct ForwardSm90 {
   using Input = typename Score::template Input<T, kN, kSmallKeyTile ? 2 : kBiasStages, kConsumers>;
   using Loader = KeyLoader<ForwardSm90>;
   // The load warp starts before the scheduler has prepared what the consumers need, which saves 2,000 cycles
-  // of a kernel's start. Not with three consumers, whose loop is 2 to 5 % slower then, as ptxas allocates its
-  // registers differently, nor with multicast, whose calls run too long for it to show.
+  // of a kernel's start. It does not with three consumers, whose loop would be 2 to 5 % slower, as ptxas
+  // allocates its registers differently, nor with multicast, whose calls are too long for it to matter.
   static constexpr bool kEarlyLoad = kConsumers <= 2 && kMulticast == 1;
   using Shared = ForwardShared<T, QTile, KTile, VTile, kKeyStages, kValueStages, kConsumers, kOwners,
                                kKeyParts, kKeyCluster, Input, kMulticast, Output,

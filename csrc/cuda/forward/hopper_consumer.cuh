@@ -67,10 +67,10 @@ struct Consumer {
   // Ping-pong scheduling: consumers alternate in issuing products, so that one's softmax overlaps another's
   // products. Teams get out of step by themselves, and so do consumers that wait for another CTA.
   static constexpr bool kPingPong = C::kConsumers > 1 && C::kTeams == 1 && C::kSharers == 1;
-  __device__ __forceinline__ void wait_turn() const {
+  __device__ __forceinline__ void wait_for_issue() const {
     if constexpr (kPingPong) ptx::sync_group(1 + consumer, 256);
   }
-  __device__ __forceinline__ void pass_turn() const {
+  __device__ __forceinline__ void allow_next_issue() const {
     if constexpr (kPingPong) ptx::arrive_group(1 + (consumer + 1) % C::kConsumers, 256);
   }
 
@@ -141,34 +141,34 @@ struct Consumer {
     ptx::wgmma_commit();
   }
 
-  // Calls that are rare have a copy of the loop, kRare, so that the usual one has no branch for them: dropout
-  // whose numbers are drawn one by one, and row_max where the softmax has no maximum.
+  // Rare calls have a copy of the loop, kRare, so that the usual loop has no branch for them: dropout whose
+  // numbers are drawn one by one, and row_max if the softmax has no maximum.
   static constexpr bool kHasRareLoop = Score::kDropoutInSoftmax || C::Softmax::kBounded;
   __device__ __forceinline__ bool is_rare() const {
     if constexpr (Score::kDropoutInSoftmax) return uniform(tile->score.dropout.needs_scalar_path());
     return C::Softmax::kBounded && p.row_max;
   }
 
-  // S → P, of which the exponentials of some column tiles are left to finish_exponentials(). `kv_use`: of
-  // K's pipeline, for tile n.
+  // S → P, except for the exponentials of some column tiles, which finish_exponentials() computes. `kv_use`:
+  // the use of K's pipeline for tile n.
   template <bool kMasked, bool kRare, bool kInput, class Scores>
   __device__ __forceinline__ void start_softmax(Scores& s, int32_t n, uint32_t kv_use, Score& score) {
     const int32_t key = n * C::kN;
-    auto of = score_tile(kv_use);
+    auto at = score_tile(kv_use);
     if constexpr (Score::kPositional)
-      of.key = key;  // without this the compiler would move key into the masked branch
-    if constexpr (kInput) score.apply(s, of, softmax);  // softcap, bias, ALiBi, segments
+      at.key = key;  // without this the compiler would move key into the masked branch
+    if constexpr (kInput) score.apply(s, at, softmax);  // softcap, bias, ALiBi, segments
     if constexpr (C::kRanges) {
       if constexpr (kMasked) score.hide(s);
     } else if constexpr (C::kListed) {
-      score.hide(s, of);
+      score.hide(s, at);
     } else if constexpr (kMasked) {
       const bool begins = n < whole.lo, ends = n >= whole.hi;
       if (begins || ends) mask(s, tile->band, row(), key, begins, ends);
     }
     if constexpr (kRare && C::Softmax::kBounded) raise_maxima(*this, s);
     const int early = std::min(C::kEarlyExponentials, Scores::kColumnTiles);
-    score.template exponentiate<kRare>(s, of, softmax, alpha, early);  // m, α; P = 2^(S − m)
+    score.template exponentiate<kRare>(s, at, softmax, alpha, early);  // m, α; P = 2^(S − m)
   }
 
   template <class Scores>
@@ -199,10 +199,10 @@ struct Consumer {
   template <int kKeys, bool kRare>
   __device__ __forceinline__ Score multiply_scores(int32_t n) {
     if constexpr (C::kKeyParts == 1) shared.wait_key(kv_index);
-    wait_turn();
+    wait_for_issue();
     ptx::hold(s.x[0]);
     start_scores<kKeys>(kv_index);  // S = Q Kᵀ
-    pass_turn();
+    allow_next_issue();
     Score score;
     score.template prefetch<kRare>(score_tile(kv_index), n * C::kN);
     if constexpr (C::kRanges) score.find_seen(score_tile(kv_index), n * C::kN);
@@ -253,12 +253,12 @@ struct Consumer {
   __device__ __forceinline__ void step(int32_t n) {
     const uint32_t next = kv_index + 1;
     if constexpr (C::kKeyParts == 1) shared.wait_key(next);
-    wait_turn();
+    wait_for_issue();
     ptx::hold(s.x[0]);
     start_scores(next);  // S = Q K_nᵀ  [64, N]
     shared.wait_value(kv_index);
     start_values(kv_index);  // O ← O + P V_n+1  [64, dv]
-    pass_turn();
+    allow_next_issue();
     send_weights(*this);
     Score score;
     score.template prefetch<kRare>(score_tile(next), n * C::kN);
@@ -286,7 +286,7 @@ struct Consumer {
 #pragma unroll
         for (int part = 0; part < C::kKeyParts; ++part) {
           shared.wait_key(kv_index, part);
-          if (part == 0) wait_turn(), pass_turn();
+          if (part == 0) wait_for_issue(), allow_next_issue();
           shared.release_key(kv_index, part);
         }
       }
@@ -343,7 +343,7 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void run() {
-    if (consumer == C::kConsumers - 1) pass_turn();  // the first consumer has the first turn
+    if (consumer == C::kConsumers - 1) allow_next_issue();  // the first consumer begins
     for (;; ++tile_index) {
       if (owns_rows(*this)) shared.q_pipe[q_slot()].wait_full(tile_index);
       tile = &shared.tiles[tile_index % kTileStates];

@@ -65,9 +65,9 @@ struct RangesOfTile : NeighbouringRows {
 };
 struct NoRangesOfTile : NeighbouringRows {};
 
-// Which columns of V and O a CTA works on, if not on all: those of a slice, or those of its rank in a cluster
-// whose CTAs share the tile, in Q and K, too. The slices of a query tile have consecutive numbers, as they
-// read the same Q and K. Both write the same lse and largest scores.
+// Which columns of V and O a CTA works on, if not on all: those of a slice or, in a cluster whose CTAs share
+// the tile, those of its rank, which are also its columns of Q and K. The slices of a query tile have
+// consecutive numbers, because they read the same Q and K. All of them write the same lse and row maxima.
 struct SliceOfTile {
   int32_t column;  // first column
 
