@@ -41,6 +41,9 @@ def visible_pairs(spec: AttentionSpec, shapes: Shapes, values: Values) -> int:
         return sum(_in_ranges(spec, size, x) * (heads // len(x)) for size, x in zip(sizes, limits))
     if not others:
         return heads * sum(times * _in_band(spec, *size) for size, times in Counter(sizes).items())
+    if others == {"block_mask"} and "ranges" not in values:
+        mask = np.broadcast_to(values["block_mask"], (len(sizes), *values["block_mask"].shape[1:]))
+        return sum(_in_block_mask(spec, *x) * (heads // mask.shape[1]) for x in zip(sizes, mask))
     if others == {"q_segment_ids"} and "ranges" not in values:
         return heads * sum(_in_segments(spec, size, *ids) for size, ids in zip(sizes, _segments(values)))
     return sum(_in_mask(spec, size, heads, entry, values, limits) for entry, size in enumerate(sizes))
@@ -141,6 +144,17 @@ def _in_blocks(spec: AttentionSpec, size: tuple[int, int], mask: np.ndarray) -> 
     """What a block mask shows of a sequence, [b | 1, h | 1, rows, keys]."""
     seen = np.repeat(np.repeat(mask, spec.block[0], 2), spec.block[1], 3)[:, :, : size[0], : size[1]]
     return np.pad(seen, [(0, 0), (0, 0), *((0, n - m) for n, m in zip(size, seen.shape[2:]))])
+
+
+def _in_block_mask(spec: AttentionSpec, size: tuple[int, int], mask: np.ndarray) -> int:
+    """The visible pairs of the heads that a block mask [h, rows, keys] has, without a picture of all pairs."""
+    if not size[0]:
+        return 0
+    first, past = _rows(spec, size)
+    begin = np.arange(mask.shape[2]) * spec.block[1]
+    keys = np.minimum(past[:, None], begin + spec.block[1]) - np.maximum(first[:, None], begin)
+    of_blocks = np.add.reduceat(np.maximum(keys, 0), np.arange(0, size[0], spec.block[0]), 0)[: mask.shape[1]]
+    return int((mask[:, : len(of_blocks)] * of_blocks).sum())
 
 
 def _segments(values: Values) -> Iterator[tuple[np.ndarray, np.ndarray]]:
