@@ -46,21 +46,23 @@ constexpr int64_t forward_shared_bytes(const Row& r) {
 }
 
 // The backward: K and V of a key tile, `stages` tiles of Q and dO with lse and delta, a few tiles of dS, and
-// dQ in float32 or one more tile of dS.
+// dQ in float32 or one more tile of dS, with tiles of 64 queries also one more stage.
 inline constexpr int32_t kScoreGradientStages = 3;
 inline constexpr int64_t kKeyTileStateBytes = 1024;  // upper bound: barriers and the state of the key tile
 
 inline constexpr int32_t kSingleDsStages = 2;  // tiles of dS of a CTA with one consumer warpgroup
 
 constexpr int64_t backward_shared_bytes(const Row& r) {
-  const int64_t rows = r.block_n + int64_t{r.stages} * r.block_m;
   const int64_t ds = kElementBytes * r.block_m * r.block_n,
                 dq = static_cast<int64_t>(sizeof(float)) * r.block_m * r.head_dim;
-  const int64_t statistics = 2 * int64_t{r.stages} * r.block_m;
+  const int64_t stage =
+      r.block_m * (kElementBytes * (r.head_dim + r.value_dim) + 2 * static_cast<int64_t>(sizeof(float)));
+  const int64_t more = ds + (r.block_m == kConsumerRows ? stage : 0);
   const int64_t gradients =
-      r.block_n == kConsumerRows ? kSingleDsStages * ds : kScoreGradientStages * ds + (ds > dq ? ds : dq);
-  return kElementBytes * rows * (r.head_dim + r.value_dim) + gradients +
-         static_cast<int64_t>(sizeof(float)) * statistics + kKeyTileStateBytes;
+      r.block_n == kConsumerRows ? kSingleDsStages * ds : kScoreGradientStages * ds + (more > dq ? more : dq);
+  const int64_t bytes = kElementBytes * r.block_n * (r.head_dim + r.value_dim) + r.stages * stage +
+                        gradients + kKeyTileStateBytes;
+  return (bytes + 1023) / 1024 * 1024;  // tiles are aligned to 1024 bytes
 }
 
 // The bias gradient: two tiles of the bias, and perhaps of the mask, with the state of a step. The remaining

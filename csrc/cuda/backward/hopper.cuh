@@ -56,7 +56,7 @@ struct BackwardSm90 {
   static constexpr ScoreKind kKind = Kind;
   static constexpr bool kOrdered = Ordered;
   static constexpr int kCluster = 1, kConsumers = N / kConsumerRows, kThreads = R.warps * 32;
-  static constexpr int kM = M, kN = N, kStages = R.stages;
+  static constexpr int kM = M, kN = N;
   static constexpr bool kSingle = kConsumers == 1;
   static constexpr int kProducerRegisters = kSingle ? 32 : producer_registers(kConsumers),
                        kConsumerRegisters = kSingle ? 224 : consumer_registers(kConsumers);
@@ -83,6 +83,8 @@ struct BackwardSm90 {
   static constexpr int kDsStages = kSingle       ? hopper::kSingleDsStages
                                    : kReleasesDs ? hopper::kScoreGradientStages - (kSpareDs ? 1 : 0)
                                                  : hopper::kScoreGradientStages + 1;
+  // With 64 query rows the memory of dQ, where it is not staged, holds one more stage of Q and dO.
+  static constexpr int kStages = R.stages + (!kReleasesDs && !kSingle && M == kConsumerRows ? 1 : 0);
   // The order of the plain kernel with 64 query rows: dQ and dV are issued before dS is stored, and dPᵀ is
   // added to −delta. A consumer that stores dS has still waited for the other's dS of the step before, which
   // now comes after the other's dQ of three steps before. With 128 rows there are too few registers.
