@@ -36,6 +36,12 @@ struct BlockPipeline {
   __device__ __forceinline__ void wait_full(uint32_t use) const {
     ptx::barrier_wait(full_barrier(use), phase(use));
   }
+  __device__ __forceinline__ bool is_full(uint32_t use) const {
+    return ptx::barrier_test(full_barrier(use), phase(use));
+  }
+  __device__ __forceinline__ void wait_full(uint32_t use, bool known) const {
+    if (!known) wait_full(use);
+  }
   // Waits for the release of the stage's previous use, if it had one.
   __device__ __forceinline__ void wait_empty(uint32_t use) const {
     ptx::barrier_wait(empty_barrier(use), phase(use) ^ 1);

@@ -1,5 +1,6 @@
 // The Hopper family (sm90): wgmma, TMA and mbarrier pipelines.
 #include <algorithm>
+#include <cstdlib>
 
 #include "core/families/decode_clusters.h"
 #include "core/families/decode_parts.h"
@@ -193,11 +194,18 @@ class Backward final : public PassTraits {
     if (spec.has(Operand::kBlockMask) && !lists_steps(row, call)) return false;
     if (spec.has(Operand::kBias) && !call.shapes.bias_in_chunks) return false;
     if (spec.has(Operand::kMask) && !lists_mask(row, call) && !call.shapes.mask_in_chunks) return false;
+    if (row.head_dim == 128) {
+      const char* const variant = std::getenv("JF_PAIR");
+      const int wanted = variant ? std::atoi(variant) : 0;
+      if (wanted != (hopper::backward_in_pairs(row) ? row.multicast : row.multicast > 1 ? 10 + row.multicast : 0))
+        return false;
+    }
     return call.shapes.q_rows > 0 && call.device.sm_count >= cluster_of(row);
   }
 
   int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
     if (!hopper::backward_in_clusters(row)) return hopper::backward_shared_bytes(row);
+    if (hopper::backward_in_pairs(row)) return hopper::kMaxSharedBytes;
     if (stages_tiles(row, call)) return hopper::kMaxSharedBytes;
     return hopper::backward_cluster_shared_bytes(row, hopper::backward_cluster_stages(row, 0));
   }

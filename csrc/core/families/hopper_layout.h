@@ -63,6 +63,10 @@ constexpr int32_t bias_gradient_stages(const Row& r, int32_t width, bool mask) {
   return r.stages < fit ? r.stages : fit;
 }
 
+// Whether the two CTAs of a backward cluster have 128 keys each and take turns to compute dQ.
+constexpr bool backward_in_pairs(const Row& r) {
+  return r.design == Design::kCluster && r.block_n == 4 * kConsumerRows;
+}
 constexpr bool backward_in_clusters(const Row& r) {
   return r.design == Design::kCluster || r.design == Design::kClusterColumns;
 }

@@ -28,6 +28,7 @@
 #include "cuda/backward/hopper_cluster.cuh"
 #include "cuda/backward/hopper_consumer.cuh"
 #include "cuda/backward/hopper_load.cuh"
+#include "cuda/backward/hopper_pair.cuh"
 #include "cuda/backward/hopper_state.cuh"
 #include "cuda/backward/query_sums.cuh"
 #include "cuda/hopper/roles.cuh"
@@ -69,7 +70,7 @@ struct BackwardSm90 {
   static constexpr bool kSpareDs =
       (Kind == ScoreKind::kBias || Kind == ScoreKind::kGeneralDropout) && M > kConsumerRows;
   // Whether consumers alternate in issuing products (ping-pong).
-  static constexpr bool kAlternates = M == kConsumerRows;
+  static constexpr bool kAlternates = M == kConsumerRows && R.multicast != 8;
   // With four tiles of dS no stage needs to be released: before a consumer overwrites a tile, it has waited
   // for the other consumer's dS of two steps before, which came after that consumer's dQ of four steps
   // before.
@@ -83,6 +84,8 @@ struct BackwardSm90 {
       (Kind == ScoreKind::kPlain || Kind == ScoreKind::kRanges || lists_tiles(Kind)) && !Ordered &&
       M == kConsumerRows;
   static constexpr bool kStartsFromDelta = kSharesDsLate;
+  static constexpr bool kPeeksReady = (R.multicast >= 2 && R.multicast < 5) || R.multicast == 9, kPeeksDs = R.multicast >= 3 && R.multicast < 5,
+                        kDqLast = R.multicast == 4, kPins = R.multicast >= 5 && R.multicast != 8, kDqEarly = R.multicast >= 6, kShareEarly = R.multicast >= 7;
   static constexpr int kTilesBytes =
       M * HeadDim * int{sizeof(float)} + (kSpareDs ? SharedTile<T, N, M>::kBytes : 0);
   using Tiles = GradientTiles<Kind, T, M, N, kTilesBytes>;
@@ -205,6 +208,9 @@ inline cudaError_t make_key_grid(KeyGrid& grid, const Problem& p, const LaunchPl
   return cudaMemsetAsync(grid.tickets, 0, tickets * sizeof(uint32_t), stream);
 }
 
+template <class C>
+inline constexpr bool kPermutesQueries = requires { requires C::kPermutesQueries; };
+
 template <class C, class T>
 cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void* workspace,
                                  cudaStream_t stream) {
@@ -214,7 +220,9 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
   if (grid.blocks > 0) {
     typename C::Maps maps;
     cudaError_t e = cudaSuccess;
-    if constexpr (C::kCluster > 1) {
+    if constexpr (kPermutesQueries<C>) {
+      e = make_pair_maps<C>(maps, p);
+    } else if constexpr (C::kCluster > 1) {
       e = make_cluster_maps<C>(maps, p);
     } else {
       e = make_maps<C>(maps, p);
@@ -228,7 +236,10 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
     KeyGrid key_grid;
     if (e = make_key_grid(key_grid, p, plan, workspace, sums, C::kM, stream); e != cudaSuccess) return e;
     constexpr size_t kShared = sizeof(typename C::Shared);
-    if constexpr (C::kCluster > 1) {
+    if constexpr (kPermutesQueries<C>) {
+      e = launch_clusters(backward_pair_sm90<C>, C::kCluster, plan.persistent_ctas, C::kThreads, kShared,
+                          stream, p, maps, tiles, key_grid);
+    } else if constexpr (C::kCluster > 1) {
       e = launch_clusters(backward_cluster_sm90<C>, C::kCluster, plan.persistent_ctas, C::kThreads, kShared,
                           stream, p, maps, tiles, key_grid);
     } else {
@@ -237,12 +248,14 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
     }
     if (e != cudaSuccess) return e;
   }
-  return convert_sums<T, C::kM>(p, sums, grid, workspace, stream);
+  return convert_sums<T, C::kM, kPermutesQueries<C>>(p, sums, grid, workspace, stream);
 }
 
 template <class T, Row R>
 cudaError_t launch_slice(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
-  if constexpr (hopper::backward_in_clusters(R)) {
+  if constexpr (hopper::backward_in_pairs(R)) {
+    return launch_backward_sm90<BackwardPairSm90<T, R>, T>(p, plan, workspace, stream);
+  } else if constexpr (hopper::backward_in_clusters(R)) {
     return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
       return launch_backward_sm90<BackwardClusterSm90<T, R, kKind>, T>(p, plan, workspace, stream);
     });

@@ -36,6 +36,7 @@ struct GradientConsumer {
   const KeyGrid& grid;
   const int consumer;
   uint32_t tile_index = 0, step_use = 0;  // key tiles and steps so far
+  bool next_ready = false;
   S s, dp;                                // Sᵀ, then Pᵀ, and dPᵀ, then dSᵀ  [64, M]
   typename C::Fragments pt, dst;          // Pᵀ and dSᵀ, rounded
   typename C::DK dk;                      // dK [64, d]
@@ -94,12 +95,12 @@ struct GradientConsumer {
 
   // Issues dQ = dS K, with the dS of both consumers. `listed`: the step's list element, if steps come from a
   // list; then only the dS of consumers that see some of their keys is used, and that of at least one.
-  __device__ __forceinline__ void start_dq(uint32_t use, int32_t listed) {
+  __device__ __forceinline__ void start_dq(uint32_t use, int32_t listed, bool known = false) {
     constexpr int kSteps = (kListsSteps<C> ? kConsumerRows : C::kN) / 16;
     const bool first = !kListsSteps<C> || KeyPieces::seen(listed, 0) != SeenPiece::kNone;
     const bool more = kListsSteps<C> && first && KeyPieces::seen(listed, 1) != SeenPiece::kNone;
     const uint32_t row = first ? 0 : kConsumerRows;
-    shared.ds_pipe.wait_full(use);
+    shared.ds_pipe.wait_full(use, known);
     const uint32_t ds = ptx::here(ptx::shared_address(shared.ds[use % C::kDsStages])) + row * DsTile::kPitch,
                    k = ptx::here(ptx::shared_address(shared.k)) + row * KTile::kPitch;
     const ColumnsDescriptor<DsTile> a(C::kDqByRows ? ds + DsTile::panel_offset(8 * consumer) : ds);
@@ -118,6 +119,16 @@ struct GradientConsumer {
         Product::template multiply<false, 1, 1>(dq.x[0], a.at(step), b.at(step));
     }
     ptx::wgmma_commit();
+  }
+
+  __device__ __forceinline__ static uint32_t all_of(const typename C::Fragments& a) {
+    uint32_t x = 0;
+#pragma unroll
+    for (int k = 0; k < C::kM / 16; ++k) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x |= a.x[0][k][i];
+    }
+    return x;
   }
 
   // Passes a step in which no key of this consumer is seen: computes only the other consumer's part of dQ of
@@ -235,7 +246,7 @@ struct GradientConsumer {
   template <bool kFirst>
   __device__ __forceinline__ void run_step(QueryStep& step, int32_t sum_before, int32_t& listed) {
     const uint32_t use = step.number, stage = use % C::kStages;
-    shared.ready_pipe.wait_full(use);
+    shared.ready_pipe.wait_full(use, next_ready);
     const int32_t listed_before = listed;
     if constexpr (kListsSteps<C>) {
       listed = shared.step_ring.element(step);
@@ -280,25 +291,37 @@ struct GradientConsumer {
     ptx::hold(dst.x[0]);
     ptx::hold(dv.x[0]);
     ptx::hold(dk.x[0]);
-    if constexpr (C::kAlternates) ptx::sync_group(kTurn + consumer, C::kConsumers * kWarpgroup);
-    if constexpr (!kFirst) start_dq(use - 1, listed_before);  // dQ = dS K of the step before
+    bool known = false;
+    if constexpr (C::kPeeksDs && !kFirst) known = shared.ds_pipe.is_full(use - 1);
+    if constexpr (!kFirst && C::kDqEarly) start_dq(use - 1, listed_before, known);
+    if constexpr (C::kSharesDsLate && C::kShareEarly) share_ds(use);
+    if constexpr (C::kPins) {
+      ptx::sync_group_after(kTurn + consumer, C::kConsumers * kWarpgroup, all_of(dst));
+    } else if constexpr (C::kAlternates) ptx::sync_group(kTurn + consumer, C::kConsumers * kWarpgroup);
+    if constexpr (!kFirst && !C::kDqLast && !C::kDqEarly) start_dq(use - 1, listed_before, known);  // dQ = dS K of the step before
     ptx::wgmma_fence();
     start_sum<DoTile>(dv, pt, shared.d_out[stage]);  // dV += Pᵀ dO
-    if constexpr (C::kSharesDsLate) share_ds(use);   // overlaps with the products
+    if constexpr (C::kSharesDsLate && !C::kShareEarly) share_ds(use);   // overlaps with the products
     start_sum<QTile>(dk, dst, shared.q[stage]);      // dK += dSᵀ Q
+    if constexpr (!kFirst && C::kDqLast) start_dq(use - 1, listed_before, known);
     pass_turn(1 - consumer);
-    if constexpr (!kFirst) {
+    if constexpr (!kFirst && !C::kDqLast) {
       ptx::wgmma_wait<2>();
       finish_dq(use - 1, sum_before);
     }
-    ptx::wgmma_wait<1>();
+    if constexpr (C::kPeeksReady) next_ready = shared.ready_pipe.is_full(use + 1);
+    ptx::wgmma_wait<!kFirst && C::kDqLast ? 2 : 1>();
     ptx::hold(dv.x[0]);
     ptx::hold(pt.x[0]);
     shared.do_pipe.release(use);
-    ptx::wgmma_wait<0>();
+    ptx::wgmma_wait<!kFirst && C::kDqLast ? 1 : 0>();
     ptx::hold(dk.x[0]);
     ptx::hold(dst.x[0]);
     shared.q_pipe.release(use);
+    if constexpr (!kFirst && C::kDqLast) {
+      ptx::wgmma_wait<0>();
+      finish_dq(use - 1, sum_before);
+    }
   }
 
   // K ← 0 and V ← 0 in rows that are not in use.

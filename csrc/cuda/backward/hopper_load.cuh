@@ -246,10 +246,8 @@ struct GradientProducer {
           large_lse = __any_sync(~0u, large_lse);
           if (lane == 0) shared.large_lse[stage] = large_lse | partial << 1, shared.step_ring.put(step);
           clear_queries(tile, step, __any_sync(~0u, unseen));
-          if constexpr (C::kCluster == 1) {
-            shared.q_pipe.wait_full(use);
-            shared.do_pipe.wait_full(use);
-          }
+          shared.q_pipe.wait_full(use);
+          shared.do_pipe.wait_full(use);
           ptx::barrier_arrive_by_warp(shared.ready_pipe.full_barrier(use));
         },
         [&](const Tile&) { shared.state_pipe.release(tile_index); });

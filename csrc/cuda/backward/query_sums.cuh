@@ -110,7 +110,7 @@ __device__ void clear_outside(const Problem& p, T* to, const int32_t* starts, ui
 // dQ [entries, q_rows, h, d] = scale · sums, rounded; 0 in rows past a length. A block has a query tile of a
 // head, a thread 8 columns of rows r and r + 8; the last kOutsideBlocks blocks of an entry of packed rows
 // have what lies outside all sequences. starts: of packed queries, else null.
-template <class T, int kM>
+template <class T, int kM, bool kPermuted>
 __global__ void __launch_bounds__(kSumThreads)
     convert_tiles(const __grid_constant__ Problem p, const __grid_constant__ QuerySums sums,
                   const int32_t* starts) {
@@ -133,7 +133,9 @@ __global__ void __launch_bounds__(kSumThreads)
   const int columns = p.head_dim / kSumColumns;
   for (int unit = threadIdx.x; unit < kM / 16 * columns * 8; unit += kSumThreads) {
     const int r = unit % 8, column = unit / 8 % columns * kSumColumns, block = unit / 8 / columns * 16;
-    if (row + block + r >= end) continue;
+    // The tile's rows that lie in row r and r + 8 of the block.
+    const int first = kPermuted ? r / 2 * 8 + block / 8 + r % 2 : block + r, second = first + (kPermuted ? 32 : 8);
+    if (row + first >= end) continue;
     float x[4][4];
     ptx::load_fragments(x, from + sum_offset<kM>(p.head_dim, block, column), r);
     const auto store = [&](int64_t i, int e) {
@@ -148,20 +150,20 @@ __global__ void __launch_bounds__(kSumThreads)
       for (int chunk = 0; chunk < kSumColumns / kChunk<T>; ++chunk)
         out[chunk] = reinterpret_cast<const uint4*>(rounded)[chunk];
     };
-    store(row + block + r, 0);
-    store(row + block + r + 8, 2);
+    store(row + first, 0);
+    store(row + second, 2);
   }
 }
 
 // dQ = scale · sums, rounded to T.
-template <class T, int kM>
+template <class T, int kM, bool kPermuted = false>
 cudaError_t convert_sums(const Problem& p, const QuerySums& sums, const TileGrid& keys, const void* workspace,
                          cudaStream_t stream) {
   const int32_t* const starts = p.packed() ? query_starts_of_keys(p, keys, workspace) : nullptr;
   const int64_t elements = sum_entries(p) * p.q_rows * p.heads * p.head_dim;
   if (p.packed() && !starts) return cudaMemsetAsync(p.dquery.as<T>(), 0, elements * sizeof(T), stream);
   const int64_t blocks = int64_t{sums.tiles} * p.heads + (starts ? kOutsideBlocks : 0);
-  return launch(convert_tiles<T, kM>, sum_entries(p) * blocks, kSumThreads, 0, stream, p, sums, starts);
+  return launch(convert_tiles<T, kM, kPermuted>, sum_entries(p) * blocks, kSumThreads, 0, stream, p, sums, starts);
 }
 
 }  // namespace jax_flash::inline JF_ARCH_NAMESPACE

@@ -13,7 +13,8 @@ namespace jax_flash {
 template <int kStages>
 struct Pipeline : BlockPipeline<kStages> {
   using Block = BlockPipeline<kStages>;
-  using Block::empty_barrier, Block::release, Block::wait_empty, Block::wait_previous_full;
+  using Block::empty_barrier, Block::release, Block::wait_empty, Block::wait_previous_full,
+      Block::wait_full, Block::is_full;
 
   // Says that this warp has read the stage, to the `cluster` CTAs that load it together, or to this CTA if 1.
   __device__ __forceinline__ void release_in_all(uint32_t use, int cluster) const {

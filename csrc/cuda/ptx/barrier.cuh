@@ -4,6 +4,9 @@
 #pragma once
 
 #include <cstdint>
+#ifdef JAX_FLASH_HANG
+#include <cstdio>
+#endif
 
 namespace jax_flash::ptx {
 
@@ -26,10 +29,37 @@ __device__ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
+// Whether phase number `phase` is complete, under the same condition as barrier_wait().
+__device__ __forceinline__ bool barrier_test(uint32_t barrier, uint32_t phase) {
+  uint32_t done;
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n"
+      "}"
+      : "=r"(done)
+      : "r"(barrier), "r"(phase & 1)
+      : "memory");
+  return done;
+}
+
 // Waits until phase number `phase`, counted from 0, is complete. The barrier may be at most one phase ahead.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t phase) {
   uint32_t done;
+#ifdef JAX_FLASH_HANG
+  uint64_t begin, now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(begin));
+#endif
   do {
+#ifdef JAX_FLASH_HANG
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+    if (now - begin > 2000000000ull) {
+      printf("HANG block %d thread %d barrier %u phase %u\n", (int)blockIdx.x, (int)threadIdx.x, barrier, phase);
+      asm volatile("nanosleep.u32 500000000;");
+      asm volatile("trap;");
+    }
+#endif
     asm volatile(
         "{\n"
         ".reg .pred done;\n"
@@ -58,6 +88,8 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
 }
 
 __device__ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier) { barrier_arrive(barrier); }
+
+__device__ __forceinline__ bool barrier_test(uint32_t, uint32_t) { return false; }
 
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t phase) {
   uint32_t arrived, count;
@@ -106,6 +138,18 @@ __device__ __forceinline__ uint32_t lane_index() {
 // is aligned: all warps must reach it at the same instruction.
 __device__ __forceinline__ void sync_group(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
+// The same, after `x` is computed; popc >> 6 is always 0.
+__device__ __forceinline__ void sync_group_after(int number, int threads, uint32_t x) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 t;\n"
+      "popc.b32 t, %2;\n"
+      "shr.u32 t, t, 6;\n"
+      "add.u32 t, t, %0;\n"
+      "bar.sync t, %1;\n"
+      "}" ::"r"(number), "r"(threads), "r"(x) : "memory");
 }
 
 // A named barrier that is not aligned: warps may reach it at different instructions, and their lanes need not
