@@ -70,7 +70,7 @@ struct BackwardSm90 {
   static constexpr bool kSpareDs =
       (Kind == ScoreKind::kBias || Kind == ScoreKind::kGeneralDropout) && M > kConsumerRows;
   // Whether consumers alternate in issuing products (ping-pong).
-  static constexpr bool kAlternates = M == kConsumerRows && R.multicast != 8;
+  static constexpr bool kAlternates = M == kConsumerRows;
   // With four tiles of dS no stage needs to be released: before a consumer overwrites a tile, it has waited
   // for the other consumer's dS of two steps before, which came after that consumer's dQ of four steps
   // before.
@@ -84,8 +84,8 @@ struct BackwardSm90 {
       (Kind == ScoreKind::kPlain || Kind == ScoreKind::kRanges || lists_tiles(Kind)) && !Ordered &&
       M == kConsumerRows;
   static constexpr bool kStartsFromDelta = kSharesDsLate;
-  static constexpr bool kPeeksReady = (R.multicast >= 2 && R.multicast < 5) || R.multicast == 9, kPeeksDs = R.multicast >= 3 && R.multicast < 5,
-                        kDqLast = R.multicast == 4, kPins = R.multicast >= 5 && R.multicast != 8, kDqEarly = R.multicast >= 6, kShareEarly = R.multicast >= 7;
+  static constexpr bool kPeeksReady = false, kPeeksDs = false,
+                        kDqLast = R.multicast == 4, kPins = R.multicast == 6, kDqEarly = R.multicast == 6, kShareEarly = false;
   static constexpr int kTilesBytes =
       M * HeadDim * int{sizeof(float)} + (kSpareDs ? SharedTile<T, N, M>::kBytes : 0);
   using Tiles = GradientTiles<Kind, T, M, N, kTilesBytes>;

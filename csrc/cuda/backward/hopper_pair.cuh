@@ -28,6 +28,7 @@ struct BackwardPairShared {
   alignas(1024) uint8_t q[kStages][C::QTile::kBytes];
   alignas(1024) uint8_t d_out[kStages][C::DoTile::kBytes];
   alignas(1024) uint8_t ds[C::kDsStages][C::DsTile::kBytes];  // dSᵀ of both CTAs
+  alignas(1024) float dq[C::kDqByTma ? 2 : 0][kConsumerRows * C::kDqColumns];
   QueryStatistics<C::kM> statistics[kStages];
   int32_t large_lse[kStages];
   [[no_unique_address]] StepRing<false> step_ring;
@@ -39,7 +40,7 @@ struct BackwardPairShared {
   Pipeline<1> key_pipe;            // released in both CTAs
   Pipeline<kStages> q_pipe, do_pipe;  // likewise
   Pipeline<kStages> ready_pipe;
-  Pipeline<C::kDsStages> ds_pipe;
+  Pipeline<C::kDsStages> ds_pipe, sent_pipe;
 
   __device__ __forceinline__ void init() {
     constexpr uint32_t kConsumers = C::kConsumers * kConsumerWarps * ptx::kWarpArrivals,
@@ -52,6 +53,7 @@ struct BackwardPairShared {
     do_pipe.init(C::kSharesLoads ? kBoth : kConsumers);
     ready_pipe.init(kConsumers, ptx::kWarpArrivals);
     ds_pipe.init(kConsumers, kConsumers + ptx::kWarpArrivals);
+    sent_pipe.init(kConsumers);
     ptx::fence_barriers();
   }
 };
@@ -66,9 +68,10 @@ struct BackwardPairSm90 {
   static constexpr int kM = M, kN = N, kOwnKeys = N / kCluster, kStages = R.stages;
   static constexpr bool kDqByRows = false, kAlternates = true, kStartsFromDelta = true;
   static constexpr bool kPermutesQueries = true;
-  static constexpr bool kDropDq = R.multicast == 3, kSharesLoads = R.multicast != 6, kPeeksReady = R.multicast >= 5, kPeeksDs = R.multicast >= 5, kPins = R.multicast >= 7, kDqEarly = R.multicast >= 8, kShareEarly = R.multicast == 9;
+  static constexpr bool kDropDq = R.multicast == 3 || R.multicast == 11, kSharesLoads = R.multicast != 6, kPeeksReady = R.multicast == 5, kPeeksDs = R.multicast == 5, kPins = false, kDqEarly = false, kShareEarly = false;
   static constexpr int kDqPlace = R.multicast == 2 ? 1 : R.multicast == 4 ? 2 : 0;
-  static constexpr int kDsStages = 2, kDqColumns = HeadDim / 2;
+  static constexpr bool kAddsLast = R.multicast >= 12, kDqByTma = R.multicast == 10 || R.multicast == 11 || R.multicast == 13;
+  static constexpr int kDsStages = kDqByTma ? 1 : 2, kDqColumns = HeadDim / 2;
   using KTile = SharedTile<T, N, HeadDim>;
   using VTile = SharedTile<T, kOwnKeys, ValueDim>;
   using QTile = SharedTile<T, M, HeadDim>;

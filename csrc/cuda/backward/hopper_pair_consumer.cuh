@@ -95,16 +95,35 @@ struct PairConsumer : GradientConsumer<C> {
   __device__ __forceinline__ void finish_dq(uint32_t use, int32_t sum) {
     ptx::hold(dq.x[0]);
     if constexpr (!C::kSharesLoads) ptx::barrier_arrive_in_by_warp(shared.ds_pipe.empty_barrier(use / 2), 1 - rank);
-    if (!C::kDropDq) Base::add_dq(sum);
+    if constexpr (C::kDqByTma) {
+      shared.ds_pipe.release(use / 2);
+      ptx::barrier_arrive_in_by_warp(shared.sent_pipe.empty_barrier(use / 2), 1 - rank);
+      send_dq(sum);
+    } else if (!C::kDropDq) {
+      Base::add_dq(sum);
+    }
   }
 
   template <bool kOwn>
   __device__ __forceinline__ void share(uint32_t use) const {
+    if constexpr (C::kDqByTma) (kOwn ? shared.ds_pipe : shared.sent_pipe).wait_empty(use / 2);
     if constexpr (kOwn) {
       keep_ds(use);
     } else {
       send_ds(use);
     }
+  }
+
+  __device__ __forceinline__ static bool leads() { return ptx::thread_index() % kWarpgroup == 0; }
+  // Adds dQ by TMA. The leader has waited until the buffer is empty.
+  __device__ __forceinline__ void send_dq(int32_t sum) {
+    store_part(dq, shared.dq[consumer], Base::warp_row());
+    ptx::fence_async_shared();
+    ptx::sync_group(4 + consumer, kWarpgroup);
+    if (leads() && !C::kDropDq)
+      start_sum_of_part<C::kM, C::kDqColumns>(sum_tile<C::kM>(p, tile().sums, sum), p.head_dim, shared.dq[consumer],
+                                              dq_placement<C>(consumer));
+    __syncwarp();
   }
 
   // kOwn: this CTA computes the step's dQ. If not, it computes that of the step before, unless there is none.
@@ -134,6 +153,10 @@ struct PairConsumer : GradientConsumer<C> {
     ptx::hold(dk.x[0]);
     if constexpr (!C::kSharesLoads && !kOwn) shared.ds_pipe.wait_empty(use / 2);
     bool known = false;
+    if constexpr (C::kDqByTma && kAddsDq) {
+      if (leads()) ptx::bulk_wait_read<0>();
+      __syncwarp();
+    }
     if constexpr (C::kPeeksDs && kAddsDq) known = shared.ds_pipe.is_full((use - 1) / 2);
     if constexpr (kAddsDq && C::kDqEarly) start_dq(use - 1, known);
     if constexpr (C::kShareEarly) share<kOwn>(use);
@@ -145,12 +168,13 @@ struct PairConsumer : GradientConsumer<C> {
     if constexpr (kAddsDq && C::kDqPlace == 0 && !C::kDqEarly) start_dq(use - 1, known);  // dQ = dS K of the step before
     ptx::wgmma_fence();
     Base::template start_sum<DoTile>(dv, pt, shared.d_out[stage]);  // dV += Pᵀ dO
-    if constexpr (!C::kShareEarly) share<kOwn>(use);
+    if constexpr (!C::kShareEarly && !C::kDqByTma) share<kOwn>(use);
     if constexpr (kAddsDq && C::kDqPlace == 1) start_dq(use - 1);
     Base::template start_sum<QTile>(dk, dst, shared.q[stage]);  // dK += dSᵀ Q
     if constexpr (kAddsDq && C::kDqPlace == 2) start_dq(use - 1);
     Base::pass_turn(1 - consumer);
-    if constexpr (kAddsDq && C::kDqPlace == 0) {
+    if constexpr (C::kDqByTma) share<kOwn>(use);
+    if constexpr (kAddsDq && C::kDqPlace == 0 && !C::kAddsLast) {
       ptx::wgmma_wait<2>();
       finish_dq(use - 1, sum_before);
     }
@@ -167,7 +191,7 @@ struct PairConsumer : GradientConsumer<C> {
     ptx::hold(dk.x[0]);
     ptx::hold(dst.x[0]);
     release_queries(shared.q_pipe, use);
-    if constexpr (kAddsDq && C::kDqPlace == 2) {
+    if constexpr (kAddsDq && (C::kDqPlace == 2 || C::kAddsLast)) {
       ptx::wgmma_wait<0>();
       finish_dq(use - 1, sum_before);
     }
@@ -230,6 +254,11 @@ struct PairConsumer : GradientConsumer<C> {
     step_use = ptx::here(step.number);
     if (owns(step_use - 1)) {
       start_dq(step_use - 1);
+      if constexpr (C::kDqByTma) {
+        if (leads()) ptx::bulk_wait_read<0>();
+        __syncwarp();
+        ptx::sync_group(4 + consumer, kWarpgroup);
+      }
       ptx::wgmma_wait<0>();
       finish_dq(step_use - 1, sum_before);
     }
@@ -239,7 +268,10 @@ struct PairConsumer : GradientConsumer<C> {
     if (consumer == 1) Base::pass_turn(0);
     for (;; ++tile_index) {
       shared.state_pipe.wait_full(tile_index);
-      if (uniform(tile().done)) return;
+      if (uniform(tile().done)) {
+        if (C::kDqByTma && leads()) ptx::bulk_wait<0>();
+        return;
+      }
       dk.clear();
       dv.clear();
       shared.key_pipe.wait_full(tile_index);
