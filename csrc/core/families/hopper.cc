@@ -204,8 +204,8 @@ class Backward final : public PassTraits {
   }
 
   int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
+    if (hopper::backward_in_pairs(row) || row.stages == 3) return hopper::kMaxSharedBytes;
     if (!hopper::backward_in_clusters(row)) return hopper::backward_shared_bytes(row);
-    if (hopper::backward_in_pairs(row)) return hopper::kMaxSharedBytes;
     if (stages_tiles(row, call)) return hopper::kMaxSharedBytes;
     return hopper::backward_cluster_shared_bytes(row, hopper::backward_cluster_stages(row, 0));
   }

@@ -54,7 +54,7 @@ struct BackwardSm90 {
   static constexpr ScoreKind kKind = Kind;
   static constexpr bool kOrdered = Ordered;
   static constexpr int kCluster = 1, kConsumers = N / kConsumerRows, kThreads = R.warps * 32;
-  static constexpr int kM = M, kN = N, kStages = R.stages;
+  static constexpr int kM = M, kN = N, kStages = Ordered ? 2 : R.stages;
   // A consumer's part of dQ [M, d]: 64 of the rows, or half of the columns.
   static constexpr bool kDqByRows = M == 2 * kConsumerRows;
   using KTile = SharedTile<T, N, HeadDim>;
@@ -85,7 +85,7 @@ struct BackwardSm90 {
       M == kConsumerRows;
   static constexpr bool kStartsFromDelta = kSharesDsLate;
   static constexpr bool kPeeksReady = false, kPeeksDs = false,
-                        kDqLast = R.multicast == 4, kPins = R.multicast == 6, kDqEarly = R.multicast == 6, kShareEarly = false;
+                        kDqLast = R.multicast == 4 || R.multicast == 8, kPins = R.multicast == 6, kDqEarly = R.multicast == 6, kShareEarly = false;
   static constexpr int kTilesBytes =
       M * HeadDim * int{sizeof(float)} + (kSpareDs ? SharedTile<T, N, M>::kBytes : 0);
   using Tiles = GradientTiles<Kind, T, M, N, kTilesBytes>;
@@ -100,7 +100,7 @@ struct BackwardSm90 {
   static_assert(kConsumers == 2 && kThreads == 3 * kWarpgroup && registers_suffice(kThreads, kConsumers));
   static_assert(M == kConsumerRows || kDqByRows);
   static_assert(kDqByRows || kDqColumns % (KTile::kPanel * 8) == 0);  // whole panels
-  static_assert(sizeof(Shared) <= hopper::backward_shared_bytes(R));
+  static_assert(sizeof(Shared) <= (R.stages == 3 ? hopper::kMaxSharedBytes : hopper::backward_shared_bytes(R)));
 };
 
 template <class C>
