@@ -21,6 +21,7 @@ from operand_calls import (
 )
 
 from jax_flash import flash_attention
+from jax_flash.backends import compute_capability
 
 CASES = [
     *SEVERAL_TILES,
@@ -118,6 +119,11 @@ def test_a_mask_broadcasts_over_any_dimension(whole, kernel):
     check(case, mask, kernel)
 
 
+def runs_hopper_kernels(kernel):
+    cards = [compute_capability(device) for device in jax.devices() if device.platform == "gpu"]
+    return 90 in cards and checks.runs_cuda_kernels(kernel)
+
+
 @pytest.mark.parametrize("d", HEAD_DIMS)
 def test_elements_and_keys_that_are_not_in_use_reach_no_row(d, kernel):
     """The mask past the lengths, and NaN in keys that no length or tile of the mask shows."""
@@ -155,6 +161,8 @@ def test_keys_of_another_half_of_the_rows_are_not_read(dtype, deterministic, ker
     half, d = 384, HEAD_DIMS[0]  # a multiple of every kernel's tiles
     case = Case("halves", b=1, sq=2 * half, sk=2 * half, hq=6, hk=2, d=d, dv=d, dtype=dtype)
     checks.require(kernel, "forward", "backward", dtype=dtype, d=d, dv=d)
+    if deterministic and dtype != "float32" and runs_hopper_kernels(kernel):
+        pytest.skip("Hopper's repeatable backward visits the tiles that a mask hides (docs/masks.md)")
     inputs = make_inputs(case)
     arrays = operands(inputs)
     second = np.arange(2 * half) >= half
