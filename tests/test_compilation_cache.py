@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from programs import assert_same, attention, report, require_devices, start_python, with_gradients
 
-from jax_flash.spec import AppendSpec, AttentionSpec
+from jax_flash.spec import AppendSpec, AttentionSpec, Reach
 
 # Runs two specs of equal shapes, on one device and on four in several ways. For each call it reports whether the cache
 # had its program, and how far its result is from plain JAX.
@@ -162,6 +162,7 @@ def test_partitioners_go_with_their_programs(kernel):
 
 
 OTHER_VALUES = {bool: True, int: 7, float: 0.7, str: "other", tuple: ("sinks",), type(None): "cpu"}
+OTHER_VALUES |= {Reach: Reach(left=7)}
 
 
 @pytest.mark.parametrize("spec", [AttentionSpec("fixed"), AppendSpec("append")], ids=lambda s: s.layout)
