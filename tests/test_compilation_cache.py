@@ -161,8 +161,15 @@ def test_partitioners_go_with_their_programs(kernel):
     assert not names & set(_sharding_callbacks.keys())
 
 
-OTHER_VALUES = {bool: True, int: 7, float: 0.7, str: "other", tuple: ("sinks",), type(None): "cpu"}
-OTHER_VALUES |= {Reach: Reach(left=7)}
+OTHER_VALUES = {
+    bool: True,
+    int: 7,
+    float: 0.7,
+    str: "other",
+    tuple: ("sinks",),
+    type(None): "cpu",
+    Reach: Reach(left=7),
+}
 
 
 @pytest.mark.parametrize("spec", [AttentionSpec("fixed"), AppendSpec("append")], ids=lambda s: s.layout)
