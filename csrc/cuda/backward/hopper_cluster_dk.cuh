@@ -20,8 +20,6 @@ struct ScoreGradientConsumer : ClusterConsumer<C> {
   typename C::Fragments ds;  // dSᵀ, rounded
   typename C::DKHalf dk[2];  // dK [64, d]
 
-  static constexpr bool kDsInRegisters = !C::kSplitsColumns;
-
   __device__ __forceinline__ void start_dp(uint32_t use) {
     shared.delta_pipe.wait_full(use);
     shared.do_pipe.wait_full(this->do_use(use, 0));
@@ -32,52 +30,28 @@ struct ScoreGradientConsumer : ClusterConsumer<C> {
     ptx::wgmma_commit();
   }
 
-  // Waits for dPᵀ. If the CTAs split the columns, calls meanwhile() while they exchange their parts of dPᵀ.
-  template <class Meanwhile>
-  __device__ __forceinline__ void finish_dp(uint32_t use, Meanwhile meanwhile) {
+  // Waits for dPᵀ over all columns.
+  __device__ __forceinline__ void finish_dp(uint32_t use) {
     ptx::wgmma_wait<0>();
     ptx::hold(dp.x[0]);
     shared.do_pipe.release_in_all(this->do_use(use, 0), C::kKeyParts);
     shared.do_pipe.release_in_all(this->do_use(use, 1), C::kKeyParts);
-    if constexpr (C::kSplitsColumns) {
-      shared.parts.dp.send(dp, 0, use);
-      meanwhile();
-      shared.parts.dp.receive(dp, 0, use);
-    }
-  }
-
-  // Issues one half of the columns of dK += dSᵀ Q. If the CTAs split the columns, the registers hold dPᵀ of
-  // the next step, so wgmma reads dSᵀ from shared memory.
-  __device__ __forceinline__ void start_dk(int half, uint32_t use) {
-    const uint8_t* const q = shared.q[use % C::kStages][half];
-    if constexpr (kDsInRegisters) {
-      this->template start_sum<QHalf>(dk[half], ds, q);
-    } else {
-      const RowsDescriptor<DsTile> a(ptx::here(ptx::shared_address(shared.ds[use % C::kDsStages])));
-      const ColumnsDescriptor<QHalf> b(ptx::here(ptx::shared_address(q)));
-#pragma unroll
-      for (int step = 0; step < C::kM / 16; ++step)
-        ptx::Wgmma<T, QHalf::kColumns>::template multiply<false, 0, 1>(dk[half].x[0], a.at(step), b.at(step));
-    }
+    if constexpr (C::kSplitsColumns) shared.parts.dp.add(dp, 0, use);
   }
 
   // dK += dSᵀ Q
   __device__ __forceinline__ void add_dk(uint32_t use) {
+    const auto& q = shared.q[use % C::kStages];
     ptx::hold(dk[0].x[0]);
     ptx::hold(dk[1].x[0]);
-    if constexpr (!kDsInRegisters) shared.ds_pipe.wait_full(use);
     ptx::wgmma_fence();
-    start_dk(0, use);
-    start_dk(1, use);
+    this->template start_sum<QHalf>(dk[0], ds, q[0]);
+    this->template start_sum<QHalf>(dk[1], ds, q[1]);
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
     ptx::hold(dk[0].x[0]);
     ptx::hold(dk[1].x[0]);
-    if constexpr (kDsInRegisters) {
-      ptx::hold(ds.x[0]);
-    } else {
-      shared.p_pipe.release(use);
-    }
+    ptx::hold(ds.x[0]);
     shared.q_pipe.release_in_all(use, C::kKeyParts);
   }
 
@@ -122,7 +96,7 @@ struct ScoreGradientConsumer : ClusterConsumer<C> {
                                (this->rank() * kConsumerRows + this->warp_row()) * C::DsTile::kPitch,
                            16 * C::DsTile::kPitch, shared.parts.ds.full_barrier(use), 1 - this->rank());
     }
-    if constexpr (kDsInRegisters) ptx::hold(ds.x[0]);
+    ptx::hold(ds.x[0]);
   }
 
   __device__ __forceinline__ void run_tile() {
@@ -130,13 +104,13 @@ struct ScoreGradientConsumer : ClusterConsumer<C> {
         [&](const QueryStep& step) {
           shared.v_pipe.wait_full(tile_index);
           start_dp(step.number);
-          finish_dp(step.number, [] {});
+          finish_dp(step.number);
           differentiate(step.number);
         },
         [&](const QueryStep& step) {
-          if constexpr (!C::kSplitsColumns) add_dk(step.number - 1);
+          add_dk(step.number - 1);
           start_dp(step.number);
-          finish_dp(step.number, [&] { add_dk(step.number - 1); });
+          finish_dp(step.number);
           differentiate(step.number);
         },
         [&](uint32_t use) {

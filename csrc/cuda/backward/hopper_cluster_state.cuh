@@ -76,8 +76,8 @@ struct BackwardClusterShared {
   Pipeline<kDoStages> do_pipe;   // likewise; a stage is half of the columns of dO
   Pipeline<kStages> lse_pipe;    // full when lse is stored, and Q clean
   Pipeline<kStages> delta_pipe;  // full when delta is stored, and dO clean
-  // Full when Pᵀ is stored, released after the last wgmma that reads the dSᵀ in its place: that of dQ, in
-  // both CTAs if they split the keys, and that of dK if they split the columns.
+  // Full when Pᵀ is stored, released after the wgmma of dQ that reads the dSᵀ in its place, in both CTAs if
+  // they split the keys.
   Pipeline<kDsStages> p_pipe;
   Pipeline<kDsStages> ds_pipe;  // full when dSᵀ of this CTA's keys is stored; p_pipe releases it
   [[no_unique_address]] typename C::Tiles::Pipe score_pipe;
@@ -93,7 +93,7 @@ struct BackwardClusterShared {
     do_pipe.init(C::kKeyParts * 2 * kConsumer);
     lse_pipe.init(kConsumer, ptx::kWarpArrivals);
     delta_pipe.init(2 * kConsumer, ptx::kWarpArrivals);
-    p_pipe.init(C::kCluster * kConsumer, kConsumer);
+    p_pipe.init(C::kKeyParts * kConsumer, kConsumer);
     ds_pipe.init(1, kConsumer);
     parts.init(kConsumer);
     score_pipe.init(kConsumer);
