@@ -69,8 +69,5 @@ struct SumParts {
     return ptx::shared_address(received[consumer]) + thread() * kThreadBytes;
   }
 };
-struct NoSumParts {
-  __device__ __forceinline__ void init(uint32_t) {}
-};
 
 }  // namespace jax_flash

@@ -54,6 +54,19 @@ __device__ __forceinline__ void store_at(uint32_t address, const float4& x, uint
       "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(barrier)
       : "memory");
 }
+__device__ __forceinline__ void store_at(uint32_t address, const uint4& x, uint32_t barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+          address),
+      "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(barrier)
+      : "memory");
+}
+__device__ __forceinline__ void store_at(uint32_t address, const float2& x, uint32_t barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(address),
+      "f"(x.x), "f"(x.y), "r"(barrier)
+      : "memory");
+}
 // The same as store_in for 16 bytes and for 8.
 __device__ __forceinline__ void store_in(uint32_t shared, const float4& x, uint32_t barrier, uint32_t rank) {
   store_at(address_in(shared, rank), x, address_in(barrier, rank));
