@@ -48,10 +48,11 @@ struct RowExchange {
     }
     if constexpr (kFactors) send_factors_to(factor, use, full);
   }
+  // Receives both. release_weights() must follow, with the same arguments.
   template <bool kFactors>
   __device__ __forceinline__ void receive_weights(Weights& to, float (&factor)[kSlots], uint32_t use) const {
     const uint32_t here = ptx::shared_address(weights[use % kWeightStages]) + thread() * kThreadBytes;
-    wait_full(weight_pipe, use, kWeightBytes + (kFactors ? kFactorBytes : 0));
+    wait_full(use, kWeightBytes + (kFactors ? kFactorBytes : 0));
 #pragma unroll
     for (int k = 0; k < kWeightRows; ++k) {
       const float4 x = ptx::load_shared_float4(here + k * kRowBytes);
@@ -60,7 +61,15 @@ struct RowExchange {
       a[2] = __float_as_uint(x.z), a[3] = __float_as_uint(x.w);
     }
     if constexpr (kFactors) read_factors(factor, use);
-    release(weight_pipe, use);
+  }
+  // Lets the owner overwrite them, once the loads have returned.
+  template <bool kFactors>
+  __device__ __forceinline__ void release_weights(const Weights& received, const float (&factor)[kSlots],
+                                                  uint32_t use) const {
+    uint32_t read = kFactors ? word_of(factor) : 0;
+#pragma unroll
+    for (int k = 0; k < kWeightRows; ++k) read |= received.x[0][k][0];
+    release(use, read);
   }
 
   // Sends only the factors, as one more use of P's pipeline.
@@ -69,9 +78,9 @@ struct RowExchange {
     send_factors_to(factor, use, in_other(weight_pipe.full_barrier(use)));
   }
   __device__ __forceinline__ void receive_factors(float (&factor)[kSlots], uint32_t use) const {
-    wait_full(weight_pipe, use, kFactorBytes);
+    wait_full(use, kFactorBytes);
     read_factors(factor, use);
-    release(weight_pipe, use);
+    release(use, word_of(factor));
   }
 
  private:
@@ -85,14 +94,17 @@ struct RowExchange {
   __device__ __forceinline__ static uint32_t in_other(const void* place) {
     return in_other(ptx::shared_address(place));
   }
-  template <class Pipe>
-  __device__ __forceinline__ static void wait_full(const Pipe& pipe, uint32_t use, uint32_t bytes) {
-    if (thread() == 0) ptx::barrier_expect(pipe.full_barrier(use), bytes);
-    pipe.wait_full(use);
+  __device__ __forceinline__ void wait_full(uint32_t use, uint32_t bytes) const {
+    if (thread() == 0) ptx::barrier_expect(weight_pipe.full_barrier(use), bytes);
+    weight_pipe.wait_full(use);
   }
-  template <class Pipe>
-  __device__ __forceinline__ static void release(const Pipe& pipe, uint32_t use) {
-    ptx::barrier_arrive_in_by_warp(pipe.empty_barrier(use), ptx::cluster_rank() ^ 1);
+  // `read`: depends on all loads of the stage.
+  __device__ __forceinline__ void release(uint32_t use, uint32_t read) const {
+    ptx::barrier_arrive_in_by_warp(ptx::address_after(weight_pipe.empty_barrier(use), read),
+                                   ptx::cluster_rank() ^ 1);
+  }
+  __device__ __forceinline__ static uint32_t word_of(const float (&factor)[kSlots]) {
+    return __float_as_uint(factor[0]) | __float_as_uint(factor[1]);
   }
   __device__ __forceinline__ uint32_t factor_address(uint32_t use) const {
     return ptx::shared_address(&factors[use % kWeightStages][thread() / 4]);

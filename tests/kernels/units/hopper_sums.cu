@@ -87,6 +87,7 @@ __global__ void __launch_bounds__(kThreads) rows(int* wrong) {
       exchange.send_weights<true>(p, factors, use);
     } else {
       exchange.receive_weights<true>(p, factors, use);
+      exchange.release_weights<true>(p, factors, use);
     }
     for (int k = 0; k < 4; ++k)
       for (int i = 0; i < 4; ++i) differ += p.x[0][k][i] != weight(owner, use, k, i);
