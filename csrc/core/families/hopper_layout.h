@@ -23,7 +23,8 @@ constexpr int32_t backward_cluster_ctas(const Row& r) {
 constexpr int32_t sharers(const Row& r) { return r.design == Design::kClusterColumns ? kClusterCtas : 1; }
 
 // For each team: Q of one tile, and `stages` tiles of K and V with the columns of a slice. CTAs that share a
-// tile hold only their own columns of Q and K, and in addition a part of S in float32.
+// tile have Q of half of its rows, one and a quarter K tiles, `stages` tiles of their columns of V, and two
+// of P; for them this is an upper bound.
 constexpr int64_t forward_tile_bytes(const Row& r) {
   const int32_t d = r.head_dim / sharers(r);
   const int64_t part = sharers(r) > 1 ? static_cast<int64_t>(sizeof(float)) * r.block_m * r.block_n : 0;

@@ -16,8 +16,9 @@
 //   warp 2, where the score has an input of its own: its warp (segments)
 //   the warp after these, where o is stored by TMA: the store warp, from shared memory
 //
-// If two CTAs of a cluster share a query tile, each on its own columns of the head, S of the diagram is the
-// sum of their products (hopper/sum_parts.cuh), and each CTA has its columns of o.
+// If two CTAs of a cluster share a query tile, one consumer of each computes P of its rows and sends it to
+// the consumer of the other CTA with the same rows. Each CTA has its columns of V and o
+// (hopper/row_exchange.cuh), and both load K together.
 //
 // An arrow is a Pipeline (hopper/pipeline.cuh): its reader waits for the full barrier, its writer for the
 // empty one. Consumers alternate in issuing products (ping-pong). docs/kernels/hopper-forward.md has the
@@ -36,7 +37,7 @@
 #include "cuda/forward/hopper_state.cuh"
 #include "cuda/forward/hopper_store.cuh"
 #include "cuda/hopper/roles.cuh"
-#include "cuda/hopper/sum_parts.cuh"
+#include "cuda/hopper/row_exchange.cuh"
 #include "cuda/hopper/tile_scheduler.cuh"
 #include "cuda/launch.h"
 #include "cuda/load/hopper_dense.cuh"
@@ -65,13 +66,14 @@ struct ForwardSm90 {
   static constexpr bool kSliced = R.is_sliced();
   static constexpr bool kHasColumns = kSliced || kSharers > 1;  // a CTA does not work on all columns of V
   static constexpr int kSliceColumns = R.slice_columns();
-  static constexpr int kHeadDim = R.head_dim / kSharers, kValueDim = kSliceColumns, kM = R.block_m,
-                       kStages = R.stages;
+  static constexpr int kHeadDim = R.head_dim, kValueDim = kSliceColumns, kM = R.block_m, kStages = R.stages;
   static constexpr int kConsumers = kM / kConsumerRows, kAllConsumers = kTeams * kConsumers;
+  // CTAs that share a query tile: each has one consumer that multiplies S, of its rows. A K tile is loaded in
+  // parts of its columns, which CTAs multicast in turns.
+  static constexpr int kOwners = kConsumers / kSharers, kKeyParts = kSharers > 1 ? 4 : 1,
+                       kKeyCluster = kSharers > 1 && !kInPages<KeyLoader> ? kCluster : kMulticast;
   static constexpr int kThreads = R.warps * 32;
-  // The stages of K and V are one ring if V is K.
-  static constexpr int kKeyStages = kValuesAreKeys<KeyLoader> ? 2 * kStages : kStages,
-                       kValueStages = kValuesAreKeys<KeyLoader> ? 0 : kStages;
+  static constexpr int kKeyStages = kSharers > 1 ? kKeyParts + 1 : kStages, kValueStages = kStages;
   // The bias needs one or two stages of tiles in addition to Q, K and V; key tiles are smaller if these do
   // not fit. Dropout needs whole Philox blocks.
   static constexpr int64_t kTileBytes = hopper::forward_tile_bytes(R);
@@ -105,7 +107,7 @@ struct ForwardSm90 {
   template <int kColumns>
   using KeyTile =
       std::conditional_t<kGroupsRows<KeyLoader>, GroupedTile<T, kN, kColumns>, SharedTile<T, kN, kColumns>>;
-  using KTile = KeyTile<kHeadDim>;
+  using KTile = KeyTile<kHeadDim / kKeyParts>;
   using VTile = KeyTile<kValueDim>;
   using S = Accumulator<1, kN / 8>;
   using O = Accumulator<1, kValueDim / 8>;
@@ -124,13 +126,13 @@ struct ForwardSm90 {
   // of a kernel's start. It does not with three consumers, whose loop would be 2 to 5 % slower, as ptxas
   // allocates its registers differently, nor with multicast, whose calls are too long for it to matter.
   static constexpr bool kEarlyLoad = kConsumers <= 2 && kMulticast == 1;
-  using Shared =
-      ForwardShared<T, QTile, KTile, VTile, kKeyStages, kValueStages, kConsumers, Input, kMulticast, Output,
-                    std::conditional_t<kRanges, RangesOfTile<kConsumers>,
-                                       std::conditional_t<kListed, ListOfTile, NoRangesOfTile>>,
-                    std::conditional_t<kHasColumns, SliceOfTile, NoSliceOfTile>,
-                    std::conditional_t<(kCluster > 1), TileMailbox, NoMailbox>,
-                    std::conditional_t<(kSharers > 1), SumParts<S, kConsumers>, NoSumParts>>;
+  using Shared = ForwardShared<T, QTile, KTile, VTile, kKeyStages, kValueStages, kConsumers, kOwners,
+                               kKeyParts, kKeyCluster, Input, kMulticast, Output,
+                               std::conditional_t<kRanges, RangesOfTile<kConsumers>,
+                                                  std::conditional_t<kListed, ListOfTile, NoRangesOfTile>>,
+                               std::conditional_t<kHasColumns, SliceOfTile, NoSliceOfTile>,
+                               std::conditional_t<(kCluster > 1), TileMailbox, NoMailbox>,
+                               std::conditional_t<(kSharers > 1), RowExchange<P>, NoRowExchange>>;
   // Producers' arrivals at a tile state.
   static constexpr uint32_t kStateReleases =
       Loader::kWarps * std::min<uint32_t>(Loader::kLanes, ptx::kWarpArrivals) +
@@ -249,10 +251,11 @@ cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace
       } else if constexpr (lists_tiles(kKind)) {
         return run.template operator()<kKind, ListLoader, 1>();
       } else {
-        if constexpr (R.design == Design::kClusterColumns && kKind == ScoreKind::kPlain) {
-          if (p.spec.shared_kv()) return run.template operator()<kKind, SharedKvLoader, 1>();
+        if constexpr (R.design == Design::kClusterColumns) {
+          return run.template operator()<kKind, ColumnsLoader, 1>();
+        } else {
+          return run.template operator()<kKind, DenseLoader, 1>();
         }
-        return run.template operator()<kKind, DenseLoader, 1>();
       }
     });
   }

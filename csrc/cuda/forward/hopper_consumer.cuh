@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cuda/forward/hopper_gap.cuh"
+#include "cuda/forward/hopper_partner.cuh"
 #include "cuda/forward/hopper_results.cuh"
 #include "cuda/forward/hopper_score_tile.cuh"
 #include "cuda/forward/hopper_state.cuh"
@@ -36,7 +37,7 @@ struct Consumer {
   const int consumer, team;               // the consumer's number in the team, and the team's in the CTA
   const typename C::Shared::Tile* tile;   // the query tile
   uint32_t tile_index = 0, kv_index = 0;  // query tiles and key tiles so far
-  uint32_t part_index = 0;                // parts of S so far that CTAs have added up
+  uint32_t messages = 0;                  // between CTAs so far (hopper/row_exchange.cuh)
   uint32_t without_input = 0;             // key tiles so far for which the score's input has no stage
   bool has_input = true;                  // whether it has for those of this query tile
   Interval whole;                         // key tiles that all its rows see whole
@@ -64,8 +65,8 @@ struct Consumer {
   }
 
   // Ping-pong scheduling: consumers alternate in issuing products, so that one's softmax overlaps another's
-  // products. Teams get out of step by themselves.
-  static constexpr bool kPingPong = C::kConsumers > 1 && C::kTeams == 1;
+  // products. Teams get out of step by themselves, and so do consumers that wait for another CTA.
+  static constexpr bool kPingPong = C::kConsumers > 1 && C::kTeams == 1 && C::kSharers == 1;
   __device__ __forceinline__ void wait_for_issue() const {
     if constexpr (kPingPong) ptx::sync_group(1 + consumer, 256);
   }
@@ -73,12 +74,14 @@ struct Consumer {
     if constexpr (kPingPong) ptx::arrive_group(1 + (consumer + 1) % C::kConsumers, 256);
   }
 
+  // CTAs that share the query tile have Q of one consumer each.
+  __device__ __forceinline__ int q_slot() const { return C::kSharers > 1 ? 0 : consumer; }
   __device__ __forceinline__ void load_query() {
-    const RowsA<QTile> rows(ptx::shared_address(shared.q[consumer]), ptx::thread_index() % 128 / 32 * 16);
+    const RowsA<QTile> rows(ptx::shared_address(shared.q[q_slot()]), ptx::thread_index() % 128 / 32 * 16);
 #pragma unroll
     for (int step = 0; step < C::kQuerySteps; ++step) rows.load(query.x[0][step], 0, step);
     ptx::hold(query.x[0]);
-    if constexpr (C::kQueryInRegisters) shared.q_pipe[consumer].release(tile_index);
+    if constexpr (C::kQueryInRegisters) shared.q_pipe[q_slot()].release(tile_index);
   }
 
   // The address of a tile. Descriptors of all k steps of a wide head do not fit in registers.
@@ -93,30 +96,38 @@ struct Consumer {
     return reinterpret_cast<Accumulator<1, kKeys / 8>&>(s);
   }
 
-  // Issues S = Q Kᵀ  [64, kKeys], with the first keys of a tile.
-  template <int kKeys = C::kN>
+  // Issues S = Q Kᵀ  [64, kKeys], with the first keys of a tile: a group for each part of K's columns.
+  template <int kKeys = C::kN, int kPart = 0>
   __device__ __forceinline__ void start_scores(uint32_t use) {
-    const RowsDescriptor<KTile> k(address(shared.key(use)));
-    const RowsDescriptor<QTile> q(address(shared.q[consumer]));
+    constexpr int kSteps = C::kHeadSteps / C::kKeyParts, kFirst = kPart * kSteps, kEnd = kFirst + kSteps,
+                  kLoaded = std::clamp(C::kQuerySteps, kFirst, kEnd);
+    if constexpr (C::kKeyParts > 1) shared.wait_key(use, kPart);
+    const RowsDescriptor<KTile> k(address(shared.key(use, kPart)));
+    const RowsDescriptor<QTile> q(address(shared.q[q_slot()]));
     ptx::wgmma_fence();
-    multiply_steps<kKeys, 0, C::kQuerySteps>(query, k);
-    multiply_steps<kKeys, C::kQuerySteps, C::kHeadSteps>(q, k);
+    multiply_steps<kKeys, kFirst, kLoaded, kFirst>(query, k);
+    multiply_steps<kKeys, kLoaded, kEnd, kFirst>(q, k);
     ptx::wgmma_commit();
+    if constexpr (kPart + 1 < C::kKeyParts) start_scores<kKeys, kPart + 1>(use);
   }
-  // K steps [kBegin, kEnd).
-  template <int kKeys, int kBegin, int kEnd, class Q>
+  // K steps [kBegin, kEnd) of Q. The K tile begins with step kFirst.
+  template <int kKeys, int kBegin, int kEnd, int kFirst, class Q>
   __device__ __forceinline__ void multiply_steps(const Q& q, const RowsDescriptor<KTile>& k) {
     auto& x = columns<kKeys>().x[0];
     using Product = ptx::Wgmma<T, kKeys>;
     if constexpr (kBegin == 0 && kEnd > 0) Product::template multiply<true>(x, q.at(0), k.at(0));
 #pragma unroll
     for (int step = std::max(1, kBegin); step < kEnd; ++step)
-      Product::template multiply<false>(x, q.at(step), k.at(step));
+      Product::template multiply<false>(x, q.at(step), k.at(step - kFirst));
   }
-
-  // S is the sum of the CTAs' parts, if they share the query tile.
-  __device__ __forceinline__ void add_parts() {
-    if constexpr (C::kSharers > 1) shared.parts.add(s, consumer, part_index++);
+  // Waits for S while at most kPending later groups are in flight, and releases K.
+  template <int kPending, int kPart = 0>
+  __device__ __forceinline__ void finish_scores(uint32_t use) {
+    constexpr int kPartsLeft = C::kKeyParts - 1 - kPart;
+    ptx::wgmma_wait<kPending + kPartsLeft>();
+    if constexpr (kPartsLeft == 0) ptx::hold(s.x[0]);
+    shared.release_key(use, kPart);
+    if constexpr (kPartsLeft > 0) finish_scores<kPending, kPart + 1>(use);
   }
 
   // Issues O ← O + P V  [64, dv], with the first kKeys keys of a tile.
@@ -187,7 +198,7 @@ struct Consumer {
   // S of tile n, or of its first kKeys keys, with no other product in flight.
   template <int kKeys, bool kRare>
   __device__ __forceinline__ Score multiply_scores(int32_t n) {
-    shared.k_pipe.wait_full(kv_index);
+    if constexpr (C::kKeyParts == 1) shared.wait_key(kv_index);
     wait_for_issue();
     ptx::hold(s.x[0]);
     start_scores<kKeys>(kv_index);  // S = Q Kᵀ
@@ -195,10 +206,7 @@ struct Consumer {
     Score score;
     score.template prefetch<kRare>(score_tile(kv_index), n * C::kN);
     if constexpr (C::kRanges) score.find_seen(score_tile(kv_index), n * C::kN);
-    ptx::wgmma_wait<0>();
-    ptx::hold(s.x[0]);
-    shared.release_key(kv_index);
-    add_parts();
+    finish_scores<0>(kv_index);
     return score;
   }
 
@@ -208,7 +216,8 @@ struct Consumer {
   __device__ __forceinline__ void multiply_values() {
     shared.wait_value(kv_index);
     start_values<kKeys>(kv_index);  // O ← O + P V
-    if constexpr (kLast) finish_softmax(*this);
+    send_weights(*this);
+    if constexpr (kLast) finish_softmax(*this), send_factors(*this);
     ptx::wgmma_wait<0>();
     ptx::hold(o.x[0]);
     shared.release_value(kv_index);
@@ -223,7 +232,8 @@ struct Consumer {
     start_softmax<true, kRare, kInput>(tail, n, kv_index, score);
     finish_exponentials(tail);
     round_weights(tail, score);
-    if (n == uniform(tile->tiles.hi) - 1 && tile->last_values < C::kTailKeys) clear_values(C::kTailKeys);
+    if (n == uniform(tile->tiles.hi) - 1 && tile->last_values < C::kTailKeys)
+      clear_values(*this, C::kTailKeys);
     multiply_values<C::kTailKeys, false>();
   }
 
@@ -235,27 +245,25 @@ struct Consumer {
     finish_exponentials(s);
     if (C::kTailKeys > 0 && after_tail) rescale();
     round_weights(s, score);
-    if (n == uniform(tile->tiles.hi) - 1 && tile->last_values < C::kN) clear_values(C::kN);
+    if (n == uniform(tile->tiles.hi) - 1 && tile->last_values < C::kN) clear_values(*this, C::kN);
   }
 
   // S of tile n while O ← O + P V of tile n + 1 is multiplied.
   template <bool kMasked, bool kRare, bool kInput>
   __device__ __forceinline__ void step(int32_t n) {
     const uint32_t next = kv_index + 1;
-    shared.k_pipe.wait_full(next);
+    if constexpr (C::kKeyParts == 1) shared.wait_key(next);
     wait_for_issue();
     ptx::hold(s.x[0]);
     start_scores(next);  // S = Q K_nᵀ  [64, N]
     shared.wait_value(kv_index);
     start_values(kv_index);  // O ← O + P V_n+1  [64, dv]
     allow_next_issue();
+    send_weights(*this);
     Score score;
     score.template prefetch<kRare>(score_tile(next), n * C::kN);
     if constexpr (C::kRanges && kMasked) score.find_seen(score_tile(next), n * C::kN);
-    ptx::wgmma_wait<1>();
-    ptx::hold(s.x[0]);
-    shared.release_key(next);
-    add_parts();
+    finish_scores<1>(next);
     start_softmax<kMasked, kRare, kInput>(s, n, next, score);  // S ← score(S); m, α; P = 2^(S − m)
     if constexpr (C::kHoldsExponentials && C::kEarlyExponentials > 0)
       ptx::make_before(softmax.l[0] + softmax.l[1]);
@@ -271,29 +279,21 @@ struct Consumer {
     kv_index = next;
   }
 
-  // V ← 0 in the rows [last_values, end) of the last tile: they may hold NaN, and 0 · NaN is NaN. Every
-  // consumer clears the rows that it reads.
-  __device__ __forceinline__ void clear_values(int32_t end) {
-    shared.wait_value(kv_index);
-    const uint32_t v = ptx::shared_address(shared.value(kv_index));
-    const int thread = threadIdx.x % 128, first = tile->last_values;
-    for (int at = thread; at < (end - first) * VTile::kChunks; at += 128)
-      ptx::store_shared(v + VTile::offset(first + at / VTile::kChunks, at % VTile::kChunks), uint4{});
-    ptx::fence_async_shared();
-    ptx::sync_group(1 + C::kConsumers * (1 + team) + consumer, kWarpgroup);
-  }
-
   // Releases key tiles that none of the consumer's rows sees: the other consumers' loads wait for that.
   __device__ __forceinline__ void skip(int32_t tiles) {
     for (; tiles > 0; --tiles, ++kv_index) {
-      shared.k_pipe.wait_full(kv_index);
-      wait_for_issue();
-      allow_next_issue();
-      shared.release_key(kv_index);
+      if (owns_rows(*this)) {
+#pragma unroll
+        for (int part = 0; part < C::kKeyParts; ++part) {
+          shared.wait_key(kv_index, part);
+          if (part == 0) wait_for_issue(), allow_next_issue();
+          shared.release_key(kv_index, part);
+        }
+      }
       shared.wait_value(kv_index);
       shared.release_value(kv_index);
       if constexpr (C::Input::kStages > 0) {
-        if (!has_input) continue;
+        if (!has_input || !owns_rows(*this)) continue;
         shared.input_pipe.wait_full(kv_index - without_input);
         shared.input_pipe.release(kv_index - without_input);
       }
@@ -332,7 +332,7 @@ struct Consumer {
         for (; n >= lo; --n) step<false, false, kInput>(n);
       }
     }
-    if constexpr (!C::kQueryInRegisters) shared.q_pipe[consumer].release(tile_index);
+    if constexpr (!C::kQueryInRegisters) shared.q_pipe[q_slot()].release(tile_index);
     multiply_values<C::kN, true>();
   }
 
@@ -345,7 +345,7 @@ struct Consumer {
   __device__ __forceinline__ void run() {
     if (consumer == C::kConsumers - 1) allow_next_issue();  // the first consumer begins
     for (;; ++tile_index) {
-      shared.q_pipe[consumer].wait_full(tile_index);
+      if (owns_rows(*this)) shared.q_pipe[q_slot()].wait_full(tile_index);
       tile = &shared.tiles[tile_index % kTileStates];
       wait_part(shared.consumer_pipe);
       if (uniform(tile->done)) return;
@@ -354,9 +354,12 @@ struct Consumer {
       Interval tiles = uniform(tile->tiles), own = uniform(tile->keys[consumer].tiles);
       if constexpr (C::Input::kSkipsUniformTiles) has_input = !uniform(tile->one_segment);
       skip(loaded({own.hi, tiles.hi}));
-      if (own.empty()) {
-        shared.q_pipe[consumer].release(tile_index);
-        finish_softmax(*this);
+      if (!owns_rows(*this)) {
+        if constexpr (C::kSharers > 1) attend_as_partner(*this, own);
+        wait_part(shared.epilogue_pipe);
+      } else if (own.empty()) {
+        shared.q_pipe[q_slot()].release(tile_index);
+        finish_softmax(*this), send_factors(*this);
       } else if (is_rare()) {
         if constexpr (kHasRareLoop) attend<true>(own);
       } else if (C::Input::kSkipsUniformTiles && !has_input) {

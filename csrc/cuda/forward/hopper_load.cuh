@@ -30,18 +30,20 @@ struct LoadWarp {
   template <class N>
   __device__ __forceinline__ void load_key(const N& n, uint32_t use) {
     loader.check();
-    shared.k_pipe.template wait_empty<C::kMulticast>(use, kKeyLoader);
-    loader.load_key(maps.keys, ptx::shared_address(shared.key(use)), shared.k_pipe.full_barrier(use), n);
+#pragma unroll
+    for (int part = 0; part < C::kKeyParts; ++part) {
+      const uint32_t stage = shared.key_use(use, part), from = shared.key_loader(stage);
+      shared.k_pipe.template wait_empty<C::kKeyCluster>(stage, from);
+      loader.load_key(maps.keys, ptx::shared_address(shared.key(use, part)),
+                      shared.k_pipe.full_barrier(stage), n, part, from);
+    }
   }
 
   template <class N>
   __device__ __forceinline__ void load_value(const N& n, uint32_t use) {
-    if constexpr (C::kValueStages > 0) {
-      loader.check();
-      shared.v_pipe.template wait_empty<C::kMulticast>(use, kValueLoader);
-      loader.load_value(maps.keys, ptx::shared_address(shared.value(use)), shared.v_pipe.full_barrier(use),
-                        n);
-    }
+    loader.check();
+    shared.v_pipe.template wait_empty<C::kMulticast>(use, kValueLoader);
+    loader.load_value(maps.keys, ptx::shared_address(shared.value(use)), shared.v_pipe.full_barrier(use), n);
   }
 
   __device__ __forceinline__ void load_input(const BlockWork& work, int32_t n, uint32_t use) {
@@ -52,7 +54,8 @@ struct LoadWarp {
                                              uint32_t tile_index) {
     using Tile = typename C::QTile;
     if (!leads()) return;
-    auto& pipe = shared.q_pipe[consumer];
+    const int slot = C::kSharers > 1 ? 0 : consumer;
+    auto& pipe = shared.q_pipe[slot];
     pipe.wait_empty(tile_index);
     const uint32_t full = pipe.full_barrier(tile_index);
     if (!used) return ptx::barrier_arrive(full);
@@ -64,9 +67,8 @@ struct LoadWarp {
       at = packed_coordinates(p, work, row);
     } else {
       at = coordinates_of(p.query, work, work.head + consumer * tile.heads_apart(), row);
-      if constexpr (C::kSharers > 1) at.column = tile.column;
     }
-    load_rows<Tile>(ptx::shared_address(shared.q[consumer]), 0, maps.query, full, at);
+    load_rows<Tile>(ptx::shared_address(shared.q[slot]), 0, maps.query, full, at);
   }
 
   // The tile scheduler takes the next query tile when this many key tiles are left to load. The number is
@@ -82,7 +84,11 @@ struct LoadWarp {
     if constexpr (C::kHasColumns) loader.begin_columns(shared.tiles[tile_index % kTileStates].column);
     if (kKeys && used) load_key(tiles.hi - 1, kv_index);
     if constexpr (kValues) {
-      for (int i = 0; i < C::kConsumers; ++i) load_query(work, used, i, tile_index);
+      if constexpr (C::kSharers > 1) {
+        load_query(work, used, static_cast<int>(ptx::cluster_rank()), tile_index);
+      } else {
+        for (int i = 0; i < C::kConsumers; ++i) load_query(work, used, i, tile_index);
+      }
       if (used) load_input(work, tiles.hi - 1, kv_index);
       if (!used && leads()) shared.ending_pipe.arrive(tile_index);
     }

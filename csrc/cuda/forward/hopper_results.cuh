@@ -4,6 +4,7 @@
 
 #include "cuda/epilogue.cuh"
 #include "cuda/forward/hopper_heads.cuh"
+#include "cuda/forward/hopper_partner.cuh"
 #include "cuda/forward/hopper_state.cuh"
 #include "cuda/forward/hopper_store.cuh"
 #include "cuda/row_max.cuh"
@@ -75,8 +76,9 @@ __device__ __forceinline__ void write_rows(Consumer& warpgroup) {
     store_row_maxima<kSlots>(p, warpgroup.softmax, tile.lse.data, PackedRows(p, p.lse), work,
                              warpgroup.row());
   } else if constexpr (!C::Softmax::kBounded) {
-    store_row_maxima<kSlots>(p, warpgroup.softmax, lse_rows(warpgroup).data, StridedRows{tile.lse.stride},
-                             work, warpgroup.row());
+    const StridedRows rows{tile.lse.stride};
+    if (owns_rows(warpgroup))
+      store_row_maxima<kSlots>(p, warpgroup.softmax, lse_rows(warpgroup).data, rows, work, warpgroup.row());
   }
   normalise_rows(warpgroup.o, warpgroup.alpha);
   if constexpr (C::kPacksHeads) {

@@ -1,10 +1,14 @@
-// The operands that cuda/forward/hopper_consumer.cuh passes to products and scores: Q in registers, and the
-// location of a tile of S.
+// The operands that cuda/forward/hopper_consumer.cuh passes to products and scores: Q in registers, the
+// location of a tile of S, and V without the rows of other tokens.
 #pragma once
 
 #include <cstdint>
 
 #include "core/band.h"
+#include "cuda/hopper/roles.cuh"
+#include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/shared.cuh"
+#include "cuda/ptx/tma.cuh"
 #include "cuda/score/operands.cuh"
 #include "cuda/tile/operands.cuh"
 
@@ -50,5 +54,20 @@ struct ConsumerTile {
   __device__ __forceinline__ int32_t row() const { return of.row(); }
   __device__ __forceinline__ int32_t sequence() const { return of.tile->work.tile.index; }
 };
+
+// V ← 0 in the rows [last_values, end) of the last tile: they may hold NaN, and 0 · NaN is NaN. Every
+// consumer clears the rows that it reads.
+template <class Consumer>
+__device__ __forceinline__ void clear_values(const Consumer& of, int32_t end) {
+  using C = typename Consumer::Config;
+  using VTile = typename C::VTile;
+  of.shared.wait_value(of.kv_index);
+  const uint32_t v = ptx::shared_address(of.shared.value(of.kv_index));
+  const int thread = threadIdx.x % 128, first = of.tile->last_values;
+  for (int at = thread; at < (end - first) * VTile::kChunks; at += 128)
+    ptx::store_shared(v + VTile::offset(first + at / VTile::kChunks, at % VTile::kChunks), uint4{});
+  ptx::fence_async_shared();
+  ptx::sync_group(1 + C::kConsumers * (1 + of.team) + of.consumer, kWarpgroup);
+}
 
 }  // namespace jax_flash

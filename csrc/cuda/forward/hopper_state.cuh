@@ -285,14 +285,14 @@ struct TileState : Ranges, Slice {
 
 // A team's shared memory. Input: what the score variant stages per key tile.
 template <class T, class QTile, class KTile, class VTile, int kKeyStages, int kValueStages, int kConsumers,
-          class Input, int kMulticast, class Output, class Ranges, class Slice, class Mailbox, class Parts>
+          int kOwners, int kKeyParts, int kKeyCluster, class Input, int kMulticast, class Output,
+          class Ranges, class Slice, class Mailbox, class Exchange>
 struct ForwardShared : Input::Buffer {
-  static constexpr bool kOneRing = kValueStages == 0;
-  alignas(1024) uint8_t q[kConsumers][QTile::kBytes];
+  alignas(1024) uint8_t q[kOwners][QTile::kBytes];
   alignas(1024) uint8_t k[kKeyStages][KTile::kBytes];
   alignas(1024) uint8_t v[kValueStages][VTile::kBytes];
   [[no_unique_address]] typename Output::Tiles o;
-  [[no_unique_address]] Parts parts;  // of S
+  [[no_unique_address]] Exchange exchange;  // of S and P between CTAs that share the query tile
   using Tile = TileState<T, kConsumers, Ranges, Slice>;
   Tile tiles[kTileStates];
   // state_pipe: full when the state is complete or, with kEarlyLoad, when begin()'s part is.
@@ -300,7 +300,7 @@ struct ForwardShared : Input::Buffer {
   Pipeline<kTileStates> consumer_pipe;  // with kEarlyLoad: full when prepare() is done
   Pipeline<kTileStates> epilogue_pipe;  // with kEarlyLoad: full when prepare_outputs() is done
   Pipeline<1> ending_pipe;              // full when the load warp comes to the end of a query tile
-  Pipeline<1> q_pipe[kConsumers];
+  Pipeline<1> q_pipe[kOwners];
   Pipeline<kKeyStages> k_pipe;
   Pipeline<kValueStages> v_pipe;
   typename Input::Pipe input_pipe;
@@ -308,27 +308,26 @@ struct ForwardShared : Input::Buffer {
   [[no_unique_address]] typename Output::Pipes out_pipe;
   [[no_unique_address]] Mailbox mailbox;
 
-  // Stages of K and V. If V is K, its stage is full when K's is, and is released after both products.
-  __device__ __forceinline__ const uint8_t* key(uint32_t use) const { return k[use % kKeyStages]; }
-  __device__ __forceinline__ const uint8_t* value(uint32_t use) const {
-    if constexpr (kOneRing) {
-      return key(use);
-    } else {
-      return v[use % kValueStages];
-    }
+  // Stages of K and V. A K tile has a stage for each part of its columns.
+  static constexpr uint32_t key_use(uint32_t use, int part) { return use * kKeyParts + part; }
+  __device__ __forceinline__ const uint8_t* key(uint32_t use, int part = 0) const {
+    return k[key_use(use, part) % kKeyStages];
   }
-  __device__ __forceinline__ void wait_value(uint32_t use) const {
-    if constexpr (!kOneRing) v_pipe.wait_full(use);
+  __device__ __forceinline__ const uint8_t* value(uint32_t use) const { return v[use % kValueStages]; }
+  __device__ __forceinline__ void wait_key(uint32_t use, int part = 0) const {
+    k_pipe.wait_full(key_use(use, part));
   }
-  __device__ __forceinline__ void release_key(uint32_t use) const {
-    if constexpr (!kOneRing) k_pipe.template release<kMulticast>(use, kKeyLoader);
+  __device__ __forceinline__ void wait_value(uint32_t use) const { v_pipe.wait_full(use); }
+  __device__ __forceinline__ void release_key(uint32_t use, int part = 0) const {
+    const uint32_t stage = key_use(use, part);
+    k_pipe.template release<kKeyCluster>(stage, key_loader(stage));
   }
   __device__ __forceinline__ void release_value(uint32_t use) const {
-    if constexpr (kOneRing) {
-      k_pipe.template release<kMulticast>(use, kKeyLoader);
-    } else {
-      v_pipe.template release<kMulticast>(use, kValueLoader);
-    }
+    v_pipe.template release<kMulticast>(use, kValueLoader);
+  }
+  // The CTA that multicasts K. Parts take turns, but a stage always has the same CTA, where it is released.
+  static constexpr uint32_t key_loader(uint32_t stage) {
+    return kKeyParts > 1 ? stage % kKeyStages % 2 : kKeyLoader;
   }
 
   // `state_releases`: producers' arrivals that release a tile state.
@@ -339,12 +338,12 @@ struct ForwardShared : Input::Buffer {
     epilogue_pipe.init(1);
     ending_pipe.init(1);
     for (auto& pipe : q_pipe) pipe.init(kConsumer);
-    k_pipe.init(kConsumers * kConsumer * kMulticast);
+    k_pipe.init(kOwners * kConsumer * kKeyCluster);
     v_pipe.init(kConsumers * kConsumer * kMulticast);
-    input_pipe.init(kConsumers * kConsumer);
+    input_pipe.init(kOwners * kConsumer);
     out_pipe.init(kConsumer);
     mailbox.init();
-    parts.init(kConsumer);
+    exchange.init(kConsumer);
     ptx::fence_barriers();
   }
 };

@@ -51,13 +51,15 @@ struct SumParts {
     const Pipeline<1>& part = pipe[consumer];
     const uint32_t here = own(consumer), other = ptx::cluster_rank() ^ 1;
     part.wait_full(use);
+    uint32_t read = 0;  // depends on all loads
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       const float4 x = ptx::load_shared_float4(here + n * kRowBytes);
       float (&to)[4] = sum.x[0][n];
       to[0] += x.x, to[1] += x.y, to[2] += x.z, to[3] += x.w;
+      read |= __float_as_uint(to[0]);
     }
-    ptx::barrier_arrive_in_by_warp(part.empty_barrier(use), other);
+    ptx::barrier_arrive_in_by_warp(ptx::address_after(part.empty_barrier(use), read), other);
   }
 
  private:
@@ -68,9 +70,6 @@ struct SumParts {
   __device__ __forceinline__ uint32_t own(int consumer) const {
     return ptx::shared_address(received[consumer]) + thread() * kThreadBytes;
   }
-};
-struct NoSumParts {
-  __device__ __forceinline__ void init(uint32_t) {}
 };
 
 }  // namespace jax_flash

@@ -68,7 +68,7 @@ struct TileMailbox {
     ptx::barrier_expect(pipe.full_barrier(message), sizeof(uint32_t));
     pipe.wait_full(message);
     const uint32_t tile = ptx::load_shared(slot(message));
-    ptx::barrier_arrive_in(pipe.empty_barrier(message), 0);
+    ptx::barrier_arrive_in(ptx::address_after(pipe.empty_barrier(message), tile), 0);
     return tile;
   }
 };

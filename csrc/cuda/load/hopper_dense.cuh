@@ -38,12 +38,8 @@ class DenseLoader {
     key = coordinates_of(p.key, work, kv_head, work.tile.k_begin);
     value = coordinates_of(p.value, work, kv_head, work.tile.k_begin);
   }
-  // Makes the loader copy columns of V, and of K if CTAs share the query tile, from this one on. Call it
-  // after begin().
-  __device__ __forceinline__ void begin_columns(int32_t column) {
-    if constexpr (C::kSharers > 1) key.column = column;
-    value.column = column;
-  }
+  // Makes the loader copy columns of V from this one on. Call it after begin().
+  __device__ __forceinline__ void begin_columns(int32_t column) { value.column = column; }
   // This thread has read the work that begin() was given.
   template <class Pipe>
   __device__ __forceinline__ void release(const Pipe& state, uint32_t use) const {
@@ -53,37 +49,35 @@ class DenseLoader {
   __device__ __forceinline__ void check() const {}
   // Load keys, or values, [n · kN, (n + 1) · kN); `barrier` counts their bytes. K of a tile is loaded before
   // V of the previous tile.
-  __device__ __forceinline__ void load_key(const Maps& maps, uint32_t tile, uint32_t barrier,
-                                           int32_t n) const {
-    load<typename C::KTile, kKeyLoader>(tile, barrier, maps.key, key, n);
+  __device__ __forceinline__ void load_key(const Maps& maps, uint32_t tile, uint32_t barrier, int32_t n,
+                                           int part, uint32_t loader) const {
+    ptx::Coordinates at = key;
+    at.column = part * C::KTile::kColumns;
+    load<typename C::KTile, C::kKeyCluster>(tile, barrier, maps.key, at, n, loader);
   }
   __device__ __forceinline__ void load_value(const Maps& maps, uint32_t tile, uint32_t barrier,
                                              int32_t n) const {
-    load<typename C::VTile, kValueLoader>(tile, barrier, maps.value, value, n);
+    load<typename C::VTile, C::kMulticast>(tile, barrier, maps.value, value, n, kValueLoader);
   }
 
  private:
-  template <class Tile, uint32_t kLoader>
+  template <class Tile, int kCluster>
   __device__ __forceinline__ void load(uint32_t tile, uint32_t barrier, const CUtensorMap& map,
-                                       ptx::Coordinates at, int32_t n) const {
+                                       ptx::Coordinates at, int32_t n, uint32_t loader) const {
     at.row += n * C::kN;
     ptx::barrier_expect(barrier, Tile::kBytes);
-    if (C::kMulticast == 1 || ptx::cluster_rank() == kLoader)
-      load_rows<Tile, C::kMulticast>(tile, 0, map, barrier, at);
+    if (kCluster == 1 || ptx::cluster_rank() == loader) load_rows<Tile, kCluster>(tile, 0, map, barrier, at);
   }
 
   const Problem& p;
   ptx::Coordinates key, value;
 };
 
-// The same where V is K: each tile is loaded once, and both products read it.
+// The same with a warp for K and one for V, as CTAs that share a query tile wait for each other's K.
 template <class C>
-struct SharedKvLoader : DenseLoader<C> {
+struct ColumnsLoader : DenseLoader<C> {
   using DenseLoader<C>::DenseLoader;
+  static constexpr int kWarps = 2;
 };
-template <template <class> class Loader>
-inline constexpr bool kValuesAreKeys = false;
-template <>
-inline constexpr bool kValuesAreKeys<SharedKvLoader> = true;
 
 }  // namespace jax_flash

@@ -42,7 +42,7 @@ class ListLoader {
   }
   __device__ __forceinline__ void check() const {}
   __device__ __forceinline__ void load_key(const Maps& maps, uint32_t tile, uint32_t barrier,
-                                           const KeyPieces& pieces) const {
+                                           const KeyPieces& pieces, int, uint32_t) const {
     load<typename C::KTile>(tile, barrier, maps.key, key, pieces);
   }
   __device__ __forceinline__ void load_value(const Maps& maps, uint32_t tile, uint32_t barrier,

@@ -111,11 +111,15 @@ class PageLoader {
     missing = slot != kNoSlot && !in_pool;
     if (slot == kNoSlot || !in_pool) page = p.pages, slot = 0;
   }
-  __device__ __forceinline__ void load_key(const Maps& maps, uint32_t tile, uint32_t barrier, int32_t n) {
-    load<typename C::KTile, true>(maps, tile, barrier, maps.key, p.key, n);
+  __device__ __forceinline__ void load_key(const Maps& maps, uint32_t tile, uint32_t barrier, int32_t n,
+                                           int part, uint32_t) {
+    load<typename C::KTile, true>(maps, tile, barrier, maps.key, p.key, part * C::KTile::kColumns);
+    if (part == C::kKeyParts - 1) find(maps, n - 1);
   }
   __device__ __forceinline__ void load_value(const Maps& maps, uint32_t tile, uint32_t barrier, int32_t n) {
-    load<typename C::VTile, false>(maps, tile, barrier, maps.value, p.value, n);
+    load<typename C::VTile, false>(maps, tile, barrier, maps.value, p.value,
+                                   C::kHasColumns ? first_column : 0);
+    find(maps, n - 1);
   }
 
  private:
@@ -131,7 +135,8 @@ class PageLoader {
 
   template <class Tile, bool kNanIfMissing>
   __device__ __forceinline__ void load(const Maps& maps, uint32_t tile, uint32_t barrier,
-                                       const typename Boxes::Map& map, const View& view, int32_t n) {
+                                       const typename Boxes::Map& map, const View& view,
+                                       int32_t column) const {
     const auto lane = static_cast<int32_t>(threadIdx.x % 32);
     __syncwarp();  // every lane must see the stage empty before it is filled and released again
     if (lane == 0) ptx::barrier_expect(barrier, Tile::kBytes);
@@ -139,10 +144,8 @@ class PageLoader {
       Boxes::template load<Tile>(tile, lane * maps.box, maps.missing, barrier, {});
     } else if (lane < maps.boxes) {
       const int32_t leading = view.leading[0] ? static_cast<int32_t>(work->leading) : 0;
-      const int32_t column = C::kSharers > 1 || (C::kSliced && !kNanIfMissing) ? first_column : 0;
       Boxes::template load<Tile>(tile, lane * maps.box, map, barrier, {head, slot, page, leading, column});
     }
-    find(maps, n - 1);
   }
 
   static constexpr int32_t kNoSlot = -1;  // stands for a box past the keys
@@ -150,7 +153,7 @@ class PageLoader {
   const BlockWork* work;
   const int32_t* entries;    // of the block table's row
   int32_t head;              // of K and V
-  int32_t first_column = 0;  // of V, and of K if CTAs share the query tile
+  int32_t first_column = 0;  // of V
   int32_t page = 0, slot;    // this lane's box of the next tile
   bool missing;              // its page lies outside the pool
 };

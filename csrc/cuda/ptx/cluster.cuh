@@ -28,7 +28,8 @@ __device__ __forceinline__ uint32_t address_in(uint32_t shared, uint32_t rank) {
   return x;
 }
 
-// Arrives at the barrier of CTA `rank`. This may signal that reads are complete, but it publishes no writes.
+// Arrives at the barrier of CTA `rank`. This publishes no writes. It may signal that wgmma has read, after
+// wgmma_wait(), but loads may return after it: see address_after().
 __device__ __forceinline__ void barrier_arrive_in(uint32_t barrier, uint32_t rank) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_in(barrier, rank)) : "memory");
 }
@@ -36,6 +37,13 @@ __device__ __forceinline__ void barrier_arrive_in(uint32_t barrier, uint32_t ran
 __device__ __forceinline__ void barrier_arrive_in_by_warp(uint32_t barrier, uint32_t rank) {
   __syncwarp();
   if (arrives_for_warp()) barrier_arrive_in(barrier, rank);
+}
+
+// `address`, known only once a load of `word` has returned. A CTA's accesses to its own shared memory stay in
+// order, but an arrival at a barrier of another CTA may overtake loads that were issued before it, and what
+// the other CTA then stores may overtake them, too. The compiler does not know that ranks are below 16.
+__device__ __forceinline__ uint32_t address_after(uint32_t address, uint32_t word) {
+  return address + (word & cluster_rank() >> 4);
 }
 
 // st.async: stores to the shared memory of CTA `rank`, whose barrier counts the 4 bytes.
@@ -52,6 +60,19 @@ __device__ __forceinline__ void store_at(uint32_t address, const float4& x, uint
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
           address),
       "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(barrier)
+      : "memory");
+}
+__device__ __forceinline__ void store_at(uint32_t address, const uint4& x, uint32_t barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+          address),
+      "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(barrier)
+      : "memory");
+}
+__device__ __forceinline__ void store_at(uint32_t address, const float2& x, uint32_t barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(address),
+      "f"(x.x), "f"(x.y), "r"(barrier)
       : "memory");
 }
 // The same as store_in for 16 bytes and for 8.

@@ -1,11 +1,15 @@
-// Sums that the two CTAs of a cluster make together. Needs an sm_90 GPU.
+// What the two CTAs of a cluster send each other. Needs an sm_90 GPU.
+#include <cuda_bf16.h>
+
 #include <cstdint>
 #include <cstdio>
 
+#include "cuda/hopper/row_exchange.cuh"
 #include "cuda/hopper/sum_parts.cuh"
 #include "cuda/launch.h"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/tile/accumulator.cuh"
+#include "cuda/tile/operands.cuh"
 #include "hopper_units.h"
 
 namespace jax_flash {
@@ -15,6 +19,8 @@ constexpr int kCtas = 4, kConsumers = 2, kThreads = kConsumers * kWarpgroup;
 constexpr uint32_t kSums = 7;
 using Sum = Accumulator<1, 8>;
 using Parts = SumParts<Sum, kConsumers>;
+using Weights = FragmentsA<__nv_bfloat16, 1, 4>;
+using Exchange = RowExchange<Weights>;
 
 // An element of a CTA's part: integers whose sums are exact.
 __device__ float part(uint32_t cta, uint32_t sum, int n, int i) {
@@ -48,17 +54,64 @@ __global__ void __launch_bounds__(kThreads) sums(int* wrong) {
   ptx::sync_cluster();
 }
 
-}  // namespace
+// A word of P, and a factor, that the owner of the rows sends in a step.
+__device__ uint32_t weight(uint32_t owner, uint32_t use, int k, int i) {
+  return ((owner * kSums + use) * kThreads + threadIdx.x) * 16 + k * 4 + i;
+}
+__device__ float factor(uint32_t owner, uint32_t use, int slot) {
+  return static_cast<float>(((owner * kSums + use) * kThreads + threadIdx.x / 4) * 2 + slot);
+}
 
-int run_sums() {
+// Counts the elements of P and the factors that differ. Owner and partner in turn are late.
+__global__ void __launch_bounds__(kThreads) rows(int* wrong) {
+  constexpr int64_t kLate = 20000;
+  auto& exchange = *reinterpret_cast<Exchange*>(ptx::dynamic_shared_1024());
+  if (threadIdx.x == 0) {
+    exchange.init(kConsumerWarps * ptx::kWarpArrivals);
+    ptx::fence_barriers();
+  }
+  __syncthreads();
+  ptx::sync_cluster();
+  const bool owns = threadIdx.x / kWarpgroup == ptx::cluster_rank();
+  const uint32_t owner = owns ? blockIdx.x : blockIdx.x ^ 1;
+  int differ = 0;
+  for (uint32_t use = 0; use < kSums; ++use) {
+    const int64_t start = clock64();
+    while (use % 3 == (owns ? 0 : 1) && clock64() - start < kLate) continue;
+    Weights p;
+    float factors[Exchange::kSlots];
+    for (int k = 0; k < 4; ++k)
+      for (int i = 0; i < 4; ++i) p.x[0][k][i] = owns ? weight(owner, use, k, i) : 0;
+    for (int slot = 0; slot < Exchange::kSlots; ++slot) factors[slot] = owns ? factor(owner, use, slot) : -1;
+    if (owns) {
+      exchange.send_weights<true>(p, factors, use);
+    } else {
+      exchange.receive_weights<true>(p, factors, use);
+      exchange.release_weights<true>(p, factors, use);
+    }
+    for (int k = 0; k < 4; ++k)
+      for (int i = 0; i < 4; ++i) differ += p.x[0][k][i] != weight(owner, use, k, i);
+    for (int slot = 0; slot < Exchange::kSlots; ++slot) differ += factors[slot] != factor(owner, use, slot);
+  }
+  if (differ > 0) atomicAdd(wrong, differ);
+  __syncwarp();
+  ptx::sync_cluster();
+}
+
+template <class Shared>
+int run(void (*kernel)(int*), const char* name) {
   int *counter, wrong = 0;
   check(cudaMalloc(&counter, sizeof(int)), "cudaMalloc");
   check(cudaMemset(counter, 0, sizeof(int)), "memset");
-  check(launch_clusters(sums, 2, kCtas, kThreads, sizeof(Parts), nullptr, counter), "sums");
-  check(cudaMemcpy(&wrong, counter, sizeof(int), cudaMemcpyDeviceToHost), "sums");
+  check(launch_clusters(kernel, 2, kCtas, kThreads, sizeof(Shared), nullptr, counter), name);
+  check(cudaMemcpy(&wrong, counter, sizeof(int), cudaMemcpyDeviceToHost), name);
   cudaFree(counter);
-  std::printf(wrong ? "SumParts: FAILED, %d wrong\n" : "SumParts: ok\n", wrong);
+  std::printf(wrong ? "%s: FAILED, %d wrong\n" : "%s: ok\n", name, wrong);
   return wrong;
 }
+
+}  // namespace
+
+int run_sums() { return run<Parts>(sums, "SumParts") + run<Exchange>(rows, "RowExchange"); }
 
 }  // namespace jax_flash
