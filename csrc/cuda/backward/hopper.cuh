@@ -191,11 +191,11 @@ inline void keep_in_step(PersistentTiles& tiles, const Problem& p, int32_t ctas)
 }
 
 // If steps are listed, the key tiles of these heads run in the order of their lengths. The heads of a group
-// have at least one tile for each worker, so that the last group has short tiles for the end. Groups are of
-// equal size.
+// have about one tile for each worker: of more heads, Q, dO and the sums of dQ would not stay in L2. Groups
+// are of equal size.
 inline uint32_t listed_heads_together(const PersistentTiles& tiles, uint32_t heads, int32_t workers) {
-  const uint32_t fewest = static_cast<uint32_t>(ceil_div(workers, tiles.tiles_per_head)),
-                 wanted = std::max(tiles.heads_together, fewest), groups = std::max(1u, heads / wanted);
+  const uint32_t running = static_cast<uint32_t>(workers / tiles.tiles_per_head),
+                 wanted = std::max(tiles.heads_together, running), groups = std::max(1u, heads / wanted);
   return static_cast<uint32_t>(ceil_div(heads, groups));
 }
 
