@@ -76,7 +76,8 @@ def pool(shape: tuple[int, ...] = (64, 32, 8, 128, 8192), sizes: tuple[int, ...]
         print(
             f"pool: decode {b} × {hq}/{hk} d{d} of {keys:,} keys in pages of {size}: {1e6 * time['separate']:.0f} µs; "
             f"interleaved {time['separate'] / time['interleaved']:.3f} of the rate of separate pools; packed, "
-            f"ragged_paged_attention {time['separate, packed'] / time['ragged_paged_attention']:.3f} {measure.plus_minus(times)}",
+            f"ragged_paged_attention {time['separate, packed'] / time['ragged_paged_attention']:.3f} "
+            f"{measure.plus_minus(times)}",
             flush=True,
         )
 
@@ -120,8 +121,8 @@ def sglang(sizes: Sizes = SERVED) -> None:
     ours, theirs = (times[name]["median"] for name in calls)
     print(
         f"sglang: a decode step of {sizes.sequences} × {sizes.keys:,} keys, {sizes.layers} layers: {1e3 * ours:.2f} ms "
-        f"for examples/models, {1e3 * theirs:.2f} for sglang-jax: {ours / theirs:.3f} of its rate {measure.plus_minus(times)}; "
-        f"thunks {captured}",
+        f"for examples/models, {1e3 * theirs:.2f} for sglang-jax: {ours / theirs:.3f} of its rate "
+        f"{measure.plus_minus(times)}; thunks {captured}",
         flush=True,
     )
 
