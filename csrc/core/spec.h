@@ -54,6 +54,10 @@ inline constexpr int32_t kOfEveryKernel = bits_of(
     Operand::kCuSeqlensQ, Operand::kCuSeqlensK, Operand::kQLengths, Operand::kKvLengths, Operand::kSinks,
     Operand::kBlockTables, Operand::kKScale, Operand::kVScale, Operand::kPosition, Operand::kTbias);
 
+// Operands that decode reads. Calls with any other operand do not run it.
+inline constexpr int32_t kOfDecode = kOfEveryKernel | bits_of(Operand::kAlibiSlopes, Operand::kDraftMask,
+                                                              Operand::kRanges, Operand::kBlockMask);
+
 // Optional operands of append_kv in call order, bits of AppendSpec::operands.
 enum class AppendOperand : int32_t {
 #define JF_APPEND_OPTIONAL(id, ...) k##id,

@@ -151,8 +151,9 @@ class Forward final : public PassTraits {
     const Shapes& s = call.shapes;
     if (spec.packed() || s.leading_rank > 0 || s.kv_heads == 0 || spec.num_splits > 0 || spec.batch_invariant)
       return false;
-    for (Operand operand : {Operand::kAlibiSlopes, Operand::kSinks, Operand::kPosition, Operand::kRanges})
-      if (spec.has(operand)) return false;
+    constexpr int32_t kOfPackedHeads = bits_of(Operand::kKvLengths, Operand::kBlockTables, Operand::kKScale,
+                                               Operand::kVScale, Operand::kDraftMask, Operand::kBlockMask);
+    if (spec.operands & ~kOfPackedHeads) return false;
     const bool counts_tokens = spec.right >= 0 && spec.align != Align::kBottomRight;
     if (spec.left >= 0 || counts_tokens || spec.softcap > 0 || !(spec.scale > 0)) return false;
     const int64_t group = s.heads / s.kv_heads, rows = group * s.q_rows;
