@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
+#include "cuda/decode/combine.cuh"
 #include "cuda/decode/hopper_latent_state.cuh"
-#include "cuda/decode/latent_results.cuh"
 #include "cuda/decode/latent_softmax.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/tile/descriptor.cuh"
@@ -170,17 +170,30 @@ class LatentConsumer {
     shared.p_pipe.arrive_by_warp(use);
   }
 
+  // Writes the results of a segment, or merges them with those of the entry's other parts if this one is the
+  // last to be finished.
   __device__ __forceinline__ void finish(const LatentSegment& segment, const Softmax (&softmax)[C::kRows]) {
     sync_consumers();  // waits until the softmax is stored
     const ColumnRows rows = rows_of(segment, call.group, kv_head);
-    const LatentResults<C, O> results(call, segment, rows, kv_head);
+    const Parts parts = segment.parts;
+    const PartialResults<C::kRows> partial(call);
+    const int64_t first = parts.count == 1 ? 0 : partial.row(parts.slot(call.grid, parts.own), kv_head, 0);
 #pragma unroll
-    for (int slot = 0; slot < S::kSlots; ++slot)
-      results.template store<O::kColumnTiles>(
-          o, first_row() + S::row(slot), slot, kHalf == 0 && threadIdx.x % 4 == 0,
-          [](int n) { return feature(n); }, [&](int32_t row, int) { return softmax[row]; });
-    if (!results.is_whole()) sync_consumers();
-    results.template merge<C::kPartsAtOnce, C::kBlocksAtOnce>(shared.is_last, sync_consumers);
+    for (int slot = 0; slot < S::kSlots; ++slot) {
+      const int32_t row = first_row() + S::row(slot);
+      if (row >= rows.count() || !is_written(call, rows, segment.work, row)) continue;
+      if (parts.count == 1) {
+        store_row(segment.work, rows, row, slot, softmax[row]);
+      } else {
+        store_partial(partial, first + row, slot, softmax[row]);
+      }
+    }
+    if (parts.count == 1) return;
+    sync_consumers();
+    if (threadIdx.x == 0) shared.is_last = count_part(partial.counter(parts, kv_head), parts.count);
+    sync_consumers();
+    if (shared.is_last)
+      combine<C, C::kPartsAtOnce, C::kBlocksAtOnce>(call, rows, segment.work, partial, parts, kv_head);
   }
   __device__ __forceinline__ static void sync_consumers() {
     // The two halves are different code, so they reach the barrier at different instructions.
@@ -188,8 +201,35 @@ class LatentConsumer {
   }
 
   // The first feature of the n-th pair of O's columns that this thread has.
-  __device__ __forceinline__ static int32_t feature(int n) {
+  __device__ __forceinline__ int32_t feature(int n) const {
     return kHalf * (C::kValueDim / 2) + O::column(n);
+  }
+
+  __device__ __forceinline__ void store_row(const SequenceWork& work, const ColumnRows& rows, int32_t row,
+                                            int slot, Softmax all) {
+    const int32_t head = rows.head(row), i = rows.position(row);
+    const auto [factor, lse] = finish_row(call, work, head, i, all);
+    T* const to = call.out.at<T>(work.leading, work.batch_row, head, work.q_begin + i);
+#pragma unroll
+    for (int n = 0; n < O::kColumnTiles; ++n) {
+      if (feature(n) >= call.value_dim) continue;
+      const bool zero = factor == 0;
+      ptx::store_pair(to + feature(n), zero ? 0 : o.at(slot, n, 0) * factor,
+                      zero ? 0 : o.at(slot, n, 1) * factor);
+    }
+    if (kHalf == 0 && threadIdx.x % 4 == 0)
+      store_lse(call, work.leading, work.batch_row, head, work.q_begin + i, lse);
+  }
+
+  __device__ __forceinline__ void store_partial(const PartialResults<C::kRows>& partial, int64_t row,
+                                                int slot, Softmax softmax) {
+    float* const to = partial.o + row * partial.width;
+#pragma unroll
+    for (int n = 0; n < O::kColumnTiles; ++n) {
+      if (feature(n) < call.value_dim)
+        *reinterpret_cast<float2*>(to + feature(n)) = make_float2(o.at(slot, n, 0), o.at(slot, n, 1));
+    }
+    if (kHalf == 0 && threadIdx.x % 4 == 0) partial.softmax[row] = softmax;
   }
 
   const LatentCall& call;

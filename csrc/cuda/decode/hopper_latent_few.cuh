@@ -11,8 +11,8 @@
 
 #include <cstdint>
 
+#include "cuda/decode/combine.cuh"
 #include "cuda/decode/latent_load.cuh"
-#include "cuda/decode/latent_results.cuh"
 #include "cuda/decode/latent_softmax.cuh"
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/roles.cuh"
@@ -182,18 +182,31 @@ class LatentGroup {
     return make_float4(x[0], x[1], x[2], x[3]);
   }
 
+  // Writes the results of a segment, or merges them with those of the entry's other parts if this one is the
+  // last to be finished.
   __device__ __forceinline__ void finish(const LatentSegment& segment, const ColumnRows& rows,
                                          const SegmentSoftmax& softmax, O& o) {
     Softmax all[O::kSlots];
     merge_groups(softmax, o, all);
-    const LatentResults<C, O> results(call, segment, rows, kv_head);
+    const Parts parts = segment.parts;
+    const PartialResults<C::kRows> partial(call);
+    const int64_t first = parts.count == 1 ? 0 : partial.row(parts.slot(call.grid, parts.own), kv_head, 0);
 #pragma unroll
-    for (int slot = 0; slot < O::kSlots; ++slot)
-      results.template store<kShare>(
-          o, O::row(slot), slot, threadIdx.x < 32 && threadIdx.x % 4 == 0, [&](int n) { return feature(n); },
-          [&](int32_t, int at) { return all[at]; });
+    for (int slot = 0; slot < O::kSlots; ++slot) {
+      const int32_t row = O::row(slot);
+      if (row >= rows.count() || !is_written(call, rows, segment.work, row)) continue;
+      if (parts.count == 1) {
+        store_row(segment.work, rows, row, slot, o, all[slot]);
+      } else {
+        store_partial(partial, first + row, slot, o, all[slot]);
+      }
+    }
     sync_consumers();  // waits until results are stored and sums are read
-    results.template merge<C::kPartsAtOnce, C::kBlocksAtOnce>(shared.is_last, sync_consumers);
+    if (parts.count == 1) return;
+    if (threadIdx.x == 0) shared.is_last = count_part(partial.counter(parts, kv_head), parts.count);
+    sync_consumers();
+    if (shared.is_last)
+      combine<C, C::kPartsAtOnce, C::kBlocksAtOnce>(call, rows, segment.work, partial, parts, kv_head);
   }
 
   // The first kShare column tiles of O ← this group's share of both groups' O, with the softmax of both.
@@ -241,6 +254,33 @@ class LatentGroup {
   // The feature of this thread's n-th pair in the group's share.
   __device__ __forceinline__ int32_t feature(int n) const {
     return 128 * warp() + 8 * kShare * group + O::column(n);
+  }
+
+  __device__ __forceinline__ void store_row(const SequenceWork& work, const ColumnRows& rows, int32_t row,
+                                            int slot, const O& o, Softmax all) const {
+    const int32_t head = rows.head(row), i = rows.position(row);
+    const auto [factor, lse] = finish_row(call, work, head, i, all);
+    T* const to = call.out.at<T>(work.leading, work.batch_row, head, work.q_begin + i);
+    const bool zero = factor == 0;
+#pragma unroll
+    for (int n = 0; n < kShare; ++n) {
+      if (feature(n) < call.value_dim)
+        ptx::store_pair(to + feature(n), zero ? 0 : o.at(slot, n, 0) * factor,
+                        zero ? 0 : o.at(slot, n, 1) * factor);
+    }
+    if (threadIdx.x < 32 && threadIdx.x % 4 == 0)
+      store_lse(call, work.leading, work.batch_row, head, work.q_begin + i, lse);
+  }
+
+  __device__ __forceinline__ void store_partial(const PartialResults<C::kRows>& partial, int64_t row,
+                                                int slot, const O& o, Softmax all) const {
+    float* const to = partial.o + row * partial.width;
+#pragma unroll
+    for (int n = 0; n < kShare; ++n) {
+      if (feature(n) < call.value_dim)
+        *reinterpret_cast<float2*>(to + feature(n)) = make_float2(o.at(slot, n, 0), o.at(slot, n, 1));
+    }
+    if (threadIdx.x < 32 && threadIdx.x % 4 == 0) partial.softmax[row] = all;
   }
 
   const LatentCall& call;

@@ -13,10 +13,11 @@
 #include <cstdint>
 
 #include "core/families/latent_layout.h"
+#include "cuda/decode/combine.cuh"
 #include "cuda/decode/latent_call.cuh"
 #include "cuda/decode/latent_load.cuh"
-#include "cuda/decode/latent_results.cuh"
 #include "cuda/decode/latent_state.cuh"
+#include "cuda/decode/results.cuh"
 #include "cuda/decode/row_max.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/registry.h"
@@ -274,19 +275,57 @@ class LatentWarps {
                                    ColumnsB<typename C::KTile, 16>(tile, 64 * warp()));
   }
 
+  // Writes the results of a segment, or merges them with those of the entry's other parts if this one is the
+  // last to be finished.
   __device__ __forceinline__ void finish(const LatentSegment& segment) {
     sync();  // waits until the softmax is stored
     const ColumnRows rows = rows_of(segment, call.group, kv_head);
-    const LatentResults<C, typename C::O> results(call, segment, rows, kv_head);
+    const Parts parts = segment.parts;
+    const PartialResults<C::kRows> partial(call);
+    const int64_t first = parts.count == 1 ? 0 : partial.row(parts.slot(call.grid, parts.own), kv_head, 0);
 #pragma unroll
-    for (int slot = 0; slot < C::O::kSlots; ++slot)
-      results.template store<C::O::kColumnTiles>(
-          o, C::O::row(slot), slot, threadIdx.x < 32 && threadIdx.x % 4 == 0,
-          [](int n) { return feature(n); }, [&](int32_t row, int) { return shared.softmax[row]; });
+    for (int slot = 0; slot < C::O::kSlots; ++slot) {
+      const int32_t row = C::O::row(slot);
+      if (row >= rows.count() || !is_written(call, rows, segment.work, row)) continue;
+      if (parts.count == 1) {
+        store_row(segment.work, rows, row, slot);
+      } else {
+        store_partial(partial, first + row, row, slot);
+      }
+    }
     sync();  // waits until the softmax is read and results are stored
-    results.merge(shared.is_last, sync);
+    if (parts.count == 1) return;
+    if (threadIdx.x == 0) shared.is_last = count_part(partial.counter(parts, kv_head), parts.count);
+    sync();
+    if (shared.is_last) combine<C>(call, rows, segment.work, partial, parts, kv_head);
   }
   __device__ __forceinline__ static int32_t feature(int n) { return 64 * warp() + C::O::column(n); }
+
+  __device__ __forceinline__ void store_row(const SequenceWork& work, const ColumnRows& rows, int32_t row,
+                                            int slot) {
+    const int32_t head = rows.head(row), i = rows.position(row);
+    const auto [factor, lse] = finish_row(call, work, head, i, shared.softmax[row]);
+    T* const to = call.out.at<T>(work.leading, work.batch_row, head, work.q_begin + i);
+    const bool zero = factor == 0;
+#pragma unroll
+    for (int n = 0; n < C::O::kColumnTiles; ++n) {
+      if (feature(n) < call.value_dim)
+        ptx::store_pair(to + feature(n), zero ? 0 : o.at(slot, n, 0) * factor,
+                        zero ? 0 : o.at(slot, n, 1) * factor);
+    }
+    if (threadIdx.x < 32 && threadIdx.x % 4 == 0)
+      store_lse(call, work.leading, work.batch_row, head, work.q_begin + i, lse);
+  }
+  __device__ __forceinline__ void store_partial(const PartialResults<C::kRows>& partial, int64_t to,
+                                                int32_t row, int slot) {
+#pragma unroll
+    for (int n = 0; n < C::O::kColumnTiles; ++n) {
+      if (feature(n) < call.value_dim)
+        *reinterpret_cast<float2*>(partial.o + to * partial.width + feature(n)) =
+            make_float2(o.at(slot, n, 0), o.at(slot, n, 1));
+    }
+    if (threadIdx.x < 32 && threadIdx.x % 4 == 0) partial.softmax[to] = shared.softmax[row];
+  }
 
   const LatentCall& call;
   Shared& shared;
