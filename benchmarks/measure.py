@@ -138,6 +138,11 @@ def of_one(times: dict[str, Any], count: int) -> dict[str, Any]:
     }
 
 
+def plus_minus(times: dict[str, Any], digits: int = 1) -> str:
+    """The largest spread of several summaries, as text."""
+    return f"(± {100 * max(each['spread'] for each in times.values()):.{digits}f}%)"
+
+
 def median(times: Sequence[float]) -> float:
     return statistics.median(times)
 

@@ -61,10 +61,9 @@ def main() -> None:
         for option, calls in calls_of(case).items():
             times = measure.in_turns(calls)
             without, with_option = (times[name]["median"] for name in ("without", "with"))
-            spread = 100 * max(times[name]["spread"] for name in calls)
             print(
                 f"{case.name}, {option}: {without * 1e6:.1f} µs, {100 * (with_option / without - 1):+.2f}% "
-                f"(± {spread:.2f}%)",
+                f"{measure.plus_minus(times, 2)}",
                 flush=True,
             )
 

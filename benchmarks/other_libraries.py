@@ -73,11 +73,11 @@ def pool(shape: tuple[int, ...] = (64, 32, 8, 128, 8192), sizes: tuple[int, ...]
         chained = {name: decode_calls.chained(call) for name, call in calls.items()}
         times = measure.of_one(measure.in_turns(chained, settle=measure.SETTLED), decode_calls.CHAIN)
         time = {name: each["median"] for name, each in times.items()}
-        spread = 100 * max(each["spread"] for each in times.values())
         print(
             f"pool: decode {b} × {hq}/{hk} d{d} of {keys:,} keys in pages of {size}: {1e6 * time['separate']:.0f} µs; "
             f"interleaved {time['separate'] / time['interleaved']:.3f} of the rate of separate pools; packed, "
-            f"ragged_paged_attention {time['separate, packed'] / time['ragged_paged_attention']:.3f} (± {spread:.1f}%)",
+            f"ragged_paged_attention {time['separate, packed'] / time['ragged_paged_attention']:.3f} "
+            f"{measure.plus_minus(times)}",
             flush=True,
         )
 
@@ -119,11 +119,10 @@ def sglang(sizes: Sizes = SERVED) -> None:
         del made
         times = measure.in_turns(calls, settle=measure.SETTLED)
     ours, theirs = (times[name]["median"] for name in calls)
-    spread = 100 * max(each["spread"] for each in times.values())
     print(
         f"sglang: a decode step of {sizes.sequences} × {sizes.keys:,} keys, {sizes.layers} layers: {1e3 * ours:.2f} ms "
-        f"for examples/models, {1e3 * theirs:.2f} for sglang-jax: {ours / theirs:.3f} of its rate (± {spread:.1f}%); "
-        f"thunks {captured}",
+        f"for examples/models, {1e3 * theirs:.2f} for sglang-jax: {ours / theirs:.3f} of its rate "
+        f"{measure.plus_minus(times)}; thunks {captured}",
         flush=True,
     )
 
@@ -270,10 +269,9 @@ def maxtext(**changes: Any) -> None:
     assert off(*found.values()) < 2e-2, f"losses and norms of gradients are {found}"
     times = measure.in_turns({name: (step, [()]) for name, step in steps.items()}, 6, 0.5, settle=0.3)
     here, there = (times[name]["median"] for name in steps)
-    spread = 100 * max(each["spread"] for each in times.values())
     print(
         f"maxtext {changes or 'default'}: a training step takes {1e3 * here:.1f} ms with jax_flash, {1e3 * there:.1f} "
-        f"with {other}: {there / here:.3f} × its speed (± {spread:.1f}%); losses and norms {found}",
+        f"with {other}: {there / here:.3f} × its speed {measure.plus_minus(times)}; losses and norms {found}",
         flush=True,
     )
 

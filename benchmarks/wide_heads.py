@@ -40,9 +40,8 @@ def training(passes: tuple[str, ...] = ("forward", "backward")) -> None:
                 name: flop.attention(named.get(name, wide), pass_) / times[name]["median"] for name in calls
             }
             beside = ", ".join(f"{rates['d512'] / rates[x]:.2f} of {x}'s rate" for x in calls if x != "d512")
-            spread = 100 * max(each["spread"] for each in times.values())
             print(
-                f"{wide.name} {pass_}: {rates['d512'] / 1e12:.0f} TFLOP/s, {beside} (± {spread:.1f}%)",
+                f"{wide.name} {pass_}: {rates['d512'] / 1e12:.0f} TFLOP/s, {beside} {measure.plus_minus(times)}",
                 flush=True,
             )
 

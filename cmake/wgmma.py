@@ -15,7 +15,7 @@ TYPES = {"__half": "f16", "__nv_bfloat16": "bf16"}
 
 
 def instruction(n: int, type_: str, a: list[tuple[str, str]], transposed: list[str], first: bool) -> str:
-    """A and B are operands after the accumulator: (constraint, expression) each, B's descriptor the last of `a`."""
+    """The asm statement. `a`: the operands after the accumulator, (constraint, expression) each; B's is the last."""
     count = n // 2
     numbers = [f"%{count + i}" for i in range(len(a) + len(transposed))]
     left, right = numbers[: len(a) - 1], numbers[len(a) - 1]

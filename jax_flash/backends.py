@@ -131,7 +131,7 @@ def _cuda_backend() -> Backend:
 
 
 def _appends(library: CudaLibrary | None) -> set[str]:
-    """The passes of append_kv, whose rows all have one name."""
+    """The passes of append_kv. In the table their rows have the one pass "append", so the handlers tell them apart."""
     handlers = library.handlers if library else {}
     return {pass_.name for pass_ in PASSES if pass_.in_place and f"jax_flash_{pass_.name}" in handlers}
 
@@ -140,9 +140,8 @@ def _appends(library: CudaLibrary | None) -> set[str]:
 def register() -> None:
     """Registers every custom call found, for the platforms `cpu` and `CUDA`; what is missing is left out.
 
-    Runs when jax_flash is imported: a program that was exported or compiled in another process names its custom calls,
-    and nothing of this library runs before them. JAX keeps what is registered until it starts a backend; none is
-    started here.
+    This runs when jax_flash is imported, because a program that another process exported or compiled calls the handlers
+    without running any other code of this library. It starts no backend: JAX keeps the handlers until one starts.
     """
     core, _ = _load_core()
     if core is not None:
@@ -175,10 +174,9 @@ def require_cpu(operation: str) -> None:
 
 
 def require_cuda(operation: str) -> None:
-    """Raises NotImplementedError where a call lowered for CUDA could only fail when it runs.
+    """Raises NotImplementedError if this process has a CUDA device and no CUDA library, so that the call could not run.
 
-    That is a process with a CUDA device and no CUDA library. A process without a CUDA device may lower for
-    CUDA all the same: it exports for another machine.
+    A process without a CUDA device may lower for CUDA, because it may export the program to another machine.
     """
     _, problem = _load_cuda()
     if problem is not None and local_devices("cuda"):

@@ -16,12 +16,15 @@ from .spec import AttentionSpec, Spec
 def batch(
     primitive: Primitive, in_place: int, args: Sequence[Any], axes: Sequence[Any], **params: Any
 ) -> Any:
-    """Binds the primitive with the mapped axes in front; `in_place` operands come first and are broadcast in full."""
+    """Binds the primitive with the mapped axes in front.
+
+    The first `in_place` operands, which the call overwrites, are repeated for every entry of the mapped axis.
+    """
     size = next(x.shape[axis] for x, axis in zip(args, axes) if axis is not None)
     moved = [
         jnp.expand_dims(x, 0) if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in zip(args, axes)
     ]
-    for i in range(in_place):  # an operand that is overwritten must be as large as its result
+    for i in range(in_place):  # they must be as large as their results
         moved[i] = jnp.broadcast_to(moved[i], (size, *moved[i].shape[1:]))
     results = primitive.bind(*moved, **params)
     return results, [0] * len(results)
@@ -33,7 +36,7 @@ def leading(spec: Spec, name: str, ndim: int) -> int:
 
 
 def named_sizes(spec: Spec, shapes: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
-    """The sizes of the dimensions that arrays have in full, by the names of csrc/operands.def."""
+    """The sizes of dimensions by their names in csrc/operands.def, without those that may be broadcast."""
     found = {
         dim: size
         for name, shape in shapes.items()

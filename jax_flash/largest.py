@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from . import _jax
+from .operands import FORWARD
 from .options import Arguments
-from .spec import AttentionSpec
+from .spec import AttentionSpec, result_names
 
 _INF = float("inf")
 _BLOCK = 128  # packed rows whose common maximum is taken first
@@ -20,10 +21,13 @@ def results(
     arguments: Arguments, spec: AttentionSpec, operands: dict[str, Array], found: tuple[Array, ...]
 ) -> Array | tuple[Array, ...]:
     """The results of a public function: out, and lse and the largest scores if they were asked for."""
-    out, lse, *row_max = found
-    wanted = [out, lse] if arguments.return_lse else [out]
-    wanted += [_largest(spec, operands, x) for x in row_max]
-    return tuple(wanted) if len(wanted) > 1 else out
+    by_name = dict(zip(result_names(FORWARD, spec), found))
+    wanted = [by_name["out"]]
+    if arguments.return_lse:
+        wanted.append(by_name["lse"])
+    if spec.row_max:
+        wanted.append(_largest(spec, operands, by_name["row_max"]))
+    return tuple(wanted) if len(wanted) > 1 else wanted[0]
 
 
 def _largest(spec: AttentionSpec, operands: dict[str, Array], row_max: Array) -> Array:

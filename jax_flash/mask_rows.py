@@ -16,10 +16,11 @@ MOST = 2**31 - 1
 
 @dataclass(frozen=True)
 class PackedKeys:
-    """The location of sequences' keys in arrays with one element per key, of any shape.
+    """Where the keys of sequences lie in arrays with one element per key, of any shape.
 
-    start: the first key of each row's sequence, int32 [b|1, s|1]. owner: the sequence of each key; used: whether it is
-    one of the sequence's keys in use.
+    start: the first key of each row's sequence, int32 [b|1, s|1].
+    owner: the sequence of each key.
+    used: whether the key is in use.
     """
 
     start: Array
@@ -32,10 +33,10 @@ class Rows:
     """The query rows of one call; a packed batch is one batch entry.
 
     index: the position of each row in its sequence, int32 [1, s].
-    lengths: the number of rows of each row's batch entry or sequence, int32 [b|1, s|1]; keys: that of its keys.
+    lengths, keys: how many rows and keys the batch entry or sequence of each row has, int32 [b|1, s|1].
     sequence: for a packed batch, the sequence of each row, int32 [s].
     packed_keys: set if keys are packed or in pages.
-    whole: for rows of one device of a split sequence, a function that gives an array […, s] of all devices.
+    whole: set if devices split the sequence; gathers an array […, s] from all of them.
     """
 
     index: Array
@@ -78,7 +79,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class SortedKeys:
-    """For each row, `count` (at most `most`) elements from `start` on, which do not decrease."""
+    """An ascending list for each row: the `count` elements from `start` on. No count exceeds `most`."""
 
     elements: Array
     start: Array
@@ -86,8 +87,7 @@ class SortedKeys:
     most: Any
 
     def first_from(self, wanted: Array, *, above: bool = False) -> Array:
-        """The index of each row's first key whose element is at least the row's wanted one, or above it, by binary
-        search, [b, s]."""
+        """The index [b, s] of the first element of each row's list that is ≥ `wanted` (> with `above`)."""
         lo = jnp.zeros_like(wanted)
         hi = jnp.broadcast_to(
             self.count, jnp.broadcast_shapes(wanted.shape, self.count.shape, self.start.shape)

@@ -48,7 +48,7 @@ def test_gradients_are_the_same_bits_on_one_thread_and_on_all() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rows_that_see_nothing_are_not_read(dtype: str) -> None:
-    """Stronger than the contract: NaN in a query, and in its cotangents, that a mask hides from every key."""
+    """A mask hides every key from a row whose query and cotangents are NaN. The contract does not ask for this."""
     case = Case("hidden rows", sq=150, sk=140, mask=(150, 1), dtype=dtype)
     inputs = make_inputs(case)
     hidden = ~np.asarray(inputs.keywords["mask"])[:, 0]

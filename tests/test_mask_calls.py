@@ -205,6 +205,9 @@ RINGED = {
 }
 
 
+FEW_RINGED = {"prefix", "band", "ranges"}
+
+
 def ring_mask(name):
     """A function that makes the mask for a part of the rows, and its arguments for all rows."""
     ids = jnp.asarray(np.repeat(np.array([[-1, 2, -1, 5, 6, 6, -1, 1]]), 6, -1), jnp.int32)
@@ -243,8 +246,8 @@ def test_a_ring_counts_by_global_positions(name, mode, order, implementation):
     require_devices(2)
     if implementation == "xla" and (mode, order) not in {("ring", "zigzag"), ("all_to_all", "contiguous")}:
         pytest.skip("one order of rows for each mode is enough for plain JAX")
-    if implementation == "xla" and mode == "ring" and name not in {"prefix", "band", "ranges"}:
-        pytest.skip("plain JAX makes the same ranges of the other masks as outside of a ring")
+    if (implementation == "xla" or (mode, order) == ("all_to_all", "zigzag")) and name not in FEW_RINGED:
+        pytest.skip("the ranges of the other masks are made as outside of a ring, or as in contiguous order")
     make, arrays = ring_mask(name)
 
     def local(q, k, v, *arrays):
@@ -308,7 +311,11 @@ def test_other_interfaces_take_masks(implementation):
         )
 
 
-@pytest.mark.parametrize("case", OF_FORMS, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [case for number, case in enumerate(FORMS) if len(case.forms) == 1 or number % 3 == 0],
+    ids=lambda case: case.name,
+)
 def test_flops_count_what_a_mask_shows(case):
     inputs = checks.make_inputs(case)
     call = flash_attention if case.layout == "fixed" else flash_attention_varlen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import checks
@@ -38,12 +39,16 @@ MORE = (
 )
 
 
-def assert_right(call: Any, inputs: Inputs, wanted: np.ndarray, implementation: str) -> None:
-    """`call(moving, **options)` has the same out and lse with and without return_max, and the maxima are right."""
-    moving, _ = oracle.split(inputs.positional | inputs.keywords)
-    out, lse = call(moving)
-    *same, largest = call(moving, return_max=True)
-    if implementation == "xla":  # XLA fuses the two programs differently, which changes roundings on a GPU
+def without_and_with(call: Any) -> Any:
+    """arrays → the results of `call(arrays, **options)` without return_max, and with it, from one program, which
+    compiles sooner than the operations do one by one."""
+    return jax.jit(lambda arrays: (call(arrays), call(arrays, return_max=True)))
+
+
+def assert_right(run: Any, arrays: Any, wanted: np.ndarray, implementation: str) -> None:
+    """Out and lse are the same without and with return_max, and the maxima are right."""
+    (out, lse), (*same, largest) = run(arrays)
+    if implementation == "xla":  # XLA fuses the two calls differently, which changes roundings on a GPU
         assert_same(same, [out, lse], tolerance=max(1e-5, float(jnp.finfo(out.dtype).eps)))
     else:
         assert [np.asarray(x).tobytes() for x in same] == [np.asarray(x).tobytes() for x in (out, lse)]
@@ -54,15 +59,16 @@ def largest_of(case: Case, inputs: Inputs) -> np.ndarray:
     return equations.largest(spec(case, inputs), operands(inputs))
 
 
+@cache
+def program(case: Case, implementation: str) -> Any:
+    return without_and_with(lambda arrays, **options: attention(case, implementation, **options)(arrays))
+
+
 def check(case: Case, implementation: str, inputs: Inputs | None = None) -> None:
     checks.require_case(implementation, case)
     wanted = largest_of(case, make_inputs(case))
     inputs = inputs or make_inputs(case)
-
-    def call(moving: Any, **options: Any) -> Any:
-        return checks.function(case, inputs, implementation, **options)(moving)
-
-    assert_right(call, inputs, wanted, implementation)
+    assert_right(program(case, implementation), inputs.positional | inputs.keywords, wanted, implementation)
 
 
 @pytest.mark.parametrize("case", CASES + MORE, ids=lambda case: case.name)
@@ -142,12 +148,14 @@ def test_over_pages(case, splits, implementation):
     if splits and implementation == "xla":
         pytest.skip("plain JAX has no splits")
     pages.require(implementation, case)
-    paged = pages.paged(case)
+    assert_paged(pages.paged(case), implementation, num_splits=splits)
 
-    def call(_: Any, **options: Any) -> Any:
-        return paged.call(implementation, num_splits=splits, **options)({})
 
-    assert_right(call, paged.inputs, largest_of(case, paged.inputs), implementation)
+def assert_paged(paged: pages.Paged, implementation: str, **given: Any) -> None:
+    def call(arrays: Any, **options: Any) -> Any:
+        return paged.call(implementation, **given, **options)(arrays)
+
+    assert_right(without_and_with(call), paged.arrays, largest_of(paged.case, paged.inputs), implementation)
 
 
 LATENT = {"b": 2, "sq": 1, "sk": 130, "hk": 1, "kv_lengths": (130, 17)}
@@ -164,24 +172,12 @@ LATENT = {"b": 2, "sq": 1, "sk": 130, "hk": 1, "kv_lengths": (130, 17)}
 )
 def test_over_a_latent_pool(case, implementation):
     pages.require(implementation, case)
-    paged = pages.latent(case)
-    assert_right(
-        lambda _, **options: paged.call(implementation, **options)({}),
-        paged.inputs,
-        largest_of(case, paged.inputs),
-        implementation,
-    )
+    assert_paged(pages.latent(case), implementation)
 
 
 def test_a_float8_pool_counts_with_its_scale(implementation):
     case = Case("float8", b=2, sq=1, sk=130, kv_lengths=(130, 17), dtype="bfloat16")
-    paged = pages.paged(case, pool_dtype="float8_e4m3fn")
-    assert_right(
-        lambda _, **options: paged.call(implementation, **options)({}),
-        paged.inputs,
-        largest_of(case, paged.inputs),
-        implementation,
-    )
+    assert_paged(pages.paged(case, pool_dtype="float8_e4m3fn"), implementation)
 
 
 def test_a_page_outside_the_pool_makes_its_sequence_nan(implementation):

@@ -237,7 +237,8 @@ def test_nested_vmaps_map_different_arguments(kernel):
 
 
 def test_an_inner_vmap_maps_some_of_an_outer_ones_arguments(kernel):
-    """Outer: query, key, value; inner: query again. The keys have one of its two axes, so these cannot be merged."""
+    """The outer vmap maps query, key and value, the inner one query alone. The query has both axes and the keys
+    have one, so the two axes cannot be merged into one."""
     each = entries(PLAIN)
     arrays = each[0] | {name: stack([a[name] for a in each]) for name in ("key", "value")}
     queries = stack([stack([a["query"], -a["query"]]) for a in each])
@@ -376,7 +377,8 @@ def test_what_a_scan_saves_is_computed_once(kernel):
 
 
 def test_xlas_slice_fusions_for_gpus_do_not_see_the_forward(lowers_for_cuda):
-    """Without a GPU: such a fusion would call the forward a second time, to write its result to what a scan saves."""
+    """Reads the program for GPUs, and needs none. Such a fusion would call the forward a second time to write its
+    result into the array that a scan saves."""
     traced = jax.jit(saved_in_a_scan).trace(jnp.ones((1, 128, 2, 64), jnp.bfloat16))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     call, rest = text.split(":3 = stablehlo.custom_call @jax_flash_forward")

@@ -1,4 +1,4 @@
-"""A machine with a GPU that has no CUDA library, or one for another CUDA version than its jax's."""
+"""Machines with a GPU: one without a CUDA library, and one whose library is for another CUDA version than its jax."""
 
 import importlib.util
 import subprocess

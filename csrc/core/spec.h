@@ -43,6 +43,21 @@ enum class Operand : int32_t {
   kCount,
 };
 
+template <class... Operands>
+constexpr int32_t bits_of(Operands... operands) {
+  return ((1 << static_cast<int32_t>(operands)) | ...);
+}
+
+// Operands that every kernel reads. CUDA's plan takes any other for an input of a kind of score, or else for
+// one that needs the general kernel.
+inline constexpr int32_t kOfEveryKernel = bits_of(
+    Operand::kCuSeqlensQ, Operand::kCuSeqlensK, Operand::kQLengths, Operand::kKvLengths, Operand::kSinks,
+    Operand::kBlockTables, Operand::kKScale, Operand::kVScale, Operand::kPosition, Operand::kTbias);
+
+// Operands that decode reads. Calls with any other operand do not run it.
+inline constexpr int32_t kOfDecode = kOfEveryKernel | bits_of(Operand::kAlibiSlopes, Operand::kDraftMask,
+                                                              Operand::kRanges, Operand::kBlockMask);
+
 // Optional operands of append_kv in call order, bits of AppendSpec::operands.
 enum class AppendOperand : int32_t {
 #define JF_APPEND_OPTIONAL(id, ...) k##id,

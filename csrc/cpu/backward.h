@@ -20,7 +20,7 @@ static void store_gradient(const Rows& rows, int32_t begin, int32_t end, int32_t
   }
 }
 
-// The operands that stay packed while a tile of keys loops over the queries, its accumulators and scratch.
+// A tile of keys, packed for all query tiles that it meets, with its accumulators and scratch.
 struct KeyTile {
   int32_t begin, n, index;
   Word *k_panels, *v_panels;  // Kᵀ and Vᵀ as operand B of Q Kᵀ and dO Vᵀ
@@ -88,10 +88,11 @@ static void add_to_queries(const Head& head, const QueryTile& q, const KeyTile& 
   }
 }
 
-// Loops over the query tiles in descending order: with causal every tile of keys then starts at the same
-// query tile, and the next tile of keys follows one query tile behind. The progress of a query tile is 1 once
-// it is packed, and 2 + k once its k-th tile of keys has added to dQ. This count includes every tile of keys
-// from the first to the last that the query tile sees, even those between in which it sees no key.
+// Loops over the query tiles in descending order. With a causal mask all tiles of keys then start at the
+// same, last query tile, so each can follow the tile of keys before it at a distance of one query tile. The
+// progress of a query tile is 1 once it is packed, and 2 + k once its k-th tile of keys has added to dQ. This
+// count includes every tile of keys from the first to the last that the query tile sees, even those between
+// in which it sees no key.
 template <class E>
 static void walk_queries(const Head& head, const KeyTile& keys, const SharedGradients& shared) {
   const Problem& p = head.problem;

@@ -21,10 +21,15 @@ struct Row {
   int32_t position, head;
 };
 
+// Operands that hide keys or drop weights, and do not change the other scores.
+inline constexpr int32_t kLeaveScores =
+    bits_of(Operand::kQSegmentIds, Operand::kKvSegmentIds, Operand::kMask, Operand::kDropout,
+            Operand::kDraftMask, Operand::kRanges, Operand::kBlockMask);
+
 // Whether a score needs more than scale, dropout and masks. A scale of 0 counts as an option, because it
 // would turn masked scores, -inf, into NaN.
 JF_INLINE bool has_score_options(const Problem& p) {
-  return p.spec.softcap > 0 || p.spec.scale == 0 || p.bias || p.alibi_slopes;
+  return p.spec.softcap > 0 || p.spec.scale == 0 || p.spec.operands & ~(kOfEveryKernel | kLeaveScores);
 }
 
 // The factor of S in the exponent, exp(softmax_scale (S − m)). With score options the scale is part of S,

@@ -37,7 +37,7 @@ def weight(config: Config, *shape: int, rngs: nnx.Rngs) -> nnx.Param:
 
 
 def choose(weights: jax.Array, index: jax.Array, experts: int) -> jax.Array:
-    """Weights of all experts [..., experts], those of the chosen ones [..., k] by their index, 0 for the others."""
+    """The weights [..., k] of the chosen experts at their `index` among all [..., experts]; other experts have 0."""
     return jnp.einsum("...k,...ke->...e", weights, jax.nn.one_hot(index, experts, dtype=weights.dtype))
 
 
@@ -81,7 +81,7 @@ class MLP(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """Gated units of every expert; the rows of one projection are those of gate, then those of up."""
+    """Gated units of every expert. gate_up_proj stacks the rows of gate above the rows of up."""
 
     def __init__(self, config: Config, experts: int, hidden: int, *, rngs: nnx.Rngs):
         make, dtype = nnx.initializers.lecun_normal(-1, -2, batch_axis=0), jnp.dtype(config.dtype)

@@ -108,10 +108,8 @@ inline bool serves(const KernelRow& row, const Call& call) {
   constexpr int64_t kPadding = 32;  // most columns that a head dim is padded by
   const AttentionSpec& spec = call.spec;
   const Shapes& s = call.shapes;
-  for (Operand operand : {Operand::kQSegmentIds, Operand::kMask, Operand::kBias, Operand::kDropout}) {
-    if (spec.has(operand)) return false;
-  }
-  if (spec.packed() || spec.num_splits > 0 || spec.batch_invariant) return false;
+  if (spec.operands & ~kOfDecode || spec.packed() || spec.num_splits > 0 || spec.batch_invariant)
+    return false;
   if (s.head_dim + kPadding <= row.head_dim || s.value_dim + kPadding <= row.value_dim) return false;
   const int64_t rows = call.rows_of_group(row.block_m), least = row.block_m > 8 ? row.block_m / 2 : 0;
   return least < rows && rows <= row.block_m && Choice(row, call).is_faster();

@@ -16,9 +16,10 @@ static_assert(kConsumerRows == kSegmentPart);
 
 constexpr int64_t kCounterBytes = 4;
 
-// Plans as many persistent CTAs as fit, for `blocks` tiles. A counter in memory schedules tiles of unequal
-// length and long tiles (`steps`), for which its cost is negligible. If another kernel occupies some SMs, as
-// NCCL's do in a ring, CTAs that start late then take fewer tiles (docs/experiments/ring.md).
+// Plans as many persistent CTAs as fit, for `blocks` tiles of `steps` keys or rows. Tiles of unequal length
+// and long tiles are handed out by a counter in memory, whose cost is negligible for long ones. If another
+// kernel occupies some SMs, as NCCL's do in a ring, CTAs that start late then take fewer tiles
+// (docs/experiments/ring.md).
 void plan_persistent(int64_t blocks, bool unequal, int64_t steps, const KernelRow& row, const Call& call,
                      Workspace& workspace, LaunchPlan& plan) {
   constexpr int64_t kLongTile = 4096;
@@ -60,7 +61,8 @@ class TileChoice {
 
   // Whether the last wave of large tiles would leave more SMs idle than the last wave of the teams' smaller
   // tiles. The cost of a wave, in rows of large tiles, was measured at d = 64, the only head dim with teams.
-  // Tiles of unequal length fill the last wave anyway: then teams pay only if all their tiles run at once.
+  // If tiles differ in length, short ones fill the last wave, and teams pay only if all their tiles run at
+  // once.
   bool few_waves() const {
     constexpr int64_t kLargeTile = 192, kTeamTile = 128;             // rows
     constexpr int64_t kCostOfOneTeam = 164, kCostOfBothTeams = 280;  // rows
@@ -149,8 +151,9 @@ class Forward final : public PassTraits {
     const Shapes& s = call.shapes;
     if (spec.packed() || s.leading_rank > 0 || s.kv_heads == 0 || spec.num_splits > 0 || spec.batch_invariant)
       return false;
-    for (Operand operand : {Operand::kAlibiSlopes, Operand::kSinks, Operand::kPosition, Operand::kRanges})
-      if (spec.has(operand)) return false;
+    constexpr int32_t kOfPackedHeads = bits_of(Operand::kKvLengths, Operand::kBlockTables, Operand::kKScale,
+                                               Operand::kVScale, Operand::kDraftMask, Operand::kBlockMask);
+    if (spec.operands & ~kOfPackedHeads) return false;
     const bool counts_tokens = spec.right >= 0 && spec.align != Align::kBottomRight;
     if (spec.left >= 0 || counts_tokens || spec.softcap > 0 || !(spec.scale > 0)) return false;
     const int64_t group = s.heads / s.kv_heads, rows = group * s.q_rows;
@@ -178,10 +181,10 @@ class Forward final : public PassTraits {
 };
 
 // CTAs own key tiles, compute their dK and dV, and add dQ to float32 sums, in key-tile order if the
-// call is deterministic. The portable rows run calls without queries, for which no tensor map can be made,
-// and calls whose bias or mask cannot be copied 8 keys at a time. They also run calls that would need cluster
-// kernels with a bias or mask and other options. A boolean mask alone needs no copies where its tiles are
-// listed.
+// call is deterministic. The portable rows run
+// - calls without queries, for which no tensor map can be made;
+// - calls whose bias or mask cannot be copied 8 keys at a time, except a boolean mask whose tiles are listed;
+// - calls with a bias or mask and further options at the head dims of the cluster kernels.
 class Backward final : public PassTraits {
  public:
   bool serves(const KernelRow& row, const Call& call) const override {

@@ -152,10 +152,7 @@ class Decode final : public PassTraits {
     if (row.is_latent()) return latent_.serves(row, call);
     const AttentionSpec& spec = call.spec;
     const Shapes& s = call.shapes;
-    for (Operand operand : {Operand::kQSegmentIds, Operand::kMask, Operand::kBias, Operand::kDropout}) {
-      if (spec.has(operand)) return false;
-    }
-    if (spec.layout == Layout::kVarlen) return false;
+    if (spec.operands & ~kOfDecode || spec.layout == Layout::kVarlen) return false;
     // Rows of float8 are copied 16 bytes at a time.
     const bool whole = s.head_dim % 16 == 0 && s.value_dim % 16 == 0 && s.pool_columns % 16 == 0 &&
                        spec.value_start % 16 == 0;

@@ -8,16 +8,7 @@ namespace {
 // The largest cap for which the exponentials of the softcap kernel fit in float32.
 constexpr float kLargestSoftcap = 50;
 
-template <class... Operands>
-constexpr int32_t bits_of(Operands... operands) {
-  return ((1 << static_cast<int32_t>(operands)) | ...);
-}
-
-// Operands that every kernel reads, and operands that are inputs of kinds of scores. Any other operand needs
-// the general kernel.
-constexpr int32_t kOfEveryKernel = bits_of(
-    Operand::kCuSeqlensQ, Operand::kCuSeqlensK, Operand::kQLengths, Operand::kKvLengths, Operand::kSinks,
-    Operand::kBlockTables, Operand::kKScale, Operand::kVScale, Operand::kPosition, Operand::kTbias);
+// Operands that are inputs of kinds of scores.
 constexpr int32_t kOfScores = 0
 #define JF_SCORE(kind, name, printed, inputs, ...) | (inputs)
 #include "../../scores.def"

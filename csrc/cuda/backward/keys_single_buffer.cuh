@@ -43,7 +43,8 @@ __device__ __forceinline__ void backward_keys_single_buffer(const Problem& p,
   dk.clear(), dv.clear();
   const int32_t heads = p.heads / p.kv_heads;
   QueryStep step = first_shown<C>(p, block, heads);
-  if (!block.tiles.empty() && step.head < heads) {  // else no copy may be left when dK and dV are stored
+  // Without a step no copy starts, because none may be in flight when dK and dV are stored.
+  if (!block.tiles.empty() && step.head < heads) {
     load_tile<KTile, C::kThreads>(k, block.key, tile.row, tile.used_keys());
     load_tile<VTile, C::kThreads>(v, block.value, tile.row, tile.used_keys());
   }

@@ -269,7 +269,7 @@ class LatentGroup {
                         zero ? 0 : o.at(slot, n, 1) * factor);
     }
     if (threadIdx.x < 32 && threadIdx.x % 4 == 0)
-      *call.lse.at<float>(work.leading, work.batch_row, head, work.q_begin + i) = lse;
+      store_lse(call, work.leading, work.batch_row, head, work.q_begin + i, lse);
   }
 
   __device__ __forceinline__ void store_partial(const PartialResults<C::kRows>& partial, int64_t row,

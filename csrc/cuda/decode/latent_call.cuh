@@ -11,6 +11,7 @@
 
 #include "core/families/latent_layout.h"
 #include "cuda/decode/partition.cuh"
+#include "cuda/decode/results.cuh"
 #include "cuda/ptx/math.cuh"
 
 namespace jax_flash::decode {
@@ -104,7 +105,7 @@ __device__ __forceinline__ void clear_outside(const LatentCall& call) {
       T* const to = call.out.at<T>(leading, 0, head, token);
       for (int32_t feature = 2 * lane; feature < call.value_dim; feature += 64)
         ptx::store_pair(to + feature, 0.0f, 0.0f);
-      if (lane == 0) *call.lse.at<float>(leading, 0, head, token) = -INFINITY;
+      if (lane == 0) store_lse(call, leading, 0, head, token, -INFINITY);
     }
   }
 }

@@ -133,6 +133,17 @@ struct PartitionShared {
   int32_t index, base, parts, units;
 };
 
+// sum ← the sum over this lane and those before it; `largest` ← the maximum over the warp.
+__device__ __forceinline__ void scan_warp(int32_t& sum, int32_t& largest) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int32_t before = __shfl_up_sync(~0u, sum, step);
+    if (lane >= step) sum += before;
+    largest = max(largest, __shfl_xor_sync(~0u, largest, step));
+  }
+}
+
 // sum ← the sum over all earlier threads; returns the sum over all threads; `largest` ← the maximum over all
 // threads.
 template <int kThreads>
@@ -140,12 +151,7 @@ __device__ __forceinline__ int32_t scan_block(PartitionShared<kThreads>& shared,
                                               int32_t& largest) {
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   int32_t through = sum;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int32_t before = __shfl_up_sync(~0u, through, step);
-    if (lane >= step) through += before;
-    largest = max(largest, __shfl_xor_sync(~0u, largest, step));
-  }
+  scan_warp(through, largest);
   if (lane == 31) shared.sums[warp] = through, shared.largest[warp] = largest;
   __syncthreads();
   sum = through - sum;
@@ -187,12 +193,7 @@ __device__ __forceinline__ Partition find_range_by_warp(const DecodeCall& call, 
     parts = own.parts, units = own.units;
   }
   int32_t through = units, largest = units;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int32_t before = __shfl_up_sync(~0u, through, step);
-    if (lane >= step) through += before;
-    largest = max(largest, __shfl_xor_sync(~0u, largest, step));
-  }
+  scan_warp(through, largest);
   const Partition partition(call.grid, call.sequences, __shfl_sync(~0u, through, 31), largest);
   range.begin = partition.begin(number), range.end = partition.begin(number + 1);
   if (range.begin >= range.end) return partition;

@@ -52,6 +52,11 @@ __device__ __forceinline__ RowResult finish_row(const DecodeCall& call, const Se
   return {alpha * ptx::reciprocal(total), (largest + ptx::log2(total)) * kLn2};
 }
 
+__device__ __forceinline__ void store_lse(const DecodeCall& call, int32_t leading, int32_t batch_row,
+                                          int32_t head, int32_t token, float lse) {
+  *call.lse.at<float>(leading, batch_row, head, token) = lse;
+}
+
 // Writes four adjacent features of o = O / l and, with feature 0, lse. `o` and `all` are sums over all keys.
 template <class T>
 __device__ __forceinline__ void store_result(const DecodeCall& call, const ColumnRows& rows,
@@ -63,7 +68,7 @@ __device__ __forceinline__ void store_result(const DecodeCall& call, const Colum
   T* const to = call.out.at<T>(work.leading, work.batch_row, head, token) + feature;
   ptx::store_pair(to, o.x * factor, o.y * factor);
   ptx::store_pair(to + 2, o.z * factor, o.w * factor);
-  if (feature == 0) *call.lse.at<float>(work.leading, work.batch_row, head, token) = lse;
+  if (feature == 0) store_lse(call, work.leading, work.batch_row, head, token, lse);
 }
 
 // The parts of a split sequence. Fixed splits have a slot for each split. Otherwise a block writes at most

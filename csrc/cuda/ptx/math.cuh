@@ -42,8 +42,8 @@ __device__ __forceinline__ float reciprocal(float x) {
 __device__ __forceinline__ int max3(int x, int y, int z) { return __vimax3_s32(x, y, z); }
 __device__ __forceinline__ int min3(int x, int y, int z) { return __vimin3_s32(x, y, z); }
 
-// prmt: byte i of the result is the byte of x that hex digit i of kSelector selects; a digit of 8 + b fills
-// it with the sign bit of byte b, which __byte_perm cannot do.
+// prmt: hex digit i of kSelector says what byte i of the result is. A digit b copies byte b of x; a digit 8 +
+// b repeats the sign bit of byte b, for which __byte_perm has no code.
 template <uint32_t kSelector>
 __device__ __forceinline__ uint32_t permute_bytes(uint32_t x) {
   uint32_t y;

@@ -8,9 +8,9 @@
 
 namespace jax_flash {
 
-// S [rows row_of(slot), keys from `key`] ← −inf where hidden(row, key), which is called for rows and keys in
-// use. Few tiles run the loop. It is not unrolled, because its loads would then take registers from all other
-// tiles.
+// S ← −inf where hidden(i, j), which is called only for rows and keys in use. Row i is row_of(slot), and the
+// first key is `key`. Few tiles run the loop, and it is not unrolled: its loads would take registers from all
+// other tiles.
 template <class S, class Row, class Hidden>
 __device__ __forceinline__ void hide_where(S& s, const Band& band, int32_t key, Row row_of, Hidden hidden) {
   static_assert(2 * S::kColumnTiles <= 32);

@@ -1,5 +1,6 @@
-// The operands of mma.sync. load(fragment, tile, k) loads the fragment of the `tile`-th 16 rows of A, or of
-// the pair of 8-column tiles of B that begins at the `tile`-th, for k step k. A step covers 32 bytes of K.
+// The operands of mma.sync. load(fragment, tile, k) loads the fragment for k step k, which covers 32 bytes of
+// K. In A, `tile` counts tiles of 16 rows. In B it counts tiles of 8 columns, and the fragment has two of
+// them.
 //
 // RowsA, RowsB: a K-major tile in shared memory, one row per row of A or column of B.
 // ColumnsA, ColumnsB: an MN-major tile in shared memory, one row per k. Successive blocks of 16 rows of A or
@@ -44,9 +45,9 @@ struct RowsB {
   }
 };
 
-// float32 has no transposing ldmatrix, so its MN-major operands are loaded word by word. In each step lane t
-// holds k = 2t and 2t + 1 (kPairs) where the other operand comes from registers or is MN-major too, and
-// k = t and t + 4 where it is K-major: both operands must agree on the order of k.
+// float32 has no transposing ldmatrix, so its MN-major operands are loaded word by word. Both operands of a
+// product must have the same order of k. If the other one is K-major, lane t holds k = t and t + 4. If it
+// comes from registers or is MN-major too, lane t holds k = 2t and 2t + 1 (kPairs).
 template <class Tile, bool kPairs>
 struct ColumnWords {
   LaneAddress<Tile> even, odd;

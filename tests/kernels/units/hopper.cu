@@ -379,7 +379,7 @@ int run_cluster_wrappers() {
 
 int main() {
   const int wrong = jax_flash::run_type<__half>() + jax_flash::run_type<__nv_bfloat16>() +
-                    jax_flash::run_statistics() + jax_flash::run_sums() + jax_flash::run_cluster_wrappers();
+                    jax_flash::run_sums() + jax_flash::run_cluster_wrappers();
   std::printf(wrong ? "failed\n" : "all passed\n");
   return wrong != 0;
 }

@@ -15,7 +15,6 @@ inline void check(cudaError_t status, const char* what) {
 }
 
 // Returns how many values are wrong.
-int run_statistics();
 int run_sums();
 
 }  // namespace jax_flash
