@@ -195,9 +195,10 @@ struct Consumer {
     }
   }
 
-  // S of tile n, or of its first kKeys keys, with no other product in flight.
+  // S of tile n, or of its first kKeys keys, with no other product in flight. `partial`: with ranges, whether
+  // some row does not see all keys.
   template <int kKeys, bool kRare>
-  __device__ __forceinline__ Score multiply_scores(int32_t n) {
+  __device__ __forceinline__ Score multiply_scores(int32_t n, bool partial = true) {
     if constexpr (C::kKeyParts == 1) shared.wait_key(kv_index);
     wait_for_issue();
     ptx::hold(s.x[0]);
@@ -205,7 +206,13 @@ struct Consumer {
     allow_next_issue();
     Score score;
     score.template prefetch<kRare>(score_tile(kv_index), n * C::kN);
-    if constexpr (C::kRanges) score.find_seen(score_tile(kv_index), n * C::kN);
+    if constexpr (C::kRanges) {
+      if (partial) {
+        score.find_seen(score_tile(kv_index), n * C::kN);
+      } else {
+        score.see_all();
+      }
+    }
     finish_scores<0>(kv_index);
     return score;
   }
@@ -239,8 +246,8 @@ struct Consumer {
 
   // The first whole key tile, whose P V is left to the next step.
   template <bool kRare, bool kInput>
-  __device__ __forceinline__ void first_step(int32_t n, bool after_tail) {
-    Score score = multiply_scores<C::kN, kRare>(n);
+  __device__ __forceinline__ void first_step(int32_t n, bool after_tail, bool partial = true) {
+    Score score = multiply_scores<C::kN, kRare>(n, partial);
     start_softmax<true, kRare, kInput>(s, n, kv_index, score);
     finish_exponentials(s);
     if (C::kTailKeys > 0 && after_tail) rescale();

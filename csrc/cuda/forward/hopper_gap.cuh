@@ -18,7 +18,10 @@ __device__ __forceinline__ void attend_around_gap(Consumer& of) {
   if constexpr (C::kQuerySteps > 0) of.load_query();
   const Interval tiles = uniform(keys.tiles);
   int32_t n = tiles.hi - 1;
-  of.template first_step<false, true>(n, false);
+  // Up to d 128 this test gains nothing.
+  const bool sees_all = C::kHeadDim > 128 && (uniform(keys.whole).contains(n) ||
+                                              uniform(tile.first_whole[of.consumer]).contains(n));
+  of.template first_step<false, true>(n, false, !sees_all);
   n = tile.after(n);
 #pragma unroll 1
   while (n >= tiles.lo) {  // masked tiles down to `end`, then whole tiles down to `lo`

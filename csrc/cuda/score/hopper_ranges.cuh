@@ -36,6 +36,12 @@ struct RangesScore : ScoreVariant<S> {
     }
   }
 
+  // The same for a tile in which all rows see all keys.
+  __device__ __forceinline__ void see_all() {
+#pragma unroll
+    for (uint32_t& own : seen) own = before(S::kColumns);
+  }
+
   // S ← −inf outside of the band and the ranges. Unused rows may keep any score. The vote tells the compiler
   // that the branch is uniform.
   template <class Scores>
