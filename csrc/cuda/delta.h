@@ -1,0 +1,23 @@
+// delta = rowsum(dO ∘ O) of calls that must give the same bits in every process.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "core/problem.h"
+
+namespace jax_flash {
+
+// dO and O [entries, rows, heads, columns], and delta [entries, heads, rows].
+struct DeltaCall {
+  const void *d_out, *out;
+  float* delta;
+  DType dtype;
+  int64_t entries, rows, heads, columns;
+};
+
+// The order of the additions depends only on `columns` and the dtype.
+cudaError_t launch_delta(const DeltaCall& call, cudaStream_t stream);
+
+}  // namespace jax_flash
