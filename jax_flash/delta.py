@@ -42,8 +42,8 @@ def _row_dots(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def lower(ctx: mlir.LoweringRuleContext, *values: Any, platform: str) -> Any:
-    """The custom call of dO and O on CUDA; XLA's sum on CPUs."""
-    pair = slice(DELTA.in_full)  # dout and out
+    """The custom call of O and dO on CUDA; XLA's sum on CPUs."""
+    pair = slice(DELTA.in_full)  # out and dout
     if platform == "cuda":
         call = jax.ffi.ffi_lowering(f"jax_flash_{DELTA.name}")
         return call(ctx.replace(avals_in=ctx.avals_in[pair]), *values[pair])

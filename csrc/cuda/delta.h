@@ -9,9 +9,9 @@
 
 namespace jax_flash {
 
-// dO and O [entries, rows, heads, columns], and delta [entries, heads, rows].
+// O and dO [entries, rows, heads, columns], and delta [entries, heads, rows].
 struct DeltaCall {
-  const void *d_out, *out;
+  const void *out, *d_out;
   float* delta;
   DType dtype;
   int64_t entries, rows, heads, columns;

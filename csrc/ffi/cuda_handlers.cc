@@ -99,19 +99,20 @@ ffi::Error run_append(cudaStream_t stream, ffi::RemainingArgs args, ffi::Remaini
 }
 
 // delta = rowsum(dO ∘ O): [..., s, h, dv] twice → [..., h, s].
-ffi::Error run_delta(cudaStream_t stream, ffi::AnyBuffer d_out, ffi::AnyBuffer out,
+ffi::Error run_delta(cudaStream_t stream, ffi::AnyBuffer out, ffi::AnyBuffer d_out,
                      ffi::Result<ffi::Buffer<ffi::F32>> delta) {
   const auto dims = out.dimensions();
   const auto type = out.element_type();
   const size_t rank = dims.size();
   if (rank < 3 || d_out.dimensions() != dims || d_out.element_type() != type ||
       delta->element_count() * dims[rank - 1] != out.element_count()) {
-    return operand_error("delta has operands of shapes " + shape_text(d_out.dimensions()) + " and " +
-                         shape_text(dims) + ", and a result of shape " + shape_text(delta->dimensions()));
+    return operand_error("delta has operands of shapes " + shape_text(dims) + " and " +
+                         shape_text(d_out.dimensions()) + ", and a result of shape " +
+                         shape_text(delta->dimensions()));
   }
   if (type != ffi::F16 && type != ffi::BF16 && type != ffi::F32)
     return operand_error("out has an element type that this call does not take");
-  DeltaCall call{d_out.untyped_data(), out.untyped_data(), delta->typed_data()};
+  DeltaCall call{out.untyped_data(), d_out.untyped_data(), delta->typed_data()};
   call.dtype = type == ffi::F16 ? DType::kF16 : type == ffi::BF16 ? DType::kBF16 : DType::kF32;
   call.entries = 1;
   for (size_t i = 0; i + 3 < rank; ++i) call.entries *= dims[i];
