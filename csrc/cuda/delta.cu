@@ -103,7 +103,7 @@ cudaError_t launch_dtype(const DeltaCall& call, const Grid& grid, int64_t blocks
 cudaError_t launch_delta(const DeltaCall& call, cudaStream_t stream) {
   if (call.entries * call.rows * call.heads == 0) return cudaSuccess;
   const auto heads = static_cast<uint32_t>(std::min<int64_t>(call.heads, kMostHeads));
-  Grid grid{std::bit_width(heads) - 1, 0, 0};
+  Grid grid{static_cast<int32_t>(std::bit_width(heads)) - 1, 0, 0};
   grid.head_blocks = static_cast<uint32_t>(ceil_div(call.heads, grid.heads()));
   grid.row_blocks = static_cast<uint32_t>(ceil_div(call.rows, grid.tokens()));
   const int64_t blocks = call.entries * grid.row_blocks * grid.head_blocks;
