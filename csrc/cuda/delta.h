@@ -13,8 +13,8 @@ namespace jax_flash {
 struct DeltaCall {
   const void *out, *d_out;
   float* delta;
-  DType dtype;
-  int64_t entries, rows, heads, columns;
+  DType dtype = DType::kF32;
+  int64_t entries = 1, rows = 0, heads = 0, columns = 0;
 };
 
 // The order of the additions depends only on `columns` and the dtype.

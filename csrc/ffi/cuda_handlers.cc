@@ -114,7 +114,6 @@ ffi::Error run_delta(cudaStream_t stream, ffi::AnyBuffer out, ffi::AnyBuffer d_o
     return operand_error("out has an element type that this call does not take");
   DeltaCall call{out.untyped_data(), d_out.untyped_data(), delta->typed_data()};
   call.dtype = type == ffi::F16 ? DType::kF16 : type == ffi::BF16 ? DType::kBF16 : DType::kF32;
-  call.entries = 1;
   for (size_t i = 0; i + 3 < rank; ++i) call.entries *= dims[i];
   call.rows = dims[rank - 3], call.heads = dims[rank - 2], call.columns = dims[rank - 1];
   if (cudaError_t e = launch_delta(call, stream); e != cudaSuccess) return cuda_error("delta", e);
