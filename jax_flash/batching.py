@@ -13,18 +13,17 @@ from . import _jax
 from .spec import AttentionSpec, Spec
 
 
-def batch(
-    primitive: Primitive, in_place: int, args: Sequence[Any], axes: Sequence[Any], **params: Any
-) -> Any:
+def batch(primitive: Primitive, in_full: int, args: Sequence[Any], axes: Sequence[Any], **params: Any) -> Any:
     """Binds the primitive with the mapped axes in front.
 
-    The first `in_place` operands, which the call overwrites, are repeated for every entry of the mapped axis.
+    The first `in_full` operands, such as those that the call overwrites, are repeated for every entry of the mapped
+    axis.
     """
     size = next(x.shape[axis] for x, axis in zip(args, axes) if axis is not None)
     moved = [
         jnp.expand_dims(x, 0) if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in zip(args, axes)
     ]
-    for i in range(in_place):  # they must be as large as their results
+    for i in range(in_full):
         moved[i] = jnp.broadcast_to(moved[i], (size, *moved[i].shape[1:]))
     results = primitive.bind(*moved, **params)
     return results, [0] * len(results)

@@ -8,13 +8,13 @@ here (vmap adds them).
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from . import _jax
-from .operands import BACKWARD, BIAS_GRADIENT, MAX_HEAD_DIM, OPTIONAL, TANGENT, TANGENTS
+from .delta import delta_spec, row_products
+from .operands import BACKWARD, BIAS_GRADIENT, DELTA, MAX_HEAD_DIM, OPTIONAL, TANGENT, TANGENTS
 from .paged import gather
 from .primitives import bind
 from .spec import AttentionSpec
@@ -112,9 +112,8 @@ def gradients(spec: AttentionSpec, wanted: tuple[str, ...], operands: Operands) 
         return _paged_gradients(spec, wanted, operands)
     out, lse = operands["out"], operands["lse"]
     dout, dlse = operands.get("dout"), operands.get("dlse")
-    delta = _zeros(lse)  # rowsum(dO ∘ O) − dlse; its readers ignore rows that see nothing
-    if dout is not None:
-        delta = _row_products(dout, out)
+    # rowsum(dO ∘ O) − dlse; its readers ignore rows that see nothing
+    delta = _zeros(lse) if dout is None else _row_products(spec, operands)
     if dlse is not None:
         delta = delta - dlse
     operands = {**operands, "dout": _zeros(out) if dout is None else dout, "delta": delta}
@@ -167,19 +166,14 @@ def _missing_rows(spec: AttentionSpec, operands: Operands) -> Pair:
     return missing[..., None], jnp.swapaxes(missing, -1, -2)
 
 
-@partial(jax.jit, inline=True)  # outside jit, JAX would trace platform_dependent in every call
-def _row_products(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Σ x·y of the rows of two […, s, h, dv] in lse's order, […, h, s]. Anything that is done to the sums would be a
-    second kernel on a GPU."""
-    wide = _jax.sharded_like(x, y).astype(jnp.float32), y.astype(jnp.float32)
-    sums = jax.lax.platform_dependent(*wide, cpu=_row_dots, default=lambda x, y: (x * y).sum(-1))
-    return jnp.swapaxes(sums, -1, -2)
-
-
-def _row_dots(x: jax.Array, y: jax.Array) -> jax.Array:
-    """For CPUs: XLA turns a plain sum into a library call that wakes threads, often so late that the next call, the
-    backward pass, starts milliseconds late."""
-    return jnp.einsum("...d,...d->...", x, y, precision=jax.lax.Precision.HIGHEST)
+def _row_products(spec: AttentionSpec, operands: Operands) -> jax.Array:
+    """rowsum(dO ∘ O) in lse's order."""
+    dout, out = operands["dout"], operands["out"]
+    if spec.deterministic:
+        pair = {"dout": _jax.sharded_like(dout, out), "out": out}
+        return bind(DELTA, delta_spec(spec), operands | pair)[0]
+    by_row: jax.Array = row_products(dout, out)
+    return by_row
 
 
 def _through_sinks(sinks: jax.Array, lse: jax.Array, x: jax.Array) -> jax.Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .operands import PASSES
+from .operands import DELTA, PASSES
 
 if TYPE_CHECKING:
     from jax.export import DisabledSafetyCheck
@@ -25,4 +25,4 @@ def export_checks() -> list[DisabledSafetyCheck]:
     """
     from jax.export import DisabledSafetyCheck  # not at import: few programs export
 
-    return [DisabledSafetyCheck.custom_call(f"jax_flash_{pass_.name}") for pass_ in PASSES]
+    return [DisabledSafetyCheck.custom_call(f"jax_flash_{pass_.name}") for pass_ in (*PASSES, DELTA)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -45,13 +45,14 @@ class Pass:
     """A pass of the library: its required operands, which the optional ones follow, and its results.
 
     The sharding of its first operand, the guide, decides how the pass is partitioned. The first `in_place` operands are
-    overwritten by the results of the same name.
+    overwritten by the results of the same name. The first `in_full` ones have all leading dimensions.
     """
 
     name: str
     operands: tuple[str, ...]
     results: tuple[str, ...]
     in_place: int = 0
+    in_full: int = 0
 
     @property
     def guide(self) -> str:
@@ -69,6 +70,7 @@ class _Tables:
         self.like: dict[str, str] = {}
         self.elements: dict[str, str] = {}
         self.passes: dict[str, Pass] = {}
+        self.cuda_passes: dict[str, Pass] = {}
         self.limits: dict[str, int] = {}
         for table in ("operands", "results"):
             for kind, cells in _rows(table):
@@ -123,9 +125,14 @@ class _Tables:
     def _add_pass(self, _: str, name: str, operands: str, results: str) -> None:
         self.passes[name] = Pass(name, tuple(operands.split()), tuple(results.split()))
 
+    def _add_cuda_pass(self, _: str, name: str, operands: str, results: str) -> None:
+        names = tuple(operands.split())
+        self.cuda_passes[name] = Pass(name, names, tuple(results.split()), in_full=len(names))
+
     def _add_append_pass(self, _: str, name: str, operands: str, results: str) -> None:
         names = tuple(results.split())
-        self.passes[name] = Pass(name, tuple(operands.split()), names, in_place=len(names))
+        count = len(names)
+        self.passes[name] = Pass(name, tuple(operands.split()), names, in_place=count, in_full=count)
 
 
 _TABLES = _Tables()
@@ -154,6 +161,9 @@ DIFFERENTIABLE = tuple(_TABLES.differentiable)
 TANGENTS = tuple("t" + name for name in DIFFERENTIABLE)
 _MOVING = tuple(name for name in FORWARD.results if "t" + name in TANGENT.results)
 DIFFERENTIAL = Pass("differential", FORWARD.operands + _MOVING, TANGENT.results)
+# delta = rowsum(dout ∘ out) (delta.py). The forward's operands are not read; they decide how it is partitioned.
+_DELTA = _TABLES.cuda_passes["delta"]
+DELTA = replace(_DELTA, operands=_DELTA.operands + FORWARD.operands)
 
 
 @cache

@@ -22,12 +22,12 @@ from jax.extend.core import Primitive
 from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import ad, batching, mlir
 
-from . import _jax, no_derivative
+from . import _jax, delta, no_derivative
 from ._version import __version__
 from .backends import cuda_library, local_devices, require_cpu, require_cuda
 from .batching import batch, leading, named_sizes, over_leading
 from .largest import of_cuda
-from .operands import BACKWARD, FORWARD, PASSES, Pass, is_float32, like, padded_head_dim
+from .operands import BACKWARD, DELTA, FORWARD, PASSES, Pass, is_float32, like, padded_head_dim
 from .sequence import passes
 from .sharding import partitioned
 from .spec import AttentionSpec, Spec, operand_names, result_names
@@ -123,6 +123,8 @@ def _lower_local(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec:
             f'jax_flash: implementation="{spec.implementation}" cannot run on platform "{platform}"; '
             f'use implementation="{platform}", "xla", or None'
         )
+    if pass_ is DELTA:
+        return delta.lower(ctx, *values, platform=platform)
     names = operand_names(pass_, spec)
     avals: list[Any] = list(ctx.avals_in)
     shapes = {name: aval.shape for name, aval in zip(names, avals)}
@@ -319,7 +321,7 @@ def declare(name: str, pass_: Pass) -> Primitive:
     primitive.def_abstract_eval(
         lambda *types, spec: result_types(pass_, spec, dict(zip(operand_names(pass_, spec), types)))
     )
-    batching.primitive_batchers[primitive] = partial(batch, primitive, pass_.in_place)
+    batching.primitive_batchers[primitive] = partial(batch, primitive, pass_.in_full)
     message = no_derivative.APPEND if pass_.in_place else no_derivative.SECOND
     ad.primitive_jvps[primitive] = partial(no_derivative.jvp, primitive, message)
     return primitive
@@ -354,8 +356,8 @@ def _ring(pass_: Pass) -> Primitive:
     return primitive
 
 
-LOCAL = {pass_: _local(pass_) for pass_ in PASSES}
-PARTITIONED = {pass_: _partitioned(pass_) for pass_ in PASSES}
-PARTLY_MANUAL = {pass_: _partly_manual(pass_) for pass_ in PASSES}
+LOCAL = {pass_: _local(pass_) for pass_ in (*PASSES, DELTA)}
+PARTITIONED = {pass_: _partitioned(pass_) for pass_ in (*PASSES, DELTA)}
+PARTLY_MANUAL = {pass_: _partly_manual(pass_) for pass_ in (*PASSES, DELTA)}
 RING = {pass_: _ring(pass_) for pass_ in PASSES if not pass_.in_place}
 KINDS = (LOCAL, PARTITIONED, PARTLY_MANUAL, RING)

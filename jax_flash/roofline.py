@@ -15,7 +15,7 @@ from jax.extend.core import Primitive
 
 from . import _jax
 from .batching import leading
-from .operands import DIFFERENTIAL, TANGENT, Pass
+from .operands import DELTA, DIFFERENTIAL, TANGENT, Pass
 from .spec import AttentionSpec, Spec, operand_names
 from .visible_pairs import count
 
@@ -23,7 +23,7 @@ from .visible_pairs import count
 def _rule(context: Any, *shapes: Any, pass_: Pass, spec: Spec, **_: Any) -> Any:
     """The work of one call: FLOP by shapes, counted as `flops` does for unknown values; every operand is read once."""
     operands = dict(zip(operand_names(pass_, spec), shapes))
-    unread = pass_.operands[: pass_.in_place]
+    unread = pass_.operands[pass_.in_full :] if pass_ is DELTA else pass_.operands[: pass_.in_place]
     if isinstance(spec, AttentionSpec) and spec.value_dim:  # V is a part of K
         unread += ("value",)
     moved = [x.bytes for name, x in operands.items() if name not in unread]
@@ -40,6 +40,8 @@ def _rule(context: Any, *shapes: Any, pass_: Pass, spec: Spec, **_: Any) -> Any:
 def _flops(pass_: Pass, spec: Spec, shapes: dict[str, tuple[int, ...]]) -> int:
     if not isinstance(spec, AttentionSpec):
         return 0
+    if pass_ is DELTA:
+        return 2 * math.prod(shapes["out"])
     lead = {name: leading(spec, name, len(shape)) for name, shape in shapes.items()}
     calls: int = math.prod(_jax.full_dim(x[axis] for x in shapes.values()) for axis in range(lead["query"]))
     name_of_work = TANGENT.name if pass_ is DIFFERENTIAL else pass_.name  # the pass that it is lowered to

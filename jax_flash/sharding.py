@@ -23,7 +23,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from . import _jax
 from ._jax import Region
 from .batching import over_leading
-from .operands import DROPOUT_BATCH, DROPOUT_HEAD, Pass
+from .operands import DELTA, DROPOUT_BATCH, DROPOUT_HEAD, Pass
 from .sequence import packed, passes
 from .spec import AttentionSpec, Ring, Spec, result_names
 
@@ -249,6 +249,8 @@ class _Rules:
         return Ring(axes, size)
 
     def run_shard(self, split: Split, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        if self.pass_ is DELTA:  # each row by itself
+            return tuple(self.body(*arrays, spec=self.spec))
         named = dict(zip(self.names, arrays))
         if "dropout" in named:
             named["dropout"] = self.with_offsets(split, named["dropout"], named["query"].shape)

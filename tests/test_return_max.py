@@ -27,6 +27,7 @@ from test_transforms import FIXED, VARLEN, entries, row, stack
 from jax_flash import flash_attention, flash_attention_varlen, paged_attention
 
 TWO_LENGTHS = Case("many keys", b=2, sq=40, sk=700, causal=True, kv_lengths=(700, 130))
+SOFTCAP = TWO_LENGTHS.replace(name="softcap, bfloat16", d=128, dv=128, dtype="bfloat16", softcap=20.0)
 MORE = (
     TWO_LENGTHS,
     TWO_LENGTHS.replace(name="many keys, bfloat16", dtype="bfloat16"),
@@ -34,6 +35,8 @@ MORE = (
     TWO_LENGTHS.replace(name="a scale of zero", scale=0.0, sinks=True),
     TWO_LENGTHS.replace(name="far scores", scale=900.0),
     TWO_LENGTHS.replace(name="few rows", sq=2, hq=8, hk=1, d=64, dv=64),
+    SOFTCAP,
+    SOFTCAP.replace(name="softcap of large scores, bfloat16", causal=False, softcap=50.0, scale=2.5),
     varlen("long and short", (300, 1, 0, 127, 128, 2), hq=2, hk=1, padding=(9, 4), causal=True),
     varlen("one by one", (1,) * 40, k_sequences=tuple(range(40)), hq=2, hk=1),
 )

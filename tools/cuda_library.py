@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 EMULATOR = ROOT / "tests" / "kernels" / "emulator"
 EMULATED = ROOT / "build" / "emulated" / "libjax_flash_cuda.so"
-PASSES = re.findall(r"JF_(?:APPEND_)?PASS\((\w+), *(\w+),", (ROOT / "csrc" / "results.def").read_text())
+PASSES = re.findall(r"JF_(?:APPEND_|CUDA_)?PASS\((\w+), *(\w+),", (ROOT / "csrc" / "results.def").read_text())
 HANDLERS = {name: f"JaxFlash{id_}Cuda" for id_, name in PASSES}
 
 

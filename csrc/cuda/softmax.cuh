@@ -201,22 +201,62 @@ struct OnlineSoftmax {
   }
 };
 
-// The softmax of scores within [−bound, bound], if P has float32's range: m is never computed and O never
-// rescaled. The shift, which is the same for all rows, has already been added to the scores.
+// The softmax of scores within [−bound, bound], if P has float32's range: O is never rescaled, and m is
+// computed only for the result row_max. The shift, which is the same for all rows, has already been added to
+// the scores.
 template <int kSlots>
 struct BoundedSoftmax : OnlineSoftmax<kSlots> {
   using Base = OnlineSoftmax<kSlots>;
   using Base::l, Base::shift;
   static constexpr bool kBounded = true;
+  uint32_t top[kSlots];  // bits of this lane's largest S + shift
 
   // P = e^(s − bound), or larger if that could be less than e^−80.
   __device__ __forceinline__ explicit BoundedSoftmax(float bound) : Base(1) {
 #pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) shift[slot] = -kLog2e * fminf(bound, 80 - bound);
+    for (int slot = 0; slot < kSlots; ++slot) {
+      shift[slot] = -kLog2e * fminf(bound, 80 - bound);
+      top[slot] = __float_as_uint(-INFINITY);
+    }
   }
 
   template <class S>
   __device__ __forceinline__ void update(const S&, float (&)[kSlots]) {}
+
+  // top ← max(top, S). It compares bits as integers, because one instruction of sm_90 finds the minimum of
+  // three. As unsigned integers, negative floats are above all others and in reverse order, so the minimum is
+  // the largest float if all are negative, as S + shift nearly always is. If not, a second pass finds the
+  // maximum of signed integers. A NaN may be ignored.
+  template <class S>
+  __device__ __forceinline__ void raise_maxima(const S& s) {
+    const auto bits = [&](int slot, int i) { return __float_as_uint(s.at(slot, i / 2, i % 2)); };
+    uint32_t least[kSlots], all = ~0u;
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      least[slot] = top[slot];
+#pragma unroll
+      for (int i = 0; i < 2 * S::kColumnTiles; i += 2)
+        least[slot] = ptx::min3(least[slot], bits(slot, i), bits(slot, i + 1));
+      all &= least[slot];
+    }
+    if (__any_sync(~0u, all >> 31 == 0)) {
+#pragma unroll
+      for (int slot = 0; slot < kSlots; ++slot) {
+        int most = static_cast<int>(top[slot]);
+#pragma unroll
+        for (int i = 0; i < 2 * S::kColumnTiles; i += 2)
+          most = ptx::max3(most, static_cast<int>(bits(slot, i)), static_cast<int>(bits(slot, i + 1)));
+        if (least[slot] >> 31 == 0) least[slot] = static_cast<uint32_t>(most);
+      }
+    }
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) top[slot] = least[slot];
+  }
+
+  // The largest score of a row among those that raise_maxima() has seen; −∞ if there is none.
+  __device__ __forceinline__ float maximum(int slot) const {
+    return (row_max(__uint_as_float(top[slot])) - shift[slot]) * kLn2;
+  }
 
   // P = 2^S, in place, of column tiles [begin, end).
   template <class S>

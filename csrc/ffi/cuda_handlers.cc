@@ -6,6 +6,7 @@
 #include "core/plan/plan.h"
 #include "core/plan/text.h"
 #include "cuda/append/append.h"
+#include "cuda/delta.h"
 #include "cuda/device.h"
 #include "cuda/registry.h"
 #include "ffi/library.h"
@@ -97,6 +98,28 @@ ffi::Error run_append(cudaStream_t stream, ffi::RemainingArgs args, ffi::Remaini
   return ffi::Error::Success();
 }
 
+// delta = rowsum(dO ∘ O): [..., s, h, dv] twice → [..., h, s].
+ffi::Error run_delta(cudaStream_t stream, ffi::AnyBuffer out, ffi::AnyBuffer d_out,
+                     ffi::Result<ffi::Buffer<ffi::F32>> delta) {
+  const auto dims = out.dimensions();
+  const auto type = out.element_type();
+  const size_t rank = dims.size();
+  if (rank < 3 || d_out.dimensions() != dims || d_out.element_type() != type ||
+      delta->element_count() * dims[rank - 1] != out.element_count()) {
+    return operand_error("delta has operands of shapes " + shape_text(dims) + " and " +
+                         shape_text(d_out.dimensions()) + ", and a result of shape " +
+                         shape_text(delta->dimensions()));
+  }
+  if (type != ffi::F16 && type != ffi::BF16 && type != ffi::F32)
+    return operand_error("out has an element type that this call does not take");
+  DeltaCall call{out.untyped_data(), d_out.untyped_data(), delta->typed_data()};
+  call.dtype = type == ffi::F16 ? DType::kF16 : type == ffi::BF16 ? DType::kBF16 : DType::kF32;
+  for (size_t i = 0; i + 3 < rank; ++i) call.entries *= dims[i];
+  call.rows = dims[rank - 3], call.heads = dims[rank - 2], call.columns = dims[rank - 1];
+  if (cudaError_t e = launch_delta(call, stream); e != cudaSuccess) return cuda_error("delta", e);
+  return ffi::Error::Success();
+}
+
 template <class Spec>
 auto binding() {
   return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().RemainingArgs().RemainingRets().Attr<Spec>(
@@ -117,6 +140,15 @@ auto binding() {
   JF_HANDLER(JaxFlash##id##Cuda, AppendSpec, \
              jax_flash::run_append<jax_flash::keeps_scales(jax_flash::schema::k##id)>);
 #include "results.def"
+
+JF_EXPORT XLA_FFI_Error* JaxFlashDeltaCuda(XLA_FFI_CallFrame* frame);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxFlashDeltaCuda, jax_flash::run_delta,
+                              jax_flash::ffi::Ffi::Bind()
+                                  .Ctx<jax_flash::ffi::PlatformStream<cudaStream_t>>()
+                                  .Arg<jax_flash::ffi::AnyBuffer>()
+                                  .Arg<jax_flash::ffi::AnyBuffer>()
+                                  .Ret<jax_flash::ffi::Buffer<jax_flash::ffi::F32>>(),
+                              {xla::ffi::Traits::kCmdBufferCompatible});
 
 JF_EXPORT const char* jax_flash_version() { return JAX_FLASH_VERSION; }
 

@@ -22,6 +22,7 @@ struct Handler {
 };
 constexpr Handler kHandlers[] = {
 #define JF_PASS(id, name, ...) {"jax_flash_" #name, "JaxFlash" #id "Cuda"},
+#define JF_CUDA_PASS(id, name, ...) {"jax_flash_" #name, "JaxFlash" #id "Cuda"},
 #define JF_APPEND_PASS(id, name, ...) {"jax_flash_" #name, "JaxFlash" #id "Cuda"},
 #include "../results.def"
 };

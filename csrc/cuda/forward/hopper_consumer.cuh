@@ -166,7 +166,7 @@ struct Consumer {
       const bool begins = n < whole.lo, ends = n >= whole.hi;
       if (begins || ends) mask(s, tile->band, row(), key, begins, ends);
     }
-    if constexpr (kRare && C::Softmax::kBounded) raise_maxima(*this, s);
+    if constexpr (kRare && C::Softmax::kBounded) softmax.raise_maxima(s);
     const int early = std::min(C::kEarlyExponentials, Scores::kColumnTiles);
     score.template exponentiate<kRare>(s, at, softmax, alpha, early);  // m, α; P = 2^(S − m)
   }

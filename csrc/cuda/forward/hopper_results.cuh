@@ -36,17 +36,6 @@ __device__ __forceinline__ decltype(auto) out_rows(const Consumer& warpgroup) {
   }
 }
 
-// row_max ← max(row_max, rowmax S), of scores with the shift added: where the softmax has no maximum.
-template <class Consumer, class Scores>
-__device__ __forceinline__ void raise_maxima(const Consumer& warpgroup, const Scores& s) {
-  warpgroup.wait_part(warpgroup.shared.epilogue_pipe);
-  const auto& tile = *warpgroup.tile;
-  const TileWork& work = tile.work.tile;
-  raise_row_maxima(s, row_maxima(warpgroup.p, tile.lse.data), tile.lse.stride, warpgroup.row(),
-                   min(work.q_len, work.end),
-                   [&](float x, int slot) { return x - warpgroup.softmax.shift[slot]; });
-}
-
 // lse = (m + log2 Σ P) · ln 2, α ← 1 / Σ P
 template <class Consumer>
 __device__ __forceinline__ void finish_softmax(Consumer& warpgroup) {
@@ -75,7 +64,7 @@ __device__ __forceinline__ void write_rows(Consumer& warpgroup) {
   if constexpr (C::kPacksHeads) {
     store_row_maxima<kSlots>(p, warpgroup.softmax, tile.lse.data, PackedRows(p, p.lse), work,
                              warpgroup.row());
-  } else if constexpr (!C::Softmax::kBounded) {
+  } else {
     const StridedRows rows{tile.lse.stride};
     if (owns_rows(warpgroup))
       store_row_maxima<kSlots>(p, warpgroup.softmax, lse_rows(warpgroup).data, rows, work, warpgroup.row());

@@ -41,6 +41,7 @@ __device__ __forceinline__ float reciprocal(float x) {
 // The maximum and minimum of three integers: one instruction on sm_90 and newer.
 __device__ __forceinline__ int max3(int x, int y, int z) { return __vimax3_s32(x, y, z); }
 __device__ __forceinline__ int min3(int x, int y, int z) { return __vimin3_s32(x, y, z); }
+__device__ __forceinline__ uint32_t min3(uint32_t x, uint32_t y, uint32_t z) { return __vimin3_u32(x, y, z); }
 
 // prmt: hex digit i of kSelector says what byte i of the result is. A digit b copies byte b of x; a digit 8 +
 // b repeats the sign bit of byte b, for which __byte_perm has no code.
