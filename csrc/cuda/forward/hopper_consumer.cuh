@@ -186,11 +186,14 @@ struct Consumer {
     ptx::hold(weights.x[0]);
   }
 
-  // O ← α O
+  // O ← α O. Where CTAs share the query tile, most steps leave O as it is, since no row of the warp has a new
+  // maximum.
   __device__ __forceinline__ void rescale() {
     if constexpr (!C::Softmax::kBounded) {
+      if (C::kSharers == 1 || __any_sync(~0u, alpha[0] != 1 || alpha[1] != 1)) {
 #pragma unroll
-      for (int slot = 0; slot < S::kSlots; ++slot) o.scale_row(slot, alpha[slot]);
+        for (int slot = 0; slot < S::kSlots; ++slot) o.scale_row(slot, alpha[slot]);
+      }
       ptx::hold(o.x[0]);
     }
   }
