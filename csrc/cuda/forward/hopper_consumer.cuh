@@ -97,7 +97,9 @@ struct Consumer {
   }
 
   // Issues S = Q Kᵀ  [64, kKeys], with the first keys of a tile: a group for each part of K's columns.
-  template <int kKeys = C::kN, int kPart = 0>
+  // kSends: sends P of the tile before during the first group, as the next one is issued only when that is
+  // nearly complete.
+  template <int kKeys = C::kN, int kPart = 0, bool kSends = false>
   __device__ __forceinline__ void start_scores(uint32_t use) {
     constexpr int kSteps = C::kHeadSteps / C::kKeyParts, kFirst = kPart * kSteps, kEnd = kFirst + kSteps,
                   kLoaded = std::clamp(C::kQuerySteps, kFirst, kEnd);
@@ -108,7 +110,8 @@ struct Consumer {
     multiply_steps<kKeys, kFirst, kLoaded, kFirst>(query, k);
     multiply_steps<kKeys, kLoaded, kEnd, kFirst>(q, k);
     ptx::wgmma_commit();
-    if constexpr (kPart + 1 < C::kKeyParts) start_scores<kKeys, kPart + 1>(use);
+    if constexpr (kSends && kPart == 0) send_weights(*this);
+    if constexpr (kPart + 1 < C::kKeyParts) start_scores<kKeys, kPart + 1, kSends>(use);
   }
   // K steps [kBegin, kEnd) of Q. The K tile begins with step kFirst.
   template <int kKeys, int kBegin, int kEnd, int kFirst, class Q>
@@ -265,11 +268,10 @@ struct Consumer {
     if constexpr (C::kKeyParts == 1) shared.wait_key(next);
     wait_for_issue();
     ptx::hold(s.x[0]);
-    start_scores(next);  // S = Q K_nᵀ  [64, N]
+    start_scores<C::kN, 0, true>(next);  // S = Q K_nᵀ  [64, N]
     shared.wait_value(kv_index);
     start_values(kv_index);  // O ← O + P V_n+1  [64, dv]
     allow_next_issue();
-    send_weights(*this);
     Score score;
     score.template prefetch<kRare>(score_tile(next), n * C::kN);
     if constexpr (C::kRanges && kMasked) score.find_seen(score_tile(next), n * C::kN);

@@ -47,7 +47,8 @@ __device__ __forceinline__ void attend_as_partner(Consumer& warpgroup, const Int
   const uint32_t end = warpgroup.kv_index + tiles.size();
 #pragma unroll 1
   for (; warpgroup.kv_index < end; ++warpgroup.kv_index) {
-    shared.exchange.template receive_weights<kFactors>(warpgroup.weights, warpgroup.alpha, warpgroup.messages);
+    shared.exchange.template receive_weights<kFactors>(warpgroup.weights, warpgroup.alpha,
+                                                       warpgroup.messages);
     warpgroup.rescale();  // O ← α O
     shared.exchange.template release_weights<kFactors>(warpgroup.weights, warpgroup.alpha,
                                                        warpgroup.messages++);
