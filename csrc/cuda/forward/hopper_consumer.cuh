@@ -276,6 +276,7 @@ struct Consumer {
     score.template prefetch<kRare>(score_tile(next), n * C::kN);
     if constexpr (C::kRanges && kMasked) score.find_seen(score_tile(next), n * C::kN);
     finish_scores<1>(next);
+    publish_scores(*this, next);
     start_softmax<kMasked, kRare, kInput>(s, n, next, score);  // S ← score(S); m, α; P = 2^(S − m)
     if constexpr (C::kHoldsExponentials && C::kEarlyExponentials > 0)
       ptx::make_before(softmax.l[0] + softmax.l[1]);
@@ -345,6 +346,7 @@ struct Consumer {
       }
     }
     if constexpr (!C::kQueryInRegisters) shared.q_pipe[q_slot()].release(tile_index);
+    if constexpr (C::kSharers > 1) publish_scores(*this, shared.exchange.kNoScores);
     multiply_values<C::kN, true>();
   }
 

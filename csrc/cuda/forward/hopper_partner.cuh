@@ -21,6 +21,12 @@ __device__ __forceinline__ bool owns_rows(const Consumer& warpgroup) {
   return true;
 }
 
+// Tells the partner in the same CTA that S of a key tile is complete.
+template <class Consumer>
+__device__ __forceinline__ void publish_scores(const Consumer& warpgroup, uint32_t use) {
+  if constexpr (Consumer::Config::kSharers > 1) warpgroup.shared.exchange.publish_scores(use);
+}
+
 // Sends the partner P, and at the end of a query tile 1 / Σ P.
 template <class Consumer>
 __device__ __forceinline__ void send_weights(Consumer& warpgroup) {
@@ -45,6 +51,7 @@ __device__ __forceinline__ void attend_as_partner(Consumer& warpgroup, const Int
   if (!tiles.empty() && tiles.hi == uniform(tile.tiles.hi) && tile.last_values < C::kN)
     clear_values(warpgroup, C::kN);
   const uint32_t end = warpgroup.kv_index + tiles.size();
+  uint32_t seen = shared.exchange.kNoScores;
 #pragma unroll 1
   for (; warpgroup.kv_index < end; ++warpgroup.kv_index) {
     shared.exchange.template receive_weights<kFactors>(warpgroup.weights, warpgroup.alpha,
@@ -54,6 +61,7 @@ __device__ __forceinline__ void attend_as_partner(Consumer& warpgroup, const Int
                                                        warpgroup.messages++);
     ptx::hold(warpgroup.weights.x[0]);
     shared.wait_value(warpgroup.kv_index);
+    shared.exchange.wait_for_scores(seen);
     warpgroup.start_values(warpgroup.kv_index);
     ptx::wgmma_wait<0>();
     ptx::hold(warpgroup.o.x[0]);

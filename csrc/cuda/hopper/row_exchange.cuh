@@ -30,9 +30,29 @@ struct RowExchange {
   float2 factors[kWeightStages][kWarpgroup / 4];             // one for the two rows that four lanes share
   // Full when the data have arrived here, empty when the other CTA has read what this CTA sent.
   Pipeline<kWeightStages> weight_pipe;
+  // The newest key tile of which this CTA's owner has S. Only the order of products depends on it.
+  static constexpr uint32_t kNoScores = ~0u;  // none is being multiplied
+  uint32_t scores;
 
   // `releases`: the arrivals of one warpgroup.
-  __device__ __forceinline__ void init(uint32_t releases) { weight_pipe.init(releases); }
+  __device__ __forceinline__ void init(uint32_t releases) {
+    weight_pipe.init(releases);
+    scores = kNoScores;
+  }
+
+  // The owner's softmax waits for S, so the partner in the same CTA issues P V after it: it waits until the
+  // owner has S of a tile that is not `seen`, but at most kPatience cycles, since they do not work in step.
+  static constexpr int kPatience = 2000;
+  __device__ __forceinline__ void publish_scores(uint32_t use) const {
+    if (thread() == 0) ptx::store_shared(ptx::shared_address(&scores), use);
+  }
+  __device__ __forceinline__ void wait_for_scores(uint32_t& seen) const {
+    const uint32_t at = ptx::shared_address(&scores), before = seen;
+    const auto start = static_cast<uint32_t>(clock());
+    do {
+      seen = ptx::load_shared(at);
+    } while (seen == before && seen != kNoScores && static_cast<uint32_t>(clock()) - start < kPatience);
+  }
 
   // Sends P and, if kFactors, the factors.
   template <bool kFactors>
