@@ -244,6 +244,7 @@ struct ScoreConsumer : ClusterConsumer<C> {
       this->round(pt, s);
       if constexpr (kSharesP) share(pt, use);
     }
+    if constexpr (C::kSplitsColumns) shared.parts.s.release(0, use);
     ptx::hold(pt.x[0]);
   }
 

@@ -90,6 +90,7 @@ struct ScoreGradientConsumer : ClusterConsumer<C> {
     for (int k = 0; k < C::kM / 16; ++k) ptx::stmatrix_x4(at.at(0, 2 * k), ds.x[0][k]);
     ptx::fence_async_shared();
     ptx::barrier_arrive_by_warp(shared.ds_pipe.full_barrier(use));
+    if constexpr (C::kSplitsColumns) shared.parts.dp.release(0, use);
     if constexpr (C::kKeyParts > 1) {
       if (ptx::lane_index() == 0)
         ptx::copy_bytes_in(ptx::shared_address(shared.ds[use % C::kDsStages]) +

@@ -28,7 +28,7 @@ struct SumParts {
     for (auto& each : pipe) each.init(releases);
   }
 
-  // sum ← sum + the other CTA's part. Both CTAs must pass the same `use`.
+  // sum ← sum + the other CTA's part. Both CTAs must pass the same `use`, and call release() afterwards.
   __device__ __forceinline__ void add(Sum& sum, int consumer, uint32_t use) const {
     send(sum, consumer, use);
     receive(sum, consumer, use);
@@ -49,17 +49,19 @@ struct SumParts {
   }
   __device__ __forceinline__ void receive(Sum& sum, int consumer, uint32_t use) const {
     const Pipeline<1>& part = pipe[consumer];
-    const uint32_t here = own(consumer), other = ptx::cluster_rank() ^ 1;
+    const uint32_t here = own(consumer);
     part.wait_full(use);
-    uint32_t read = 0;  // depends on all loads
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       const float4 x = ptx::load_shared_float4(here + n * kRowBytes);
       float (&to)[4] = sum.x[0][n];
       to[0] += x.x, to[1] += x.y, to[2] += x.z, to[3] += x.w;
-      read |= __float_as_uint(to[0]);
     }
-    ptx::barrier_arrive_in_by_warp(ptx::address_after(part.empty_barrier(use), read), other);
+  }
+  // Lets the other CTA send its next part. The caller has stored what it computed from all of `sum`, since
+  // the arrival might overtake the loads (ptx::address_after()).
+  __device__ __forceinline__ void release(int consumer, uint32_t use) const {
+    ptx::barrier_arrive_in_by_warp(pipe[consumer].empty_barrier(use), ptx::cluster_rank() ^ 1);
   }
 
  private:
