@@ -97,8 +97,7 @@ struct Consumer {
   }
 
   // Issues S = Q Kᵀ  [64, kKeys], with the first keys of a tile: a group for each part of K's columns.
-  // kSends: sends P of the tile before during the first group, as the next one is issued only when that is
-  // nearly complete.
+  // kSends: sends P of the tile before after the third of four groups, while these are multiplied.
   template <int kKeys = C::kN, int kPart = 0, bool kSends = false>
   __device__ __forceinline__ void start_scores(uint32_t use) {
     constexpr int kSteps = C::kHeadSteps / C::kKeyParts, kFirst = kPart * kSteps, kEnd = kFirst + kSteps,
@@ -110,7 +109,7 @@ struct Consumer {
     multiply_steps<kKeys, kFirst, kLoaded, kFirst>(query, k);
     multiply_steps<kKeys, kLoaded, kEnd, kFirst>(q, k);
     ptx::wgmma_commit();
-    if constexpr (kSends && kPart == 0) send_weights(*this);
+    if constexpr (kSends && kPart == C::kKeyParts / 2) send_weights(*this);
     if constexpr (kPart + 1 < C::kKeyParts) start_scores<kKeys, kPart + 1, kSends>(use);
   }
   // K steps [kBegin, kEnd) of Q. The K tile begins with step kFirst.
