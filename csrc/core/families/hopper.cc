@@ -249,7 +249,7 @@ class Backward final : public PassTraits {
  private:
   // Whether the CTAs of all key tiles of a KV head form a cluster that clears and rounds its dQ. That saves a
   // memset and a kernel, much of the time of a short call. All clusters must run at once, because a CTA has
-  // only one tile: with 8 CTAs per cluster, 16 clusters do not run at once on the 132 SMs of an H200. In a
+  // only one tile: of 128 CTAs, clusters of 4 or 8 do not run at once on the 132 SMs of an H200. In a
   // launch without clusters barrier.cluster is __syncthreads, which producers and consumers reach at
   // different times.
   static bool heads_fit_clusters(const KernelRow& row, const Call& call, const LaunchPlan& plan) {
@@ -258,7 +258,7 @@ class Backward final : public PassTraits {
     if (hopper::backward_in_clusters(row) || plan.score != ScoreKind::kPlain) return false;
     if (call.shapes.q_rows > kMostRows) return false;
     if (call.spec.packed() || call.spec.deterministic || tiles < 2 || tiles > kMostCtas) return false;
-    return 4 * plan.keys.blocks <= 3 * call.device.sm_count;  // some SMs belong to no whole cluster
+    return 2 * plan.keys.blocks <= call.device.sm_count;
   }
 
   // Whether the steps of a call with blocks come from lists. Lists have no fixed order for the additions to

@@ -50,7 +50,8 @@ namespace jax_flash {
 //
 // Ordered: one thread adds dQ to the sums (query_sums.cuh), so that it can wait for its ticket.
 // Otherwise each consumer adds its part from its registers.
-template <class T, Row R, ScoreKind Kind, bool Ordered>
+// RoundsDq: clusters of all key tiles of a KV head clear and round dQ (hopper_head.cuh).
+template <class T, Row R, ScoreKind Kind, bool Ordered, bool RoundsDq = false>
 struct BackwardSm90 {
   using Element = T;
   static constexpr int HeadDim = R.head_dim, ValueDim = R.value_dim, M = R.block_m, N = R.block_n;
@@ -91,8 +92,7 @@ struct BackwardSm90 {
       (Kind == ScoreKind::kPlain || Kind == ScoreKind::kRanges || lists_tiles(Kind)) && !Ordered &&
       M == kConsumerRows;
   static constexpr bool kStartsFromDelta = kSharesDsLate;
-  // Whether the kernel can run in clusters that clear and round dQ (hopper_head.cuh).
-  static constexpr bool kMayRoundDq = Kind == ScoreKind::kPlain && !Ordered;
+  static constexpr bool kRoundsDq = RoundsDq;
   static constexpr int kTilesBytes =
       M * HeadDim * int{sizeof(float)} + (kSpareDs ? SharedTile<T, N, M>::kBytes : 0);
   using Tiles = GradientTiles<Kind, T, M, N, kTilesBytes>;
@@ -121,9 +121,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kSingle ? 2 : 1)
   using Shared = typename C::Shared;
   auto& shared = *reinterpret_cast<Shared*>(ptx::dynamic_shared_1024());
   const int warpgroup = warpgroup_index(), warp = static_cast<int>(threadIdx.x) / 32;
-  const bool rounds_dq = C::kMayRoundDq && grid.rounds_dq;
   if (threadIdx.x == 0) shared.init();
-  if (rounds_dq) HeadSums<C>{p, grid.sums}.clear();
+  if constexpr (C::kRoundsDq) HeadSums<C>{p, grid.sums}.clear();
   __syncthreads();
   if (warpgroup == 0) {
     ptx::give_registers<C::kProducerRegisters>();
@@ -139,12 +138,13 @@ __global__ void __launch_bounds__(C::kThreads, C::kSingle ? 2 : 1)
     if constexpr (kStagesTiles<C>) {
       if (warp == 3) producer.load_score_tiles();
     }
-    if (rounds_dq) ptx::acquire_from_cluster(), ptx::release_to_cluster(), ptx::acquire_from_cluster();
+    if constexpr (C::kRoundsDq)
+      ptx::acquire_from_cluster(), ptx::release_to_cluster(), ptx::acquire_from_cluster();
   } else {
     ptx::take_registers<C::kConsumerRegisters>();
-    if (rounds_dq) ptx::acquire_from_cluster();
+    if constexpr (C::kRoundsDq) ptx::acquire_from_cluster();
     typename C::Consumer(p, shared, grid, warpgroup - 1).run();
-    if (rounds_dq) ptx::acquire_from_cluster(), HeadSums<C>{p, grid.sums}.round();
+    if constexpr (C::kRoundsDq) ptx::acquire_from_cluster(), HeadSums<C>{p, grid.sums}.round();
   }
 }
 
@@ -222,7 +222,6 @@ inline cudaError_t make_key_grid(KeyGrid& grid, const Problem& p, const LaunchPl
                                  const QuerySums& sums, int32_t block_m, cudaStream_t stream) {
   grid = {segments_of(plan.keys, workspace), static_cast<int32_t>(plan.keys.tiles), sums, nullptr,
           query_ticket_shift(p, block_m)};
-  grid.rounds_dq = plan.rounds_dq;
   if (plan.score == ScoreKind::kRanges) {
     const RangeTables tables = range_tables(p, plan.keys, workspace);
     grid.segments = tables.rows, grid.gaps = tables.gaps, grid.blocks = tables.blocks;
@@ -296,6 +295,10 @@ cudaError_t launch_slice(const Problem& p, const LaunchPlan& plan, void* workspa
       // The ordered kernel stages dQ in shared memory. If bias or mask take this room, consumers wait for
       // their tickets instead. Calls whose steps are listed have no tickets.
       constexpr bool kOrdered = !stages_tiles(kKind) && !lists_tiles(kKind);
+      if constexpr (kKind == ScoreKind::kPlain) {
+        using C = BackwardSm90<T, R, kKind, false, true>;
+        if (plan.rounds_dq) return launch_backward_sm90<C, T>(p, plan, workspace, stream);
+      }
       return plan.dq_tickets < 0 ? run.template operator()<false>() : run.template operator()<kOrdered>();
     });
   }
