@@ -145,6 +145,29 @@ def flash_attn3_jax(case: Case) -> Attend:
     )
 
 
+def dew_flash_attn(case: Case) -> Attend:
+    """dew-flash-attn-cu13 0.3.6: FlashAttention-3's kernels, of a newer build, whose causal mask is bottom-right
+    aligned."""
+    if case.d != case.dv:
+        raise Refused("one head dim for q, k and v")
+    module: Any = importlib.import_module("dew_flash_attn")
+    left, right = (-1 if side is None else side for side in case.window or (None, None))
+    options = {"softmax_scale": case.scale, "is_causal": case.causal, "window_size": (left, right)}
+    if case.layout == "fixed":
+        return lambda q, k, v, arrays: module.flash_mha(q, k, v, sinks=arrays.get("sinks"), **options)
+    longest = max(case.q_sequences)
+    return lambda q, k, v, arrays: module.flash_mha_varlen(
+        q,
+        k,
+        v,
+        arrays["cu_seqlens_q"],
+        longest,
+        key_cu_seqlens=arrays["cu_seqlens_k"],
+        key_max_seqlen=max(case.k_sequences or case.q_sequences),
+        **options,
+    )
+
+
 def jla(backward: str) -> Callable[[Case], Attend]:
     """jax-linear-attention 0.1.0: Pallas kernels for Hopper, causal only, with one of its two backward passes."""
 

@@ -14,7 +14,7 @@ from . import cases, measure, peers
 from .bars import Cell
 from .cases import Case
 
-NAMES = ("jax_flash", "cudnn", "flash-attn3-jax")
+NAMES = ("jax_flash", "cudnn", "flash-attn3-jax", "dew-flash-attn")
 CHAIN = 30  # calls in one program
 WARM, LAUNCHED, REPEATS, ATTEMPTS = 3, 8, 9, 5
 BUSY = 0.04  # seconds of other work on the device: longer than the host takes to launch its programs

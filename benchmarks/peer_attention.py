@@ -18,7 +18,7 @@ from .bars import Cell
 from .cases import Case, gpu_case
 
 WAVE = 6  # cells whose programs are compiled in parallel; their inputs and residuals are in memory together
-RUN = ("cudnn", "flash-attn3-jax", "jla")  # installed without trouble, and known to run
+RUN = ("cudnn", "flash-attn3-jax", "dew-flash-attn", "jla")  # installed without trouble, and known to run
 OTHERS = ("cudnn", "fa4-jax", "tokamax", "pallas")  # these compile slowly, so they come last
 PASSES = ("backward", "forward")
 PLOTTED = (
@@ -116,7 +116,10 @@ def documents(pass_: str) -> Iterator[Cell]:
     fixed = [gpu_case(case.d, 4096, causal=True) for case in packed]
     wanted = []
     for case, plain in zip(packed, fixed, strict=True):
-        calls = {name: (name, case, pass_) for name in ("jax_flash", "segment ids", "flash-attn3-jax", "jla")}
+        calls = {
+            name: (name, case, pass_)
+            for name in ("jax_flash", "segment ids", "flash-attn3-jax", "dew-flash-attn", "jla")
+        }
         work = {"fixed": flop.attention(plain, pass_), "packed": flop.attention(case, pass_)}
         tags = {"kind": "documents", "name": f"{case.name} {pass_}", "pass": pass_, "d": case.d, "work": work}
         calls["fixed"] = ("jax_flash", plain, pass_)
@@ -180,7 +183,7 @@ def small(pass_: str) -> Iterator[Cell]:
     """One sequence of 512 or 1,024 tokens: the device's time, in a program of several calls, and the time of calls
     one by one, which includes the host's."""
     sizes = [cases.small_case(*size) for size in cases.SMALL]
-    names = ("jax_flash", "cudnn", "flash-attn3-jax")
+    names = ("jax_flash", "cudnn", "flash-attn3-jax", "dew-flash-attn")
     requests = {(case, name): (name, case, pass_) for case in sizes for name in names}
     calls, refused = peers.prepare(requests, raise_own=False)
     chains, failed = peers.compiled_side_by_side(

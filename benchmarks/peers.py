@@ -53,6 +53,7 @@ PEERS = {
     "cudnn": Peer(JAX_NN, ("gpu",), adapters.jax_nn("cudnn")),
     "fa4-jax": Peer(FLASH_ATTN | {"dv"}, ("gpu",), adapters.fa4_jax, "fa4_jax"),
     "flash-attn3-jax": Peer(FLASH_ATTN, ("gpu",), adapters.flash_attn3_jax, "flash_attn3_jax"),
+    "dew-flash-attn": Peer(FLASH_ATTN | {"sinks"}, ("gpu",), adapters.dew_flash_attn, "dew_flash_attn"),
     "jla": Peer({"GQA", "window", "packed", "scale", "dv", "sinks"}, ("gpu",), adapters.jla("ranged"), "jla"),
     "jla fused": Peer({"GQA", "window", "packed", "scale", "sinks"}, ("gpu",), adapters.jla("fused"), "jla"),
     "tokamax": Peer(JAX_NN | {"dv", "softcap", "float32"}, ("gpu",), adapters.tokamax, "tokamax"),

@@ -29,6 +29,7 @@
 #include "core/plan/workspace.h"
 #include "cuda/backward/hopper_cluster.cuh"
 #include "cuda/backward/hopper_consumer.cuh"
+#include "cuda/backward/hopper_head.cuh"
 #include "cuda/backward/hopper_load.cuh"
 #include "cuda/backward/hopper_single_consumer.cuh"
 #include "cuda/backward/hopper_state.cuh"
@@ -49,7 +50,8 @@ namespace jax_flash {
 //
 // Ordered: one thread adds dQ to the sums (query_sums.cuh), so that it can wait for its ticket.
 // Otherwise each consumer adds its part from its registers.
-template <class T, Row R, ScoreKind Kind, bool Ordered>
+// RoundsDq: clusters of all key tiles of a KV head clear and round dQ (hopper_head.cuh).
+template <class T, Row R, ScoreKind Kind, bool Ordered, bool RoundsDq = false>
 struct BackwardSm90 {
   using Element = T;
   static constexpr int HeadDim = R.head_dim, ValueDim = R.value_dim, M = R.block_m, N = R.block_n;
@@ -90,6 +92,7 @@ struct BackwardSm90 {
       (Kind == ScoreKind::kPlain || Kind == ScoreKind::kRanges || lists_tiles(Kind)) && !Ordered &&
       M == kConsumerRows;
   static constexpr bool kStartsFromDelta = kSharesDsLate;
+  static constexpr bool kRoundsDq = RoundsDq;
   static constexpr int kTilesBytes =
       M * HeadDim * int{sizeof(float)} + (kSpareDs ? SharedTile<T, N, M>::kBytes : 0);
   using Tiles = GradientTiles<Kind, T, M, N, kTilesBytes>;
@@ -119,6 +122,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kSingle ? 2 : 1)
   auto& shared = *reinterpret_cast<Shared*>(ptx::dynamic_shared_1024());
   const int warpgroup = warpgroup_index(), warp = static_cast<int>(threadIdx.x) / 32;
   if (threadIdx.x == 0) shared.init();
+  if constexpr (C::kRoundsDq) HeadSums<C>{p, grid.sums}.clear();
   __syncthreads();
   if (warpgroup == 0) {
     ptx::give_registers<C::kProducerRegisters>();
@@ -134,9 +138,13 @@ __global__ void __launch_bounds__(C::kThreads, C::kSingle ? 2 : 1)
     if constexpr (kStagesTiles<C>) {
       if (warp == 3) producer.load_score_tiles();
     }
+    if constexpr (C::kRoundsDq)
+      ptx::acquire_from_cluster(), ptx::release_to_cluster(), ptx::acquire_from_cluster();
   } else {
     ptx::take_registers<C::kConsumerRegisters>();
+    if constexpr (C::kRoundsDq) ptx::acquire_from_cluster();
     typename C::Consumer(p, shared, grid, warpgroup - 1).run();
+    if constexpr (C::kRoundsDq) ptx::acquire_from_cluster(), HeadSums<C>{p, grid.sums}.round();
   }
 }
 
@@ -232,7 +240,9 @@ template <class C, class T>
 cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void* workspace,
                                  cudaStream_t stream) {
   const auto sums = query_sums<C::kM>(p, plan, workspace);
-  if (cudaError_t e = clear_sums<C::kM>(p, sums, stream); e != cudaSuccess) return e;
+  if (!plan.rounds_dq) {
+    if (cudaError_t e = clear_sums<C::kM>(p, sums, stream); e != cudaSuccess) return e;
+  }
   const TileGrid& grid = plan.keys;
   if (grid.blocks > 0) {
     typename C::Maps maps;
@@ -245,8 +255,8 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
     if (e != cudaSuccess) return e;
     PersistentTiles tiles{schedule_of(grid, workspace), static_cast<int32_t>(grid.tiles),
                           static_cast<uint32_t>(grid.blocks), nullptr,
-                          backward_heads_together(p, plan.score, C::kCluster)};
-    keep_in_step(tiles, p, plan.persistent_ctas / C::kCluster);
+                          plan.rounds_dq ? 1 : backward_heads_together(p, plan.score, C::kCluster)};
+    if (!plan.rounds_dq) keep_in_step(tiles, p, plan.persistent_ctas / C::kCluster);
     if (e = clear_tile_counter(tiles, plan, workspace, stream); e != cudaSuccess) return e;
     KeyGrid key_grid;
     if (e = make_key_grid(key_grid, p, plan, workspace, sums, C::kM, stream); e != cudaSuccess) return e;
@@ -261,11 +271,13 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
       e = launch_clusters(backward_cluster_sm90<C>, C::kCluster, plan.persistent_ctas, C::kThreads, kShared,
                           stream, p, maps, tiles, key_grid);
     } else {
-      e = launch(backward_sm90<C>, plan.persistent_ctas, C::kThreads, kShared, stream, p, maps, tiles,
-                 key_grid);
+      e = launch_clusters(backward_sm90<C>, plan.cluster_size,
+                          plan.rounds_dq ? grid.blocks : plan.persistent_ctas, C::kThreads, kShared, stream,
+                          p, maps, tiles, key_grid);
     }
     if (e != cudaSuccess) return e;
   }
+  if (plan.rounds_dq) return cudaSuccess;
   return convert_sums<T, C::kM>(p, sums, grid, workspace, stream);
 }
 
@@ -283,6 +295,10 @@ cudaError_t launch_slice(const Problem& p, const LaunchPlan& plan, void* workspa
       // The ordered kernel stages dQ in shared memory. If bias or mask take this room, consumers wait for
       // their tickets instead. Calls whose steps are listed have no tickets.
       constexpr bool kOrdered = !stages_tiles(kKind) && !lists_tiles(kKind);
+      if constexpr (kKind == ScoreKind::kPlain) {
+        using C = BackwardSm90<T, R, kKind, false, true>;
+        if (plan.rounds_dq) return launch_backward_sm90<C, T>(p, plan, workspace, stream);
+      }
       return plan.dq_tickets < 0 ? run.template operator()<false>() : run.template operator()<kOrdered>();
     });
   }
