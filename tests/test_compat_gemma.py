@@ -13,6 +13,8 @@ from flash_attn_reference import assert_close, normal
 
 from jax_flash.compat import gemma
 
+pytestmark = pytest.mark.usefixtures("exact_products")
+
 B, T, KEYS, HEADS, KV, D, FEATURES = 2, 12, 16, 4, 2, 16, 8
 POSITIONS = np.tile(np.arange(T, dtype=np.int32), (B, 1))
 IMAGES = np.array([[0, 0, 1, 1, 1, 0, 1, 1, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0, 1, 1, 1, 1, 0]])
