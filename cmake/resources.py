@@ -38,7 +38,8 @@ BUDGET: tuple[tuple[str, int], ...] = (
     (rf"^\w+ backward_sm90<BackwardSm90<{_ROWS}.*, listed_mask\b", 24),  # scalars
     (rf"^\w+ forward_sm90<ForwardSm90<{_ROWS}128, 64, 3, 20, 2, .*, listed_mask\b", 68),  # scalars of two teams
     (rf"^\w+ (forward|backward_cluster)_sm90<\w+<{_ROWS}.*, listed_mask\b", 0),
-    (r"^\w+ backward_cluster_sm90<.*, 512, 512, .*\}, segments\b", 16),  # four scalars, three of them read once a step
+    (r"^\w+ backward_cluster_sm90<.*, 512, 512, .*\}, segments\b", 16),  # four scalars
+    (r"^\w+ backward_cluster_sm90<.*, 512, 512, .*\}, (alibi|dropout)\b", 8),  # one scalar and two
     (r"^\w+ backward_cluster_sm90<.*, 512, 512, .*\}, (?!general)\w+", 0),
     (rf"^\w+ {_COMMON}", 0),
     (r"^\w+ forward_sm90<ForwardSm90<.*, 512, 512, 128, .*, (plain|segments|softcap)\b", 0),
