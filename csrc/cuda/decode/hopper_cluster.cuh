@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     const int32_t key = tile * C::kTile + ring.warp() * C::kKeys;
     const uint32_t k = ring.wait();
     if (key < work.keys.hi && key + C::kKeys > work.keys.lo)
-      state.step(call, rows, work, key, k, k + C::KTile::kBytes);
+      state.step(call, rows, work, key, k, k + C::KTile::kBytes, [] {}, [] {});
     __syncwarp();
     tile += ctas;
   }

@@ -38,10 +38,14 @@ inline namespace JF_ARCH_NAMESPACE {
 
 template <class T, Row R>
 cudaError_t launch_decode(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
+  // At head dims above 256 ptxas spills O in the kernel without options, but not in the one with them.
+  constexpr bool kAlways = R.value_dim > 256;
   const auto run = [&]<class Stored>() {
-    if (p.spec.softcap > 0 || p.alibi_slopes || p.draft_mask || p.ranges || decode::scaled_by_page(p))
+    const bool options =
+        p.spec.softcap > 0 || p.alibi_slopes || p.draft_mask || p.ranges || decode::scaled_by_page(p);
+    if (kAlways || options)
       return decode::launch<decode::DecodeShares<T, Stored, R, true>>(p, plan, workspace, stream);
-    return decode::launch<decode::DecodeShares<T, Stored, R, false>>(p, plan, workspace, stream);
+    return decode::launch<decode::DecodeShares<T, Stored, R, kAlways>>(p, plan, workspace, stream);
   };
   if (!is_float8(p.kv_dtype)) return run.template operator()<T>();
   if constexpr (R.takes(DType::kF8E4M3)) {

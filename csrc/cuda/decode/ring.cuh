@@ -69,45 +69,55 @@ struct KeySource {
   }
 };
 
-// One warp starts the copies of the keys and values in kRows slots. `slot`: the slot of key lane % kRows.
+// One warp starts the copies of one tile, the keys or the values in Tile::kRows slots. `slot`: the slot of
+// key lane % kRows. kKeys: a missing page's keys are NaN; its values are 0.
+template <class Tile, bool kKeys, class Stored, bool kPolicy>
+__device__ __forceinline__ void copy_tile(uint32_t to, const KeySource<Stored, kPolicy>& from, PageSlot slot,
+                                          bool checked) {
+  constexpr int kLanes = 32, kCopies = Tile::kRows * Tile::kChunks / kLanes;
+  const GlobalPages<Stored>& pages = kKeys ? from.key : from.value;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int64_t own = pages.offset(slot);
+  const auto copy_one = [&](int i) {
+    const int row = (i * kLanes + lane) / Tile::kChunks, chunk = (i * kLanes + lane) % Tile::kChunks;
+    const int64_t offset = __shfl_sync(~0u, own, row);
+    const Stored* const source = pages.data + offset + chunk * kChunk<Stored>;
+    if (!checked) {
+      if constexpr (kPolicy) return ptx::cp_async_16(to + Tile::offset(row, chunk), source, from.policy);
+      return ptx::cp_async_16(to + Tile::offset(row, chunk), source);
+    }
+    const bool missing = kKeys && offset == kMissingPage;
+    ptx::cp_async_16(to + Tile::offset(row, chunk),
+                     offset >= 0 ? static_cast<const void*>(source) : &kNanChunk,
+                     (offset >= 0 || missing) && chunk * kChunk<Stored> < pages.columns);
+  };
+  if (checked) {
+#pragma unroll 1
+    for (int i = 0; i < kCopies; ++i) copy_one(i);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) copy_one(i);
+  }
+}
+
+// Whether copies must check their slots and columns: some key has no page or is not used, or rows are padded.
+template <class KTile, class VTile, class Stored, bool kPolicy>
+__device__ __forceinline__ bool needs_checks(const KeySource<Stored, kPolicy>& from, PageSlot slot) {
+  const bool padded = from.key.columns < KTile::kChunks * kChunk<Stored> ||
+                      from.value.columns < VTile::kChunks * kChunk<Stored>;
+  return !__all_sync(~0u, slot.page >= 0 && !padded);
+}
+
+// One warp starts the copies of keys and of their values.
 template <class KTile, class VTile, class Stored, bool kPolicy>
 __device__ __forceinline__ void copy_rows(uint32_t shared, const KeySource<Stored, kPolicy>& from,
                                           PageSlot slot) {
-  constexpr int kLanes = 32, kRows = KTile::kRows;
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const auto copy = [&]<class Tile>(uint32_t to, const GlobalPages<Stored>& pages, bool nan_if_missing,
-                                    bool checked) {
-    const int64_t own = pages.offset(slot);
-    const auto copy_one = [&](int i) {
-      const int row = (i * kLanes + lane) / Tile::kChunks, chunk = (i * kLanes + lane) % Tile::kChunks;
-      const int64_t offset = __shfl_sync(~0u, own, row);
-      const Stored* const source = pages.data + offset + chunk * kChunk<Stored>;
-      if (!checked) {
-        if constexpr (kPolicy) return ptx::cp_async_16(to + Tile::offset(row, chunk), source, from.policy);
-        return ptx::cp_async_16(to + Tile::offset(row, chunk), source);
-      }
-      const bool missing = nan_if_missing && offset == kMissingPage;
-      ptx::cp_async_16(to + Tile::offset(row, chunk),
-                       offset >= 0 ? static_cast<const void*>(source) : &kNanChunk,
-                       (offset >= 0 || missing) && chunk * kChunk<Stored> < pages.columns);
-    };
-    if (checked) {
-#pragma unroll 1
-      for (int i = 0; i < kRows * Tile::kChunks / kLanes; ++i) copy_one(i);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kRows * Tile::kChunks / kLanes; ++i) copy_one(i);
-    }
-  };
-  const uint32_t values = shared + KTile::kBytes;
-  const bool padded = from.key.columns < KTile::kChunks * kChunk<Stored> ||
-                      from.value.columns < VTile::kChunks * kChunk<Stored>;
-  if (__all_sync(~0u, slot.page >= 0 && !padded)) {
-    copy.template operator()<KTile>(shared, from.key, true, false);
-    copy.template operator()<VTile>(values, from.value, false, false);
+  if (needs_checks<KTile, VTile>(from, slot)) {
+    copy_tile<KTile, true>(shared, from, slot, true);
+    copy_tile<VTile, false>(shared + KTile::kBytes, from, slot, true);
   } else {
-    copy.template operator()<KTile>(shared, from.key, true, true);
-    copy.template operator()<VTile>(values, from.value, false, true);
+    copy_tile<KTile, true>(shared, from, slot, false);
+    copy_tile<VTile, false>(shared + KTile::kBytes, from, slot, false);
   }
 }
 
@@ -126,6 +136,7 @@ template <class Stored, int HeadDim, int ValueDim, int kStageCount, int kKeyCoun
 class WarpRing {
  public:
   static constexpr int kKeys = kKeyCount, kStages = kStageCount;
+  static constexpr bool kHalves = kStages == 1;  // keys and values are copied apart
   // Segments whose data may be needed at once: the one before, one for each stage, and the next.
   static constexpr int kSegments = kStages + 2;
   using KTile = StoredTile<Stored, kKeys, HeadDim>;
@@ -135,7 +146,7 @@ class WarpRing {
   // Kernels with enough registers prefetch the table's entries of segments with at least kPrefetchedTiles,
   // kStages tiles ahead.
   static constexpr int kPrefetchedTiles = 32;
-  static constexpr bool kPrefetchesTable = kPolicy && HeadDim <= 128;
+  static constexpr bool kPrefetchesTable = kPolicy && HeadDim <= 128 && !kHalves;
 
   // This warp's parts of shared memory are `shared` for the stages, `queue` for kSegments segments, and
   // `page_memory` for table entries: int32 [kStages, kKeys].
@@ -155,6 +166,10 @@ class WarpRing {
   // Starts the copy of this warp's keys of the next tile, and looks up the pages of the tile after it. The
   // first call, and calls past the last tile, copy nothing.
   __device__ __forceinline__ void fill() {
+    if constexpr (kHalves) {
+      fill_keys();
+      return fill_values();
+    }
     if (ahead.tile < ahead.tile_end) {
       if (kPrefetchesTable && prefetches && copied >= kStages)
         next = keys.locate(call, position(0),
@@ -163,18 +178,27 @@ class WarpRing {
       if (kPrefetchesTable && prefetches) copy_entry();
       ++ahead.tile, ++copied;
     }
-    if (ahead.tile < ahead.tile_end) {
-      if (!kPrefetchesTable || !prefetches || copied < kStages) find();
-    } else if (!ahead.done()) {
-      ahead.advance();
-      if (!ahead.done()) open();
-    }
+    advance();
     if (++filled == kStages) filled = 0;
     ptx::cp_async_commit();
   }
-  // Waits for the oldest of kStages copies, and returns the address of the keys and their values.
+  // The two halves of fill() in a ring of one stage: while one half is in use, the other one is copied.
+  __device__ __forceinline__ void fill_keys() {
+    if (ahead.tile < ahead.tile_end) copy_half<KTile, true>(memory);
+    ptx::cp_async_commit();
+  }
+  __device__ __forceinline__ void fill_values() {
+    if (ahead.tile < ahead.tile_end) {
+      copy_half<VTile, false>(memory + KTile::kBytes);
+      ++ahead.tile, ++copied;
+    }
+    advance();
+    ptx::cp_async_commit();
+  }
+  // Waits for the oldest of kStages copies, or for its half, and returns the address of the keys and their
+  // values.
   __device__ __forceinline__ uint32_t wait() const {
-    ptx::cp_async_wait<kStages - 1>();
+    ptx::cp_async_wait<kHalves ? 1 : kStages - 1>();
     __syncwarp();
     return memory + filled * kStageBytes;
   }
@@ -188,6 +212,25 @@ class WarpRing {
   __device__ __forceinline__ bool done() const { return ahead.done() && taken == opened; }
 
  private:
+  // Starts the copy of the next tile's keys or values.
+  template <class Tile, bool kIsKey>
+  __device__ __forceinline__ void copy_half(uint32_t to) const {
+    const PageSlot slot = keys.check(call, next);
+    if (needs_checks<KTile, VTile>(keys, slot)) {
+      copy_tile<Tile, kIsKey>(to, keys, slot, true);
+    } else {
+      copy_tile<Tile, kIsKey>(to, keys, slot, false);
+    }
+  }
+  // Looks up the pages of the next tile, which may be the first one of the next segment.
+  __device__ __forceinline__ void advance() {
+    if (ahead.tile < ahead.tile_end) {
+      if (!kPrefetchesTable || !prefetches || copied < kStages) find();
+    } else if (!ahead.done()) {
+      ahead.advance();
+      if (!ahead.done()) open();
+    }
+  }
   __device__ __forceinline__ void open() {
     const SequenceWork work = ahead.open(call, rows);
     keys.open(call, rows, work);

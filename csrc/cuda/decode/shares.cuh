@@ -90,7 +90,7 @@ __device__ __forceinline__ void attend_share(const DecodeCall& call) {
   int32_t tile = 0, tile_end = 0;
 #pragma unroll 1  // short code, because a kernel's first instructions are fetched from memory
   for (int ahead = -Ring::kStages;;) {
-    ring.fill();
+    if (!Ring::kHalves || ahead <= 0) ring.fill();
     if (++ahead <= 0) continue;
     if (tile == tile_end) {
       const Segment* const ended = segment;
@@ -111,9 +111,19 @@ __device__ __forceinline__ void attend_share(const DecodeCall& call) {
     const int32_t key = tile * C::kTile + warp * Ring::kKeys;
     state.page_scales.load(call, rows, segment->work, key);
     const uint32_t k = ring.wait();
-    if (key < keys.hi && key + Ring::kKeys > keys.lo)
-      state.step(call, rows, segment->work, key, k, k + Ring::KTile::kBytes);
+    const auto keys_read = [&] {
+      if constexpr (Ring::kHalves) __syncwarp(), ring.fill_keys();
+    };
+    const auto wait_values = [&] {
+      if constexpr (Ring::kHalves) ring.wait();
+    };
+    if (key < keys.hi && key + Ring::kKeys > keys.lo) {
+      state.step(call, rows, segment->work, key, k, k + Ring::KTile::kBytes, keys_read, wait_values);
+    } else {
+      keys_read(), wait_values();
+    }
     __syncwarp();
+    if constexpr (Ring::kHalves) ring.fill_values();
     ++tile;
   }
 }

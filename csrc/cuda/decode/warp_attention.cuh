@@ -140,11 +140,15 @@ struct WarpAttention {
     }
   }
 
-  // Attends to the kKeys keys from `key` on, whose tiles are at `k` and `v` in shared memory.
+  // Attends to the kKeys keys from `key` on, whose tiles are at `k` and `v` in shared memory. It calls
+  // keys_read() once it has read the keys, and wait_values() before it reads the values.
+  template <class KeysRead, class WaitValues>
   __device__ __forceinline__ void step(const DecodeCall& call, const ColumnRows& rows,
-                                       const SequenceWork& work, int32_t key, uint32_t k, uint32_t v) {
+                                       const SequenceWork& work, int32_t key, uint32_t k, uint32_t v,
+                                       KeysRead keys_read, WaitValues wait_values) {
     S s;
     with_format(call.kv_dtype, [&]<DType kFormat>() { multiply_keys<kFormat>(s, k); });  // Sᵀ = K Qᵀ
+    keys_read();
     if constexpr (kRescaled) for_each(s, [&](float& x, int slot, int, int) { x *= scale_of_queries(slot); });
     page_scales.scale_keys(s);
     Score().apply(s, MaskedTile<S>{{call, rows, work, key, scale}});  // softcap, ALiBi, ranges, draft mask
@@ -153,6 +157,7 @@ struct WarpAttention {
     rescale(s);  // m ← max(m, rowmax S); O ← α O, l ← α l
     uint32_t b[kTiles][kKeySteps][2];
     exponentiate(s, b);  // P = 2^(S − m); l ← l + rowsum P
+    wait_values();
     with_format(call.kv_dtype, [&]<DType kFormat>() { multiply_values<kFormat>(b, v); });  // Oᵀ ← Oᵀ + Vᵀ Pᵀ
   }
 
