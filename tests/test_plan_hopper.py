@@ -160,6 +160,26 @@ def test_hoppers_backward_adds_dq_up_in_the_workspace():
     assert plan("backward", d=256, dv=256)["workspace"] == 4 * dq(1024)
 
 
+def test_a_cluster_for_each_head_of_a_short_call_clears_and_rounds_dq():
+    def ctas(**options: Any) -> str:
+        sizes = {"heads": 16, "kv_heads": 16, "batch": 1, "q_rows": 512}
+        _, _, text = plan("backward", **sizes | options)["text"].partition(" in ")
+        return text.partition("-CTA clusters")[0]
+
+    assert ctas(k_rows=512) == ctas(k_rows=385, right=0) == ctas(k_rows=512, batch=2) == "4"
+    assert ctas(k_rows=129) == ctas(k_rows=256, d=128, dv=128) == "2"
+    for refused in (
+        {"k_rows": 128},
+        {"k_rows": 513},
+        {"k_rows": 512, "batch": 3},  # more clusters than run at once
+        {"k_rows": 512, "q_rows": 2049},
+        {"k_rows": 512, "deterministic": True},
+        {"k_rows": 512, "varlen": True},
+        {"k_rows": 512, "softcap": 3.0},
+    ):
+        assert ctas(**refused) == ""
+
+
 def test_hoppers_repeatable_backward_counts_the_tickets_of_key_tiles():
     fast, repeatable = plan("backward"), plan("backward", deterministic=True)
     assert repeatable["queries"]["blocks"] == 0

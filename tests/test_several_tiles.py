@@ -80,6 +80,21 @@ EACH_MASK = [
     varlen("no sequence", (), padding=(140, 20), **PACKED),
 ]
 
+# On Hopper a cluster has all key tiles of a KV head, if they are at most 4 and all clusters run at once.
+SHORT = [
+    case.replace(name=f"{case.name} d{d}", d=d, dv=d)
+    for d in (64, 128)
+    for case in (
+        Case("two tiles", **SIZES | {"sk": 130}),
+        Case("three tiles", causal=True, **SIZES | {"b": 2, "sk": 300, "hq": 6, "hk": 2}),
+        Case("four tiles, window", window=(100, 33), **SIZES | {"sk": 500}),
+        Case("four tiles", **SIZES | {"sq": 512, "sk": 512, "hq": 16, "hk": 16}),
+        Case("eight tiles", **SIZES | {"sq": 1024, "sk": 1024, "hq": 16, "hk": 16}),
+        Case("lengths", q_lengths=(SQ - 7, 64), kv_lengths=(300, 130), **SIZES | {"b": 2, "sk": 384}),
+        Case("more heads than clusters", causal=True, **SIZES | {"sk": 500, "hq": 66, "hk": 33}),
+    )
+]
+
 # On Hopper two CTAs share a tile of keys in the backward of these head dims.
 LARGE_HEAD_DIMS = [
     case.replace(name=f"{case.name} d{d}/{dv}", d=d, dv=dv)
@@ -188,6 +203,12 @@ def test_each_option_alone(case):
 @pytest.mark.parametrize("case", in_dtypes(VALUES_ARE_KEYS, HALF), ids=lambda case: case.name)
 def test_values_that_are_keys(case):
     check(case)
+
+
+@pytest.mark.skipif(EMULATED, reason="the emulator has none of Hopper's kernels")
+@pytest.mark.parametrize("case", in_dtypes(SHORT, HALF), ids=lambda case: case.name)
+def test_short_calls(case):
+    check(case, deterministic=False)
 
 
 @pytest.mark.skipif(EMULATED, reason="the emulator has none of Hopper's kernels")

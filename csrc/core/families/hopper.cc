@@ -231,6 +231,8 @@ class Backward final : public PassTraits {
       plan.dq_tickets = workspace.add(dq_tickets_bytes(call.spec, dims_of(s), row.block_m).value());
       if (plan.tile_counter < 0) plan.tile_counter = workspace.add(kCounterBytes);
     }
+    plan.rounds_dq = heads_fit_clusters(row, call, plan);
+    if (plan.rounds_dq) plan.cluster_size = static_cast<int32_t>(plan.keys.tiles);
   }
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
@@ -242,6 +244,18 @@ class Backward final : public PassTraits {
   }
 
  private:
+  // Whether the CTAs of all key tiles of a KV head form a cluster that clears and rounds its dQ. That saves a
+  // memset and a kernel, much of the time of a short call. All clusters must run at once, because a CTA has
+  // only one tile; a GPC has at least 16 SMs. In a launch without clusters barrier.cluster is __syncthreads,
+  // which producers and consumers reach at different times.
+  static bool heads_fit_clusters(const KernelRow& row, const Call& call, const LaunchPlan& plan) {
+    constexpr int64_t kMostCtas = 4, kSmsOfGpc = 16, kMostRows = 2048;  // only these CTAs clear and round
+    const int64_t tiles = plan.keys.tiles;
+    if (hopper::backward_in_clusters(row) || plan.score != ScoreKind::kPlain) return false;
+    if (call.shapes.q_rows > kMostRows) return false;
+    if (call.spec.packed() || call.spec.deterministic || tiles < 2 || tiles > kMostCtas) return false;
+    return plan.keys.blocks / tiles <= call.device.sm_count / kSmsOfGpc * (kSmsOfGpc / tiles);
+  }
   // Whether the steps of a call with blocks come from lists. Lists have no fixed order for the additions to
   // dQ, so deterministic calls do not use them.
   static bool lists_steps(const KernelRow& row, const Call& call) {

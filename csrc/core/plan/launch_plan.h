@@ -56,14 +56,16 @@ struct LaunchPlan {
   TileGrid queries, keys;
   DecodeGrid decode;
   // CTAs per cluster. In the forward the two CTAs share multicast K and V, and each has one of two adjacent
-  // query tiles. In the backward they share multicast Q and dO, and each has half of a key tile. With
-  // Design::kClusterColumns they work on the same tile, and each has half of a head's columns.
+  // query tiles. In the backward they share multicast Q and dO, and each has half of a key tile, unless
+  // `rounds_dq`. With Design::kClusterColumns they work on the same tile, and each has half of a head's
+  // columns.
   int32_t cluster_size = 1;
   int32_t persistent_ctas = 0;  // CTAs among which the tiles are distributed; 0: one CTA per tile
   int64_t tile_counter = -1;    // offset of the tile counter (4 bytes, cleared by the launch) in the
                                 // workspace; -1: CTA i takes tiles i, i + CTAs, …
   int64_t dq_sums = -1;         // offset of dQ in float32; -1: none
   int64_t dq_tickets = -1;      // offset of the tickets that order the additions to dQ; -1: no order
+  bool rounds_dq = false;       // clusters of all key tiles of a KV head clear and round dQ themselves
   int64_t shared = 0;           // bytes of shared memory per CTA
   int64_t workspace = 0;        // bytes of the workspace that are used
 

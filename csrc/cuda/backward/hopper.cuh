@@ -29,6 +29,7 @@
 #include "core/plan/workspace.h"
 #include "cuda/backward/hopper_cluster.cuh"
 #include "cuda/backward/hopper_consumer.cuh"
+#include "cuda/backward/hopper_head.cuh"
 #include "cuda/backward/hopper_load.cuh"
 #include "cuda/backward/hopper_single_consumer.cuh"
 #include "cuda/backward/hopper_state.cuh"
@@ -90,6 +91,8 @@ struct BackwardSm90 {
       (Kind == ScoreKind::kPlain || Kind == ScoreKind::kRanges || lists_tiles(Kind)) && !Ordered &&
       M == kConsumerRows;
   static constexpr bool kStartsFromDelta = kSharesDsLate;
+  // Whether the kernel can run in clusters that clear and round dQ (hopper_head.cuh).
+  static constexpr bool kMayRoundDq = Kind == ScoreKind::kPlain && !Ordered;
   static constexpr int kTilesBytes =
       M * HeadDim * int{sizeof(float)} + (kSpareDs ? SharedTile<T, N, M>::kBytes : 0);
   using Tiles = GradientTiles<Kind, T, M, N, kTilesBytes>;
@@ -118,7 +121,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kSingle ? 2 : 1)
   using Shared = typename C::Shared;
   auto& shared = *reinterpret_cast<Shared*>(ptx::dynamic_shared_1024());
   const int warpgroup = warpgroup_index(), warp = static_cast<int>(threadIdx.x) / 32;
+  const bool rounds_dq = C::kMayRoundDq && grid.rounds_dq;
   if (threadIdx.x == 0) shared.init();
+  if (rounds_dq) HeadSums<C>{p, grid.sums}.clear();
   __syncthreads();
   if (warpgroup == 0) {
     ptx::give_registers<C::kProducerRegisters>();
@@ -134,9 +139,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kSingle ? 2 : 1)
     if constexpr (kStagesTiles<C>) {
       if (warp == 3) producer.load_score_tiles();
     }
+    if (rounds_dq) ptx::acquire_from_cluster(), ptx::release_to_cluster(), ptx::acquire_from_cluster();
   } else {
     ptx::take_registers<C::kConsumerRegisters>();
+    if (rounds_dq) ptx::acquire_from_cluster();
     typename C::Consumer(p, shared, grid, warpgroup - 1).run();
+    if (rounds_dq) ptx::acquire_from_cluster(), HeadSums<C>{p, grid.sums}.round();
   }
 }
 
@@ -214,6 +222,7 @@ inline cudaError_t make_key_grid(KeyGrid& grid, const Problem& p, const LaunchPl
                                  const QuerySums& sums, int32_t block_m, cudaStream_t stream) {
   grid = {segments_of(plan.keys, workspace), static_cast<int32_t>(plan.keys.tiles), sums, nullptr,
           query_ticket_shift(p, block_m)};
+  grid.rounds_dq = plan.rounds_dq;
   if (plan.score == ScoreKind::kRanges) {
     const RangeTables tables = range_tables(p, plan.keys, workspace);
     grid.segments = tables.rows, grid.gaps = tables.gaps, grid.blocks = tables.blocks;
@@ -232,7 +241,9 @@ template <class C, class T>
 cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void* workspace,
                                  cudaStream_t stream) {
   const auto sums = query_sums<C::kM>(p, plan, workspace);
-  if (cudaError_t e = clear_sums<C::kM>(p, sums, stream); e != cudaSuccess) return e;
+  if (!plan.rounds_dq) {
+    if (cudaError_t e = clear_sums<C::kM>(p, sums, stream); e != cudaSuccess) return e;
+  }
   const TileGrid& grid = plan.keys;
   if (grid.blocks > 0) {
     typename C::Maps maps;
@@ -245,8 +256,8 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
     if (e != cudaSuccess) return e;
     PersistentTiles tiles{schedule_of(grid, workspace), static_cast<int32_t>(grid.tiles),
                           static_cast<uint32_t>(grid.blocks), nullptr,
-                          backward_heads_together(p, plan.score, C::kCluster)};
-    keep_in_step(tiles, p, plan.persistent_ctas / C::kCluster);
+                          plan.rounds_dq ? 1 : backward_heads_together(p, plan.score, C::kCluster)};
+    if (!plan.rounds_dq) keep_in_step(tiles, p, plan.persistent_ctas / C::kCluster);
     if (e = clear_tile_counter(tiles, plan, workspace, stream); e != cudaSuccess) return e;
     KeyGrid key_grid;
     if (e = make_key_grid(key_grid, p, plan, workspace, sums, C::kM, stream); e != cudaSuccess) return e;
@@ -261,11 +272,13 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
       e = launch_clusters(backward_cluster_sm90<C>, C::kCluster, plan.persistent_ctas, C::kThreads, kShared,
                           stream, p, maps, tiles, key_grid);
     } else {
-      e = launch(backward_sm90<C>, plan.persistent_ctas, C::kThreads, kShared, stream, p, maps, tiles,
-                 key_grid);
+      e = launch_clusters(backward_sm90<C>, plan.cluster_size,
+                          plan.rounds_dq ? grid.blocks : plan.persistent_ctas, C::kThreads, kShared, stream,
+                          p, maps, tiles, key_grid);
     }
     if (e != cudaSuccess) return e;
   }
+  if (plan.rounds_dq) return cudaSuccess;
   return convert_sums<T, C::kM>(p, sums, grid, workspace, stream);
 }
 

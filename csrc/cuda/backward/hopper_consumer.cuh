@@ -12,6 +12,7 @@
 #include "cuda/gradient.cuh"
 #include "cuda/mask.cuh"
 #include "cuda/ptx/atomic.cuh"
+#include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/stmatrix.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/tile/descriptor.cuh"
@@ -362,6 +363,7 @@ struct GradientConsumer {
       dv.clear();
       shared.key_pipe.wait_full(tile_index);
       differentiate();
+      if (C::kMayRoundDq && grid.rounds_dq) ptx::release_to_cluster();  // dQ is added, by this CTA's one tile
       shared.key_pipe.release(tile_index);
       if constexpr (C::Score::kDropout || C::Score::kWeightScale != 1) {  // dV ← dV / (1 − rate)
         const float factor = (C::Score::kDropout ? dropout_scale(p.spec) : 1.0f) / C::Score::kWeightScale;

@@ -59,7 +59,8 @@ struct KeyGrid {
   // tiles within its interval of `segments` that see none of its keys (core/visible/row_blocks.h).
   const SeenByBlock* blocks = nullptr;
   const Interval* gaps = nullptr;
-  StepLists lists{};  // for kernels with listed steps
+  StepLists lists{};       // for kernels with listed steps
+  bool rounds_dq = false;  // clusters clear and round dQ (hopper_head.cuh)
 
   // The intervals of the key tiles of a sequence.
   __device__ __forceinline__ int64_t first_slot(const Problem& p, const BlockWork& work,

@@ -109,9 +109,45 @@ __device__ void clear_outside(const Problem& p, T* to, const int32_t* starts, ui
   for (int64_t i = after + first; i < end; i += kStep) chunks[i] = uint4{};
 }
 
+// The query rows of a tile of sums, and the entry of dQ [q_rows, h, d] that they belong to.
+template <class T>
+struct SumRows {
+  T* to;
+  int64_t first, used, end;  // rows from `used` on are 0, and those from `end` on another tile's
+  int32_t head;
+};
+
+// Rows of dQ = scale · sums, rounded, by some `threads` threads. Each has 8 columns of rows r and r + 8 at a
+// time.
+template <class T, int kM>
+__device__ __forceinline__ void round_tile(const Problem& p, const float* from, const SumRows<T>& rows,
+                                           int thread, int threads) {
+  const int columns = p.head_dim / kSumColumns;
+  for (int unit = thread; unit < kM / 16 * columns * 8; unit += threads) {
+    const int r = unit % 8, column = unit / 8 % columns * kSumColumns, block = unit / 8 / columns * 16;
+    if (rows.first + block + r >= rows.end) continue;
+    float x[4][4];
+    ptx::load_fragments(x, from + sum_offset<kM>(p.head_dim, block, column), r);
+    const auto store = [&](int64_t i, int e) {
+      if (i >= rows.end) return;
+      alignas(16) T rounded[kSumColumns];
+#pragma unroll
+      for (int t = 0; t < 4; ++t)
+        ptx::store_pair(rounded + 2 * t, i < rows.used ? x[t][e] * p.spec.scale : 0,
+                        i < rows.used ? x[t][e + 1] * p.spec.scale : 0);
+      auto* const out = reinterpret_cast<uint4*>(rows.to + (i * p.heads + rows.head) * p.head_dim + column);
+#pragma unroll
+      for (int chunk = 0; chunk < kSumColumns / kChunk<T>; ++chunk)
+        out[chunk] = reinterpret_cast<const uint4*>(rounded)[chunk];
+    };
+    store(rows.first + block + r, 0);
+    store(rows.first + block + r + 8, 2);
+  }
+}
+
 // dQ [entries, q_rows, h, d] = scale · sums, rounded; 0 in rows past a length. A block converts a query tile
-// of a head, and a thread 8 columns of rows r and r + 8. If rows are packed, the last kOutsideBlocks blocks
-// of an entry zero the rows outside all sequences. starts: those of packed queries, else null.
+// of a head. If rows are packed, the last kOutsideBlocks blocks of an entry zero the rows outside all
+// sequences. starts: those of packed queries, else null.
 template <class T, int kM>
 __global__ void __launch_bounds__(kSumThreads)
     convert_tiles(const __grid_constant__ Problem p, const __grid_constant__ QuerySums sums,
@@ -123,36 +159,16 @@ __global__ void __launch_bounds__(kSumThreads)
   if (starts) starts += entry * 2 * (p.batch + 2);
   if (in_entry >= all) return clear_outside(p, to, starts, in_entry - all);
   const uint32_t tile = in_entry % tiles, head = in_entry / tiles;
-  int64_t row = int64_t{tile} * kM, used = 0, end = p.q_rows;
+  SumRows<T> rows{to, int64_t{tile} * kM, 0, p.q_rows, static_cast<int32_t>(head)};
   if (starts) {
     if (p.batch == 0 || tile < first_slot(starts[0], kM, 0)) return;
     const int32_t z = sequence_of_slot(starts, p.batch, kM, tile);
-    row = starts[z] + (tile - first_slot(starts[z], kM, z)) * kM, used = end = starts[z + 1];
+    rows.first = starts[z] + (tile - first_slot(starts[z], kM, z)) * kM, rows.used = rows.end = starts[z + 1];
   } else {
-    used = fixed_sequence(p, entry / p.batch, static_cast<int32_t>(entry % p.batch)).q_len;
+    rows.used = fixed_sequence(p, entry / p.batch, static_cast<int32_t>(entry % p.batch)).q_len;
   }
   const float* const from = sums.data + ((entry * p.heads + head) * tiles + tile) * kM * p.head_dim;
-  const int columns = p.head_dim / kSumColumns;
-  for (int unit = threadIdx.x; unit < kM / 16 * columns * 8; unit += kSumThreads) {
-    const int r = unit % 8, column = unit / 8 % columns * kSumColumns, block = unit / 8 / columns * 16;
-    if (row + block + r >= end) continue;
-    float x[4][4];
-    ptx::load_fragments(x, from + sum_offset<kM>(p.head_dim, block, column), r);
-    const auto store = [&](int64_t i, int e) {
-      if (i >= end) return;
-      alignas(16) T rounded[kSumColumns];
-#pragma unroll
-      for (int t = 0; t < 4; ++t)
-        ptx::store_pair(rounded + 2 * t, i < used ? x[t][e] * p.spec.scale : 0,
-                        i < used ? x[t][e + 1] * p.spec.scale : 0);
-      auto* const out = reinterpret_cast<uint4*>(to + (i * p.heads + head) * p.head_dim + column);
-#pragma unroll
-      for (int chunk = 0; chunk < kSumColumns / kChunk<T>; ++chunk)
-        out[chunk] = reinterpret_cast<const uint4*>(rounded)[chunk];
-    };
-    store(row + block + r, 0);
-    store(row + block + r + 8, 2);
-  }
+  round_tile<T, kM>(p, from, rows, static_cast<int>(threadIdx.x), kSumThreads);
 }
 
 // dQ = scale · sums, rounded to T.

@@ -21,6 +21,13 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return x;
 }
 
+// The number of CTAs in the cluster.
+__device__ __forceinline__ uint32_t cluster_ctas() {
+  uint32_t x;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(x));
+  return x;
+}
+
 // mapa: the shared::cluster address of `shared` in CTA `rank` of the cluster.
 __device__ __forceinline__ uint32_t address_in(uint32_t shared, uint32_t rank) {
   uint32_t x;
@@ -92,6 +99,16 @@ __device__ __forceinline__ void wait_for_cluster() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// The two halves of sync_cluster() for warps whose lanes may have diverged. A warp arrives once. In a launch
+// without clusters the second half is a barrier of all threads of the CTA.
+__device__ __forceinline__ void release_to_cluster() {
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void acquire_from_cluster() {
+  __syncwarp();
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 // sync_cluster() for warps whose lanes need not have converged.
 __device__ __forceinline__ void sync_cluster_of_any_lanes() {
   asm volatile(
