@@ -166,18 +166,37 @@ def test_a_cluster_for_each_head_of_a_short_call_clears_and_rounds_dq():
         _, _, text = plan("backward", **sizes | options)["text"].partition(" in ")
         return text.partition("-CTA clusters")[0]
 
-    assert ctas(k_rows=512) == ctas(k_rows=385, right=0) == ctas(k_rows=512, batch=2) == "4"
-    assert ctas(k_rows=129) == ctas(k_rows=256, d=128, dv=128) == "2"
+    assert ctas(k_rows=512) == ctas(k_rows=1024) == "8"
+    assert ctas(k_rows=512, batch=2) == "4"  # tiles of 128 keys, which already fill the SMs
+    assert ctas(k_rows=129, batch=2, d=128, dv=128) == ctas(k_rows=129, right=0) == "3"
     for refused in (
-        {"k_rows": 128},
-        {"k_rows": 513},
-        {"k_rows": 512, "batch": 3},  # more clusters than run at once
+        {"k_rows": 64},
+        {"k_rows": 1025},
+        {"k_rows": 1024, "batch": 2},  # more clusters than run at once
         {"k_rows": 512, "q_rows": 2049},
         {"k_rows": 512, "deterministic": True},
         {"k_rows": 512, "varlen": True},
         {"k_rows": 512, "softcap": 3.0},
     ):
         assert ctas(**refused) == ""
+
+
+def test_short_calls_have_twice_as_many_key_tiles_of_64_keys():
+    short = {"heads": 16, "kv_heads": 16, "batch": 1, "q_rows": 512, "k_rows": 512}
+    for d, large in ((64, (128, 128)), (128, (64, 128))):
+        sizes = short | {"d": d, "dv": d}
+        chosen = plan("backward", **sizes)
+        assert (tile(chosen), chosen["keys"]["blocks"]) == ((64, 64), 128)
+        assert tile(plan("backward", **sizes | {"kv_heads": 8, "k_rows": 1024})) == (64, 64)
+        for refused in (
+            {"k_rows": 513},  # more than half of the SMs have a tile of 128 keys
+            {"kv_heads": 1, "k_rows": 1025},
+            {"batch": 2},
+            {"deterministic": True},
+            {"varlen": True},
+            {"softcap": 3.0},
+        ):
+            assert tile(plan("backward", **sizes | refused)) == large
 
 
 def test_hoppers_repeatable_backward_counts_the_tickets_of_key_tiles():

@@ -203,11 +203,13 @@ class Backward final : public PassTraits {
     return hopper::backward_cluster_shared_bytes(row, hopper::backward_cluster_stages(row, 0));
   }
 
-  // Where blocks are smaller than a tile, each consumer of a larger key tile would skip most steps of the
-  // other. Two CTAs per SM with one consumer each have steps of their own.
+  // A short call runs on more SMs with key tiles of 64 keys. Where blocks are smaller than a tile, each
+  // consumer of a larger key tile would skip most steps of the other; two CTAs per SM with one consumer each
+  // have steps of their own.
   bool better(const KernelRow& a, const KernelRow& b, const Call& call) const override {
-    if (!call.spec.has(Operand::kBlockMask) || a.block_n == b.block_n) return false;
+    if (a.block_n == b.block_n) return false;
     const KernelRow& large = a.block_n > b.block_n ? a : b;
+    if (!call.spec.has(Operand::kBlockMask)) return (&a == &large) != leaves_sms_idle(large, call);
     const bool fits = call.spec.block_rows % large.block_m == 0 && call.spec.block_keys % large.block_n == 0;
     return (&a == &large) == fits;
   }
@@ -244,12 +246,20 @@ class Backward final : public PassTraits {
   }
 
  private:
+  // Whether the key tiles of a short call run on at most half of the SMs. Kernels of 64 keys do not order
+  // sums.
+  static bool leaves_sms_idle(const KernelRow& row, const Call& call) {
+    constexpr int64_t kMostKeys = 1024;
+    const Shapes& s = call.shapes;
+    if (call.spec.packed() || call.spec.deterministic || s.k_rows > kMostKeys) return false;
+    return 2 * call.entries() * s.kv_heads * ceil_div(s.k_rows, row.block_n) <= call.device.sm_count;
+  }
   // Whether the CTAs of all key tiles of a KV head form a cluster that clears and rounds its dQ. That saves a
   // memset and a kernel, much of the time of a short call. All clusters must run at once, because a CTA has
   // only one tile; a GPC has at least 16 SMs. In a launch without clusters barrier.cluster is __syncthreads,
   // which producers and consumers reach at different times.
   static bool heads_fit_clusters(const KernelRow& row, const Call& call, const LaunchPlan& plan) {
-    constexpr int64_t kMostCtas = 4, kSmsOfGpc = 16, kMostRows = 2048;  // only these CTAs clear and round
+    constexpr int64_t kMostCtas = 8, kSmsOfGpc = 16, kMostRows = 2048;  // only these CTAs clear and round
     const int64_t tiles = plan.keys.tiles;
     if (hopper::backward_in_clusters(row) || plan.score != ScoreKind::kPlain) return false;
     if (call.shapes.q_rows > kMostRows) return false;

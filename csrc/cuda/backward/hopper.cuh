@@ -59,16 +59,20 @@ struct BackwardSm90 {
   static constexpr int kCluster = 1, kConsumers = N / kConsumerRows, kThreads = R.warps * 32;
   static constexpr int kM = M, kN = N, kStages = R.stages;
   static constexpr bool kSingle = kConsumers == 1;
-  static constexpr int kProducerRegisters = kSingle ? 32 : producer_registers(kConsumers),
-                       kConsumerRegisters = kSingle ? 224 : consumer_registers(kConsumers);
-  // A consumer's part of dQ [M, d]: 64 of the rows, or half of the columns, or all if it is the only one.
+  static constexpr int kBlocks = kSingle ? R.blocks : 1;  // CTAs per SM
+  static constexpr int kProducerRegisters = kSingle ? 40 : producer_registers(kConsumers),
+                       kConsumerRegisters = !kSingle      ? consumer_registers(kConsumers)
+                                            : kBlocks > 1 ? 216
+                                                          : 240;
+  // A consumer's part of dQ [M, d]: 64 of the rows, or half of the columns. The only consumer of a CTA
+  // computes 64 columns after the other.
   static constexpr bool kDqByRows = M == 2 * kConsumerRows;
   using KTile = SharedTile<T, N, HeadDim>;
   using VTile = SharedTile<T, N, ValueDim>;
   using QTile = SharedTile<T, M, HeadDim>;
   using DoTile = SharedTile<T, M, ValueDim>;
   using DsTile = SharedTile<T, N, M>;
-  static constexpr int kDqColumns = kSingle || kDqByRows ? HeadDim : HeadDim / 2;
+  static constexpr int kDqColumns = kSingle ? kConsumerRows : kDqByRows ? HeadDim : HeadDim / 2;
   using S = TransposedAccumulator<1, M / 8>;
   using Score = GradientScore<Kind, S>;
   // In kernels with ordered sums, bias and mask use the memory of dQ. A bias of 128 queries also uses the
@@ -106,8 +110,8 @@ struct BackwardSm90 {
   };
   using Consumer = std::conditional_t<kSingle, SingleConsumer<BackwardSm90>, GradientConsumer<BackwardSm90>>;
   static_assert(kThreads == (1 + kConsumers) * kWarpgroup);
-  static_assert(kSingle ? lists_tiles(Kind) && M == kConsumerRows && R.blocks == 2 : kConsumers == 2);
-  static_assert(kSingle ? 2 * kWarpgroup * (kProducerRegisters + kConsumerRegisters) <= 65536
+  static_assert(kSingle ? kPlainSteps<BackwardSm90> && !Ordered && M == kConsumerRows : kConsumers == 2);
+  static_assert(kSingle ? kBlocks * kWarpgroup * (kProducerRegisters + kConsumerRegisters) <= 65536
                         : registers_suffice(kThreads, kConsumers));
   static_assert(M == kConsumerRows || kDqByRows);
   static_assert(kDqByRows || kDqColumns % (KTile::kPanel * 8) == 0);  // whole panels
@@ -115,7 +119,7 @@ struct BackwardSm90 {
 };
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads, C::kSingle ? 2 : 1)
+__global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     backward_sm90(const __grid_constant__ Problem p, const __grid_constant__ typename C::Maps maps,
                   const __grid_constant__ PersistentTiles tiles, const __grid_constant__ KeyGrid grid) {
   using Shared = typename C::Shared;
@@ -295,7 +299,7 @@ cudaError_t launch_slice(const Problem& p, const LaunchPlan& plan, void* workspa
       };
       // The ordered kernel stages dQ in shared memory. If bias or mask take this room, consumers wait for
       // their tickets instead. Calls whose steps are listed have no tickets.
-      constexpr bool kOrdered = !stages_tiles(kKind) && !lists_tiles(kKind);
+      constexpr bool kOrdered = !stages_tiles(kKind) && !lists_tiles(kKind) && R.block_n > kConsumerRows;
       return plan.dq_tickets < 0 ? run.template operator()<false>() : run.template operator()<kOrdered>();
     });
   }

@@ -1,6 +1,7 @@
-// The consumer of cuda/backward/hopper.cuh where it is the only one of its CTA, with 64 keys. Its steps come
-// from a list of its own. Another CTA on the same SM, instead of another consumer, keeps the tensor cores
-// busy during exponentials, so that dQ is computed in the step that it belongs to.
+// The consumer of cuda/backward/hopper.cuh where it is the only one of its CTA, with 64 keys: for lists of
+// steps of its own, and for short calls, which have more of these key tiles for the SMs. Another CTA on the
+// same SM, instead of another consumer, keeps the tensor cores busy during exponentials, so that dQ is
+// computed in the step that it belongs to.
 #pragma once
 
 #include <cstdint>
@@ -29,10 +30,11 @@ struct SingleConsumer : GradientConsumer<C> {
     ptx::sync_group(2, kWarpgroup);
   }
 
-  // Issues dQ = dS K  [M, d]
-  __device__ __forceinline__ void start_dq(uint32_t use) {
+  // Issues kDqColumns columns of dQ = dS K  [M, d]
+  __device__ __forceinline__ void start_dq(uint32_t use, int part) {
     const ColumnsDescriptor<DsTile> a(ptx::here(ptx::shared_address(shared.ds[use % C::kDsStages])));
-    const ColumnsDescriptor<KTile> b(ptx::here(ptx::shared_address(shared.k)));
+    const ColumnsDescriptor<KTile> b(
+        ptx::here(ptx::shared_address(shared.k) + KTile::panel_offset(part * C::kDqColumns / 8)));
     using Product = ptx::Wgmma<T, C::kDqColumns>;
     ptx::hold(dq.x[0]);
     ptx::wgmma_fence();
@@ -41,6 +43,15 @@ struct SingleConsumer : GradientConsumer<C> {
     for (int step = 1; step < C::kN / 16; ++step)
       Product::template multiply<false, 1, 1>(dq.x[0], a.at(step), b.at(step));
     ptx::wgmma_commit();
+  }
+
+  // Adds the part to the sums of the step's query tile.
+  __device__ __forceinline__ void add_dq(const QueryStep& step, int part) {
+    ptx::hold(dq.x[0]);
+    Placement at = dq_placement<C>(part);
+    at.row += Base::warp_row();
+    add_to_sums<C::kM>(sum_tile<C::kM>(p, tile().sums, step.head * this->grid.sums.tiles + step.tile),
+                       p.head_dim, dq, at);
   }
 
   // Pᵀ and dSᵀ, rounded.
@@ -65,40 +76,49 @@ struct SingleConsumer : GradientConsumer<C> {
     ptx::hold(dst.x[0]);
   }
 
-  __device__ __forceinline__ void run_step(uint32_t use) {
-    const uint32_t stage = use % C::kStages;
+  __device__ __forceinline__ void run_step(QueryStep step) {
+    const uint32_t use = step.number, stage = use % C::kStages;
     shared.ready_pipe.wait_full(use);
-    const QueryStep step = shared.step_ring.get({0, 0, static_cast<int32_t>(use)});
+    step = shared.step_ring.get(step);
     differentiate_scores(step);
     ptx::hold(dv.x[0]);
     ptx::hold(dk.x[0]);
     ptx::wgmma_fence();
     this->template start_sum<DoTile>(dv, pt, shared.d_out[stage]);  // dV += Pᵀ dO
     store_ds(use);                                                  // overlaps with the product
-    start_dq(use);
+    start_dq(use, 0);
     this->template start_sum<QTile>(dk, dst, shared.q[stage]);  // dK += dSᵀ Q
     ptx::wgmma_wait<2>();
     ptx::hold(dv.x[0]);
     ptx::hold(pt.x[0]);
     shared.do_pipe.release(use);
     ptx::wgmma_wait<1>();
-    ptx::hold(dq.x[0]);
-    this->add_dq(step.head * this->grid.sums.tiles + step.tile);
+    add_dq(step, 0);
     ptx::wgmma_wait<0>();
     ptx::hold(dk.x[0]);
     ptx::hold(dst.x[0]);
     shared.q_pipe.release(use);
+#pragma unroll
+    for (int part = 1; part < C::HeadDim / C::kDqColumns; ++part) {
+      start_dq(use, part);
+      ptx::wgmma_wait<0>();
+      add_dq(step, part);
+    }
   }
+
+  // The walk is read again in each step, because there are few registers.
+  __device__ __forceinline__ auto walk() const { return steps_of(tile().walk); }
 
   __device__ __forceinline__ void run() {
     this->run_tiles([this] {
-      const int32_t steps = uniform(tile().walk.count);
-      if (steps == 0) return;
+      if (walk().tiles.empty()) return;
       const int32_t clean_keys = uniform(tile().clean_keys);
       if (clean_keys < C::kN) this->clear_keys(clean_keys);
-      const uint32_t end = step_use + steps;
+      QueryStep step = QueryStep::first(walk(), step_use);
+      const int32_t end = step.number + walk().steps();
 #pragma unroll 1
-      for (; step_use != end; ++step_use) run_step(step_use);
+      for (; step.number < end; step.advance(walk())) run_step(step);
+      step_use = ptx::here(step.number);
     });
   }
 };
