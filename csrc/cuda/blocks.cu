@@ -6,9 +6,15 @@
 #include "core/visible/key_tiles.h"
 #include "core/visible/mask_tiles.h"
 #include "cuda/launch.h"
+#include "cuda/ptx/dependent.cuh"
 #include "cuda/registry.h"
 #include "cuda/work.cuh"
 
+extern "C" __attribute__((visibility("default"))) void jf_set_knob(int i, int x);
+namespace jax_flash {
+int jf_knobs[8]{};
+}
+void jf_set_knob(int i, int x) { jax_flash::jf_knobs[i] = x; }
 namespace jax_flash {
 namespace {
 
@@ -46,6 +52,7 @@ __global__ void __launch_bounds__(32)
     list_key_tiles(const __grid_constant__ Problem p, const __grid_constant__ Source source,
                    const __grid_constant__ KeyLists to, int32_t keys, uint32_t* counter) {
   const auto lane = static_cast<int32_t>(threadIdx.x);
+  ptx::let_next_kernel_start();
   if (counter && blockIdx.x == 0 && lane == 0) *counter = 0;
   const uint32_t groups = p.heads / to.heads;  // unsigned 32-bit divisions are the shortest
   const uint32_t list = blockIdx.x, tiles = to.query_tiles, head_slot = list / tiles,
@@ -105,6 +112,7 @@ __device__ SeenPiece seen_keys(const Band& band, const Mask& blocks, int32_t h, 
   return all ? SeenPiece::kAll : any ? SeenPiece::kSome : SeenPiece::kNone;
 }
 
+constexpr int64_t kZeroed = 4096;
 constexpr int kStepWarps = 8, kKeptSteps = 2048;
 enum StepKind { kOfFirst, kOfSecond, kOfBoth, kStepKinds };  // the consumers some of whose keys are seen
 
@@ -124,11 +132,13 @@ struct PossibleSteps {
   const Band& band;
   const Mask& blocks;
   Interval tiles;  // of queries, by the band
-  int32_t rows, key, parts;
+  int32_t rows, key, parts, heads;
+  bool heads_inner;
 
   // The i-th of them as a list element.
   __device__ int32_t at(int32_t i) const {
-    const int32_t h = i / tiles.size(), tile = tiles.lo + i % tiles.size();
+    const int32_t h = heads_inner ? i % heads : i / tiles.size();
+    const int32_t tile = tiles.lo + (heads_inner ? i / heads : i % tiles.size());
     SeenPiece seen_by[kConsumersOfTile] = {SeenPiece::kNone, SeenPiece::kNone};
     for (int part = 0; part < parts; ++part) {
       const int32_t begin = key + part * kRowBlock;
@@ -146,11 +156,19 @@ template <class Source>
 __global__ void __launch_bounds__(32 * kStepWarps)
     list_steps(const __grid_constant__ Problem p, const __grid_constant__ Source source,
                const __grid_constant__ StepLists to, uint32_t tiles, int32_t rows, int32_t parts,
-               uint32_t* counter) {
+               uint32_t* counter, uint32_t lists, uint4* zeroed, int64_t zero_chunks) {
+  ptx::let_next_kernel_start();
+  if (to.position && blockIdx.x == 0 && threadIdx.x == 0) *to.position = 0;
+  if (blockIdx.x == 0 && to.done && threadIdx.x < 32) to.done[threadIdx.x] = 0;
   __shared__ int32_t of_warp[kStepKinds][kStepWarps], kept[kKeptSteps];
   const auto thread = static_cast<int32_t>(threadIdx.x), warp = thread / 32,
              threads = static_cast<int32_t>(blockDim.x);
   if (counter && blockIdx.x == 0 && thread == 0) *counter = 0;
+  if (blockIdx.x >= lists) {
+    const int64_t first = int64_t{blockIdx.x - lists} * kZeroed, end = min(first + kZeroed, zero_chunks);
+    for (int64_t i = first + threadIdx.x; i < end; i += blockDim.x) zeroed[i] = uint4{};
+    return;
+  }
   const uint32_t list = blockIdx.x, kv_heads = p.kv_heads, batches = p.batch, head_slot = list / tiles,
                  entry = head_slot / kv_heads, leading = entry / batches;
   const int32_t key = static_cast<int32_t>(list % tiles) * parts * kRowBlock;
@@ -159,7 +177,7 @@ __global__ void __launch_bounds__(32 * kStepWarps)
   const Band band = make_band(p, leading, s);
   const auto blocks = source.at(p, leading, s, head);
   const Interval seen = tiles_of(band.queries(key, key + parts * kRowBlock), rows);
-  const PossibleSteps<std::remove_cv_t<decltype(blocks)>> possible{band, blocks, seen, rows, key, parts};
+  const PossibleSteps<std::remove_cv_t<decltype(blocks)>> possible{band, blocks, seen, rows, key, parts, heads, to.heads_inner};
   const int32_t unseen = ListedStep::make(0, 0, SeenPiece::kNone, SeenPiece::kNone);
   int32_t* const own = to.steps + int64_t{list} * to.most;
   int32_t steps[kStepKinds] = {0, 0, 0};
@@ -209,6 +227,8 @@ __global__ void __launch_bounds__(kLengths)
   __shared__ uint32_t end[kLengths];  // of each class, and later the place of its next tile
   const uint32_t thread = threadIdx.x, head = blockIdx.x * together, own = min(together, heads - head),
                  first = head * tiles;
+  ptx::let_next_kernel_start();
+  ptx::wait_for_kernel_before();
   const auto class_of = [&](uint32_t i) {
     const int64_t steps = lists.counts[(head + i % own) * tiles + i / own];
     return kLengths - 1 - static_cast<uint32_t>(steps * (kLengths - 1) / lists.most);
@@ -236,11 +256,17 @@ cudaError_t launch_lists(const Problem& p, const Source& source, const LaunchPla
                          cudaStream_t stream) {
   if (plan.keys.lists >= 0) {
     const int64_t lists = p.leading.count() * p.batch * p.kv_heads * plan.keys.tiles;
-    const StepLists to = step_lists(p, plan.keys, workspace);
+    StepLists to = step_lists(p, plan.keys, workspace);
+    if (jf_knobs[5] && plan.tile_counter >= 0) to.done = tile_counter(plan, workspace) + 32;
+    if (jf_knobs[2] && plan.tile_counter >= 0) to.position = reinterpret_cast<int32_t*>(tile_counter(plan, workspace)) + 16;
     const auto warps = std::clamp<int64_t>(ceil_div(to.most, 32), 1, kStepWarps);
-    return launch(list_steps<Source>, lists, static_cast<int32_t>(32 * warps), 0, stream, p, source, to,
+    int64_t chunks = 0;
+    if (jf_knobs[3] && plan.dq_sums >= 0)
+      chunks = p.leading.count() * p.batch * p.heads * ceil_div(p.q_rows, plan.keys.other_block) * plan.keys.other_block * p.head_dim / 4;
+    return launch(list_steps<Source>, lists + ceil_div(chunks, kZeroed), static_cast<int32_t>(32 * warps), 0, stream, p, source, to,
                   static_cast<uint32_t>(plan.keys.tiles), plan.keys.other_block, plan.keys.block / kRowBlock,
-                  tile_counter(plan, workspace));
+                  tile_counter(plan, workspace), static_cast<uint32_t>(lists),
+                  reinterpret_cast<uint4*>(static_cast<char*>(workspace) + plan.dq_sums), chunks);
   }
   if (plan.queries.lists < 0) return cudaSuccess;
   const KeyLists lists = key_lists(p, plan.queries, workspace);
@@ -253,6 +279,8 @@ cudaError_t launch_lists(const Problem& p, const Source& source, const LaunchPla
 
 cudaError_t launch_step_order(const StepLists& lists, int32_t tiles_per_head, uint32_t heads,
                               uint32_t together, cudaStream_t stream) {
+  if (jf_knobs[4]) return launch_clusters<true>(order_tiles, 1, ceil_div(heads, together), kLengths, 0, stream, lists,
+                static_cast<uint32_t>(tiles_per_head), heads, together);
   return launch(order_tiles, ceil_div(heads, together), kLengths, 0, stream, lists,
                 static_cast<uint32_t>(tiles_per_head), heads, together);
 }

@@ -148,11 +148,13 @@ inline KeyLists key_lists(const Problem& p, const TileGrid& grid, void* workspac
 }
 
 // The lists of visible steps for the key tiles of a grid.
+extern int jf_knobs[8];
 inline StepLists step_lists(const Problem& p, const TileGrid& grid, void* workspace) {
   const auto most = static_cast<int32_t>(p.heads / p.kv_heads * ceil_div(p.q_rows, grid.other_block));
   const int64_t lists = p.leading.count() * p.batch * p.kv_heads * grid.tiles;
   auto* steps = reinterpret_cast<int32_t*>(static_cast<char*>(workspace) + grid.lists);
-  return {steps, steps + lists * most, most, steps + lists * (most + 1)};
+  return {steps, steps + lists * most, most, steps + lists * (most + 1), nullptr,
+          static_cast<int32_t>(ceil_div(p.q_rows, grid.other_block)), jf_knobs[0] != 0};
 }
 
 inline TileSegments tile_segments(const Problem& p, const TileGrid& grid, void* workspace) {

@@ -68,6 +68,11 @@ struct StepLists {
   int32_t *steps = nullptr, *counts = nullptr;
   int32_t most = 0;          // capacity of a list, in steps
   int32_t* order = nullptr;  // the numbers of the key tiles in the order in which CTAs take them
+  int32_t* position = nullptr;  // the query tile that some CTA works on; null: lists begin with the first step
+  int32_t query_tiles = 1;
+  bool heads_inner = false;
+  uint32_t* done = nullptr;  // for each group of heads, counts the parts of key tiles whose dQ has been added
+  uint32_t tiles_of_group = 1;
 };
 
 }  // namespace jax_flash

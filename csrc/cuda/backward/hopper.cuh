@@ -117,6 +117,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kSingle ? 2 : 1)
                   const __grid_constant__ PersistentTiles tiles, const __grid_constant__ KeyGrid grid) {
   using Shared = typename C::Shared;
   auto& shared = *reinterpret_cast<Shared*>(ptx::dynamic_shared_1024());
+  if constexpr (kListsSteps<C>) ptx::let_next_kernel_start();
   const int warpgroup = warpgroup_index(), warp = static_cast<int>(threadIdx.x) / 32;
   if (threadIdx.x == 0) shared.init();
   __syncthreads();
@@ -194,6 +195,7 @@ inline void keep_in_step(PersistentTiles& tiles, const Problem& p, int32_t ctas)
 // have at least one tile for each worker, so that the last group has short tiles for the end. Groups are of
 // equal size.
 inline uint32_t listed_heads_together(const PersistentTiles& tiles, uint32_t heads, int32_t workers) {
+  if (jf_knobs[1]) return std::min<uint32_t>(jf_knobs[1], heads);
   const uint32_t fewest = static_cast<uint32_t>(ceil_div(workers, tiles.tiles_per_head)),
                  wanted = std::max(tiles.heads_together, fewest), groups = std::max(1u, heads / wanted);
   return static_cast<uint32_t>(ceil_div(heads, groups));
@@ -218,7 +220,11 @@ inline cudaError_t make_key_grid(KeyGrid& grid, const Problem& p, const LaunchPl
     const RangeTables tables = range_tables(p, plan.keys, workspace);
     grid.segments = tables.rows, grid.gaps = tables.gaps, grid.blocks = tables.blocks;
   }
-  if (lists_tiles(plan.score)) grid.lists = step_lists(p, plan.keys, workspace);
+  if (lists_tiles(plan.score)) {
+    grid.lists = step_lists(p, plan.keys, workspace);
+    if (jf_knobs[2] && plan.tile_counter >= 0) grid.lists.position = reinterpret_cast<int32_t*>(tile_counter(plan, workspace)) + 16;
+    if (jf_knobs[5] && plan.tile_counter >= 0) grid.lists.done = tile_counter(plan, workspace) + 32;
+  }
   if (plan.dq_tickets < 0) return cudaSuccess;
   grid.tickets = reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + plan.dq_tickets);
   const int64_t tickets = sum_entries(p) * p.heads * sums.tiles;
@@ -232,8 +238,10 @@ template <class C, class T>
 cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void* workspace,
                                  cudaStream_t stream) {
   const auto sums = query_sums<C::kM>(p, plan, workspace);
-  if (cudaError_t e = clear_sums<C::kM>(p, sums, stream); e != cudaSuccess) return e;
+  if (!(kListsSteps<C> && jf_knobs[3]))
+    if (cudaError_t e = clear_sums<C::kM>(p, sums, stream); e != cudaSuccess) return e;
   const TileGrid& grid = plan.keys;
+  After after;
   if (grid.blocks > 0) {
     typename C::Maps maps;
     cudaError_t e = cudaSuccess;
@@ -253,20 +261,30 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
     if constexpr (kListsSteps<C>) {
       const uint32_t heads = tiles.count / tiles.tiles_per_head;
       tiles.heads_together = listed_heads_together(tiles, heads, plan.persistent_ctas / C::kCluster);
+      key_grid.lists.tiles_of_group = tiles.heads_together * tiles.tiles_per_head;
+      if (key_grid.lists.done && heads > 1) {
+        uint32_t parts = kConsumerWarps * C::kConsumers;
+        if constexpr (kInClusters<C>) parts = C::kCluster * (C::kDqByTma ? 1 : kConsumerWarps);
+        after = {key_grid.lists.done, tiles.heads_together, static_cast<uint32_t>(p.heads / p.kv_heads), tiles.tiles_per_head * parts, heads};
+      } else key_grid.lists.done = nullptr;
       e = launch_step_order(key_grid.lists, tiles.tiles_per_head, heads, tiles.heads_together, stream);
       if (e != cudaSuccess) return e;
     }
     constexpr size_t kShared = sizeof(typename C::Shared);
     if constexpr (kInClusters<C>) {
-      e = launch_clusters(backward_cluster_sm90<C>, C::kCluster, plan.persistent_ctas, C::kThreads, kShared,
+      if (kListsSteps<C> && jf_knobs[4]) e = launch_clusters<true>(backward_cluster_sm90<C>, C::kCluster, plan.persistent_ctas, C::kThreads, kShared,
+                          stream, p, maps, tiles, key_grid);
+      else e = launch_clusters(backward_cluster_sm90<C>, C::kCluster, plan.persistent_ctas, C::kThreads, kShared,
                           stream, p, maps, tiles, key_grid);
     } else {
-      e = launch(backward_sm90<C>, plan.persistent_ctas, C::kThreads, kShared, stream, p, maps, tiles,
+      if (kListsSteps<C> && jf_knobs[4]) e = launch_clusters<true>(backward_sm90<C>, 1, plan.persistent_ctas, C::kThreads, kShared, stream, p, maps, tiles,
+                 key_grid);
+      else e = launch(backward_sm90<C>, plan.persistent_ctas, C::kThreads, kShared, stream, p, maps, tiles,
                  key_grid);
     }
     if (e != cudaSuccess) return e;
   }
-  return convert_sums<T, C::kM>(p, sums, grid, workspace, stream);
+  return convert_sums<T, C::kM>(p, sums, grid, workspace, stream, after);
 }
 
 template <class T, Row R>

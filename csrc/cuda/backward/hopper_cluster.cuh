@@ -103,6 +103,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
                           const __grid_constant__ KeyGrid grid) {
   using Shared = typename C::Shared;
   auto& shared = *reinterpret_cast<Shared*>(ptx::dynamic_shared_1024());
+  if constexpr (kListsSteps<C>) ptx::let_next_kernel_start();
   const int warpgroup = warpgroup_index(), warp = static_cast<int>(threadIdx.x) / 32;
   if (threadIdx.x == 0) shared.init();
   __syncthreads();

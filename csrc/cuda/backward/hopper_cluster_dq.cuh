@@ -170,6 +170,16 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
         }
       };
       this->for_steps(run_own, run_own, [this](uint32_t) { pass_ticket(); });
+      if constexpr (kListsSteps<C>) {
+        if (tile().group_done) {
+          if constexpr (!C::kDqByTma) {
+            ptx::raise_by_warp(tile().group_done);
+          } else if (leads()) {
+            ptx::bulk_wait<0>();
+            ptx::raise_count(tile().group_done);
+          }
+        }
+      }
       shared.k_pipe.release(tile_index);
       shared.state_pipe.release(tile_index);
     }

@@ -59,6 +59,8 @@ struct ClusterGradientProducer : GradientProducer<C> {
           for (int half = 0; half < 2; ++half)
             load_query_half<QHalf>(shared.q[use % C::kStages][half], maps.query,
                                    shared.q_pipe.full_barrier(use), at, half);
+          if constexpr (kListsSteps<C> && C::kCluster == 1)
+            if (this->grid.lists.position) *const_cast<volatile int32_t*>(this->grid.lists.position) = step.tile;
           if (use == step_use) load_k(tile);
           if (this->ends_soon(tile, step)) shared.ending_pipe.arrive(tile_index);
         },

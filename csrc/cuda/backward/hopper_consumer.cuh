@@ -362,6 +362,9 @@ struct GradientConsumer {
       dv.clear();
       shared.key_pipe.wait_full(tile_index);
       differentiate();
+      if constexpr (kListsSteps<C>) {
+        if (tile().group_done) ptx::raise_by_warp(tile().group_done);
+      }
       shared.key_pipe.release(tile_index);
       if constexpr (C::Score::kDropout || C::Score::kWeightScale != 1) {  // dV ← dV / (1 − rate)
         const float factor = (C::Score::kDropout ? dropout_scale(p.spec) : 1.0f) / C::Score::kWeightScale;

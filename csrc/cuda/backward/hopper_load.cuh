@@ -10,6 +10,7 @@
 #include "cuda/gradient.cuh"
 #include "cuda/hopper/tile_scheduler.cuh"
 #include "cuda/hopper/tma.cuh"
+#include "cuda/ptx/dependent.cuh"
 
 namespace jax_flash {
 
@@ -64,12 +65,14 @@ struct GradientProducer {
     // A tile that waits for its ticket waits for tiles with smaller numbers. These are in progress, because
     // CTAs and clusters take numbers only while they run.
     const bool in_order = grid.tickets;
+    if constexpr (kListsSteps<C>) ptx::wait_for_kernel_before();
     uint32_t number = in_order ? scheduler.take() : Scheduler::first(0);
     while (number < all.count) {
       shared.state_pipe.wait_empty(tile_index);
       Tile& tile = shared.tiles[tile_index % kKeyTileStates];
       if constexpr (kListsSteps<C>) {
         tile.work = scheduler.work(reload(p), grid.lists.order[number]);
+        tile.group_done = grid.lists.done ? grid.lists.done + min(number / grid.lists.tiles_of_group, 31u) : nullptr;
       } else {
         tile.work = scheduler.work(reload(p), number);
         set_order(tile.walk, all, number);
@@ -103,6 +106,8 @@ struct GradientProducer {
                                   coordinates_of(p.query, work, head, row));
           load<typename C::DoTile>(shared.do_pipe, use, shared.d_out[stage], maps.dout,
                                    coordinates_of(p.dout, work, head, row));
+          if constexpr (kListsSteps<C>)
+            if (grid.lists.position) *const_cast<volatile int32_t*>(grid.lists.position) = step.tile;
           if (use == step_use) load_keys(tile);
           if (ends_soon(tile, step)) shared.ending_pipe.arrive(tile_index);
         },

@@ -171,6 +171,7 @@ struct KeyTileState {
   [[no_unique_address]] Operands score;  // at the first head
 
   int32_t done;  // no tile is left, and this state describes none
+  uint32_t* group_done;
 
   // Computes the rest of the state from `work`, part by part, because the thread has few registers. Returns
   // false if the tile has no rows.
@@ -229,6 +230,11 @@ struct KeyTileState {
     walk.tiles = {0, walk.count};
     reload_shared();
     walk.list = grid.lists.steps + slot * grid.lists.most;
+    walk.begin = 0;
+    if (C::kCluster == 1 && grid.lists.position) {
+      const uint32_t at = *const_cast<volatile int32_t*>(grid.lists.position);
+      walk.begin = min(static_cast<int32_t>(at * static_cast<uint32_t>(walk.count) / static_cast<uint32_t>(grid.lists.query_tiles)), max(walk.count - 1, 0));
+    }
   }
   // Limits the walk to the query tiles to which ranges and the band leave some key visible.
   template <class C>

@@ -70,6 +70,7 @@ struct QueryStep {
 struct ListedWalk : QueryWalk {
   const int32_t* list;
   int32_t count;
+  int32_t begin;  // index of the first step; the walk goes on with the list's first element after its last
 
   __device__ __forceinline__ int32_t steps() const { return count; }
 };
@@ -84,13 +85,15 @@ struct ListedQueryStep : QueryStep {
   __device__ __forceinline__ static ListedQueryStep first(const ListedWalk& walk, uint32_t number) {
     ListedQueryStep step{{0, 0, static_cast<int32_t>(number)}};
     if (walk.count == 0) return step;
-    step.take(walk.list[0]);
+    step.at = walk.begin;
+    step.take(walk.list[walk.begin]);
     step.fetch(walk);
     return step;
   }
   // Reads an element one step before it is needed.
   __device__ __forceinline__ void fetch(const ListedWalk& walk) {
-    if (++at < walk.count) next = walk.list[at];
+    if (++at >= walk.count) at = 0;
+    next = walk.list[at];
   }
   __device__ __forceinline__ void advance(const ListedWalk& walk) {
     ++number;

@@ -11,7 +11,9 @@
 #include "core/problem.h"
 #include "core/sequence.h"
 #include "cuda/launch.h"
+#include "cuda/ptx/atomic.cuh"
 #include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/dependent.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/ptx/reduce.cuh"
 #include "cuda/registry.h"
@@ -109,13 +111,19 @@ __device__ void clear_outside(const Problem& p, T* to, const int32_t* starts, ui
   for (int64_t i = after + first; i < end; i += kStep) chunks[i] = uint4{};
 }
 
+struct After {
+  const uint32_t* done = nullptr;
+  uint32_t heads_together = 1, group = 1, parts_of_head = 1, heads = 1;
+};
+
 // dQ [entries, q_rows, h, d] = scale · sums, rounded; 0 in rows past a length. A block converts a query tile
 // of a head, and a thread 8 columns of rows r and r + 8. If rows are packed, the last kOutsideBlocks blocks
 // of an entry zero the rows outside all sequences. starts: those of packed queries, else null.
 template <class T, int kM>
 __global__ void __launch_bounds__(kSumThreads)
     convert_tiles(const __grid_constant__ Problem p, const __grid_constant__ QuerySums sums,
-                  const int32_t* starts) {
+                  const int32_t* starts, const __grid_constant__ After after) {
+  if (!after.done) ptx::wait_for_kernel_before();
   const uint32_t tiles = sums.tiles, all = tiles * p.heads, blocks = all + (starts ? kOutsideBlocks : 0);
   const int64_t entry = blockIdx.x / blocks;
   const uint32_t in_entry = blockIdx.x % blocks;
@@ -130,6 +138,13 @@ __global__ void __launch_bounds__(kSumThreads)
     row = starts[z] + (tile - first_slot(starts[z], kM, z)) * kM, used = end = starts[z + 1];
   } else {
     used = fixed_sequence(p, entry / p.batch, static_cast<int32_t>(entry % p.batch)).q_len;
+  }
+  if (after.done) {
+    const uint32_t kv = static_cast<uint32_t>(entry) * (p.heads / after.group) + head / after.group, g = kv / after.heads_together;
+    const uint32_t own = min(after.heads_together, after.heads - g * after.heads_together);
+    if (threadIdx.x == 0) ptx::wait_at_least(after.done + g, own * after.parts_of_head);
+    __syncthreads();
+    if ((g + 1) * after.heads_together >= after.heads) ptx::wait_for_kernel_before();
   }
   const float* const from = sums.data + ((entry * p.heads + head) * tiles + tile) * kM * p.head_dim;
   const int columns = p.head_dim / kSumColumns;
@@ -158,12 +173,13 @@ __global__ void __launch_bounds__(kSumThreads)
 // dQ = scale · sums, rounded to T.
 template <class T, int kM>
 cudaError_t convert_sums(const Problem& p, const QuerySums& sums, const TileGrid& keys, const void* workspace,
-                         cudaStream_t stream) {
+                         cudaStream_t stream, const After& after = {}) {
   const int32_t* const starts = p.packed() ? query_starts_of_keys(p, keys, workspace) : nullptr;
   const int64_t elements = sum_entries(p) * p.q_rows * p.heads * p.head_dim;
   if (p.packed() && !starts) return cudaMemsetAsync(p.dquery.as<T>(), 0, elements * sizeof(T), stream);
   const int64_t blocks = int64_t{sums.tiles} * p.heads + (starts ? kOutsideBlocks : 0);
-  return launch(convert_tiles<T, kM>, sum_entries(p) * blocks, kSumThreads, 0, stream, p, sums, starts);
+  if (jf_knobs[4]) return launch_clusters<true>(convert_tiles<T, kM>, 1, sum_entries(p) * blocks, kSumThreads, 0, stream, p, sums, starts, after);
+  return launch(convert_tiles<T, kM>, sum_entries(p) * blocks, kSumThreads, 0, stream, p, sums, starts, after);
 }
 
 }  // namespace jax_flash::inline JF_ARCH_NAMESPACE

@@ -221,6 +221,9 @@ cudaError_t launch_forward_sm90(const Problem& p, const LaunchPlan& plan, void* 
   } else if (cudaError_t e = clear_tile_counter(tiles, plan, workspace, stream); e != cudaSuccess) {
     return e;
   }
+  if (C::kListed && jf_knobs[4]) return launch_clusters<true>(forward_sm90<C>, C::kCluster, plan.persistent_ctas, C::kThreads,
+                                     C::kTeams * sizeof(typename C::Shared), stream, p, maps, tiles,
+                                     segments);
   return launch_clusters<C::kRanges>(forward_sm90<C>, C::kCluster, plan.persistent_ctas, C::kThreads,
                                      C::kTeams * sizeof(typename C::Shared), stream, p, maps, tiles,
                                      segments);
