@@ -134,11 +134,13 @@ struct PossibleSteps {
   Interval tiles;  // of queries, by the band
   int32_t rows, key, parts, heads;
   bool heads_inner;
+  int32_t own;
 
   // The i-th of them as a list element.
   __device__ int32_t at(int32_t i) const {
     const int32_t h = heads_inner ? i % heads : i / tiles.size();
-    const int32_t tile = tiles.lo + (heads_inner ? i / heads : i % tiles.size());
+    int32_t tile = tiles.lo + (heads_inner ? i / heads : i % tiles.size());
+    if (own >= 0) tile = tiles.lo + static_cast<int32_t>((static_cast<uint32_t>(i % tiles.size()) * (own % 16 * 10 + 21) + own * 7) % static_cast<uint32_t>(tiles.size()));
     SeenPiece seen_by[kConsumersOfTile] = {SeenPiece::kNone, SeenPiece::kNone};
     for (int part = 0; part < parts; ++part) {
       const int32_t begin = key + part * kRowBlock;
@@ -156,7 +158,7 @@ template <class Source>
 __global__ void __launch_bounds__(32 * kStepWarps)
     list_steps(const __grid_constant__ Problem p, const __grid_constant__ Source source,
                const __grid_constant__ StepLists to, uint32_t tiles, int32_t rows, int32_t parts,
-               uint32_t* counter, uint32_t lists, uint4* zeroed, int64_t zero_chunks) {
+               uint32_t* counter, uint32_t lists, uint4* zeroed, int64_t zero_chunks, int mode) {
   ptx::let_next_kernel_start();
   if (to.position && blockIdx.x == 0 && threadIdx.x == 0) *to.position = 0;
   if (blockIdx.x == 0 && to.done && threadIdx.x < 32) to.done[threadIdx.x] = 0;
@@ -177,7 +179,7 @@ __global__ void __launch_bounds__(32 * kStepWarps)
   const Band band = make_band(p, leading, s);
   const auto blocks = source.at(p, leading, s, head);
   const Interval seen = tiles_of(band.queries(key, key + parts * kRowBlock), rows);
-  const PossibleSteps<std::remove_cv_t<decltype(blocks)>> possible{band, blocks, seen, rows, key, parts, heads, to.heads_inner};
+  const PossibleSteps<std::remove_cv_t<decltype(blocks)>> possible{band, blocks, seen, rows, key, parts, heads, mode == 1, mode == 2 ? static_cast<int32_t>(list % tiles) : -1};
   const int32_t unseen = ListedStep::make(0, 0, SeenPiece::kNone, SeenPiece::kNone);
   int32_t* const own = to.steps + int64_t{list} * to.most;
   int32_t steps[kStepKinds] = {0, 0, 0};
@@ -258,15 +260,16 @@ cudaError_t launch_lists(const Problem& p, const Source& source, const LaunchPla
     const int64_t lists = p.leading.count() * p.batch * p.kv_heads * plan.keys.tiles;
     StepLists to = step_lists(p, plan.keys, workspace);
     if (jf_knobs[5] && plan.tile_counter >= 0) to.done = tile_counter(plan, workspace) + 32;
-    if (jf_knobs[2] && plan.tile_counter >= 0) to.position = reinterpret_cast<int32_t*>(tile_counter(plan, workspace)) + 16;
+    if (jf_knobs[2] == 1 && plan.tile_counter >= 0) to.position = reinterpret_cast<int32_t*>(tile_counter(plan, workspace)) + 16;
     const auto warps = std::clamp<int64_t>(ceil_div(to.most, 32), 1, kStepWarps);
     int64_t chunks = 0;
     if (jf_knobs[3] && plan.dq_sums >= 0)
       chunks = p.leading.count() * p.batch * p.heads * ceil_div(p.q_rows, plan.keys.other_block) * plan.keys.other_block * p.head_dim / 4;
+    if (jf_knobs[6] && jf_knobs[7]) chunks = chunks / 16 * jf_knobs[7];
     return launch(list_steps<Source>, lists + ceil_div(chunks, kZeroed), static_cast<int32_t>(32 * warps), 0, stream, p, source, to,
                   static_cast<uint32_t>(plan.keys.tiles), plan.keys.other_block, plan.keys.block / kRowBlock,
                   tile_counter(plan, workspace), static_cast<uint32_t>(lists),
-                  reinterpret_cast<uint4*>(static_cast<char*>(workspace) + plan.dq_sums), chunks);
+                  reinterpret_cast<uint4*>(static_cast<char*>(workspace) + plan.dq_sums), chunks, jf_knobs[0]);
   }
   if (plan.queries.lists < 0) return cudaSuccess;
   const KeyLists lists = key_lists(p, plan.queries, workspace);

@@ -129,6 +129,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kSingle ? 2 : 1)
     if (warp == 0 && leads) producer.schedule(tiles, none);
     if (warp == 1 && leads) producer.load_tiles();
     if (warp == 2) producer.load_statistics();
+    if constexpr (kListsSteps<C>) {
+      if (warp == 3 && grid.zeroed) producer.zero_sums();
+    }
     if constexpr (C::kOrdered) {
       if (warp == 3 && (leads || GradientProducer<C>::kWarpAddsDq)) producer.add_dq();
     }
@@ -222,7 +225,8 @@ inline cudaError_t make_key_grid(KeyGrid& grid, const Problem& p, const LaunchPl
   }
   if (lists_tiles(plan.score)) {
     grid.lists = step_lists(p, plan.keys, workspace);
-    if (jf_knobs[2] && plan.tile_counter >= 0) grid.lists.position = reinterpret_cast<int32_t*>(tile_counter(plan, workspace)) + 16;
+    if (jf_knobs[2] > 1) grid.rotate = jf_knobs[2] == 2 ? 1 : p.heads / p.kv_heads;
+    if (jf_knobs[2] == 1 && plan.tile_counter >= 0) grid.lists.position = reinterpret_cast<int32_t*>(tile_counter(plan, workspace)) + 16;
     if (jf_knobs[5] && plan.tile_counter >= 0) grid.lists.done = tile_counter(plan, workspace) + 32;
   }
   if (plan.dq_tickets < 0) return cudaSuccess;
@@ -265,6 +269,13 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
       if (key_grid.lists.done && heads > 1) {
         uint32_t parts = kConsumerWarps * C::kConsumers;
         if constexpr (kInClusters<C>) parts = C::kCluster * (C::kDqByTma ? 1 : kConsumerWarps);
+        const uint32_t first = static_cast<uint32_t>(ceil_div(plan.persistent_ctas, key_grid.lists.tiles_of_group)) * tiles.heads_together;
+        if (jf_knobs[6] && !kInClusters<C> && first < heads) {
+          const int64_t of_head = int64_t{sums.tiles} * C::kM * p.head_dim / 4 * (p.heads / p.kv_heads);
+          key_grid.zeroed = reinterpret_cast<uint4*>(sums.data) + first * of_head;
+          key_grid.zero_chunks = (heads - first) * of_head;
+          key_grid.first_zeroed = first * tiles.tiles_per_head;
+        }
         after = {key_grid.lists.done, tiles.heads_together, static_cast<uint32_t>(p.heads / p.kv_heads), tiles.tiles_per_head * parts, heads};
       } else key_grid.lists.done = nullptr;
       e = launch_step_order(key_grid.lists, tiles.tiles_per_head, heads, tiles.heads_together, stream);

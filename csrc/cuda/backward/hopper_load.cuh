@@ -10,6 +10,7 @@
 #include "cuda/gradient.cuh"
 #include "cuda/hopper/tile_scheduler.cuh"
 #include "cuda/hopper/tma.cuh"
+#include "cuda/ptx/atomic.cuh"
 #include "cuda/ptx/dependent.cuh"
 
 namespace jax_flash {
@@ -71,6 +72,7 @@ struct GradientProducer {
       shared.state_pipe.wait_empty(tile_index);
       Tile& tile = shared.tiles[tile_index % kKeyTileStates];
       if constexpr (kListsSteps<C>) {
+        if (number >= grid.first_zeroed) ptx::wait_at_least(grid.lists.done + 31, gridDim.x);
         tile.work = scheduler.work(reload(p), grid.lists.order[number]);
         tile.group_done = grid.lists.done ? grid.lists.done + min(number / grid.lists.tiles_of_group, 31u) : nullptr;
       } else {
@@ -325,6 +327,14 @@ struct GradientProducer {
           if constexpr (kWarpAddsDq) __syncwarp();
           if (leads) shared.state_pipe.release_by_thread(tile_index);
         });
+  }
+
+  __device__ __forceinline__ void zero_sums() const {
+    const int64_t each = (grid.zero_chunks + gridDim.x - 1) / gridDim.x, first = blockIdx.x * each;
+    const int64_t end = min(first + each, grid.zero_chunks);
+    for (int64_t i = first + threadIdx.x % 32; i < end; i += 32) grid.zeroed[i] = uint4{};
+    ptx::wait_for_kernel_before();  // it clears the counter
+    ptx::raise_by_warp(grid.lists.done + 31);
   }
 
   // One warp loads bias and mask of a step, for the keys from `key` on.

@@ -60,6 +60,10 @@ struct KeyGrid {
   const SeenByBlock* blocks = nullptr;
   const Interval* gaps = nullptr;
   StepLists lists{};  // for kernels with listed steps
+  int32_t rotate = 0;
+  uint4* zeroed = nullptr;  // sums that the kernel zeros itself
+  int64_t zero_chunks = 0;
+  uint32_t first_zeroed = ~0u;  // the first tile that needs them
 
   // The intervals of the key tiles of a sequence.
   __device__ __forceinline__ int64_t first_slot(const Problem& p, const BlockWork& work,
@@ -231,6 +235,8 @@ struct KeyTileState {
     reload_shared();
     walk.list = grid.lists.steps + slot * grid.lists.most;
     walk.begin = 0;
+    if (grid.rotate > 0)
+      walk.begin = static_cast<int32_t>(static_cast<uint32_t>(walk.count / grid.rotate) * static_cast<uint32_t>(work.tile.row / C::kN) / static_cast<uint32_t>(grid.key_tiles));
     if (C::kCluster == 1 && grid.lists.position) {
       const uint32_t at = *const_cast<volatile int32_t*>(grid.lists.position);
       walk.begin = min(static_cast<int32_t>(at * static_cast<uint32_t>(walk.count) / static_cast<uint32_t>(grid.lists.query_tiles)), max(walk.count - 1, 0));
