@@ -292,6 +292,9 @@ def passes_without(copy: Copy, mutants: list[Mutant]) -> dict[str, float]:
             outcome = run_tests(copy, runs, "", tests, 3600, copy.workers)
             if outcome.failed:
                 raise Broken(f"without a bug {outcome.by} fails:\n{outcome.said[-3000:]}")
+            passed = "\n".join(line for line in outcome.said.splitlines() if "PASSED" in line)
+            if skipped := [test for test in tests if runs != "guards" and test not in passed]:
+                raise Broken(f"skipped, and so blind to every bug: {skipped[0]}")
         seconds[runs] = time.monotonic() - begin
     return seconds
 
