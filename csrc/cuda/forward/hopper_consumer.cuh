@@ -93,10 +93,10 @@ struct Consumer {
     return reinterpret_cast<Accumulator<1, kKeys / 8>&>(s);
   }
 
-  // Issues S = Q Kᵀ  [64, kKeys], with the first keys of a tile.
+  // Issues S = Q Kᵀ  [64, kKeys], with the keys of a tile from the key `from` on.
   template <int kKeys = C::kN>
-  __device__ __forceinline__ void start_scores(uint32_t use) {
-    const RowsDescriptor<KTile> k(address(shared.key(use)));
+  __device__ __forceinline__ void start_scores(uint32_t use, int32_t from = 0) {
+    const RowsDescriptor<KTile> k(address(shared.key(use)) + from / 8 * KTile::kGroup);
     const RowsDescriptor<QTile> q(address(shared.q[consumer]));
     ptx::wgmma_fence();
     multiply_steps<kKeys, 0, C::kQuerySteps>(query, k);
@@ -119,10 +119,10 @@ struct Consumer {
     if constexpr (C::kSharers > 1) shared.parts.add(s, consumer, part_index++);
   }
 
-  // Issues O ← O + P V  [64, dv], with the first kKeys keys of a tile.
+  // Issues O ← O + P V  [64, dv], with the keys of a tile from the key `from` on.
   template <int kKeys = C::kN>
-  __device__ __forceinline__ void start_values(uint32_t use) {
-    const ColumnsDescriptor<VTile> v(address(shared.value(use)));
+  __device__ __forceinline__ void start_values(uint32_t use, int32_t from = 0) {
+    const ColumnsDescriptor<VTile> v(address(shared.value(use)) + from / 8 * VTile::kGroup);
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kKeys / 16; ++step)
@@ -202,12 +202,12 @@ struct Consumer {
     return score;
   }
 
-  // P V of a tile, or of its first kKeys keys, with no other product in flight. The last one overlaps the end
-  // of the softmax.
+  // P V of a tile, or of its kKeys keys from the key `from` on, with no other product in flight. The last one
+  // overlaps the end of the softmax.
   template <int kKeys, bool kLast>
-  __device__ __forceinline__ void multiply_values() {
+  __device__ __forceinline__ void multiply_values(int32_t from = 0) {
     shared.wait_value(kv_index);
-    start_values<kKeys>(kv_index);  // O ← O + P V
+    start_values<kKeys>(kv_index, from);  // O ← O + P V
     if constexpr (kLast) finish_softmax(*this);
     ptx::wgmma_wait<0>();
     ptx::hold(o.x[0]);
@@ -238,25 +238,26 @@ struct Consumer {
     if (n == uniform(tile->tiles.hi) - 1 && tile->last_values < C::kN) clear_values(C::kN);
   }
 
-  // S of tile n while O ← O + P V of tile n + 1 is multiplied.
-  template <bool kMasked, bool kRare, bool kInput>
-  __device__ __forceinline__ void step(int32_t n) {
+  // S of tile n, or of its kKeys keys from the key `from` on, while O ← O + P V of tile n + 1 is multiplied.
+  template <bool kMasked, bool kRare, bool kInput, int kKeys = C::kN>
+  __device__ __forceinline__ void step(int32_t n, int32_t from = 0) {
+    auto& scores = columns<kKeys>();
     const uint32_t next = kv_index + 1;
     shared.k_pipe.wait_full(next);
     wait_for_issue();
     ptx::hold(s.x[0]);
-    start_scores(next);  // S = Q K_nᵀ  [64, N]
+    start_scores<kKeys>(next, from);  // S = Q K_nᵀ  [64, N]
     shared.wait_value(kv_index);
     start_values(kv_index);  // O ← O + P V_n+1  [64, dv]
     allow_next_issue();
     Score score;
     score.template prefetch<kRare>(score_tile(next), n * C::kN);
-    if constexpr (C::kRanges && kMasked) score.find_seen(score_tile(next), n * C::kN);
+    if constexpr (C::kRanges && kMasked) score.find_seen(score_tile(next), n * C::kN + from);
     ptx::wgmma_wait<1>();
     ptx::hold(s.x[0]);
     shared.release_key(next);
     add_parts();
-    start_softmax<kMasked, kRare, kInput>(s, n, next, score);  // S ← score(S); m, α; P = 2^(S − m)
+    start_softmax<kMasked, kRare, kInput>(scores, n, next, score);  // S ← score(S); m, α; P = 2^(S − m)
     if constexpr (C::kHoldsExponentials && C::kEarlyExponentials > 0)
       ptx::make_before(softmax.l[0] + softmax.l[1]);
     // The fragments of P are written only while no product is in flight, because otherwise the compiler
@@ -265,9 +266,9 @@ struct Consumer {
     ptx::hold(o.x[0]);
     ptx::hold(weights.x[0]);
     shared.release_value(kv_index);
-    finish_exponentials(s);
+    finish_exponentials(scores);
     rescale();  // O ← α O
-    round_weights(s, score);
+    round_weights(scores, score);
     kv_index = next;
   }
 

@@ -9,16 +9,28 @@
 namespace jax_flash {
 
 // Attends to all visible key tiles of a consumer except those of the gap, from the last to the first. Only
-// tiles in which some row does not see all keys are masked. There is at least one tile.
+// tiles in which some row does not see all keys are masked. There is at least one tile. Of the last and the
+// first tile only half of the keys is multiplied if the consumer sees no others of the tile.
 template <class Consumer>
 __device__ __forceinline__ void attend_around_gap(Consumer& of) {
   using C = typename Consumer::Config;
   const auto& tile = *of.tile;
   const auto& keys = tile.keys[of.consumer];
   if constexpr (C::kQuerySteps > 0) of.load_query();
-  const Interval tiles = uniform(keys.tiles);
+  constexpr int kHalf = C::kTailKeys;
+  Interval tiles = uniform(keys.tiles);
   int32_t n = tiles.hi - 1;
-  of.template first_step<false, true>(n, false);
+  bool has_tail = false;
+  if constexpr (kHalf > 0) {
+    has_tail = n > tiles.lo && uniform(keys.end) - n * C::kN <= kHalf;
+    if (has_tail) {
+      of.template tail_step<false, true>(n);
+      n = tile.after(n);
+    }
+  }
+  of.template first_step<false, true>(n, has_tail);
+  const bool has_half = kHalf > 0 && n > tiles.lo && uniform(tile.half[of.consumer]) >= 0;
+  tiles.lo += has_half;
   n = tile.after(n);
 #pragma unroll 1
   while (n >= tiles.lo) {  // masked tiles down to `end`, then whole tiles down to `lo`
@@ -31,6 +43,14 @@ __device__ __forceinline__ void attend_around_gap(Consumer& of) {
     for (; n >= end; --n) of.template step<true, false, true>(n);
     for (; n >= lo; --n) of.template step<false, false, true>(n);
     if (n < gap.hi && first == gap.hi && !gap.empty()) n = gap.lo - 1;
+  }
+  if constexpr (kHalf > 0) {
+    if (has_half) {
+      const int32_t from = uniform(tile.half[of.consumer]);
+      of.template step<true, false, true, kHalf>(n, from);
+      if constexpr (!C::kQueryInRegisters) of.shared.q_pipe[of.consumer].release(of.tile_index);
+      return of.template multiply_values<kHalf, true>(from);
+    }
   }
   if constexpr (!C::kQueryInRegisters) of.shared.q_pipe[of.consumer].release(of.tile_index);
   of.template multiply_values<C::kN, true>();

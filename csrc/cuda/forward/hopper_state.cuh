@@ -58,6 +58,9 @@ struct RangesOfTile : NeighbouringRows {
   // For each consumer, a second interval of tiles in which all its rows see all keys. It lies before the one
   // in ConsumerKeys, because rows may have two ranges.
   Interval first_whole[kConsumers];
+  // For each consumer, where the half of its first tile begins outside of which its rows see no key; −1 if
+  // they see keys of both halves.
+  int32_t half[kConsumers];
   SeenByBlock blocks[kConsumers];  // each consumer's, copied before they are needed
 
   // The tile after n, in descending order.
@@ -255,11 +258,18 @@ struct TileState : Ranges, Slice {
       const SeenByBlock& block = this->blocks[i];
       if (block.any.empty()) continue;
       const int32_t first = this->first_key;
-      keys[i].tiles = tiles_of({block.any.lo - first, block.any.hi - first}, C::kN);
+      keys[i].end = block.any.hi - first;
+      keys[i].tiles = tiles_of({block.any.lo - first, keys[i].end}, C::kN);
       reload_shared();
       this->first_whole[i] = whole_tiles<C>(block.whole[0], first);
       reload_shared();
       keys[i].whole = whole_tiles<C>(block.whole[1], first);
+      reload_shared();
+      if constexpr (C::kTailKeys > 0) {
+        const int32_t key = keys[i].tiles.lo * C::kN + first, middle = key + C::kTailKeys;
+        const bool before = block.gap.lo <= middle && key + C::kN <= block.gap.hi;
+        this->half[i] = block.any.lo >= middle ? C::kTailKeys : before ? 0 : -1;
+      }
     }
   }
   // The whole tiles of an interval of keys, with tiles that begin with key `first`.

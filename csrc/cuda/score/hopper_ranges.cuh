@@ -42,7 +42,7 @@ struct RangesScore : ScoreVariant<S> {
   __device__ __forceinline__ void hide(Scores& s) const {
     bool all = true;
 #pragma unroll
-    for (uint32_t own : seen) all &= own == before(S::kColumns);
+    for (uint32_t own : seen) all &= (~own & before(Scores::kColumns)) == 0;
     if (__all_sync(~0u, all)) return;
 #pragma unroll
     for (int slot = 0; slot < Scores::kSlots; ++slot) {
