@@ -106,6 +106,19 @@ def test_masks_of_models(d, name, deterministic, implementation):
     oracle.assert_result(got, *references(case, static_of(case, inputs, arrays), inputs, arrays), case)
 
 
+@pytest.mark.parametrize("d", checks.HOPPER_HEAD_DIMS)
+def test_halves_of_key_tiles(d, implementation):
+    """Blocks of 64 rows whose ranges begin and end in either half of a key tile, of which some see only that half."""
+    case = Case("halves", b=1, sq=640, sk=1024, hq=2, hk=1, d=d, dv=d, dtype="bfloat16")
+    checks.require(implementation, dtype=case.dtype, d=d, dv=d)
+    inputs = make_inputs(case)
+    limits = np.sort(np.random.default_rng(d).integers(0, 33, (10, 4)) * 32, -1)
+    limits[:4] = (0, 96, 256, 512), (64, 128, 256, 576), (32, 64, 384, 416), (96, 160, 480, 608)
+    arrays = operands(inputs) | {"ranges": jnp.asarray(limits.repeat(64, 0)[None, None], jnp.int32)}
+    got = differentiate(case, inputs, arrays, implementation)
+    oracle.assert_result(got, *references(case, static_of(case, inputs, arrays), inputs, arrays), case)
+
+
 # Rows. No tile of rows holds two documents, and a tile of keys that does ends before the middle of either.
 DOCUMENT, BORDER = (128, 32) if IMPLEMENTATION == "cpu" else (768, 192)
 

@@ -93,6 +93,11 @@ struct Consumer {
     return reinterpret_cast<Accumulator<1, kKeys / 8>&>(s);
   }
 
+  // The first key of a key tile.
+  __device__ __forceinline__ int32_t key_of(int32_t n) const {
+    return n * C::kN + uniform(tile->left_out(n));
+  }
+
   // Issues S = Q Kᵀ  [64, kKeys], with the keys of a tile from the key `from` on.
   template <int kKeys = C::kN>
   __device__ __forceinline__ void start_scores(uint32_t use, int32_t from = 0) {
@@ -194,7 +199,7 @@ struct Consumer {
     allow_next_issue();
     Score score;
     score.template prefetch<kRare>(score_tile(kv_index), n * C::kN);
-    if constexpr (C::kRanges) score.find_seen(score_tile(kv_index), n * C::kN);
+    if constexpr (C::kRanges) score.find_seen(score_tile(kv_index), key_of(n));
     ptx::wgmma_wait<0>();
     ptx::hold(s.x[0]);
     shared.release_key(kv_index);
@@ -252,7 +257,7 @@ struct Consumer {
     allow_next_issue();
     Score score;
     score.template prefetch<kRare>(score_tile(next), n * C::kN);
-    if constexpr (C::kRanges && kMasked) score.find_seen(score_tile(next), n * C::kN + from);
+    if constexpr (C::kRanges && kMasked) score.find_seen(score_tile(next), key_of(n) + from);
     ptx::wgmma_wait<1>();
     ptx::hold(s.x[0]);
     shared.release_key(next);
@@ -301,14 +306,6 @@ struct Consumer {
     }
   }
 
-  // The number of key tiles in an interval that are loaded. It contains the whole gap or none of it.
-  __device__ __forceinline__ int32_t loaded(const Interval& tiles) const {
-    if constexpr (!C::kRanges)
-      return tiles.hi - tiles.lo;
-    else
-      return tiles.size() - intersect(uniform(tile->gap), tiles).size();
-  }
-
   // All visible key tiles, from the last to the first: masked ones at the band's end, ones that all rows see
   // whole, masked ones at the band's beginning.
   // kInput: whether the score's input has stages for them.
@@ -354,7 +351,7 @@ struct Consumer {
       o.clear();
       Interval tiles = uniform(tile->tiles), own = uniform(tile->keys[consumer].tiles);
       if constexpr (C::Input::kSkipsUniformTiles) has_input = !uniform(tile->one_segment);
-      skip(loaded({own.hi, tiles.hi}));
+      skip(tiles.hi - own.hi);
       if (own.empty()) {
         shared.q_pipe[consumer].release(tile_index);
         finish_softmax(*this);
@@ -363,13 +360,13 @@ struct Consumer {
       } else if (C::Input::kSkipsUniformTiles && !has_input) {
         if constexpr (C::Input::kSkipsUniformTiles) attend<false, false>(own);
       } else if constexpr (C::kRanges) {
-        attend_around_gap(*this);
+        attend_in_ranges(*this);
       } else {
         attend(own);
       }
       if constexpr (C::kRanges)  // read again, because the loop needs the registers
         tiles = uniform(tile->tiles), own = uniform(tile->keys[consumer].tiles);
-      skip(loaded({tiles.lo, own.lo}));
+      skip(own.lo - tiles.lo);
       if (C::Input::kSkipsUniformTiles && !has_input) without_input += tiles.size();
       write_rows(*this);
       shared.state_pipe.release(tile_index);

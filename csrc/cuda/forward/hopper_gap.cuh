@@ -1,4 +1,4 @@
-// The loop of cuda/forward/hopper_consumer.cuh for ranges, which leave a gap between the key tiles.
+// The loop of cuda/forward/hopper_consumer.cuh for ranges.
 #pragma once
 
 #include <cstdint>
@@ -8,41 +8,35 @@
 
 namespace jax_flash {
 
-// Attends to all visible key tiles of a consumer except those of the gap, from the last to the first. Only
-// tiles in which some row does not see all keys are masked. There is at least one tile. Of the last and the
-// first tile only half of the keys is multiplied if the consumer sees no others of the tile.
+// Attends to all visible key tiles of a consumer, from the last to the first. Only tiles in which some row
+// does not see all keys are masked. There is at least one tile. Of the last and the first tile only half of
+// the keys is multiplied if the consumer sees no others of the tile.
 template <class Consumer>
-__device__ __forceinline__ void attend_around_gap(Consumer& of) {
+__device__ __forceinline__ void attend_in_ranges(Consumer& of) {
   using C = typename Consumer::Config;
+  constexpr int kHalf = C::kTailKeys;
   const auto& tile = *of.tile;
   const auto& keys = tile.keys[of.consumer];
   if constexpr (C::kQuerySteps > 0) of.load_query();
-  constexpr int kHalf = C::kTailKeys;
-  Interval tiles = uniform(keys.tiles);
+  const Interval tiles = uniform(keys.tiles);
   int32_t n = tiles.hi - 1;
   bool has_tail = false;
   if constexpr (kHalf > 0) {
     has_tail = n > tiles.lo && uniform(keys.end) - n * C::kN <= kHalf;
-    if (has_tail) {
-      of.template tail_step<false, true>(n);
-      n = tile.after(n);
-    }
+    if (has_tail) of.template tail_step<false, true>(n--);
   }
   of.template first_step<false, true>(n, has_tail);
   const bool has_half = kHalf > 0 && n > tiles.lo && uniform(tile.half[of.consumer]) >= 0;
-  tiles.lo += has_half;
-  n = tile.after(n);
+  const int32_t last = tiles.lo + has_half;
+  --n;
 #pragma unroll 1
-  while (n >= tiles.lo) {  // masked tiles down to `end`, then whole tiles down to `lo`
-    const Interval gap = uniform(tile.gap);
-    const int32_t first = n >= gap.hi ? max(gap.hi, tiles.lo) : tiles.lo;
+  while (n >= last) {  // masked tiles down to `end`, then whole tiles down to `lo`
     Interval whole = uniform(keys.whole);
     if (whole.lo > n || whole.empty()) whole = uniform(tile.first_whole[of.consumer]);
-    if (whole.lo > n || whole.empty()) whole = {first, first};
-    const int32_t lo = max(first, whole.lo), end = max(first, whole.hi);
+    if (whole.lo > n || whole.empty()) whole = {last, last};
+    const int32_t lo = max(last, whole.lo), end = max(last, whole.hi);
     for (; n >= end; --n) of.template step<true, false, true>(n);
     for (; n >= lo; --n) of.template step<false, false, true>(n);
-    if (n < gap.hi && first == gap.hi && !gap.empty()) n = gap.lo - 1;
   }
   if constexpr (kHalf > 0) {
     if (has_half) {

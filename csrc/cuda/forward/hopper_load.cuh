@@ -19,7 +19,8 @@ struct LoadWarp {
   const typename C::Maps& maps;
   typename C::Shared& shared;
   Loader loader{p};
-  uint32_t kv_index = 0;  // key tiles loaded so far
+  uint32_t kv_index = 0;                              // key tiles loaded so far
+  const typename C::Shared::Tile* current = nullptr;  // the query tile
 
   // The thread that loads Q and signals the tile scheduler.
   static __device__ __forceinline__ bool leads() {
@@ -31,7 +32,12 @@ struct LoadWarp {
   __device__ __forceinline__ void load_key(const N& n, uint32_t use) {
     loader.check();
     shared.k_pipe.template wait_empty<C::kMulticast>(use, kKeyLoader);
-    loader.load_key(maps.keys, ptx::shared_address(shared.key(use)), shared.k_pipe.full_barrier(use), n);
+    const uint32_t to = ptx::shared_address(shared.key(use)), full = shared.k_pipe.full_barrier(use);
+    if constexpr (C::kRanges) {
+      loader.load_key(maps.keys, to, full, n, current->left_out(n));
+    } else {
+      loader.load_key(maps.keys, to, full, n);
+    }
   }
 
   template <class N>
@@ -39,8 +45,12 @@ struct LoadWarp {
     if constexpr (C::kValueStages > 0) {
       loader.check();
       shared.v_pipe.template wait_empty<C::kMulticast>(use, kValueLoader);
-      loader.load_value(maps.keys, ptx::shared_address(shared.value(use)), shared.v_pipe.full_barrier(use),
-                        n);
+      const uint32_t to = ptx::shared_address(shared.value(use)), full = shared.v_pipe.full_barrier(use);
+      if constexpr (C::kRanges) {
+        loader.load_value(maps.keys, to, full, n, current->left_out(n));
+      } else {
+        loader.load_value(maps.keys, to, full, n);
+      }
     }
   }
 
@@ -78,6 +88,7 @@ struct LoadWarp {
   template <bool kKeys, bool kValues>
   __device__ __forceinline__ void load(const BlockWork& work, const Interval& tiles, uint32_t tile_index) {
     const bool used = !tiles.empty();
+    current = &shared.tiles[tile_index % kTileStates];
     if (used) loader.begin(maps.keys, work, tiles);
     if constexpr (C::kHasColumns) loader.begin_columns(shared.tiles[tile_index % kTileStates].column);
     if (kKeys && used) load_key(tiles.hi - 1, kv_index);
@@ -86,7 +97,6 @@ struct LoadWarp {
       if (used) load_input(work, tiles.hi - 1, kv_index);
       if (!used && leads()) shared.ending_pipe.arrive(tile_index);
     }
-    if constexpr (C::kRanges) return load_around_gap(tiles, tile_index);
     const int32_t takes_next = min(tiles.hi - 1, tiles.lo + kTilesLeft);
     for (int32_t n = tiles.hi - 1; n >= tiles.lo; --n, ++kv_index) {
       if (kValues && n == takes_next && leads()) shared.ending_pipe.arrive(tile_index);
@@ -95,21 +105,6 @@ struct LoadWarp {
         load_value(n, kv_index);
         if (n > tiles.lo) load_input(work, n - 1, kv_index + 1);
       }
-    }
-  }
-
-  // Likewise after K's last tile, for key tiles with a gap.
-  __device__ __forceinline__ void load_around_gap(const Interval& tiles, uint32_t tile_index) {
-    const auto& tile = shared.tiles[tile_index % kTileStates];
-    const Interval gap = tile.gap;
-    int32_t takes_next = min(tiles.hi - 1, tiles.lo + kTilesLeft);
-    if (gap.contains(takes_next)) takes_next = gap.hi;
-    for (int32_t n = tiles.hi - 1; n >= tiles.lo; ++kv_index) {
-      if (n == takes_next) shared.ending_pipe.arrive(tile_index);
-      const int32_t value = n;
-      n = tile.after(n);
-      if (n >= tiles.lo) load_key(n, kv_index + 1);
-      load_value(value, kv_index);
     }
   }
 

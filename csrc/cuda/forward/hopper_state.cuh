@@ -53,8 +53,11 @@ struct ListOfTile {
 template <int kConsumers>
 struct RangesOfTile : NeighbouringRows {
   int32_t first_key;  // of the sequence, the first that any row sees: the tile's keys begin with it
-  Interval gap;       // the part of `tiles` that no row sees
-  Interval in_band;   // the band shows keys [i + lo, i + hi) of the sequence to row i
+  // No row sees the keys of a gap, which belong to no key tile. Tile `second` begins with the first key after
+  // it, so that the keys of this tile and those after it lie `jump` keys farther on. INT32_MAX if there is no
+  // such gap.
+  int32_t second, jump;
+  Interval in_band;  // the band shows keys [i + lo, i + hi) of the sequence to row i
   // For each consumer, a second interval of tiles in which all its rows see all keys. It lies before the one
   // in ConsumerKeys, because rows may have two ranges.
   Interval first_whole[kConsumers];
@@ -63,10 +66,12 @@ struct RangesOfTile : NeighbouringRows {
   int32_t half[kConsumers];
   SeenByBlock blocks[kConsumers];  // each consumer's, copied before they are needed
 
-  // The tile after n, in descending order.
-  __device__ __forceinline__ int32_t after(int32_t n) const { return n == gap.hi ? gap.lo - 1 : n - 1; }
+  // The keys that a gap leaves out before key tile n.
+  __device__ __forceinline__ int32_t left_out(int32_t n) const { return n >= second ? jump : 0; }
 };
-struct NoRangesOfTile : NeighbouringRows {};
+struct NoRangesOfTile : NeighbouringRows {
+  __device__ __forceinline__ static int32_t left_out(int32_t) { return 0; }
+};
 
 // Which columns of V and O a CTA works on, if not on all: those of a slice or, in a cluster whose CTAs share
 // the tile, those of its rank, which are also its columns of Q and K. The slices of a query tile have
@@ -150,9 +155,11 @@ struct TileState : Ranges, Slice {
       keys[i].whole = {(all.lo + C::kN - 1) / C::kN, all.hi / C::kN};
     }
     reload_shared();
-    if constexpr (!C::kListed) last_values = C::kN;
-    if (!C::kListed && tile.k_begin + tile.k_len < p.k_rows)
-      last_values = min(C::kN, tile.k_len - (tiles.hi - 1) * C::kN);
+    if constexpr (!C::kListed) {
+      last_values = C::kN;
+      if (tile.k_begin + tile.k_len < p.k_rows)
+        last_values = min(C::kN, tile.k_len - (tiles.hi - 1) * C::kN - this->left_out(tiles.hi - 1));
+    }
     reload_shared();
     if constexpr (C::kKind != ScoreKind::kPlain)
       score.template prepare<typename C::Score>(reload(p), work, work.head);
@@ -200,16 +207,18 @@ struct TileState : Ranges, Slice {
   // become a sequence of their own, so that the first key tile has no hidden keys before them.
   template <class C>
   __device__ __forceinline__ void trim_to_ranges(const Problem& p, const TileSegments& segments) {
-    tiles = this->gap = {0, 0};
+    tiles = {0, 0}, this->second = INT32_MAX, this->jump = 0;
     if (work.tile.index == kNoSequence) return;
     copy_blocks(p, segments);
     const int64_t slot = slot_of_rows(p, C::kM);
     reload_shared();
     const SeenByTile& seen = segments.tiles[slot + work.tile.row / C::kM];
     const int32_t first = this->first_key = seen.any.lo;
-    tiles = tiles_of({0, seen.any.hi - first}, C::kN);
-    reload_shared();
-    this->gap = whole_tiles<C>(seen.gap, first);
+    const auto before = static_cast<int32_t>(ceil_div(seen.gap.lo - first, C::kN));  // key tiles before a gap
+    const int32_t jump = seen.gap.hi - first - before * C::kN;
+    const bool jumps = !seen.gap.empty() && jump > 0;
+    if (jumps) this->second = before, this->jump = jump;
+    tiles = tiles_of({0, seen.any.hi - first - this->jump}, C::kN);
     reload_shared();
     work.tile.k_begin += first, work.tile.k_len -= first;
     band.shift -= first, band.k_len -= first;
@@ -257,25 +266,36 @@ struct TileState : Ranges, Slice {
       if (work.tile.index == kNoSequence || row >= work.tile.used_queries()) continue;
       const SeenByBlock& block = this->blocks[i];
       if (block.any.empty()) continue;
-      const int32_t first = this->first_key;
-      keys[i].end = block.any.hi - first;
-      keys[i].tiles = tiles_of({block.any.lo - first, keys[i].end}, C::kN);
+      const Interval any = without_gap<C>(block.any);
+      keys[i].end = any.hi;
+      keys[i].tiles = tiles_of(any, C::kN);
       reload_shared();
-      this->first_whole[i] = whole_tiles<C>(block.whole[0], first);
+      this->first_whole[i] = whole_tiles<C>(block.whole[0]);
       reload_shared();
-      keys[i].whole = whole_tiles<C>(block.whole[1], first);
+      keys[i].whole = whole_tiles<C>(block.whole[1]);
       reload_shared();
       if constexpr (C::kTailKeys > 0) {
-        const int32_t key = keys[i].tiles.lo * C::kN + first, middle = key + C::kTailKeys;
+        const int32_t lo = keys[i].tiles.lo, key = lo * C::kN + this->left_out(lo) + this->first_key;
+        const int32_t middle = key + C::kTailKeys;
         const bool before = block.gap.lo <= middle && key + C::kN <= block.gap.hi;
         this->half[i] = block.any.lo >= middle ? C::kTailKeys : before ? 0 : -1;
       }
     }
   }
-  // The whole tiles of an interval of keys, with tiles that begin with key `first`.
+  // Where keys of the sequence lie among those of the key tiles. The interval begins and ends outside of the
+  // gap.
   template <class C>
-  __device__ __forceinline__ static Interval whole_tiles(const Interval& keys, int32_t first) {
-    const Interval inner{(keys.lo - first + C::kN - 1) / C::kN, (keys.hi - first) / C::kN};
+  __device__ __forceinline__ Interval without_gap(const Interval& keys) const {
+    const int32_t first = this->first_key, jump = this->jump;
+    const int32_t after = jump > 0 ? first + this->second * C::kN + jump : INT32_MAX;  // first key after it
+    return {keys.lo - first - (keys.lo >= after ? jump : 0), keys.hi - first - (keys.hi > after ? jump : 0)};
+  }
+  // The whole tiles of an interval of visible keys.
+  template <class C>
+  __device__ __forceinline__ Interval whole_tiles(const Interval& keys) const {
+    if (keys.empty()) return {0, 0};
+    const Interval own = without_gap<C>(keys);
+    const Interval inner{(own.lo + C::kN - 1) / C::kN, own.hi / C::kN};
     return inner.empty() ? Interval{0, 0} : inner;
   }
   __device__ __forceinline__ int64_t slot_of_rows(const Problem& p, int32_t block) const {

@@ -51,22 +51,22 @@ class DenseLoader {
   }
   // Called before the wait for the stage of the next load_key() or load_value().
   __device__ __forceinline__ void check() const {}
-  // Load keys, or values, [n · kN, (n + 1) · kN); `barrier` counts their bytes. K of a tile is loaded before
-  // V of the previous tile.
-  __device__ __forceinline__ void load_key(const Maps& maps, uint32_t tile, uint32_t barrier,
-                                           int32_t n) const {
-    load<typename C::KTile, kKeyLoader>(tile, barrier, maps.key, key, n);
+  // Load kN keys, or values, from n · kN + left_out on; `barrier` counts their bytes. K of a tile is loaded
+  // before V of the previous tile.
+  __device__ __forceinline__ void load_key(const Maps& maps, uint32_t tile, uint32_t barrier, int32_t n,
+                                           int32_t left_out = 0) const {
+    load<typename C::KTile, kKeyLoader>(tile, barrier, maps.key, key, n * C::kN + left_out);
   }
-  __device__ __forceinline__ void load_value(const Maps& maps, uint32_t tile, uint32_t barrier,
-                                             int32_t n) const {
-    load<typename C::VTile, kValueLoader>(tile, barrier, maps.value, value, n);
+  __device__ __forceinline__ void load_value(const Maps& maps, uint32_t tile, uint32_t barrier, int32_t n,
+                                             int32_t left_out = 0) const {
+    load<typename C::VTile, kValueLoader>(tile, barrier, maps.value, value, n * C::kN + left_out);
   }
 
  private:
   template <class Tile, uint32_t kLoader>
   __device__ __forceinline__ void load(uint32_t tile, uint32_t barrier, const CUtensorMap& map,
-                                       ptx::Coordinates at, int32_t n) const {
-    at.row += n * C::kN;
+                                       ptx::Coordinates at, int32_t row) const {
+    at.row += row;
     ptx::barrier_expect(barrier, Tile::kBytes);
     if (C::kMulticast == 1 || ptx::cluster_rank() == kLoader)
       load_rows<Tile, C::kMulticast>(tile, 0, map, barrier, at);
