@@ -98,12 +98,13 @@ struct ForwardSm90 {
                                             kAllConsumers <= 2 && R.block_n <= 128;
   static constexpr int kHeadSteps = kHeadDim / 16, kKeySteps = kN / 16;
   static constexpr int kQuerySteps = kQueryInRegisters ? kHeadSteps : kSharers > 1 && kPlainLoop ? 4 : 0;
-  // Multiplies only the visible tail of a consumer's last key tile, where it is no longer than this. Ranges
-  // often end within a tile, so for them it is half a tile.
-  static constexpr int kTailKeys = kSharers > 1 ? 0
-                                   : kRanges    ? kHeadDim <= 128 ? kN / 2 : 0
-                                   : Kind == ScoreKind::kPlain || Kind == ScoreKind::kSegments ? 32
-                                                                                               : 0;
+  // Multiplies only the visible tail of a consumer's last key tile, where it is no longer than this.
+  static constexpr int kTailKeys =
+      kSharers == 1 && (Kind == ScoreKind::kPlain || Kind == ScoreKind::kSegments) ? 32 : 0;
+  // With ranges, only this half of a consumer's first key tile is multiplied if it sees no other key of it.
+  static constexpr int kHalfKeys = kRanges && kHeadDim <= 128 ? kN / 2 : 0;
+  // The limits of the rows are loaded before Q, as far as there are registers for them.
+  static constexpr bool kEarlyLimits = kRanges && kQueryInRegisters;
   using QTile = SharedTile<T, kConsumerRows, kHeadDim>;  // of a consumer
   template <int kColumns>
   using KeyTile =

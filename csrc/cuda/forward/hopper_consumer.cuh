@@ -189,22 +189,28 @@ struct Consumer {
     }
   }
 
-  // S of tile n, or of its first kKeys keys, with no other product in flight.
+  // S of tile n, or of its first kKeys keys, with no other product in flight. `partial`: with ranges, whether
+  // some row does not see all keys; `score` then has the rows' limits.
   template <int kKeys, bool kRare>
-  __device__ __forceinline__ Score multiply_scores(int32_t n) {
+  __device__ __forceinline__ void multiply_scores(int32_t n, Score& score, bool partial = true) {
     shared.k_pipe.wait_full(kv_index);
     wait_for_issue();
     ptx::hold(s.x[0]);
     start_scores<kKeys>(kv_index);  // S = Q Kᵀ
     allow_next_issue();
-    Score score;
     score.template prefetch<kRare>(score_tile(kv_index), n * C::kN);
-    if constexpr (C::kRanges) score.find_seen(score_tile(kv_index), key_of(n));
+    if constexpr (C::kRanges) {
+      if (partial) {
+        if constexpr (!C::kEarlyLimits) score.load_limits(score_tile(kv_index));
+        score.find_seen(score_tile(kv_index), key_of(n));
+      } else {
+        score.see_all();
+      }
+    }
     ptx::wgmma_wait<0>();
     ptx::hold(s.x[0]);
     shared.release_key(kv_index);
     add_parts();
-    return score;
   }
 
   // P V of a tile, or of its kKeys keys from the key `from` on, with no other product in flight. The last one
@@ -224,7 +230,8 @@ struct Consumer {
   template <bool kRare, bool kInput>
   __device__ __forceinline__ void tail_step(int32_t n) {
     auto& tail = columns<C::kTailKeys>();
-    Score score = multiply_scores<C::kTailKeys, kRare>(n);
+    Score score;
+    multiply_scores<C::kTailKeys, kRare>(n, score);
     start_softmax<true, kRare, kInput>(tail, n, kv_index, score);
     finish_exponentials(tail);
     round_weights(tail, score);
@@ -235,7 +242,12 @@ struct Consumer {
   // The first whole key tile, whose P V is left to the next step.
   template <bool kRare, bool kInput>
   __device__ __forceinline__ void first_step(int32_t n, bool after_tail) {
-    Score score = multiply_scores<C::kN, kRare>(n);
+    Score score;
+    first_step<kRare, kInput>(n, after_tail, score, true);
+  }
+  template <bool kRare, bool kInput>
+  __device__ __forceinline__ void first_step(int32_t n, bool after_tail, Score& score, bool partial) {
+    multiply_scores<C::kN, kRare>(n, score, partial);
     start_softmax<true, kRare, kInput>(s, n, kv_index, score);
     finish_exponentials(s);
     if (C::kTailKeys > 0 && after_tail) rescale();
@@ -257,7 +269,10 @@ struct Consumer {
     allow_next_issue();
     Score score;
     score.template prefetch<kRare>(score_tile(next), n * C::kN);
-    if constexpr (C::kRanges && kMasked) score.find_seen(score_tile(next), key_of(n) + from);
+    if constexpr (C::kRanges && kMasked) {
+      score.load_limits(score_tile(next));
+      score.find_seen(score_tile(next), key_of(n) + from);
+    }
     ptx::wgmma_wait<1>();
     ptx::hold(s.x[0]);
     shared.release_key(next);

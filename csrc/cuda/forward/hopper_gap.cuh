@@ -9,23 +9,22 @@
 namespace jax_flash {
 
 // Attends to all visible key tiles of a consumer, from the last to the first. Only tiles in which some row
-// does not see all keys are masked. There is at least one tile. Of the last and the first tile only half of
-// the keys is multiplied if the consumer sees no others of the tile.
+// does not see all keys are masked. There is at least one tile. Only half of the first tile is multiplied if
+// the consumer sees no other keys of it.
 template <class Consumer>
 __device__ __forceinline__ void attend_in_ranges(Consumer& of) {
   using C = typename Consumer::Config;
-  constexpr int kHalf = C::kTailKeys;
+  constexpr int kHalf = C::kHalfKeys;
   const auto& tile = *of.tile;
   const auto& keys = tile.keys[of.consumer];
-  if constexpr (C::kQuerySteps > 0) of.load_query();
   const Interval tiles = uniform(keys.tiles);
   int32_t n = tiles.hi - 1;
-  bool has_tail = false;
-  if constexpr (kHalf > 0) {
-    has_tail = n > tiles.lo && uniform(keys.end) - n * C::kN <= kHalf;
-    if (has_tail) of.template tail_step<false, true>(n--);
-  }
-  of.template first_step<false, true>(n, has_tail);
+  typename Consumer::Score score;
+  const bool partial =
+      !uniform(keys.whole).contains(n) && !uniform(tile.first_whole[of.consumer]).contains(n);
+  if (C::kEarlyLimits && partial) score.load_limits(of.score_tile(of.kv_index));
+  if constexpr (C::kQuerySteps > 0) of.load_query();
+  of.template first_step<false, true>(n, false, score, partial);
   const bool has_half = kHalf > 0 && n > tiles.lo && uniform(tile.half[of.consumer]) >= 0;
   const int32_t last = tiles.lo + has_half;
   --n;

@@ -214,7 +214,7 @@ struct TileState : Ranges, Slice {
     reload_shared();
     const SeenByTile& seen = segments.tiles[slot + work.tile.row / C::kM];
     const int32_t first = this->first_key = seen.any.lo;
-    const auto before = static_cast<int32_t>(ceil_div(seen.gap.lo - first, C::kN));  // key tiles before a gap
+    const int32_t before = (seen.gap.lo - first + C::kN - 1) / C::kN;  // key tiles before a gap
     const int32_t jump = seen.gap.hi - first - before * C::kN;
     const bool jumps = !seen.gap.empty() && jump > 0;
     if (jumps) this->second = before, this->jump = jump;
@@ -274,11 +274,11 @@ struct TileState : Ranges, Slice {
       reload_shared();
       keys[i].whole = whole_tiles<C>(block.whole[1]);
       reload_shared();
-      if constexpr (C::kTailKeys > 0) {
+      if constexpr (C::kHalfKeys > 0) {
         const int32_t lo = keys[i].tiles.lo, key = lo * C::kN + this->left_out(lo) + this->first_key;
-        const int32_t middle = key + C::kTailKeys;
+        const int32_t middle = key + C::kHalfKeys;
         const bool before = block.gap.lo <= middle && key + C::kN <= block.gap.hi;
-        this->half[i] = block.any.lo >= middle ? C::kTailKeys : before ? 0 : -1;
+        this->half[i] = block.any.lo >= middle ? C::kHalfKeys : before ? 0 : -1;
       }
     }
   }

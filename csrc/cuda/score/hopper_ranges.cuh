@@ -17,16 +17,20 @@ struct RangesScore : ScoreVariant<S> {
   // By slot, a bit for each of the lane's elements of a partial tile, in their order: whether the row sees
   // the key.
   uint32_t seen[S::kSlots];
+  LimitsOfRow limits[S::kSlots];
 
+  // Must be called before find_seen(), as early as registers allow.
+  template <class Tile>
+  __device__ __forceinline__ void load_limits(const Tile& tile) {
+    const RowRanges ranges = tile.operands().row_ranges(tile.p);
+#pragma unroll
+    for (int slot = 0; slot < S::kSlots; ++slot)  // limits of rows past the sequence must not be read
+      limits[slot].load(ranges, min(tile.row() + S::row(slot), tile.band().q_len - 1));
+  }
   // Finds `seen` while the tensor cores compute S. `key`: the tile's first.
   template <class Tile>
   __device__ __forceinline__ void find_seen(const Tile& tile, int32_t key) {
     static_assert(2 * S::kColumnTiles <= 32 && S::kColumns == 8 * S::kColumnTiles);
-    const RowRanges ranges = tile.operands().row_ranges(tile.p);
-    LimitsOfRow limits[S::kSlots];
-#pragma unroll
-    for (int slot = 0; slot < S::kSlots; ++slot)  // limits of rows past the sequence must not be read
-      limits[slot].load(ranges, min(tile.row() + S::row(slot), tile.band().q_len - 1));
 #pragma unroll
     for (int slot = 0; slot < S::kSlots; ++slot) {
       const Interval band = tile.in_band(tile.row() + S::row(slot), {key, key + S::kColumns});
@@ -34,6 +38,12 @@ struct RangesScore : ScoreVariant<S> {
       const int32_t at = key + tile.keys_before();
       seen[slot] = bits(band, key) & (bits({first.x, first.y}, at) | bits({second.x, second.y}, at));
     }
+  }
+
+  // The same for a tile in which all rows see all keys.
+  __device__ __forceinline__ void see_all() {
+#pragma unroll
+    for (uint32_t& own : seen) own = ~0u;
   }
 
   // S ← −inf outside of the band and the ranges. Unused rows may keep any score. The vote tells the compiler
