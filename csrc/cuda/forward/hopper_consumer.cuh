@@ -245,18 +245,19 @@ struct Consumer {
     Score score;
     first_step<kRare, kInput>(n, after_tail, score, true);
   }
-  template <bool kRare, bool kInput>
+  template <bool kRare, bool kInput, int kKeys = C::kN>
   __device__ __forceinline__ void first_step(int32_t n, bool after_tail, Score& score, bool partial) {
-    multiply_scores<C::kN, kRare>(n, score, partial);
-    start_softmax<true, kRare, kInput>(s, n, kv_index, score);
-    finish_exponentials(s);
+    auto& scores = columns<kKeys>();
+    multiply_scores<kKeys, kRare>(n, score, partial);
+    start_softmax<true, kRare, kInput>(scores, n, kv_index, score);
+    finish_exponentials(scores);
     if (C::kTailKeys > 0 && after_tail) rescale();
-    round_weights(s, score);
-    if (n == uniform(tile->tiles.hi) - 1 && tile->last_values < C::kN) clear_values(C::kN);
+    round_weights(scores, score);
+    if (n == uniform(tile->tiles.hi) - 1 && tile->last_values < kKeys) clear_values(kKeys);
   }
 
   // S of tile n, or of its kKeys keys from the key `from` on, while O ← O + P V of tile n + 1 is multiplied.
-  template <bool kMasked, bool kRare, bool kInput, int kKeys = C::kN>
+  template <bool kMasked, bool kRare, bool kInput, int kKeys = C::kN, int kValues = C::kN>
   __device__ __forceinline__ void step(int32_t n, int32_t from = 0) {
     auto& scores = columns<kKeys>();
     const uint32_t next = kv_index + 1;
@@ -265,7 +266,7 @@ struct Consumer {
     ptx::hold(s.x[0]);
     start_scores<kKeys>(next, from);  // S = Q K_nᵀ  [64, N]
     shared.wait_value(kv_index);
-    start_values(kv_index);  // O ← O + P V_n+1  [64, dv]
+    start_values<kValues>(kv_index);  // O ← O + P V_n+1  [64, dv]
     allow_next_issue();
     Score score;
     score.template prefetch<kRare>(score_tile(next), n * C::kN);

@@ -24,7 +24,15 @@ __device__ __forceinline__ void attend_in_ranges(Consumer& of) {
       !uniform(keys.whole).contains(n) && !uniform(tile.first_whole[of.consumer]).contains(n);
   if (C::kEarlyLimits && partial) score.load_limits(of.score_tile(of.kv_index));
   if constexpr (C::kQuerySteps > 0) of.load_query();
-  of.template first_step<false, true>(n, false, score, partial);
+  bool has_tail = false;
+  if constexpr (kHalf > 0) {
+    has_tail = n > tiles.lo && uniform(keys.end) - n * C::kN <= kHalf;
+    if (has_tail) {
+      of.template first_step<false, true, kHalf>(n--, false, score, partial);
+      of.template step<true, false, true, C::kN, kHalf>(n);
+    }
+  }
+  if (!has_tail) of.template first_step<false, true>(n, false, score, partial);
   const bool has_half = kHalf > 0 && n > tiles.lo && uniform(tile.half[of.consumer]) >= 0;
   const int32_t last = tiles.lo + has_half;
   --n;
