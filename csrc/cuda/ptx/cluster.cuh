@@ -61,7 +61,8 @@ __device__ __forceinline__ void store_in(uint32_t shared, uint32_t value, uint32
                : "memory");
 }
 
-// The same for 16 bytes, with addresses that address_in() has returned, or that lie a distance behind them.
+// The same for 16 or 8 bytes, with addresses that address_in() has returned, or that lie a distance behind
+// them.
 __device__ __forceinline__ void store_at(uint32_t address, const float4& x, uint32_t barrier) {
   asm volatile(
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
@@ -87,10 +88,7 @@ __device__ __forceinline__ void store_in(uint32_t shared, const float4& x, uint3
   store_at(address_in(shared, rank), x, address_in(barrier, rank));
 }
 __device__ __forceinline__ void store_in(uint32_t shared, const float2& x, uint32_t barrier, uint32_t rank) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
-                   address_in(shared, rank)),
-               "f"(x.x), "f"(x.y), "r"(address_in(barrier, rank))
-               : "memory");
+  store_at(address_in(shared, rank), x, address_in(barrier, rank));
 }
 
 // Starts the copy of bytes of this CTA's shared memory to the same place in that of CTA `rank`, whose barrier
@@ -128,8 +126,9 @@ __device__ __forceinline__ void release_to_cluster() {
 }
 __device__ __forceinline__ void acquire_from_cluster() {
   __syncwarp();
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  wait_for_cluster();
 }
+
 // sync_cluster() for warps whose lanes need not have converged.
 __device__ __forceinline__ void sync_cluster_of_any_lanes() {
   asm volatile(

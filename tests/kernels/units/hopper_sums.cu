@@ -22,6 +22,19 @@ using Parts = SumParts<Sum, kConsumers>;
 using Weights = FragmentsA<__nv_bfloat16, 1, 4>;
 using Exchange = RowExchange<Weights>;
 
+// The CTA's shared memory, once its barriers are ready in both CTAs.
+template <class Shared>
+__device__ Shared& begin() {
+  auto& shared = *reinterpret_cast<Shared*>(ptx::dynamic_shared_1024());
+  if (threadIdx.x == 0) {
+    shared.init(kConsumerWarps * ptx::kWarpArrivals);
+    ptx::fence_barriers();
+  }
+  __syncthreads();
+  ptx::sync_cluster();
+  return shared;
+}
+
 // An element of a CTA's part: integers whose sums are exact.
 __device__ float part(uint32_t cta, uint32_t sum, int n, int i) {
   return static_cast<float>(((cta * kSums + sum) * kThreads + threadIdx.x) * 32 + n * 4 + i);
@@ -30,13 +43,7 @@ __device__ float part(uint32_t cta, uint32_t sum, int n, int i) {
 // Counts the elements that differ from the sum of both parts. Each CTA in turn is late.
 __global__ void __launch_bounds__(kThreads) sums(int* wrong) {
   constexpr int64_t kLate = 20000;
-  auto& parts = *reinterpret_cast<Parts*>(ptx::dynamic_shared_1024());
-  if (threadIdx.x == 0) {
-    parts.init(kConsumerWarps * ptx::kWarpArrivals);
-    ptx::fence_barriers();
-  }
-  __syncthreads();
-  ptx::sync_cluster();
+  auto& parts = begin<Parts>();
   int differ = 0;
   for (uint32_t use = 0; use < kSums; ++use) {
     const int64_t start = clock64();
@@ -67,13 +74,7 @@ __device__ float factor(uint32_t owner, uint32_t use, int slot) {
 // Counts the elements of P and the factors that differ. Owner and partner in turn are late.
 __global__ void __launch_bounds__(kThreads) rows(int* wrong) {
   constexpr int64_t kLate = 20000;
-  auto& exchange = *reinterpret_cast<Exchange*>(ptx::dynamic_shared_1024());
-  if (threadIdx.x == 0) {
-    exchange.init(kConsumerWarps * ptx::kWarpArrivals);
-    ptx::fence_barriers();
-  }
-  __syncthreads();
-  ptx::sync_cluster();
+  auto& exchange = begin<Exchange>();
   const bool owns = threadIdx.x / kWarpgroup == ptx::cluster_rank();
   const uint32_t owner = owns ? blockIdx.x : blockIdx.x ^ 1;
   int differ = 0;
