@@ -112,7 +112,8 @@ def ratio(times: dict[str, list[float]]) -> float:
 
 
 def bits(cell: Cell, calls: measure.Calls) -> str:
-    """ "same" or "differ"; or "not promised" or "not repeatable before", if two runs of one checkout may differ too."""
+    """ "same" or "differ"; or why bits say nothing: "not promised", or "not repeatable before" if two runs of the
+    checkout before differ too."""
     if not cell.repeatable:
         return "not promised"
     first, second = (call(*arguments[0]) for call, arguments in (calls["before"], calls["after"]))

@@ -23,8 +23,8 @@ PASSES = ("forward", "both")
 LENGTHS = (32768, 131072)
 TRAINED = ("data", "heads", "sequence")  # axes of the training step's mesh
 LINK_SIZES = tuple(size << 20 for size in (1, 16, 64, 512))
-BUDGET = 1.0  # seconds of the timed bursts of one device; as many are not timed
-SLOW = 500e12  # FLOP/s of one device, an estimate for the seconds of a call
+BUDGET = 1.0  # seconds for all timed bursts of a call on one device; its warm-up takes as long
+ESTIMATE = 500e12  # FLOP/s of one device, to estimate how long a call takes
 
 
 def device_count() -> int:
@@ -43,7 +43,7 @@ def ring_case(s: int, what: str, h: int = 16, d: int = 128) -> Case:
 
 def timed(calls: measure.Calls, work: float = 0.0) -> dict[str, Any]:
     """Times calls as measure.py says; calls with much work (FLOP) have fewer repeats."""
-    longest = work / SLOW
+    longest = work / ESTIMATE
     return measure.in_turns(calls, int(max(2, min(measure.REPEATS, BUDGET / max(longest, measure.BURST)))))
 
 

@@ -16,7 +16,7 @@ struct DraftMask {
 
   // Whether some of the keys before `end` are new tokens.
   JF_HD bool reaches(int32_t end) const { return end > first; }
-  // Row and key must be in use.
+  // `i` and `j` must lie within the sequence's lengths.
   JF_HD bool hides(int32_t i, int32_t j) const { return j >= first && !seen[i * row + (j - first)]; }
 };
 

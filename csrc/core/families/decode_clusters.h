@@ -17,8 +17,8 @@ inline constexpr int32_t kMostCtas = 16;  // CTAs per cluster
 // Shared-memory offsets; the merge buffer aliases the ring.
 struct Layout {
   int32_t warp_ring, merge_o, merge_softmax;
-  // The parts of all n CTAs that this CTA merges: O as [items, n] float4, where an item is four columns of a
-  // row, and m and l as [M, n].
+  // What the n CTAs of the cluster send this one, which merges it: O of its items, where an item is four
+  // columns of a row, as [items, n] float4; and m and l of all rows as [M, n].
   int32_t parts, softmax;
   int32_t barrier;  // counts the bytes that arrive in `parts` and `softmax`
   int32_t entries;  // block-table entries of each thread's keys in the ring
@@ -43,7 +43,7 @@ class Choice {
  public:
   Choice(const KernelRow& row, const Call& call)
       : call_(call),
-        columns_(call.entries() * call.shapes.kv_heads),
+        clusters_(call.entries() * call.shapes.kv_heads),
         tiles_(ceil_div(std::max<int64_t>(call.visible_keys(), 1), row.block_n)),
         wave_(int64_t{call.device.sm_count} * row.blocks) {}
 
@@ -53,7 +53,7 @@ class Choice {
     int32_t ctas = 1;
     while (ctas < kMostCtas) {
       const int32_t larger = 2 * ctas;
-      if (columns_ * larger > (larger > 2 ? wave_ / 2 : wave_) || larger * (larger > 8 ? 2 : 1) > tiles_)
+      if (clusters_ * larger > (larger > 2 ? wave_ / 2 : wave_) || larger * (larger > 8 ? 2 : 1) > tiles_)
         break;
       ctas = larger;
     }
@@ -70,13 +70,13 @@ class Choice {
   // Whether clusters are faster than the portable decode.
   bool is_faster() const {
     constexpr int64_t kFewTiles = 8, kMostTiles = 64;  // tiles per CTA
-    constexpr double kFilled = 0.9;  // share of the SMs, or of the last wave, that has a CTA
-    if (columns_ == 0 || tiles_ == 0) return false;
+    constexpr double kFilled = 0.9;  // least share of the SMs, or of the waves, that must have a CTA
+    if (clusters_ == 0 || tiles_ == 0) return false;
     const int64_t ctas = size(), tiles = ceil_div(tiles_, ctas), sms = call_.device.sm_count;
     if (call_.device.always_cluster) return true;
     if (tiles > kManyTiles && (knows_lengths() ? ctas > 2 : ctas != 2 || tiles > kMostTiles)) return false;
-    if (columns_ > wave_) return fills(columns_, ceil_div(columns_, wave_) * wave_, kFilled);
-    return tiles <= kFewTiles || fills(columns_ * ctas, sms, kFilled);
+    if (clusters_ > wave_) return fills(clusters_, ceil_div(clusters_, wave_) * wave_, kFilled);
+    return tiles <= kFewTiles || fills(clusters_ * ctas, sms, kFilled);
   }
 
  private:
@@ -93,7 +93,7 @@ class Choice {
   }
 
   const Call& call_;
-  int64_t columns_, tiles_, wave_;
+  int64_t clusters_, tiles_, wave_;
 };
 
 // With asks_for_lengths() both code paths share one buffer, sized for the larger.

@@ -14,17 +14,17 @@ inline constexpr int64_t kMaxSharedBytes = 232'448;  // limit of a CTA
 inline constexpr int64_t kElementBytes = 2;          // float16 and bfloat16
 
 inline constexpr int32_t kClusterCtas = 2;
-// A backward in clusters has CTAs of 64 keys each, or of some columns of the same 64 keys. A row with a
-// single CTA of 64 keys is a cluster of one.
+// A backward in clusters works on 64 keys in each CTA: on other keys than the other CTA, or on other columns
+// of the same keys. Where the key tile of a row has only 64 keys, the cluster is a single CTA.
 constexpr int32_t backward_cluster_ctas(const Row& r) {
   return r.design == Design::kCluster && r.block_n == kConsumerRows ? 1 : kClusterCtas;
 }
-// CTAs of a cluster that work on the same tile, each on its own columns of the head.
+// CTAs of a cluster that share a tile, each with its own columns of the head.
 constexpr int32_t sharers(const Row& r) { return r.design == Design::kClusterColumns ? kClusterCtas : 1; }
 
-// For each team: Q of one tile, and `stages` tiles of K and V with the columns of a slice. CTAs that share a
-// tile have Q of half of its rows, one and a quarter K tiles, `stages` tiles of their columns of V, and two
-// of P; for them this is an upper bound.
+// For each team: one tile of Q and `stages` tiles of K and V, of V with the columns of a slice. For CTAs that
+// share a tile this is an upper bound: each has Q of half of the rows, a K tile and a quarter of the next,
+// `stages` tiles of its columns of V, and two tiles of P.
 constexpr int64_t forward_tile_bytes(const Row& r) {
   const int32_t d = r.head_dim / sharers(r);
   const int64_t part = sharers(r) > 1 ? static_cast<int64_t>(sizeof(float)) * r.block_m * r.block_n : 0;
@@ -78,9 +78,9 @@ constexpr bool backward_in_clusters(const Row& r) {
 }
 
 // The backward in 2-CTA clusters. A CTA has K and V of its 64 keys, `stages` tiles of Q with lse and delta,
-// halves of tiles of dO, tiles of dS, and perhaps its part of dQ in float32. If it has half of the tile's
-// keys, it also has half of the columns of K of the other keys; if it has half of the columns, the other
-// CTA's parts of Sᵀ and dPᵀ in float32. `score_bytes`: the bias and mask of its keys.
+// halves of tiles of dO, tiles of dS, and perhaps its part of dQ in float32. If CTAs split the keys, each
+// also has half of the columns of K of the other's keys. If they split the columns, each has the other's
+// parts of Sᵀ and dPᵀ in float32. `score_bytes`: the bias and mask of a CTA's keys.
 struct BackwardClusterStages {
   int32_t dout_halves, ds;
   bool dq;
@@ -103,8 +103,8 @@ constexpr int64_t backward_cluster_score_bytes(const Row& r, BackwardClusterStag
   return kMaxSharedBytes - backward_cluster_shared_bytes(r, has);
 }
 
-// Two stages of each. If `score_bytes` leave too little room, dQ is not staged. If that is not enough, dO has
-// one and a half tiles; then dS has one.
+// dO and dS have two stages and dQ is staged, if `score_bytes` leave room. Otherwise these are given up one
+// after the other: dQ's staging, half a tile of dO, one tile of dS.
 constexpr BackwardClusterStages backward_cluster_stages(const Row& r, int64_t score_bytes) {
   constexpr BackwardClusterStages kFewest{3, 1, false};
   for (const BackwardClusterStages has : {BackwardClusterStages{4, 2, true}, {4, 2, false}, {3, 2, false}}) {

@@ -33,8 +33,8 @@ struct ClusterGradientProducer : GradientProducer<C> {
     }
   }
 
-  // Issues the TMA loads of one half of the columns of a tile of Q or dO: of all of the head's columns,
-  // multicast to both CTAs if they split the keys, or of this CTA's columns.
+  // Issues the TMA loads of one half of the columns of a tile of Q or dO. CTAs that split the keys need the
+  // same half of the head's columns, which is multicast. Otherwise it is half of this CTA's own columns.
   template <class Half>
   __device__ __forceinline__ static void load_query_half(const uint8_t* to, const CUtensorMap& map,
                                                          uint32_t full, ptx::Coordinates at, int half) {
@@ -103,7 +103,7 @@ struct ClusterGradientProducer : GradientProducer<C> {
     return tile.work.tile.k_begin + tile.work.tile.row + key_part<C>(rank) * kConsumerRows;
   }
 
-  // Loads one half of this CTA's columns, for the 64 rows from `at` on.
+  // Loads one half of this CTA's columns, of the 64 rows that begin at `at`.
   template <class Half>
   __device__ __forceinline__ static void load_half(const uint8_t* to, const CUtensorMap& map, uint32_t full,
                                                    ptx::Coordinates at, uint32_t half) {

@@ -53,9 +53,9 @@ namespace jax_flash {
 
 // A row of csrc/kernels.def. Warps: one producer warpgroup and M / 64 consumers for each of the Teams; with
 // one consumer a warpgroup idles, as its registers go to the others. Each team works on query tiles of its
-// own, so that one team's prologue and epilogue overlap another's loop. With Multicast > 1, each of so many
-// CTAs of a cluster has a query tile of its own; K and V are multicast to all. If CTAs share a query tile
-// (Design::kClusterColumns), each has its own columns of Q, K, V and O, and they add up S.
+// own, so that one team's prologue and epilogue overlap another's loop. With Multicast > 1, a cluster has
+// that many CTAs, each with a query tile of its own, and K and V are multicast to all. If CTAs share a query
+// tile (Design::kClusterColumns), each has its own columns of V and O, and computes P of half of the rows.
 template <class T, Row R, ScoreKind Kind, template <class> class KeyLoader = DenseLoader, int Multicast = 1>
 struct ForwardSm90 {
   using Element = T;
@@ -68,8 +68,8 @@ struct ForwardSm90 {
   static constexpr int kSliceColumns = R.slice_columns();
   static constexpr int kHeadDim = R.head_dim, kValueDim = kSliceColumns, kM = R.block_m, kStages = R.stages;
   static constexpr int kConsumers = kM / kConsumerRows, kAllConsumers = kTeams * kConsumers;
-  // CTAs that share a query tile: each has one consumer that multiplies S, of its rows. A K tile is loaded in
-  // parts of its columns, which CTAs multicast in turns.
+  // CTAs that share a query tile: in each, one consumer computes S of its 64 rows. A K tile is loaded in
+  // parts of its columns, of which each CTA multicasts half.
   static constexpr int kOwners = kConsumers / kSharers, kKeyParts = kSharers > 1 ? 4 : 1,
                        kKeyCluster = kSharers > 1 && !kInPages<KeyLoader> ? kCluster : kMulticast;
   static constexpr int kThreads = R.warps * 32;
