@@ -1,8 +1,7 @@
 """The FLOP and bytes of calls: the numerators of all rates.
 
 FLOP are counted by `jax_flash.flops`, over visible pairs of a query and a key: pairs that a causal mask, a window, a
-length or a sequence boundary hides do not count. Pairs that boolean masks, biases or segment ids hide do count, because
-kernels multiply them too.
+length or a sequence boundary hides do not count. Cases with boolean masks, biases or segment ids count as without them.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ def llama(sizes: Sizes) -> tuple[Any, dict[tuple[Any, ...], Any], dict[str, Any]
 
 @partial(jax.jit, static_argnums=(1, 2))
 def drawn(seed: int, shape: tuple[int, ...], dtype: str) -> jax.Array:
-    """Weights of a product, of standard deviation 1 / √inputs, or a norm's."""
+    """The weights of a product, of standard deviation 1 / √inputs, or those of a norm, which are 1."""
     if len(shape) == 1:
         return jnp.ones(shape, dtype)
     return jax.random.normal(jax.random.key(seed, impl="rbg"), shape, dtype) * shape[0] ** -0.5
@@ -197,7 +197,7 @@ class Static(types.SimpleNamespace):
 
 
 def their_step(sizes: Sizes, mesh: jax.sharding.Mesh) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The same of sglang-jax's LlamaForCausalLM, with its backend and its pool of pages."""
+    """What `our_step` returns, for sglang-jax's LlamaForCausalLM with its backend and its pool of pages."""
     from tools.libraries.sglang_jax import runs_here, stub
 
     attention, memory_pool = runs_here()

@@ -7,11 +7,12 @@
 namespace jax_flash {
 
 // A superset of the segment ids of some rows: the ids from lo to hi whose bit is set. If documents are
-// numbered in order, tiles have disjoint [lo, hi]. The bits help a tile with the last document and padding,
-// whose id may be far away: they exclude most documents between the two.
+// numbered in order, tiles of different documents have disjoint [lo, hi]. A tile that ends in padding may
+// have a wide [lo, hi], because padding's id may be far from the documents'; bits exclude most ids between
+// them.
 struct SegmentSet {
   int32_t lo = INT32_MAX, hi = INT32_MIN;
-  uint64_t bits = 0;  // bit s % 64 of segment s
+  uint64_t bits = 0;  // segment s sets bit s % 64
 
   JF_HD void add(int32_t segment) { add({segment, segment, bit(segment)}); }
 

@@ -1,7 +1,7 @@
 """Packed sequences over devices: a ring of one row with segment ids for its documents.
 
-If queries and keys have the same offsets, a document's diagonal is the row's; without a band this does not matter.
-Tokens outside every sequence see nothing, and nothing sees them.
+If queries and keys have the same offsets, every document has the diagonal of the whole row, so that its band and slopes
+apply. Tokens outside every sequence see nothing, and nothing sees them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _UNSEEN = -1, -2  # ids of queries and of keys outside every sequence
 
 
 def may_be_ring(spec: AttentionSpec, shapes: Mapping[str, Sequence[Any]]) -> bool:
-    """Whether a row of packed sequences may stay split. It may not if dropout's bits, slopes, masks or the diagonal
-    depend on positions within each sequence."""
+    """Whether a row of packed sequences may stay split. It may not if something depends on positions within each
+    sequence: dropout's bits, ranges, a block mask, or a diagonal that is not the row's."""
     if spec.layout != "varlen" or {"dropout", "ranges", "block_mask"} & {*spec.operands}:
         return False
     if "alibi_slopes" in spec.operands and shapes["alibi_slopes"][-2] != 1:

@@ -80,8 +80,7 @@ inline BulkLane angle_lane(const AppendView& table, int32_t at, int32_t bytes) {
 }
 
 // How a call is divided among warps and stages. `starts` bytes of each CTA's shared memory are taken by the
-// Starts of packed sequences. If the result has no stages, the call is to run without bulk copies, which is
-// faster.
+// Starts of packed sequences. The result has no stages if the call is faster without bulk copies.
 template <class T, Row R>
 BulkParts bulk_parts(const AppendCall& call, int64_t entries, const Device& device, int64_t starts) {
   const int64_t most = int64_t{R.blocks} * device.sm_count;
@@ -128,7 +127,7 @@ static __device__ __noinline__ uint32_t find_overwritten(const AppendCall& call,
   return __reduce_or_sync(~0u, marks);
 }
 
-// A warp of append_bulk. Its tokens are those of the block from the warp's number on, kWarps apart.
+// A warp of append_bulk. Warp w has every kWarps-th token of the block, from token w on.
 template <class T, int kWord>
 struct BulkWarp {
   const AppendCall& call;
@@ -136,7 +135,7 @@ struct BulkWarp {
   const BulkParts& parts;
   int32_t entry, first, count;  // first: the warp's first token; count: its number of tokens, at most 32
   uint32_t memory, full;        // its stages, and their barriers
-  BulkLane own;                 // without pieces in lanes that copy nothing
+  BulkLane own;                 // lanes that copy nothing have no pieces
   Slot to{kNowhere, 0, 0, 0};   // lane i has the slot of token i
   uint32_t overwritten = 0;     // a bit for each token that a later one overwrites
 
@@ -254,8 +253,8 @@ struct BulkWarp {
   }
 
  private:
-  // Whether another run goes to the page of one of the warp's tokens. All lanes look runs up, kRunsAtOnce at
-  // a time.
+  // Whether a run other than its own goes to the page of one of the warp's tokens. Each lane looks up
+  // kRunsAtOnce runs at a time.
   __device__ __forceinline__ bool meets(const Starts& starts, const Place& place, int32_t all) const {
     bool found = false;
 #pragma unroll 1

@@ -33,15 +33,15 @@ struct DecodeView {
 struct DecodeCall {
   DecodeView query, key, value, out, lse;
   DecodeView q_lengths, kv_lengths, block_tables;
-  DecodeView position;  // row: the offset from the first query to the first key
+  DecodeView position;  // element 0: the first query's position; element `row`: the first key's
   DecodeView alibi_slopes, sinks, k_scale, v_scale;
   DecodeView draft_mask;
-  const int32_t* starts;  // packed sequences: first rows [n + 1] of each leading entry, 2 · (n + 2) apart
+  const int32_t* starts;  // packed sequences: [leading entry, 2 · (n + 2)], of which n + 1 first rows
   DecodeGrid grid;
   int32_t sequences;  // sequences of all leading entries together
   Divisor batch, columns, chunks, group, page_size;
   int32_t rows;       // query rows of a KV head
-  int32_t end_tiles;  // tiles that the end of a sequence counts as, unless the call fixes the splits
+  int32_t end_tiles;  // the tiles that the end of a sequence counts as (units.h)
   int32_t q_rows, k_rows, head_dim, value_dim, pages, draft_rows;
   bool paged;
   bool scaled_by_page;  // float8: each page has a scale
@@ -78,7 +78,7 @@ inline bool exceeds_l2(const Problem& p) {
   return static_cast<double>(keys) * static_cast<double>(p.batch) * static_cast<double>(row) > kL2;
 }
 
-// The call for outer entry `outer`. block_rows: query rows of a column.
+// The call for outer entry `outer`. block_rows: query rows of a column (DecodeGrid).
 template <int kTile>
 DecodeCall make_call(const Problem& p, const DecodeGrid& grid, int32_t block_rows, int64_t outer,
                      const int32_t* starts, void* workspace) {
