@@ -51,8 +51,8 @@ def scaled(
 ) -> tuple[dict[str, Any], dict[str, Any], float]:
     """A step and its compiled program for each mesh, by name, and the FLOP of a step.
 
-    On a GPU the step over the sequence is compiled twice, to send by NCCL or by copy engines. The batch has as many rows as
-    devices, but at least two. Each row is a document of random bytes, so that every mesh has the same work.
+    On a GPU the step over the sequence is compiled twice, to send by NCCL or by copy engines. The batch has as many
+    rows as devices, but at least two. Each row is a document of random bytes, so that every mesh has the same work.
     """
     sys.path.insert(0, str(EXAMPLES))
     from settings import Settings

@@ -33,8 +33,6 @@ from .sharding import partitioned
 from .spec import AttentionSpec, Spec, operand_names, result_names
 from .workspace import workspace_bound
 
-Avals = Sequence[Any]
-
 
 def bind(pass_: Pass, spec: Spec, operands: dict[str, jax.Array]) -> list[jax.Array]:
     """Run one pass on named operands."""

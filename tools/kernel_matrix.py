@@ -72,9 +72,9 @@ def table(head: str, calls: dict[str, str], base: str, dims: dict[str, str], pas
     for label, options in calls.items():
         cells = tuple(cell(f"{base} {options} --head-dim {d}", passes) for d in dims.values())
         lines.setdefault(cells, []).append(label)
-    rows = [[head, *(f"d {dim}" for dim in dims)], ["---"] * (len(dims) + 1)]
-    rows += [["; ".join(labels), *cells] for cells, labels in lines.items()]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    rows = [[head, *(f"d {dim}" for dim in dims)], *(["; ".join(x), *cells] for cells, x in lines.items())]
+    made = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([made[0], "|---" * len(rows[0]) + "|", *made[1:]])
 
 
 def render(text: str) -> str:

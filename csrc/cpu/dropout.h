@@ -30,8 +30,8 @@ JF_INLINE Wide count_up(std::integer_sequence<int, lane...>) {
 }
 
 // Reorders Philox words into column order. A lane of `first` holds words 0 and 1 of a block, a lane of
-// `second` words 2 and 3; `part` selects the vector of the result: four blocks' words 0 (columns 0 to 7),
-// then their words 1, and so on.
+// `second` words 2 and 3. The result is word 0 of four blocks (columns 0 to 7), then word 1 of these blocks,
+// and so on; `part` selects one of the two vectors that it fills.
 template <int part, int... lane>
 JF_INLINE UInt order_words(Wide first, Wide second, std::integer_sequence<int, lane...>) {
   constexpr auto from = [](int at) { return at / 8 % 2 * kLanes + (at / 16 * 4 + at % 4) * 2 + at / 4 % 2; };
@@ -69,7 +69,8 @@ JF_INLINE WideBlocks philox_blocks(const Dropout& dropout, uint32_t b, uint32_t 
   return {rotated(first), rotated(second)};
 }
 
-// Stores the dropout numbers of kDropoutStep columns: those of kWideLanes blocks, but at least 32.
+// Stores the dropout numbers of kDropoutStep columns: those of kWideLanes blocks, or of 32 columns if that is
+// more.
 inline constexpr int kDropoutStep = std::max(kWideLanes * kDropoutColumns / 4, kDropoutColumns);
 JF_INLINE void dropout_numbers(const Dropout& dropout, uint32_t b, uint32_t h, uint32_t i, uint32_t index,
                                uint16_t* numbers) {

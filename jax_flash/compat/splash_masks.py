@@ -212,7 +212,7 @@ def make_chunk_attention_mask(shape: tuple[int, int], chunk_size: int) -> np.nda
 
 @dataclass(frozen=True)
 class Band:
-    """Keys i − left ≤ j ≤ i + right as far as limited; with a chunk, those up to i of the row's own chunk."""
+    """Keys i − left ≤ j ≤ i + right (None: no limit); with a chunk, only keys up to i in i's chunk."""
 
     left: int | None = None
     right: int | None = None

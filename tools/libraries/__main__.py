@@ -18,8 +18,6 @@ import venv
 from pathlib import Path
 from typing import Any
 
-from tools.release import version
-
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "libraries.md"
 PINS = tomllib.loads(Path(__file__).with_name("pins.toml").read_text())
@@ -180,7 +178,6 @@ def line(row: dict[str, Any]) -> str:
         calls,
         why,
         datetime.date.today(),
-        version(),
     )
     return "| " + " | ".join(map(str, cells)) + " |"
 

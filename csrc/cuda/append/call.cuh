@@ -36,9 +36,9 @@ struct AppendStream {
 struct AppendCall {
   AppendStream key, value;
   AppendView block_tables, kv_lengths, cu_seqlens, cos, sin;
-  Divisor rows;  // new tokens of a sequence; if sequences are packed, of all together
+  Divisor rows;  // new tokens of a sequence, or of all sequences together if they are packed
   Divisor runs;  // upper bound of the runs of a sequence, if all sequences have the same number of tokens
-  Divisor page_size;  //
+  Divisor page_size;
   int32_t sequences, tokens, heads;
   int32_t earlier;  // number of packed sequences that earlier launches handle
   int32_t capacity, pages, positions, rotated;

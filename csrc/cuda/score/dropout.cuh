@@ -132,8 +132,8 @@ struct TileDropout {
     return kept;
   }
 
-  // For needs_scalar_path(): draws one element after the other. Instead of the random numbers it stores ones
-  // that are above the threshold 0x4000 where the element is kept, and below it elsewhere.
+  // The same for needs_scalar_path(), one element after the other. The numbers that it stores are not random:
+  // they are above the threshold 0x4000 where dropout keeps the element, and below it elsewhere.
   template <class S>
   __device__ __forceinline__ KeptTile<S> numbers_one_by_one() const {
     KeptTile<S> kept(0x4000u);

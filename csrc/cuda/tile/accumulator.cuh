@@ -34,8 +34,8 @@ struct Accumulator {
 
   __device__ __forceinline__ void clear() { clear_fragments(x); }
 
-  // The row of a slot, the first column of column tile n's pair, and an element's column, within the
-  // accumulator.
+  // Indices within the accumulator: the row of a slot, the first of this lane's two columns in column tile n,
+  // and the column of element (n, e).
   __device__ __forceinline__ static int row(int slot) {
     return slot / 2 * 16 + slot % 2 * 8 + static_cast<int>(threadIdx.x % 32 / 4);
   }
