@@ -146,21 +146,23 @@ def _lower_local(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec:
         f"jax_flash_{pass_.name}", operand_output_aliases={i: i for i in range(pass_.in_place)}
     )
     computed = rule(ctx.replace(avals_out=avals_out), *values, spec=spec.ffi_attributes())
-    results = computed[: len(result_names(pass_, spec))]
+    names = result_names(pass_, spec)
+    results = computed[: len(names)]
     if platform != "cuda" or pass_ is not FORWARD:
         return results
-    out, *by_row = _computed_once(results)
-    return [out, *_with_row_max(ctx, by_row)]
+    results = _computed_once(results)
+    return _with_float_maxima(ctx, names, results) if "row_max" in names else results
 
 
-def _with_row_max(ctx: mlir.LoweringRuleContext, by_row: Sequence[Any]) -> Sequence[Any]:
-    """lse and, if there is one, row_max as floats."""
-    if len(by_row) == 1:
-        return by_row
-    _, *avals = ctx.avals_out
+def _with_float_maxima(
+    ctx: mlir.LoweringRuleContext, names: Sequence[str], results: Sequence[Any]
+) -> Sequence[Any]:
+    """The results, row_max as floats."""
+    lse, row_max = names.index("lse"), names.index("row_max")
+    avals: list[Any] = [ctx.avals_out[lse], ctx.avals_out[row_max]]
     floats = mlir.lower_fun(of_cuda, multiple_results=False)
     within = ctx.replace(primitive=None, avals_in=avals, avals_out=avals[1:])
-    return [by_row[0], *floats(within, *by_row)]
+    return [*results[:row_max], *floats(within, results[lse], results[row_max]), *results[row_max + 1 :]]
 
 
 def _computed_once(results: Sequence[Any]) -> Sequence[Any]:

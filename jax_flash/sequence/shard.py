@@ -112,14 +112,14 @@ class Shard:
         )
 
     def send(self, arrays: Operands, route: Sequence[tuple[int, int]]) -> Block:
-        """Sends arrays of one dtype as one, because XLA runs one transfer at a time, and a call hides only one.
+        """Sends arrays of one dtype and rank as one, as XLA runs one transfer at a time, and a call hides only one.
 
         Arrays of one shape are joined along a new dimension, others along the head dim, so that heads may lie on
         automatic mesh axes.
         """
         arrived: Block = {}
-        for dtype in dict.fromkeys(x.dtype for x in arrays.values()):
-            names = tuple(name for name, x in arrays.items() if x.dtype == dtype)
+        for kind in dict.fromkeys((x.dtype, x.ndim) for x in arrays.values()):
+            names = tuple(name for name, x in arrays.items() if (x.dtype, x.ndim) == kind)
             several = [arrays[name] for name in names]
             equal = len({x.shape for x in several}) == 1
             joined = _stacked(several) if equal else jnp.concatenate(several, -1)
