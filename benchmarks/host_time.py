@@ -18,7 +18,7 @@ NAMES = ("jax_flash", "cudnn", "flash-attn3-jax", "dew-flash-attn")
 CHAIN = 30  # calls in one program
 WARM, LAUNCHED, REPEATS, ATTEMPTS = 3, 8, 9, 5
 BUSY = 0.04  # seconds of other work on the device: longer than the host takes to launch its programs
-REST = 0.002  # seconds without work of the host, after which all programs have been launched
+REST = 0.002  # seconds; once the host has been idle for as long, all programs have been launched
 NO_GRAPHS = {"xla_gpu_graph_min_graph_size": 1 << 20}
 
 

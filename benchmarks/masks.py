@@ -5,12 +5,11 @@
     python -m benchmarks.masks sparsity [LENGTH] [HEAD_DIM]     times at several shares of hidden pairs
     python -m benchmarks.masks plot FILE.png < OUTPUT           draws what `sparsity` printed
 
-A rate is the FLOP per second over visible pairs, divided by that of a call without a mask value: of causal=True or, for
-masks whose rows see few keys, of the same band (chunks as sequences of their own, a static window). An eighth of all
-blocks is visible, chosen at random for each KV head, which one or four query heads share. An array is the mask as
-booleans [1, 1, s, s], for jax_flash and for jax.nn's cuDNN; its rate is divided by that of the same mask as ranges,
-as are those of documents by segment ids and as packed sequences. Times are medians of alternating bursts at settled
-power (measure.py).
+A rate is the FLOP per second over visible pairs, relative to a call without a mask value: to causal=True or, for masks
+whose rows see few keys, to the same band (chunks as sequences of their own, a static window). An eighth of all blocks
+is visible, chosen at random for each KV head, which one or four query heads share. "array" is a mask as booleans
+[1, 1, s, s], for jax_flash and for jax.nn's cuDNN. Arrays, and documents by segment ids or as packed sequences, are
+relative to the same mask as ranges. Times are medians of alternating bursts at settled power (measure.py).
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from . import decode_calls, measure
 
 BATCH, WIDTH, PART = 2, 2048, 8  # heads · head dim; a chunk, and a window, is 1 / PART of the length
 Options = dict[str, Any]
-GROUP, CHOSEN = 4, 8  # query heads of a KV head; one of so many blocks is visible
+GROUP, CHOSEN = 4, 8  # query heads of a KV head; one in CHOSEN blocks is visible
 AS_ARRAYS = ("prefix", "documents", "spans", "block diffusion")
 
 
@@ -72,7 +71,7 @@ def documents(size: int) -> Any:
 
 
 def attend_to_documents(how: str, q: Any, k: Any, v: Any) -> Any:
-    """The same by segment ids, or as packed sequences."""
+    """Attention to the same documents by segment ids, or as packed sequences."""
     batch, size = q.shape[:2]
     starts = starts_of_documents(size)
     if how == "segments":

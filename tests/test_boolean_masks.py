@@ -33,7 +33,7 @@ CASES = [
 
 
 SHAPE = (GROUPS["hq"], SIZES["sq"], SIZES["sk"])
-BESIDE = {  # options beside a mask
+BESIDE = {  # options in addition to a mask
     "bias of every head": {"bias": (2, *SHAPE)},
     "bias of a row": {"bias": (1, 1, 1, SHAPE[2]), "causal": True},
     "dropout, softcap": {"dropout_rate": 0.3, "softcap": 2.0, "kv_lengths": (333, 520)},

@@ -104,7 +104,7 @@ struct LoadWarp {
     }
   }
 
-  // Likewise after K's last tile, for key tiles with a gap.
+  // What load() does after K's last tile, for key tiles with a gap.
   __device__ __forceinline__ void load_around_gap(const Interval& tiles, uint32_t tile_index) {
     const auto& tile = shared.tiles[tile_index % kTileStates];
     const Interval gap = tile.gap;
@@ -122,7 +122,7 @@ struct LoadWarp {
   // The pieces of a listed key tile, which consumers read as well.
   __device__ __forceinline__ KeyPieces& pieces(uint32_t use) const { return shared.pieces.of_use(use); }
 
-  // Likewise for listed key tiles. The pieces of a tile are fetched one step before they are needed.
+  // load() for listed key tiles. The pieces of a tile are fetched one step before they are needed.
   __device__ __forceinline__ void load_listed(const BlockWork& work, const Interval& tiles,
                                               uint32_t tile_index) {
     const auto& tile = shared.tiles[tile_index % kTileStates];

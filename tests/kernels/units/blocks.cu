@@ -91,8 +91,8 @@ struct Drawn {
     if (boolean) return mask[before + p.mask.offset(b, h, i, j)];
     return mask[p.block_mask.offset(b, h, i / p.spec.block_rows, j / p.spec.block_keys)];
   }
-  // Whether what is seen of so many keys by rows in use is `seen`. At the edges of lengths and windows kSome
-  // may be said of any.
+  // Whether `seen` says rightly which of the keys the rows in use see. At the edges of lengths and windows
+  // kSome is always right.
   bool is(SeenPiece seen, int32_t b, int32_t h, Interval rows, Interval keys) const {
     bool any = false, all = true;
     for (int32_t i = rows.lo; i < std::min(rows.hi, rows_of(b)); ++i)
