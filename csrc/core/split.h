@@ -29,8 +29,9 @@ JF_HD int32_t clamp_splits(int64_t count, Interval keys) {
 
 // Online softmax of one row over one part of the keys: m = max s, l = Σ exp(unit (s − m)), o = Σ exp(unit
 // (s − m)) v; without a visible key m = −inf and l = 0. `unit` is the softmax scale if s does not include
-// it, else 1. `first` and `second` are the factors of (l, o) of two parts in their union, whose maximum is
-// m. A sink is one more part, with l = 1 and o = 0, that is merged once, at the end.
+// it, else 1. Merging two parts gives the maximum m of both, and (l, o) = first · (l, o) of the first part +
+// second · (l, o) of the second. A sink is one more part, with l = 1 and o = 0, that is merged once, at the
+// end.
 struct SplitMerge {
   float m, first, second;
 };

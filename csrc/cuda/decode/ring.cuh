@@ -4,9 +4,9 @@
 // A stage holds kKeys keys and their values. Under load a block-table lookup takes longer than the copy of a
 // stage. So in a long segment, the table entries for the tile that will use a stage next are copied together
 // with the tile that uses it now. In other segments pages are looked up one tile ahead; for a segment's first
-// tile this happens during the last copy of the segment before it. The loop that waits for tiles also starts
-// the first kStages copies, because a kernel's first instructions are fetched from memory, which favours
-// short code.
+// tile this happens during the last copy of the segment before it. The first kStages copies are started by
+// the loop itself, and not by a prologue, because a kernel's first instructions are fetched from memory, and
+// short code takes less time.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +26,7 @@ template <class Stored, bool kPolicy>
 struct KeySource {
   GlobalPages<Stored> key, value;
   const int32_t* table;
-  int32_t page;  // the sequence's number, which is also the number of a dense sequence's one page
+  int32_t page;  // the sequence's number; without pages also that of its one long page
   Interval used;
   ptx::L2Policy policy;
 

@@ -48,7 +48,8 @@ struct KeysA<T, Tile, uint8_t> {
   __device__ __forceinline__ explicit KeysA(uint32_t tile) : rows(tile, 0) {}
   template <DType kFormat>
   __device__ __forceinline__ void load(uint32_t (&a)[2][4], int m, int i) const {
-    uint32_t x[4];  // four adjacent features each: of keys g and g + 8, then the same 16 features further on
+    // Four adjacent features in each: of key g, of key g + 8, and of both keys 16 features further on.
+    uint32_t x[4];
     rows.load(x, m, i);
 #pragma unroll
     for (int step = 0; step < 2; ++step)

@@ -8,7 +8,7 @@
 
 namespace jax_flash::ptx {
 
-// The lines that L2 evicts first.
+// Which lines L2 evicts first: a cache policy of createpolicy.
 struct L2Policy {
   uint64_t bits = 0;
 };
