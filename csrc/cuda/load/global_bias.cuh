@@ -52,11 +52,18 @@ class GlobalBias {
   __device__ __forceinline__ void add(S& s, int32_t row, int32_t key, float factor,
                                       const Chunks& chunks) const {
     if (p.bias_dtype == DType::kF32) {
-      add_elements<float>(s, row, key, factor, chunks);
-    } else if (p.bias_dtype == DType::kF16) {
-      add_elements<__half>(s, row, key, factor, chunks);
+      add_elements<float>(s, row, key, factor, [](float bias) { return bias; });
+    } else if (S::kPairs && (S::kPermuted ? operands.bias_in_chunks(p) : operands.bias_in_pairs(p))) {
+      if (p.bias_dtype == DType::kF16) {
+        add_pairs<__half>(s, row, key, factor, chunks);
+      } else {
+        add_pairs<__nv_bfloat16>(s, row, key, factor, chunks);
+      }
     } else {
-      add_elements<__nv_bfloat16>(s, row, key, factor, chunks);
+      const bool is_half = p.bias_dtype == DType::kF16;
+      add_elements<uint16_t>(s, row, key, factor, [is_half](uint32_t bias) {
+        return is_half ? ptx::unpack<__half>(bias).x : ptx::unpack<__nv_bfloat16>(bias).x;
+      });
     }
   }
 
@@ -74,40 +81,30 @@ class GlobalBias {
             i < band.q_len ? band.k_len - column : 0};
   }
 
-  template <class T, class S, class Chunks>
+  template <class T, class S, class Convert>
   __device__ __forceinline__ void add_elements(S& s, int32_t row, int32_t key, float factor,
-                                               const Chunks& chunks) const {
-    if constexpr (sizeof(T) == 2 && S::kPermuted) {
-      if (operands.bias_in_chunks(p)) {
-#pragma unroll
-        for (int slot = 0; slot < S::kSlots; ++slot) {
-#pragma unroll
-          for (int n = 0; n < S::kColumnTiles; ++n) {
-            const float2 bias = ptx::unpack<T>(chunks.pair(slot, n));
-            add_bias(s.at(slot, n, 0), bias.x, factor);
-            add_bias(s.at(slot, n, 1), bias.y, factor);
-          }
-        }
-        return;
-      }
-    }
-    if constexpr (sizeof(T) == 2 && S::kPairs && !S::kPermuted) {
-      if (operands.bias_in_pairs(p)) return add_pairs<T>(s, row, key, factor);
-    }
+                                               Convert convert) const {
     for_each_used<T>(s, operands.bias, p.bias, band, row, key,
-                     [=](float& x, T bias) { add_bias(x, static_cast<float>(bias), factor); });
+                     [=](float& x, T bias) { add_bias(x, convert(bias), factor); });
   }
 
   // Unused elements have a bias of 0.
-  template <class T, class S>
-  __device__ __forceinline__ void add_pairs(S& s, int32_t row, int32_t key, float factor) const {
+  template <class T, class S, class Chunks>
+  __device__ __forceinline__ void add_pairs(S& s, int32_t row, int32_t key, float factor,
+                                            const Chunks& chunks) const {
 #pragma unroll
     for (int slot = 0; slot < S::kSlots; ++slot) {
       const auto [from, left] = bias_row<S>(slot, row, key);
 #pragma unroll
       for (int n = 0; n < S::kColumnTiles; ++n) {
-        const int step = S::column_step(n);
-        const float2 bias = ptx::unpack<T>(step < left ? *reinterpret_cast<const uint32_t*>(from + step) : 0);
+        uint32_t pair;
+        if constexpr (S::kPermuted) {
+          pair = chunks.pair(slot, n);
+        } else {
+          const int step = S::column_step(n);
+          pair = step < left ? *reinterpret_cast<const uint32_t*>(from + step) : 0;
+        }
+        const float2 bias = ptx::unpack<T>(pair);
         add_bias(s.at(slot, n, 0), bias.x, factor);
         add_bias(s.at(slot, n, 1), bias.y, factor);
       }

@@ -54,21 +54,21 @@ struct GeneralScore : ScoreVariant<S> {
   __device__ __forceinline__ void apply(S& s, const Tile& tile, const Softmax& softmax) {
     const AttentionSpec& spec = tile.p.spec;
     const int32_t row = tile.row();
-    if (spec.bias_first) {
-      cap_sum(s, tile, row, NoGradient{});
-      return add_and_hide(s, tile, row, kLog2e, InSegment::kSome);
-    }
-    if (spec.softcap > 0) {
-      for_each_tanh(s, spec.scale / spec.softcap, coarse_tanh(tile.p),
-                    [](float& x, float t, int, int, int) { x = t; });
-    } else if (!(spec.scale > 0)) {
-      for_each(s, [&](float& x, int, int, int) { x *= spec.scale; });
-    }
-    if (softmax.scale == 1.0f) {
-      const float factor = unit(spec);
-      for_each(s, [&](float& x, int, int, int) { x *= factor; });
-    }
-    add_and_hide(s, tile, row, kLog2e / softmax.scale, InSegment::kSome);
+    const float factor = kLog2e / softmax.scale;
+    add_and_cap(s, tile, row, factor, [&] {
+      if (spec.bias_first) return cap_biased(s, spec.softcap, NoGradient{});
+      if (spec.softcap > 0) {
+        for_each_tanh(s, spec.scale / spec.softcap, coarse_tanh(tile.p),
+                      [](float& x, float t, int, int, int) { x = t; });
+      } else if (!(spec.scale > 0)) {
+        for_each(s, [&](float& x, int, int, int) { x *= spec.scale; });
+      }
+      if (softmax.scale == 1.0f) {
+        const float scale = unit(spec);
+        for_each(s, [&](float& x, int, int, int) { x *= scale; });
+      }
+    });
+    subtract_and_hide(s, tile, row, factor, InSegment::kSome);
   }
 
   __device__ __forceinline__ static float power_scale(const AttentionSpec&) { return 1; }
@@ -93,15 +93,13 @@ struct GeneralScore : ScoreVariant<S> {
   __device__ __forceinline__ void score(Scores& s, const Tile& tile, InSegment in_segment, F differentiate) {
     const AttentionSpec& spec = tile.p.spec;
     const int32_t row = tile.row();
-    if (spec.bias_first) {
-      cap_sum(s, tile, row, differentiate);
-    } else if (spec.softcap > 0) {
-      cap(s, spec.softcap, spec.scale, coarse_tanh(tile.p), differentiate);
-    } else {
+    add_and_cap(s, tile, row, kLog2e, [&] {
+      if (spec.bias_first) return cap_biased(s, spec.softcap, differentiate);
+      if (spec.softcap > 0) return cap(s, spec.softcap, spec.scale, coarse_tanh(tile.p), differentiate);
       const float scale = spec.scale * kLog2e;
       for_each(s, [&](float& x, int, int, int) { x *= scale; });
-    }
-    add_and_hide(s, tile, row, kLog2e, in_segment);
+    });
+    subtract_and_hide(s, tile, row, kLog2e, in_segment);
   }
 
  private:
@@ -109,13 +107,22 @@ struct GeneralScore : ScoreVariant<S> {
     return kLog2e * (spec.softcap > 0 ? spec.softcap : spec.scale > 0 ? spec.scale : 1.0f);
   }
 
-  // S ← log2(e) · softcap(scale · S + bias); calls differentiate() as score() does.
-  template <class Scores, class Tile, class F>
-  __device__ __forceinline__ void cap_sum(Scores& s, const Tile& tile, int32_t row, F differentiate) {
+  // Calls cap(), and before or after it adds the bias: to scale · S if it is first, otherwise times `factor`.
+  // It is a loop, so that there is one copy of both steps: a second one doubles the compile time.
+  template <class Scores, class Tile, class Cap>
+  __device__ __forceinline__ void add_and_cap(Scores& s, const Tile& tile, int32_t row, float factor,
+                                              Cap cap) {
     const AttentionSpec& spec = tile.p.spec;
-    for_each(s, [&](float& x, int, int, int) { x *= spec.scale; });
-    add(s, tile, row, 1);
-    cap_biased(s, spec.softcap, differentiate);
+    const bool first = spec.bias_first;
+    if (first) for_each(s, [&](float& x, int, int, int) { x *= spec.scale; });
+#pragma unroll 1
+    for (int step = first ? 0 : 1; step < (first ? 2 : 3); ++step) {
+      if (step == 1) {
+        cap();
+      } else {
+        add(s, tile, row, first ? 1 : factor);
+      }
+    }
   }
 
   // S ← S + factor · bias. Staged tiles also apply the mask.
@@ -141,15 +148,14 @@ struct GeneralScore : ScoreVariant<S> {
     return false;
   }
 
-  // S ← S + factor · (bias − slope · distance), −inf where segments, ranges or mask hide the key.
+  // S ← S − factor · slope · distance, −inf where segments, ranges or mask hide the key.
   template <class Scores, class Tile>
-  __device__ __forceinline__ void add_and_hide(Scores& s, const Tile& tile, int32_t row, float factor,
-                                               InSegment in_segment) {
+  __device__ __forceinline__ void subtract_and_hide(Scores& s, const Tile& tile, int32_t row, float factor,
+                                                    InSegment in_segment) {
     const Problem& p = tile.p;
     const ScoreOperands& operands = tile.operands();
     const Band& band = tile.band();
     constexpr bool kStaged = requires { tile.apply_tiles(s, [](float&, float) {}); };
-    if (!p.spec.bias_first) add(s, tile, row, factor);
     if (p.alibi_slopes) subtract_alibi(s, tile, row, operands.slope * factor, [](float x) { return x; });
     if (p.q_segment_ids && in_segment == InSegment::kSome)
       hide_other_segments(s, operands, band, row, tile.key);
