@@ -37,7 +37,7 @@ __device__ __forceinline__ void score_gradients(const Problem& p,
   };
   if constexpr (!C::kPlain) {
     typename C::Score score;
-    const ScoreTile tile{p, block.score, block.band, first, key};
+    const ScoreTile<typename C::Element, decltype(block.score)> tile{p, block.score, block.band, first, key};
     score.prefetch(tile, key);
     multiply_q_k();
     multiply_do_v();

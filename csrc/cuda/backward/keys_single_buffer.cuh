@@ -74,7 +74,8 @@ __device__ __forceinline__ void backward_keys_single_buffer(const Problem& p,
     if (at.computes_s) {
       mma_qk<DoTile, VTile>(dp, buffer, at.s.row, v, at.s.column);  // dP = dO Vᵀ  [M, N]
       typename C::Score score;                                      // P = exp(S − lse), dS = P ∘ (dP − delta)
-      const ScoreTile scores{p, block.score, block.band, first, key};
+      const ScoreTile<typename C::Element, decltype(block.score)> scores{p, block.score, block.band, first,
+                                                                         key};
       score.prefetch_gradient(scores);
       tile_gradient(score, scores, rows, partial, s, dp);
       store_accumulator<PTile>(s, shared + kLayout.p, at.s);

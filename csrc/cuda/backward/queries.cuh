@@ -99,7 +99,7 @@ __device__ __forceinline__ void backward_queries(const Problem& p,
     const bool partial =
         block.band.classify(tile.row, tile.row + C::kM, key, key + C::kN) != TileClass::kFull;
     typename C::Score score;
-    const ScoreTile at{p, block.score, block.band, row, key};
+    const ScoreTile<typename C::Element, decltype(block.score)> at{p, block.score, block.band, row, key};
     score.prefetch_gradient(at);
     tile_gradient(score, at, rows, partial, s, dp);
     mma_pv<typename C::KSlice>(dq, dp, k + slice_offset<C, typename C::KTile>());  // dQ += dS K  [M, d]

@@ -89,7 +89,7 @@ __device__ __forceinline__ void add_tile(const HeadContext& at, int32_t row, int
   rows.clear_unseen(s, dp);
   const bool partial = at.band.classify(row, row + C::kM, key, key + C::kN) != TileClass::kFull;
   typename C::Score score;
-  const ScoreTile tile{p, at.score, at.band, row + warp_row, key};
+  const ScoreTile<typename C::Element, decltype(at.score)> tile{p, at.score, at.band, row + warp_row, key};
   score.prefetch_gradient(tile);
   tile_gradient<GradientOf::kBias>(score, tile, rows, partial, s, dp);  // dS = P ∘ (dP − delta)
   for_each(sum, [&](float& x, int slot, int n, int e) { x += dp.at(slot, n, e); });

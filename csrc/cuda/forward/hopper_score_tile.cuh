@@ -23,6 +23,7 @@ struct QueryFragments : FragmentsA<T, 1, kSteps> {
 // The location, for the score variants, of the tile of S in a warp's registers.
 template <class Consumer>
 struct ConsumerTile {
+  using Element = typename Consumer::T;
   using Input = typename Consumer::Config::Input;
   const Consumer& of;
   uint32_t input_use;  // use of the input's pipeline

@@ -81,6 +81,7 @@ struct ForwardSm80 {
 // The tile of S of a warp, for its score variant.
 template <class C>
 struct ForwardTile {
+  using Element = typename C::Element;
   const Problem& p;
   const typename C::State& block;
   int32_t warp_row, key;  // where the tile begins, in the query tile and in the sequence

@@ -24,8 +24,20 @@ struct BiasChunks {
   }
 };
 
+// f(x, the element of a bias of any dtype) for every element x of S whose row and key are in use.
+template <class S, class F>
+__device__ __forceinline__ void for_each_bias(S& s, const void* bias, const View& view, DType dtype,
+                                              const Band& band, int32_t row, int32_t key, F f) {
+  if (dtype == DType::kF32) return for_each_used<float>(s, bias, view, band, row, key, f);
+  // One loop for both types, because this code is long and seldom used.
+  for_each_used<uint16_t>(s, bias, view, band, row, key, [&](float& x, uint32_t bits) {
+    f(x, dtype == DType::kF16 ? ptx::unpack<__half>(bits).x : ptx::unpack<__nv_bfloat16>(bits).x);
+  });
+}
+
 // The bias of the tile of S whose warp begins at query `row` and whose keys begin at `key`, within the
-// sequence.
+// sequence. T: the call's dtype. Only a bias of that dtype, if it has 16 bits, is read in pairs or chunks.
+template <class T>
 class GlobalBias {
  public:
   __device__ __forceinline__ GlobalBias(const Problem& problem, const ScoreOperands& score_operands,
@@ -35,7 +47,8 @@ class GlobalBias {
   // Loads the operands of add(), while the tensor cores compute S.
   template <class S>
   __device__ __forceinline__ void fetch(BiasChunks<S>& bias, int32_t row, int32_t key) const {
-    if (!p.bias || !operands.bias_in_chunks(p)) return;
+    if constexpr (sizeof(T) > 2) return;
+    if (!p.bias || p.bias_dtype != p.dtype || !operands.bias_in_chunks(p)) return;
 #pragma unroll
     for (int slot = 0; slot < S::kSlots; ++slot) {
       const auto [from, left] = bias_row<S>(slot, row, key);
@@ -51,20 +64,14 @@ class GlobalBias {
   template <class S, class Chunks>
   __device__ __forceinline__ void add(S& s, int32_t row, int32_t key, float factor,
                                       const Chunks& chunks) const {
-    if (p.bias_dtype == DType::kF32) {
-      add_elements<float>(s, row, key, factor, [](float bias) { return bias; });
-    } else if (S::kPairs && (S::kPermuted ? operands.bias_in_chunks(p) : operands.bias_in_pairs(p))) {
-      if (p.bias_dtype == DType::kF16) {
-        add_pairs<__half>(s, row, key, factor, chunks);
-      } else {
-        add_pairs<__nv_bfloat16>(s, row, key, factor, chunks);
-      }
-    } else {
-      const bool is_half = p.bias_dtype == DType::kF16;
-      add_elements<uint16_t>(s, row, key, factor, [is_half](uint32_t bias) {
-        return is_half ? ptx::unpack<__half>(bias).x : ptx::unpack<__nv_bfloat16>(bias).x;
-      });
+    static_assert(S::kPairs);
+    row = ptx::here(row), key = ptx::here(key);  // no address is computed outside of add_and_cap()'s loop
+    if constexpr (sizeof(T) == 2) {
+      if (p.bias_dtype == p.dtype && (S::kPermuted ? operands.bias_in_chunks(p) : operands.bias_in_pairs(p)))
+        return add_pairs(s, row, key, factor, chunks);
     }
+    for_each_bias(s, operands.bias, p.bias, p.bias_dtype, band, row, key,
+                  [factor](float& x, float bias) { add_bias(x, bias, factor); });
   }
 
  private:
@@ -81,15 +88,8 @@ class GlobalBias {
             i < band.q_len ? band.k_len - column : 0};
   }
 
-  template <class T, class S, class Convert>
-  __device__ __forceinline__ void add_elements(S& s, int32_t row, int32_t key, float factor,
-                                               Convert convert) const {
-    for_each_used<T>(s, operands.bias, p.bias, band, row, key,
-                     [=](float& x, T bias) { add_bias(x, convert(bias), factor); });
-  }
-
   // Unused elements have a bias of 0.
-  template <class T, class S, class Chunks>
+  template <class S, class Chunks>
   __device__ __forceinline__ void add_pairs(S& s, int32_t row, int32_t key, float factor,
                                             const Chunks& chunks) const {
 #pragma unroll

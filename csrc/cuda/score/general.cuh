@@ -45,7 +45,7 @@ struct GeneralScore : ScoreVariant<S> {
 
   template <bool kScalarDropout = false, class Tile>
   __device__ __forceinline__ void prefetch(const Tile& tile, int32_t key) {
-    if constexpr (S::kPermuted) GlobalBias(tile.p, tile.operands(), tile.band()).fetch(bias, tile.row(), key);
+    if constexpr (S::kPermuted) global_bias(tile).fetch(bias, tile.row(), key);
   }
 
   // S ← (softcap(scale · S) + bias − slope · distance) · log2(e) / softmax.scale, −inf where segments, ranges
@@ -55,7 +55,7 @@ struct GeneralScore : ScoreVariant<S> {
     const AttentionSpec& spec = tile.p.spec;
     const int32_t row = tile.row();
     const float factor = kLog2e / softmax.scale;
-    add_and_cap(s, tile, row, factor, [&] {
+    score_with_bias(s, tile, row, factor, [&] {
       if (spec.bias_first) return cap_biased(s, spec.softcap, NoGradient{});
       if (spec.softcap > 0) {
         for_each_tanh(s, spec.scale / spec.softcap, coarse_tanh(tile.p),
@@ -93,7 +93,7 @@ struct GeneralScore : ScoreVariant<S> {
   __device__ __forceinline__ void score(Scores& s, const Tile& tile, InSegment in_segment, F differentiate) {
     const AttentionSpec& spec = tile.p.spec;
     const int32_t row = tile.row();
-    add_and_cap(s, tile, row, kLog2e, [&] {
+    score_with_bias(s, tile, row, kLog2e, [&] {
       if (spec.bias_first) return cap_biased(s, spec.softcap, differentiate);
       if (spec.softcap > 0) return cap(s, spec.softcap, spec.scale, coarse_tanh(tile.p), differentiate);
       const float scale = spec.scale * kLog2e;
@@ -107,22 +107,14 @@ struct GeneralScore : ScoreVariant<S> {
     return kLog2e * (spec.softcap > 0 ? spec.softcap : spec.scale > 0 ? spec.scale : 1.0f);
   }
 
-  // Calls cap(), and before or after it adds the bias: to scale · S if it is first, otherwise times `factor`.
-  // It is a loop, so that there is one copy of both steps: a second one doubles the compile time.
+  // Calls cap(), and adds the bias: before it to scale · S, or after it times `factor`.
   template <class Scores, class Tile, class Cap>
-  __device__ __forceinline__ void add_and_cap(Scores& s, const Tile& tile, int32_t row, float factor,
-                                              Cap cap) {
+  __device__ __forceinline__ void score_with_bias(Scores& s, const Tile& tile, int32_t row, float factor,
+                                                  Cap cap) {
     const AttentionSpec& spec = tile.p.spec;
     const bool first = spec.bias_first;
     if (first) for_each(s, [&](float& x, int, int, int) { x *= spec.scale; });
-#pragma unroll 1
-    for (int step = first ? 0 : 1; step < (first ? 2 : 3); ++step) {
-      if (step == 1) {
-        cap();
-      } else {
-        add(s, tile, row, first ? 1 : factor);
-      }
-    }
+    add_and_cap(first, [&] { add(s, tile, row, first ? 1 : factor); }, cap);
   }
 
   // S ← S + factor · bias. Staged tiles also apply the mask.
@@ -131,9 +123,14 @@ struct GeneralScore : ScoreVariant<S> {
     const auto add = [factor](float& x, float b) { add_bias(x, b, factor); };
     if constexpr (requires { tile.apply_tiles(s, add); }) {
       if (tile.p.bias || tile.p.mask) tile.apply_tiles(s, add);
-    } else if (kBiasAndMask && tile.p.bias) {
-      GlobalBias(tile.p, tile.operands(), tile.band()).add(s, row, tile.key, factor, bias);
+    } else if constexpr (kBiasAndMask) {
+      if (tile.p.bias) global_bias(tile).add(s, row, tile.key, factor, bias);
     }
+  }
+
+  template <class Tile>
+  __device__ __forceinline__ static auto global_bias(const Tile& tile) {
+    return GlobalBias<typename Tile::Element>(tile.p, tile.operands(), tile.band());
   }
 
   // Whether the mask is known to show all of S. The vote tells the compiler that the branch is uniform.

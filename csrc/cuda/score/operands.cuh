@@ -176,9 +176,10 @@ struct ScoreOperands : SegmentOperands {
 };
 
 // The Tile of a score variant for warps whose rows belong to one head. The warp's part of S begins at query
-// first_row and key `key` of the sequence.
-template <class Operands>
+// first_row and key `key` of the sequence. T: the call's dtype.
+template <class T, class Operands>
 struct ScoreTile {
+  using Element = T;
   const Problem& p;
   const Operands& score;
   const Band& visible;

@@ -56,9 +56,10 @@ struct TangentSm80 {
 // The tile of S of a warp, for its score variant.
 template <class C>
 struct TangentTile {
+  using Element = typename C::Element;
   const Problem& p;
   const Tangents& t;
-  const TangentState<typename C::Element>& block;
+  const TangentState<Element>& block;
   int32_t key;  // position of the first key in the sequence
 
   // The unit of dS. Variants with options compute dS in the unit of the scores.
@@ -110,18 +111,9 @@ __device__ __forceinline__ void multiply_scores(typename C::S& s, typename C::S&
 // dS ← dS + tbias.
 template <class C>
 __device__ __forceinline__ void add_tbias(typename C::S& ds, const TangentTile<C>& at) {
-  if (!at.block.tbias) return;
-  const auto add = [&]<class B>() {
-    for_each_used<B>(ds, at.block.tbias, at.t.tbias, at.band(), at.row(), at.key,
-                     [](float& x, B y) { x += static_cast<float>(y); });
-  };
-  if (at.p.bias_dtype == DType::kF32) {
-    add.template operator()<float32>();
-  } else if (at.p.bias_dtype == DType::kF16) {
-    add.template operator()<float16>();
-  } else {
-    add.template operator()<bfloat16>();
-  }
+  if (at.block.tbias)
+    for_each_bias(ds, at.block.tbias, at.t.tbias, at.p.bias_dtype, at.band(), ptx::here(at.row()),
+                  ptx::here(at.key), [](float& x, float y) { x += y; });
 }
 
 // Turns the products into the operands of add_values(): S, times log2(e), minus lse, and −∞ where a key is
@@ -135,9 +127,10 @@ __device__ __forceinline__ void finish_scores(typename C::S& s, typename C::S& d
   if constexpr (!C::kPlain) {
     for_each(ds, [&](float& x, int, int, int) { x *= at.p.spec.scale; });
     typename C::Score score;
-    if (at.p.spec.bias_first) add_tbias<C>(ds, at);
-    score.template differentiate<GradientOf::kProduct>(s, ds, at);  // S ← score(S); dS ← score'(S) ∘ dS
-    if (!at.p.spec.bias_first) add_tbias<C>(ds, at);
+    const auto differentiate = [&] {  // S ← score(S); dS ← score'(S) ∘ dS
+      score.template differentiate<GradientOf::kProduct>(s, ds, at);
+    };
+    add_and_cap(at.p.spec.bias_first, [&] { add_tbias<C>(ds, at); }, differentiate);
   }
   if (partial) mask(s, block.band, at.row(), at.key);
   if (!C::kPlain || partial) {
