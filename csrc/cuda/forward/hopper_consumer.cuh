@@ -188,8 +188,7 @@ struct Consumer {
     ptx::hold(weights.x[0]);
   }
 
-  // O ← α O. Where CTAs share the query tile, most steps leave O as it is, since no row of the warp has a new
-  // maximum.
+  // O ← α O. If CTAs share the query tile, most steps leave O as it is: no row of the warp has a new maximum.
   __device__ __forceinline__ void rescale() {
     if constexpr (!C::Softmax::kBounded) {
       if (C::kSharers == 1 || __any_sync(~0u, alpha[0] != 1 || alpha[1] != 1)) {
@@ -244,8 +243,7 @@ struct Consumer {
     start_softmax<true, kRare, kInput>(tail, n, kv_index, score);
     finish_exponentials(tail);
     round_weights(tail, score);
-    if (n == uniform(tile->tiles.hi) - 1 && tile->last_values < C::kTailKeys)
-      clear_values(*this, C::kTailKeys);
+    clear_values<C::kTailKeys>(*this, n);
     multiply_values<C::kTailKeys, false>();
   }
 
@@ -257,19 +255,23 @@ struct Consumer {
     finish_exponentials(s);
     if (C::kTailKeys > 0 && after_tail) rescale();
     round_weights(s, score);
-    if (n == uniform(tile->tiles.hi) - 1 && tile->last_values < C::kN) clear_values(*this, C::kN);
+    clear_values<C::kN>(*this, n);
   }
 
-  // S of tile n while O ← O + P V of tile n + 1 is multiplied.
+  // If a step is long, a copy of it for the first key tile would double the compile time.
+  static constexpr bool kOneStep = Score::kGeneral && C::kSharers == 1 && C::kTailKeys == 0;
+
+  // S of tile n while O ← O + P V of tile n + 1 is multiplied. `first`, with kOneStep: there is no such tile.
   template <bool kMasked, bool kRare, bool kInput>
-  __device__ __forceinline__ void step(int32_t n) {
-    const uint32_t next = kv_index + 1;
+  __device__ __forceinline__ void step(int32_t n, bool first = false) {
+    const bool follows = !kOneStep || !first;
+    const uint32_t next = kv_index + follows;
     if constexpr (C::kKeyParts == 1) shared.wait_key(next);
     wait_for_issue();
     ptx::hold(s.x[0]);
-    start_scores<C::kN, 0, true>(next);  // S = Q K_nᵀ  [64, N]
-    shared.wait_value(kv_index);
-    start_values(kv_index);  // O ← O + P V_n+1  [64, dv]
+    start_scores<C::kN, 0, true>(next);                                // S = Q K_nᵀ  [64, N]
+    if (follows) shared.wait_value(kv_index), start_values(kv_index);  // O ← O + P V_n+1  [64, dv]
+    if (!follows) ptx::wgmma_commit();                                 // an empty group
     allow_next_issue();
     Score score;
     score.template prefetch<kRare>(score_tile(next), n * C::kN);
@@ -284,10 +286,11 @@ struct Consumer {
     ptx::wgmma_wait<0>();
     ptx::hold(o.x[0]);
     ptx::hold(weights.x[0]);
-    shared.release_value(kv_index);
+    if (follows) shared.release_value(kv_index);
     finish_exponentials(s);
     rescale();  // O ← α O
     round_weights(s, score);
+    if (!follows) clear_values<C::kN>(*this, n);
     kv_index = next;
   }
 
@@ -321,8 +324,7 @@ struct Consumer {
   }
 
   // All visible key tiles, from the last to the first: masked ones at the band's end, ones that all rows see
-  // whole, masked ones at the band's beginning.
-  // kInput: whether the score's input has stages for them.
+  // whole, masked ones at the band's beginning. kInput: whether the score's input has stages for them.
   template <bool kRare = false, bool kInput = true>
   __device__ __forceinline__ void attend(const Interval& tiles) {
     whole = uniform(tile->keys[consumer].whole);
@@ -333,8 +335,11 @@ struct Consumer {
       has_tail = n > tiles.lo && uniform(tile->keys[consumer].end) - n * C::kN <= C::kTailKeys;
       if (has_tail) tail_step<kRare, kInput>(n--);
     }
-    first_step<kRare, kInput>(n--, has_tail);
-    if constexpr (Score::kGeneral || C::kListed || kRare) {  // one loop: long steps, or a list
+    if constexpr (!kOneStep) first_step<kRare, kInput>(n--, has_tail);
+    if constexpr (kOneStep) {
+#pragma unroll 1
+      for (bool first = true; n >= tiles.lo; --n, first = false) step<true, kRare, kInput>(n, first);
+    } else if constexpr (Score::kGeneral || C::kListed || kRare) {  // one loop: long steps, or a list
       for (; n >= tiles.lo; --n) step<true, kRare, kInput>(n);
     } else {
       const int32_t lo = max(tiles.lo, whole.lo);

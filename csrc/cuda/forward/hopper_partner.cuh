@@ -47,9 +47,7 @@ __device__ __forceinline__ void attend_as_partner(Consumer& warpgroup, const Int
   using C = typename Consumer::Config;
   constexpr bool kFactors = !C::Softmax::kBounded;
   auto& shared = warpgroup.shared;
-  const auto& tile = *warpgroup.tile;
-  if (!tiles.empty() && tiles.hi == uniform(tile.tiles.hi) && tile.last_values < C::kN)
-    clear_values(warpgroup, C::kN);
+  if (!tiles.empty()) clear_values<C::kN>(warpgroup, tiles.hi - 1);
   const uint32_t end = warpgroup.kv_index + tiles.size();
   uint32_t seen = shared.exchange.kNoScores;
 #pragma unroll 1

@@ -56,16 +56,17 @@ struct ConsumerTile {
   __device__ __forceinline__ int32_t sequence() const { return of.tile->work.tile.index; }
 };
 
-// V ← 0 in the rows [last_values, end) of the last tile: they may hold NaN, and 0 · NaN is NaN. Every
-// consumer clears the rows that it reads.
-template <class Consumer>
-__device__ __forceinline__ void clear_values(const Consumer& of, int32_t end) {
+// If tile n is the last one: V ← 0 in its rows [last_values, kKeys), because they may hold NaN, and 0 · NaN
+// is NaN. Every consumer clears the rows that it reads.
+template <int kKeys, class Consumer>
+__device__ __forceinline__ void clear_values(const Consumer& of, int32_t n) {
   using C = typename Consumer::Config;
   using VTile = typename C::VTile;
+  if (n != uniform(of.tile->tiles.hi) - 1 || of.tile->last_values >= kKeys) return;
   of.shared.wait_value(of.kv_index);
   const uint32_t v = ptx::shared_address(of.shared.value(of.kv_index));
   const int thread = threadIdx.x % 128, first = of.tile->last_values;
-  for (int at = thread; at < (end - first) * VTile::kChunks; at += 128)
+  for (int at = thread; at < (kKeys - first) * VTile::kChunks; at += 128)
     ptx::store_shared(v + VTile::offset(first + at / VTile::kChunks, at % VTile::kChunks), uint4{});
   ptx::fence_async_shared();
   ptx::sync_group(1 + C::kConsumers * (1 + of.team) + of.consumer, kWarpgroup);

@@ -24,17 +24,6 @@ struct BiasChunks {
   }
 };
 
-// f(x, the element of a bias of any dtype) for every element x of S whose row and key are in use.
-template <class S, class F>
-__device__ __forceinline__ void for_each_bias(S& s, const void* bias, const View& view, DType dtype,
-                                              const Band& band, int32_t row, int32_t key, F f) {
-  if (dtype == DType::kF32) return for_each_used<float>(s, bias, view, band, row, key, f);
-  // One loop for both types, because this code is long and seldom used.
-  for_each_used<uint16_t>(s, bias, view, band, row, key, [&](float& x, uint32_t bits) {
-    f(x, dtype == DType::kF16 ? ptx::unpack<__half>(bits).x : ptx::unpack<__nv_bfloat16>(bits).x);
-  });
-}
-
 // The bias of the tile of S whose warp begins at query `row` and whose keys begin at `key`, within the
 // sequence. T: the call's dtype. Only a bias of that dtype, if it has 16 bits, is read in pairs or chunks.
 template <class T>
@@ -65,13 +54,18 @@ class GlobalBias {
   __device__ __forceinline__ void add(S& s, int32_t row, int32_t key, float factor,
                                       const Chunks& chunks) const {
     static_assert(S::kPairs);
-    row = ptx::here(row), key = ptx::here(key);  // no address is computed outside of add_and_cap()'s loop
     if constexpr (sizeof(T) == 2) {
       if (p.bias_dtype == p.dtype && (S::kPermuted ? operands.bias_in_chunks(p) : operands.bias_in_pairs(p)))
         return add_pairs(s, row, key, factor, chunks);
     }
-    for_each_bias(s, operands.bias, p.bias, p.bias_dtype, band, row, key,
-                  [factor](float& x, float bias) { add_bias(x, bias, factor); });
+    if (p.bias_dtype == DType::kF32)
+      return for_each_used<float>(s, operands.bias, p.bias, band, row, key,
+                                  [=](float& x, float bias) { add_bias(x, bias, factor); });
+    // One loop for both other types, because this code is long and seldom used.
+    const bool half = p.bias_dtype == DType::kF16;
+    for_each_used<uint16_t>(s, operands.bias, p.bias, band, row, key, [=](float& x, uint32_t bias) {
+      add_bias(x, half ? ptx::unpack<__half>(bias).x : ptx::unpack<__nv_bfloat16>(bias).x, factor);
+    });
   }
 
  private:

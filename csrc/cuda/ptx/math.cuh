@@ -17,13 +17,6 @@ using float32 = float;
 
 namespace jax_flash::ptx {
 
-// Compiler fence on an address or a number: what depends on it is computed here. The compiler would otherwise
-// move the descriptors of all k steps out of the loop, more than there are registers for.
-__device__ __forceinline__ uint32_t here(uint32_t address) {
-  asm volatile("" : "+r"(address));
-  return address;
-}
-
 // 2^x with an error of 2 ulp; 2^-inf = 0.
 __device__ __forceinline__ float exp2(float x) {
   float y;

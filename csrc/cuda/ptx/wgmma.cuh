@@ -7,8 +7,6 @@
 
 #include <cstdint>
 
-#include "cuda/ptx/math.cuh"
-
 namespace jax_flash::ptx {
 
 // Orders earlier accesses to registers before the next wgmma that reads or writes them.
@@ -35,6 +33,13 @@ template <int n>
 __device__ __forceinline__ void hold(uint32_t (&a)[n][4]) {
 #pragma unroll
   for (int i = 0; i < n * 4; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+}
+
+// Compiler fence on an address or a number: what depends on it is computed here. The compiler would otherwise
+// move the descriptors of all k steps out of the loop, more than there are registers for.
+__device__ __forceinline__ uint32_t here(uint32_t address) {
+  asm volatile("" : "+r"(address));
+  return address;
 }
 
 // Scheduling fence: makes ptxas compute x before a wait that follows, so that the computation overlaps what

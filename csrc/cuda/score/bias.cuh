@@ -17,18 +17,4 @@ __device__ __forceinline__ void scale_and_add_bias(float& x, float scale, float 
   x = fmaf(under_bias(x, bias), scale, bias);
 }
 
-// Calls cap(), and add() before it if the bias is added first, otherwise after it. A loop, because a second
-// copy of add() or cap() would double the compile time of kernels for any options.
-template <class Add, class Cap>
-__device__ __forceinline__ void add_and_cap(bool bias_first, Add add, Cap cap) {
-#pragma unroll 1
-  for (int step = bias_first ? 0 : 1; step < (bias_first ? 2 : 3); ++step) {
-    if (step == 1) {
-      cap();
-    } else {
-      add();
-    }
-  }
-}
-
 }  // namespace jax_flash

@@ -55,19 +55,19 @@ struct GeneralScore : ScoreVariant<S> {
     const AttentionSpec& spec = tile.p.spec;
     const int32_t row = tile.row();
     const float factor = kLog2e / softmax.scale;
-    score_with_bias(s, tile, row, factor, [&] {
-      if (spec.bias_first) return cap_biased(s, spec.softcap, NoGradient{});
-      if (spec.softcap > 0) {
-        for_each_tanh(s, spec.scale / spec.softcap, coarse_tanh(tile.p),
-                      [](float& x, float t, int, int, int) { x = t; });
-      } else if (!(spec.scale > 0)) {
-        for_each(s, [&](float& x, int, int, int) { x *= spec.scale; });
-      }
-      if (softmax.scale == 1.0f) {
-        const float scale = unit(spec);
-        for_each(s, [&](float& x, int, int, int) { x *= scale; });
-      }
-    });
+    const bool first = spec.bias_first;
+    if (spec.softcap > 0 && !first) {
+      for_each_tanh(s, spec.scale / spec.softcap, coarse_tanh(tile.p),
+                    [](float& x, float t, int, int, int) { x = t; });
+    } else if (first || !(spec.scale > 0)) {
+      for_each(s, [&](float& x, int, int, int) { x *= spec.scale; });
+    }
+    if (softmax.scale == 1.0f && !first) {
+      const float scale = unit(spec);
+      for_each(s, [&](float& x, int, int, int) { x *= scale; });
+    }
+    add(s, tile, row, first ? 1 : factor);
+    if (first) cap_biased(s, spec.softcap, NoGradient{});
     subtract_and_hide(s, tile, row, factor, InSegment::kSome);
   }
 
@@ -93,12 +93,15 @@ struct GeneralScore : ScoreVariant<S> {
   __device__ __forceinline__ void score(Scores& s, const Tile& tile, InSegment in_segment, F differentiate) {
     const AttentionSpec& spec = tile.p.spec;
     const int32_t row = tile.row();
-    score_with_bias(s, tile, row, kLog2e, [&] {
-      if (spec.bias_first) return cap_biased(s, spec.softcap, differentiate);
-      if (spec.softcap > 0) return cap(s, spec.softcap, spec.scale, coarse_tanh(tile.p), differentiate);
-      const float scale = spec.scale * kLog2e;
+    const bool first = spec.bias_first;
+    if (spec.softcap > 0 && !first) {
+      cap(s, spec.softcap, spec.scale, coarse_tanh(tile.p), differentiate);
+    } else {
+      const float scale = first ? spec.scale : spec.scale * kLog2e;
       for_each(s, [&](float& x, int, int, int) { x *= scale; });
-    });
+    }
+    add(s, tile, row, first ? 1 : kLog2e);
+    if (first) cap_biased(s, spec.softcap, differentiate);
     subtract_and_hide(s, tile, row, kLog2e, in_segment);
   }
 
@@ -107,17 +110,8 @@ struct GeneralScore : ScoreVariant<S> {
     return kLog2e * (spec.softcap > 0 ? spec.softcap : spec.scale > 0 ? spec.scale : 1.0f);
   }
 
-  // Calls cap(), and adds the bias: before it to scale · S, or after it times `factor`.
-  template <class Scores, class Tile, class Cap>
-  __device__ __forceinline__ void score_with_bias(Scores& s, const Tile& tile, int32_t row, float factor,
-                                                  Cap cap) {
-    const AttentionSpec& spec = tile.p.spec;
-    const bool first = spec.bias_first;
-    if (first) for_each(s, [&](float& x, int, int, int) { x *= spec.scale; });
-    add_and_cap(first, [&] { add(s, tile, row, first ? 1 : factor); }, cap);
-  }
-
-  // S ← S + factor · bias. Staged tiles also apply the mask.
+  // S ← S + factor · bias, at one place for both orders, because a second copy of this code would double the
+  // compile time. Staged tiles also apply the mask; the tangent's tiles add the bias's tangent to dS.
   template <class Scores, class Tile>
   __device__ __forceinline__ void add(Scores& s, const Tile& tile, int32_t row, float factor) {
     const auto add = [factor](float& x, float b) { add_bias(x, b, factor); };
@@ -125,6 +119,7 @@ struct GeneralScore : ScoreVariant<S> {
       if (tile.p.bias || tile.p.mask) tile.apply_tiles(s, add);
     } else if constexpr (kBiasAndMask) {
       if (tile.p.bias) global_bias(tile).add(s, row, tile.key, factor, bias);
+      if constexpr (requires { tile.add_tangent(); }) tile.add_tangent();
     }
   }
 

@@ -108,13 +108,27 @@ __device__ __forceinline__ void multiply_scores(typename C::S& s, typename C::S&
   }
 }
 
-// dS ← dS + tbias.
+// The tile of S with its dS, to which the score variant adds the bias's tangent where it adds the bias to S.
 template <class C>
-__device__ __forceinline__ void add_tbias(typename C::S& ds, const TangentTile<C>& at) {
-  if (at.block.tbias)
-    for_each_bias(ds, at.block.tbias, at.t.tbias, at.p.bias_dtype, at.band(), ptx::here(at.row()),
-                  ptx::here(at.key), [](float& x, float y) { x += y; });
-}
+struct BiasedTangentTile : TangentTile<C> {
+  typename C::S& ds;
+
+  // dS ← dS + tbias
+  __device__ __forceinline__ void add_tangent() const {
+    if (!this->block.tbias) return;
+    const auto add = [&]<class B>() {
+      for_each_used<B>(ds, this->block.tbias, this->t.tbias, this->band(), this->row(), this->key,
+                       [](float& x, B y) { x += static_cast<float>(y); });
+    };
+    if (this->p.bias_dtype == DType::kF32) {
+      add.template operator()<float32>();
+    } else if (this->p.bias_dtype == DType::kF16) {
+      add.template operator()<float16>();
+    } else {
+      add.template operator()<bfloat16>();
+    }
+  }
+};
 
 // Turns the products into the operands of add_values(): S, times log2(e), minus lse, and −∞ where a key is
 // hidden; dS in at.unit(), and 0 where a key is hidden, whatever the key holds.
@@ -127,10 +141,8 @@ __device__ __forceinline__ void finish_scores(typename C::S& s, typename C::S& d
   if constexpr (!C::kPlain) {
     for_each(ds, [&](float& x, int, int, int) { x *= at.p.spec.scale; });
     typename C::Score score;
-    const auto differentiate = [&] {  // S ← score(S); dS ← score'(S) ∘ dS
-      score.template differentiate<GradientOf::kProduct>(s, ds, at);
-    };
-    add_and_cap(at.p.spec.bias_first, [&] { add_tbias<C>(ds, at); }, differentiate);
+    const BiasedTangentTile<C> tile{at, ds};
+    score.template differentiate<GradientOf::kProduct>(s, ds, tile);  // S ← score(S); dS ← score'(S) ∘ dS
   }
   if (partial) mask(s, block.band, at.row(), at.key);
   if (!C::kPlain || partial) {
