@@ -50,7 +50,7 @@ struct Gradient {
     for_each(dp, [&](float& x, int slot, int n, int e) { x = in[kElements + at(slot, n, e)]; });
     const RowsOf rows{in + 2 * kElements, in + 2 * kElements + kRows, row};
     Score score;
-    const ScoreTile tile{p, operands, band, kRow, kKey};
+    const ScoreTile<float, ScoreOperands> tile{p, operands, band, kRow, kKey};
     score.prefetch_gradient(tile);
     tile_gradient<kOf>(score, tile, rows, true, s, dp);
     for_each(s, [&](float x, int slot, int n, int e) { out[at(slot, n, e)] = x; });
