@@ -47,7 +47,8 @@ test: $(INSTALLED)  ## the test suite (IMPLEMENTATION=cuda on a GPU machine; WOR
 .PHONY: test-newest
 test-newest:  ## the suite on Python 3.12 with the newest jax (PYTHON312=…)
 	@test -n "$(PYTHON312)" || { echo "test-newest: no python3.12 found; name one with PYTHON312=…" >&2; exit 1; }
-	$(MAKE) test VENV=.venv-newest PYTHON=$(PYTHON312)
+	$(MAKE) test VENV=$(NEWEST) PYTHON=$(PYTHON312)
+NEWEST = .venv-newest
 
 # What a newer jax or Python can break: tracing, JAX's transformations, lowering, sharding and modes, the libraries
 # beside jax, and the equations in jax.numpy. The kernels are the same there: the extension is built from the same
@@ -56,9 +57,10 @@ JAX_TESTS = $(patsubst %,tests/test_%.py,all_to_all any_mesh backends compilatio
   dot_product export flax flax_layers fresh_process lowering_errors manual_sharding mean_flow modes paged_programs \
   partly_manual ring_training sharded_vmap sharding transforms)
 
+# One instruction set is enough for them, in an environment of its own.
 .PHONY: test-newest-jax
 test-newest-jax:  ## of test-newest the files that test JAX's part in the work rather than the kernels' numbers
-	$(MAKE) test-newest TESTS="$(JAX_TESTS)"
+	JAX_FLASH_CPU_ISAS=baseline $(MAKE) test-newest NEWEST=.venv-newest-jax TESTS="$(JAX_TESTS)"
 
 # JAX's global modes that change how a call is traced: Python's integers beside lax.axis_index are int64 with x64, and
 # arrays of different rank may not meet where ranks are not promoted. About one case of each promise.
@@ -164,7 +166,7 @@ format: $(INSTALLED)  ## rewrite the files in the house's format
 
 .PHONY: clean
 clean:  ## remove what these targets made (out/ stays)
-	rm -rf .venv .venv-newest .venv-gpu build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-newest .venv-newest-jax .venv-gpu build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One build directory per environment: an interrupted or second install compiles only what changed.
