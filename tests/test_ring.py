@@ -152,8 +152,7 @@ def test_plain_jax_runs_the_same_ring(name):
     check(next(case for case in CASES if case.name == name), "zigzag", 2, "xla")
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("dtype", "order"), [("bfloat16", "contiguous"), ("float16", "zigzag")])
 def test_sixteen_bits_keep_the_tolerance(kernel, dtype, order):
     """Results of parts are rounded to 16 bits; sums over the parts are in float32."""
     check(CAUSAL.replace(dtype=dtype, sq=128, sk=128, d=16, dv=16), order, 8, kernel)
@@ -247,8 +246,9 @@ def test_only_what_is_needed_travels(kernel, heads):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("empty", ["b", "s"])
-@pytest.mark.parametrize("mode", ["ring", "all_to_all"])
-@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+@pytest.mark.parametrize(
+    ("mode", "order"), [("ring", "contiguous"), ("ring", "zigzag"), ("all_to_all", "contiguous")]
+)
 def test_an_empty_batch_or_sequence_in_and_outside_jit(implementation, empty, mode, order):
     x = jnp.zeros((0, 8, 4, 8) if empty == "b" else (2, 0, 4, 8), jnp.float32)
     call = partial(ring_attention, causal=True, mode=mode, order=order, implementation=implementation)
