@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import checks
 import jax
@@ -72,13 +72,19 @@ def with_ranges(case, seed, count, heads=1, entries=None):
     return inputs, arrays | {"ranges": jnp.where(jnp.arange(rows)[:, None] < rows // 2, smooth, ranges)}
 
 
+@cache
+def ranged(case, seed, count, heads):
+    """with_ranges(), and the references, for all implementations."""
+    inputs, arrays = with_ranges(case, seed, count, heads)
+    return inputs, arrays, references(case, static_of(case, inputs, arrays), inputs, arrays)
+
+
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("case", SIZES, ids=lambda case: case.name)
 def test_a_row_sees_the_keys_of_its_ranges(case, count, implementation):
     checks.require_case(implementation, case)
-    inputs, arrays = with_ranges(case, 3, count, heads=case.hq if count == 1 else 1)
-    got = differentiate(case, inputs, arrays, implementation)
-    oracle.assert_result(got, *references(case, static_of(case, inputs, arrays), inputs, arrays), case)
+    inputs, arrays, right = ranged(case, 3, count, case.hq if count == 1 else 1)
+    oracle.assert_result(differentiate(case, inputs, arrays, implementation), *right, case)
 
 
 def structured(name, size):
@@ -176,7 +182,7 @@ def test_paged_rows_see_the_keys_of_their_ranges(dtype, d, tokens, packed, count
     case = Case("pages", b=3, sq=tokens, sk=90, kv_lengths=(90, 3, 41), **common)
     if packed:
         case = varlen("pages", sequences, k_sequences=(90, 3, 41), **common)
-    inputs, dense = with_ranges(case, 8, count, heads=case.hq)
+    inputs, dense, (right, low) = ranged(case, 8, count, case.hq)
     call = paged(case, seed=8)
     static = static_of(case, inputs, dense)
     pages = replace(
@@ -188,7 +194,6 @@ def test_paged_rows_see_the_keys_of_their_ranges(dtype, d, tokens, packed, count
     moving = {name: call.arrays[name] for name in ("query", "key", "value")}
     others = {name: x for name, x in call.arrays.items() if name not in moving} | {"ranges": dense["ranges"]}
     got = oracle.differentiate(lambda x: attend(pages, x | others), moving, inputs.dout, inputs.dlse)
-    right, low = references(case, static, inputs, dense)
     oracle.assert_out(got.out, right.out, low.out)
     oracle.assert_lse(got.lse, right.lse)
     oracle.assert_gradient("query", *(x.gradients["query"] for x in (got, right, low)))

@@ -4,8 +4,8 @@
 
 It compiles every loop of every family with every kind of score. Rows of float16 and bfloat16 alternate between the two.
 The portable kernels of float32 and of sm_75 are the templates of sm_80's 16-bit kernels, so they are compiled with the
-plainest and the most general kind alone. sm_90 gets one portable row of each pass and design. The others are printed as
-fallbacks, which are built only for devices with less shared memory.
+plainest and the most general kind alone, sm_75's of float32 with the plainest. sm_90 gets one portable row of each pass
+and design. The others are printed as fallbacks, which are built only for devices with less shared memory.
 
 The time of `make cuda-compile` grows with families, passes and loaders, but not with head dims.
 """
@@ -58,7 +58,8 @@ def reduced(line: str, loaders: set[str], for_newest: bool) -> str:
         line = line.replace("KERNEL", "FALLBACK", 1)
     if "(sm75" in line or " single" in line:
         largest = "general_dropout" if "general_dropout" in line else "general"
-        line = re.sub(r"\bplain \| general.*\)", f"plain | {largest})", line)
+        kinds = "plain" if "(sm75" in line and " single" in line else f"plain | {largest}"
+        line = re.sub(r"\bplain \| general.*\)", f"{kinds})", line)
     return line
 
 
