@@ -65,6 +65,16 @@ def test_blocks_of_every_size(d, block, dtype, implementation):
     check(case, block, (1, case.hk, case.hq)[i % 3], implementation, seed=i)
 
 
+@pytest.mark.parametrize("of_query_heads", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "block"), [((8, 2), (128, 128)), ((6, 2), (64, 64)), ((8, 1), (64, 192)), ((16, 1), (256, 64))]
+)
+def test_heads_of_a_kv_head_in_tiles_of_three_consumers(heads, block, of_query_heads, implementation):
+    """The last tile of the same rows may have rows for two consumers alone."""
+    case = SINKS_AND_LENGTHS.replace(hq=heads[0], hk=heads[1], d=64, dv=64, dtype="bfloat16")
+    check(case, block, case.hq if of_query_heads else case.hk, implementation)
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("block", [(128, 128), (64, 64)], ids=str)

@@ -121,3 +121,24 @@ def test_query_tiles_of_small_blocks_have_rows_of_two_heads():
     assert (of_two["block"], of_two["tiles"], of_two["blocks"]) == (64, 16, 16 * 4)
     alone = plan(block=(64, 64), **blocks | {"heads": 6})["queries"]  # each KV head has three query heads
     assert (alone["block"], alone["blocks"]) == (128, 8 * 6)
+
+
+@pytest.mark.parametrize(
+    ("block", "heads", "rows", "tiles"),
+    [
+        ((128, 128), 32, 192, 8 * 3 * 8),  # 8 parts of 64 rows in 3 tiles
+        ((256, 64), 64, 192, 8 * 6 * 8),
+        ((64, 64), 24, 192, 8 * 16),  # one tile for the same rows of three heads
+        ((64, 64), 32, 128, 8 * 2 * 16),
+        ((128, 128), 16, 128, 8 * 2 * 8),
+        ((128, 32), 32, 128, 8 * 4 * 8),
+        ((96, 128), 32, 128, 8 * 2 * 16),
+    ],
+)
+def test_three_consumers_take_rows_of_all_heads_of_a_kv_head(block, heads, rows, tiles):
+    """At d64, where these tiles leave at most one consumer of nine idle."""
+    chosen = plan(
+        operands=("block_mask",), d=64, dv=64, batch=1, q_rows=1000, heads=heads, kv_heads=8, block=block
+    )
+    assert (chosen["row"]["block_m"], chosen["queries"]["blocks"]) == (rows, tiles)
+    assert chosen["workspace"] <= chosen["workspace_bound"]

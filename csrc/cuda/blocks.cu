@@ -12,7 +12,8 @@
 namespace jax_flash {
 namespace {
 
-constexpr int kConsumersOfTile = 2;
+constexpr int kConsumersOfTile = 2;  // of a key tile
+constexpr int kMostConsumers = 3;    // of a query tile
 
 // The source of a call's mask. at() returns the mask of the heads from `head` on: the operand `block_mask`,
 // or the tiles of a boolean mask.
@@ -47,36 +48,37 @@ __global__ void __launch_bounds__(32)
                    const __grid_constant__ KeyLists to, int32_t keys, uint32_t* counter) {
   const auto lane = static_cast<int32_t>(threadIdx.x);
   if (counter && blockIdx.x == 0 && lane == 0) *counter = 0;
-  const uint32_t groups = p.heads / to.heads;  // unsigned 32-bit divisions are the shortest
-  const uint32_t list = blockIdx.x, tiles = to.query_tiles, head_slot = list / tiles,
-                 entry = head_slot / groups;
+  // Unsigned 32-bit divisions are the shortest.
+  const uint32_t list = blockIdx.x, tiles = to.query_tiles, slots = to.of_group, heads = list / tiles / slots,
+                 kv_heads = p.kv_heads, entry = heads / kv_heads;
+  const auto slot = static_cast<int32_t>(list / tiles % slots);
   const int32_t row = static_cast<int32_t>(list % tiles) * to.rows;
-  const int32_t head = static_cast<int32_t>(head_slot % groups) * to.heads;
   const uint32_t batches = p.batch, leading = entry / batches;
   const Sequence s = fixed_sequence(p, leading, static_cast<int32_t>(entry % batches));
   const Band band = make_band(p, leading, s);
-  const auto blocks = source.at(p, leading, s, head);
-  const bool paired = to.heads > 1;
-  const int32_t end = min(row + (paired ? kRowBlock : kConsumersOfTile * kRowBlock), s.q_len);
+  const auto blocks = source.at(p, leading, s, static_cast<int32_t>(heads % kv_heads) * to.group);
+  const int32_t end = min(row + to.rows, s.q_len);
   const Interval seen = band.rows(row, end);
   const int32_t pieces = keys / to.keys;  // pieces per tile
   KeyPieces* const own = to.tiles + int64_t{list} * to.most;
   int32_t count = 0, last = 0;  // pieces so far; the first key of the last piece
   for (int32_t first = seen.lo / to.keys * to.keys; first < seen.hi; first += 32 * to.keys) {
     const int32_t key = first + lane * to.keys;
-    SeenPiece seen_by[kConsumersOfTile] = {SeenPiece::kNone, SeenPiece::kNone};
-    if (key < seen.hi) {
-      for (int i = 0; i < kConsumersOfTile; ++i) {
-        const int32_t begin = paired ? row : row + i * kRowBlock;
-        seen_by[i] = seen_piece(band, blocks, paired ? i : 0, {begin, min(begin + kRowBlock, end)},
-                                {key, key + to.keys});
-      }
+    SeenPiece seen_by[kMostConsumers] = {SeenPiece::kNone, SeenPiece::kNone, SeenPiece::kNone};
+    bool is_seen = false;
+    for (int i = 0; key < seen.hi && i < to.consumers; ++i) {
+      const KeyLists::Part part = to.part(slot, i);
+      const int32_t begin = row + part.row;
+      if (part.head >= to.group) break;
+      seen_by[i] =
+          seen_piece(band, blocks, part.head, {begin, min(begin + kRowBlock, end)}, {key, key + to.keys});
+      is_seen |= seen_by[i] != SeenPiece::kNone;
     }
-    const bool is_seen = seen_by[0] != SeenPiece::kNone || seen_by[1] != SeenPiece::kNone;
+    if (to.consumers == 2) seen_by[2] = SeenPiece::kAll;
     const uint32_t all = __ballot_sync(~0u, is_seen);
     if (is_seen) {
       const int32_t at = count + __popc(all & ((1u << lane) - 1));
-      own[at / pieces].piece[at % pieces] = KeyPieces::make(key, seen_by[0], seen_by[1]);
+      own[at / pieces].piece[at % pieces] = KeyPieces::make(key, seen_by[0], seen_by[1], seen_by[2]);
       for (int32_t i = pieces; at % pieces == 0 && i < kMostPieces; ++i) own[at / pieces].piece[i] = 0;
     }
     if (all) last = first + (31 - __clz(static_cast<int>(all))) * to.keys;
@@ -85,7 +87,8 @@ __global__ void __launch_bounds__(32)
   if (lane > 0) return;
   const int32_t of_last = count - count / pieces * pieces;
   for (int32_t i = of_last; of_last > 0 && i < pieces; ++i)
-    own[count / pieces].piece[i] = KeyPieces::make(kNoKeys, SeenPiece::kNone, SeenPiece::kNone);
+    own[count / pieces].piece[i] = KeyPieces::make(kNoKeys, SeenPiece::kNone, SeenPiece::kNone,
+                                                   to.consumers == 2 ? SeenPiece::kAll : SeenPiece::kNone);
   // Rows of V in [k_len, k_rows) may hold NaN. TMA loads zeros past k_rows, and for pieces without keys.
   const bool cut = last + to.keys > s.k_len && s.k_len < p.k_rows;
   const int32_t before_last = (of_last > 0 ? of_last - 1 : pieces - 1) * to.keys;
@@ -244,9 +247,8 @@ cudaError_t launch_lists(const Problem& p, const Source& source, const LaunchPla
   }
   if (plan.queries.lists < 0) return cudaSuccess;
   const KeyLists lists = key_lists(p, plan.queries, workspace);
-  return launch(list_key_tiles<Source>,
-                p.leading.count() * p.batch * (p.heads / lists.heads) * plan.queries.tiles, 32, 0, stream, p,
-                source, lists, plan.queries.other_block, tile_counter(plan, workspace));
+  return launch(list_key_tiles<Source>, p.leading.count() * p.batch * lists.slots * plan.queries.tiles, 32, 0,
+                stream, p, source, lists, plan.queries.other_block, tile_counter(plan, workspace));
 }
 
 }  // namespace

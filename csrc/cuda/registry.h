@@ -132,19 +132,18 @@ inline int32_t keys_of_piece(const Problem& p, int32_t tile_keys) {
   return std::gcd(p.block_mask ? p.spec.block_keys : kRowBlock, tile_keys);
 }
 
-// The lists of visible key tiles for the query tiles of a grid. Each query tile has two consumers.
+// The lists of visible key tiles for the query tiles of a grid.
 inline KeyLists key_lists(const Problem& p, const TileGrid& grid, void* workspace) {
-  const int32_t heads = 2 * kRowBlock / grid.block;
+  const int32_t group = p.heads / p.kv_heads, of_group = slots_of_group(group, grid.block, grid.consumers),
+                slots = p.kv_heads * of_group;
   const auto most = static_cast<int32_t>(ceil_div(p.k_rows, grid.other_block));
-  const int64_t lists = p.leading.count() * p.batch * (p.heads / heads) * grid.tiles;
+  const int64_t lists = p.leading.count() * p.batch * slots * grid.tiles;
   auto* tiles = reinterpret_cast<KeyPieces*>(static_cast<char*>(workspace) + grid.lists);
-  return {tiles,
-          reinterpret_cast<KeyList*>(tiles + lists * most),
-          most,
-          keys_of_piece(p, grid.other_block),
-          grid.block,
-          heads,
-          static_cast<int32_t>(grid.tiles)};
+  return {tiles,      reinterpret_cast<KeyList*>(tiles + lists * most),
+          most,       keys_of_piece(p, grid.other_block),
+          grid.block, grid.consumers,
+          group,      of_group,
+          slots,      static_cast<int32_t>(grid.tiles)};
 }
 
 // The lists of visible steps for the key tiles of a grid.

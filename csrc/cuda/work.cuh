@@ -71,17 +71,16 @@ __device__ __forceinline__ BlockWork find_packed_work(const Problem& p, const Ti
 // The work of a tile. The tiles of a group of heads have consecutive numbers. With a causal mask the longest
 // come first (the last queries, the first keys), so that the last CTAs to run have short ones. kUneven: tiles
 // differ without a causal mask, too, and the first key tiles of all heads come first, because all rows may
-// see them (attention sinks). heads_of_tile: the number of successive heads that a query tile covers.
+// see them (attention sinks). slots: query tiles of the same rows (KeyLists), in place of heads; 0: heads.
 template <Over over, bool kUneven = false>
 __device__ __forceinline__ BlockWork find_work(const Problem& p, const TileWork* schedule, int32_t tiles,
                                                int32_t block, TileNumber wanted,
-                                               uint32_t heads_together = kHeadsTogether,
-                                               int32_t heads_of_tile = 1) {
+                                               uint32_t heads_together = kHeadsTogether, int32_t slots = 0) {
   if (p.packed())  // in a deterministic backward, tiles of one head wait for each other
     return find_packed_work<over>(p, schedule, tiles, block, wanted,
                                   p.spec.deterministic ? heads_together : 1);
   constexpr bool kQueries = over == Over::kQueries;
-  const uint32_t heads = kQueries ? p.heads / heads_of_tile : p.kv_heads, all = wanted.count / tiles;
+  const uint32_t heads = slots > 0 ? slots : kQueries ? p.heads : p.kv_heads, all = wanted.count / tiles;
   // Without a causal mask query tiles are equally long, and share more K and V if the heads come one after
   // the other.
   const uint32_t group = kQueries && !kUneven && p.spec.right < 0 ? 1 : heads_together;
@@ -97,7 +96,7 @@ __device__ __forceinline__ BlockWork find_work(const Problem& p, const TileWork*
     rest = first + number % together;
   }
   BlockWork work;
-  work.head = static_cast<int32_t>(rest % heads) * (kQueries ? heads_of_tile : p.heads / p.kv_heads);
+  work.head = static_cast<int32_t>(rest % heads) * (kQueries ? 1 : p.heads / p.kv_heads);
   rest /= heads;
   work.batch_row = static_cast<int32_t>(rest % p.batch);
   work.leading = rest / p.batch;

@@ -82,6 +82,8 @@ class Forward final : public PassTraits {
   bool serves(const KernelRow& row, const Call& call) const override {
     if (call.shapes.page_size % 8) return false;
     if (call.device.sm_count < hopper::sharers(row)) return false;
+    if (row.block_m == kThreeConsumers && call.spec.has(Operand::kBlockMask) && !fills_three(call))
+      return false;
     return packs_heads(row) ? serves_packed_heads(row, call) : call.shapes.leading_rank <= 1;
   }
   bool beats_decode(const KernelRow& row, const Call&) const override { return packs_heads(row); }
@@ -92,6 +94,7 @@ class Forward final : public PassTraits {
 
   bool better(const KernelRow& a, const KernelRow& b, const Call& call) const override {
     if (call.spec.paged()) return packs_heads(a) && !packs_heads(b);
+    if (call.spec.has(Operand::kBlockMask)) return a.block_m > b.block_m;
     const TileChoice choice(call);
     const bool a_small = a.block_m == kConsumerRows, b_small = b.block_m == kConsumerRows;
     if (a_small != b_small) return a_small == choice.wants_one_consumer();
@@ -101,12 +104,16 @@ class Forward final : public PassTraits {
   void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
                  LaunchPlan& plan) const override {
     const Shapes& s = call.shapes;
-    const bool packs = packs_heads(row), pairs = pairs_heads(call, plan.score);
-    plan.queries = tile_grid(call, packs ? s.q_rows * (s.heads / s.kv_heads) : s.q_rows,
-                             packs   ? s.kv_heads
-                             : pairs ? s.heads / 2
-                                     : s.heads,
-                             pairs ? row.block_m / 2 : row.block_m, workspace);
+    if (lists_tiles(plan.score) && s.kv_heads > 0) {
+      const int32_t rows = rows_of_lists(row, call, plan.score), consumers = row.block_m / kConsumerRows;
+      const int64_t slots = slots_of_group(static_cast<int32_t>(s.heads / s.kv_heads), rows, consumers);
+      plan.queries = tile_grid(call, s.q_rows, s.kv_heads * slots, rows, workspace);
+      plan.queries.consumers = consumers;
+    } else {
+      const bool packs = packs_heads(row);
+      plan.queries = tile_grid(call, packs ? s.q_rows * (s.heads / s.kv_heads) : s.q_rows,
+                               packs ? s.kv_heads : s.heads, row.block_m, workspace);
+    }
     const int32_t multicast = uses_clusters(row, call, plan) ? row.multicast : 1;
     plan.cluster_size = multicast * hopper::sharers(row);
     const bool unequal = call.tiles_differ() || lists_tiles(plan.score) || s.q_rows % row.block_m;
@@ -133,12 +140,20 @@ class Forward final : public PassTraits {
   }
 
  private:
-  // Whether the two consumers of a query tile work on the same rows of two heads of a KV head, which often
-  // see the same keys. Neighbouring rows of one head would belong to different blocks.
-  static bool pairs_heads(const Call& call, ScoreKind score) {
+  static constexpr int32_t kThreeConsumers = 3 * kConsumerRows;
+  // The rows that the consumers of query tiles share, of all heads of a KV head, which often see the same
+  // keys (KeyLists). Neighbouring rows of one head may belong to different blocks.
+  static int32_t rows_of_lists(const KernelRow& row, const Call& call, ScoreKind score) {
+    const bool small = score == ScoreKind::kBlocks && call.spec.block_rows % (2 * kRowBlock) != 0;
+    const bool whole = row.block_m == kThreeConsumers || call.shapes.heads / call.shapes.kv_heads % 2 == 0;
+    return small && whole ? kRowBlock : 2 * kRowBlock;
+  }
+  // Whether tiles of three consumers leave at most one of nine idle, with rows and pieces in single blocks.
+  static bool fills_three(const Call& call) {
     const Shapes& s = call.shapes;
-    return score == ScoreKind::kBlocks && call.spec.block_rows % (2 * kRowBlock) != 0 && s.kv_heads > 0 &&
-           s.heads / s.kv_heads % 2 == 0;
+    if (s.kv_heads == 0 || call.spec.block_rows % kRowBlock || call.spec.block_keys % kRowBlock) return false;
+    const int64_t parts = s.heads / s.kv_heads * (call.spec.block_rows % (2 * kRowBlock) ? 1 : 2);
+    return 9 * parts >= 8 * ceil_div(parts, 3) * 3;
   }
   static bool packs_heads(const KernelRow& row) { return row.design == Design::kPackedHeads; }
 

@@ -21,6 +21,7 @@ struct TileGrid {
   int64_t lists = -1;          // offset of the lists of cuda/blocks.cu; -1: none
   int64_t mask_tiles = -1;     // offset of what a boolean mask shows of tiles (cuda/mask_tiles.cu); -1: none
   int32_t other_block = 0;     // with ranges or lists: rows of a tile of the other side
+  int32_t consumers = 2;       // with lists of key tiles: consumer warpgroups of a query tile
 };
 
 // How decode splits the keys. A column is a KV head, or one chunk of its query rows if they are too many for

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "blocks.h"
+#include "row_blocks.h"
 
 namespace jax_flash {
 
@@ -11,15 +12,20 @@ inline constexpr int32_t kMostPieces = 4;    // pieces per key tile
 inline constexpr int32_t kNoKeys = 1 << 30;  // first key of an empty piece: past every sequence
 
 // A listed key tile is a sequence of pieces, each of consecutive keys. An element packs the piece's first
-// key, a multiple of 16, with how much of the piece the rows of each consumer warpgroup see. Unused elements
-// are 0.
+// key, a multiple of 16 for two consumer warpgroups and of 64 for three, with how much of the piece the rows
+// of each consumer see. Unused elements are 0.
 struct alignas(16) KeyPieces {
   int32_t piece[kMostPieces];
 
-  JF_HD static int32_t make(int32_t key, SeenPiece first, SeenPiece second) {
-    return key | static_cast<int32_t>(first) | static_cast<int32_t>(second) << 2;
+  JF_HD static int32_t make(int32_t key, SeenPiece first, SeenPiece second,
+                            SeenPiece third = SeenPiece::kAll) {
+    return key | static_cast<int32_t>(first) | static_cast<int32_t>(second) << 2 |
+           static_cast<int32_t>(third) << 4;
   }
-  JF_HD static int32_t key(int32_t piece) { return piece & ~15; }
+  template <int kConsumers = 2>
+  JF_HD static int32_t key(int32_t piece) {
+    return piece & (kConsumers == 2 ? ~15 : ~63);
+  }
   JF_HD static SeenPiece seen(int32_t piece, int consumer) {
     return static_cast<SeenPiece>(piece >> 2 * consumer & 3);
   }
@@ -35,17 +41,35 @@ struct KeyList {
   int32_t last_values;  // valid rows of V in the last tile
 };
 
-// The lists of all query tiles of a call. The two consumers of a query tile have neighbouring rows of one
-// head, or the same rows of two heads of a KV head.
+// The lists of all query tiles of a call. All heads of a KV head share `rows` rows, which are parts of
+// kRowBlock rows of each head, one head after the other. Each query tile has the next `consumers` parts; the
+// last one may have fewer.
 struct KeyLists {
   KeyPieces* tiles = nullptr;
   KeyList* lists = nullptr;
   int32_t most = 0;         // capacity of a list, in tiles
   int32_t keys = 0;         // keys of a piece
-  int32_t rows = 0;         // stride between query tiles
-  int32_t heads = 0;        // heads of a query tile
-  int32_t query_tiles = 0;  // query tiles of a head
+  int32_t rows = 0;         // stride between the rows of query tiles
+  int32_t consumers = 0;    // parts of a query tile
+  int32_t group = 0;        // heads of a KV head
+  int32_t of_group = 0;     // query tiles of the same rows, of these heads
+  int32_t slots = 0;        // of all heads
+  int32_t query_tiles = 0;  // strides of rows
+
+  // Part i of the query tile in a slot of a KV head. Parts past the last head of a KV head do not exist.
+  struct Part {
+    int32_t head, row;  // among the heads of the KV head, and among the rows
+  };
+  JF_HD Part part(int32_t slot, int32_t i) const {
+    const int32_t number = slot * consumers + i, shift = rows > kRowBlock;  // each head has one or two parts
+    return {number >> shift, (number & shift) * kRowBlock};
+  }
 };
+
+// The query tiles of the same rows for the `group` heads of a KV head.
+constexpr JF_HD int32_t slots_of_group(int32_t group, int32_t rows, int32_t consumers) {
+  return (group * (rows / kRowBlock) + consumers - 1) / consumers;
+}
 
 // A step of the backward: a query tile of one of the heads, packed with how much of each consumer's keys its
 // rows see.

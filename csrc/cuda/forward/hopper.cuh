@@ -126,13 +126,14 @@ struct ForwardSm90 {
   // of a kernel's start. It does not with three consumers, whose loop would be 2 to 5 % slower, as ptxas
   // allocates its registers differently, nor with multicast, whose calls are too long for it to matter.
   static constexpr bool kEarlyLoad = kConsumers <= 2 && kMulticast == 1;
-  using Shared = ForwardShared<T, QTile, KTile, VTile, kKeyStages, kValueStages, kConsumers, kOwners,
-                               kKeyParts, kKeyCluster, Input, kMulticast, Output,
-                               std::conditional_t<kRanges, RangesOfTile<kConsumers>,
-                                                  std::conditional_t<kListed, ListOfTile, NoRangesOfTile>>,
-                               std::conditional_t<kHasColumns, SliceOfTile, NoSliceOfTile>,
-                               std::conditional_t<(kCluster > 1), TileMailbox, NoMailbox>,
-                               std::conditional_t<(kSharers > 1), RowExchange<P>, NoRowExchange>>;
+  using Shared =
+      ForwardShared<T, QTile, KTile, VTile, kKeyStages, kValueStages, kConsumers, kOwners, kKeyParts,
+                    kKeyCluster, Input, kMulticast, Output,
+                    std::conditional_t<kRanges, RangesOfTile<kConsumers>,
+                                       std::conditional_t<kListed, ListOfTile<kConsumers>, NoRangesOfTile>>,
+                    std::conditional_t<kHasColumns, SliceOfTile, NoSliceOfTile>,
+                    std::conditional_t<(kCluster > 1), TileMailbox, NoMailbox>,
+                    std::conditional_t<(kSharers > 1), RowExchange<P>, NoRowExchange>>;
   // Producers' arrivals at a tile state.
   static constexpr uint32_t kStateReleases =
       Loader::kWarps * std::min<uint32_t>(Loader::kLanes, ptx::kWarpArrivals) +

@@ -52,13 +52,13 @@ struct Consumer {
                                       int in_cta)
       : p(problem), shared(memory), consumer(in_team), team(in_cta) {}
 
-  __device__ __forceinline__ int32_t rows_apart() const {
-    if constexpr (C::kListed) return uniform(tile->rows_apart());
-    return kConsumerRows;
+  __device__ __forceinline__ int32_t rows_before() const {
+    if constexpr (C::kListed) return uniform(tile->rows_before(consumer));
+    return consumer * kConsumerRows;
   }
   // The warp's first row within the sequence, computed at each use to save a register.
   __device__ __forceinline__ int32_t row() const {
-    return uniform(tile->work.tile.row) + consumer * rows_apart() + ptx::thread_index() % 128 / 32 * 16;
+    return uniform(tile->work.tile.row) + rows_before() + ptx::thread_index() % 128 / 32 * 16;
   }
   __device__ __forceinline__ ConsumerTile<Consumer> score_tile(uint32_t kv_use) const {
     return {*this, kv_use - without_input};

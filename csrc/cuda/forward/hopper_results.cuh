@@ -16,7 +16,7 @@ namespace jax_flash {
 template <class Consumer>
 __device__ __forceinline__ decltype(auto) lse_rows(const Consumer& warpgroup) {
   if constexpr (Consumer::Config::kListed) {
-    const int32_t head = warpgroup.consumer * warpgroup.tile->heads_apart();
+    const int32_t head = warpgroup.tile->heads_before(warpgroup.consumer);
     LseRows rows = warpgroup.tile->lse;
     rows.data += head * warpgroup.p.lse.head;
     if (rows.sinks) rows.sinks += head * warpgroup.p.sinks.head;
@@ -29,7 +29,7 @@ template <class Consumer>
 __device__ __forceinline__ decltype(auto) out_rows(const Consumer& warpgroup) {
   if constexpr (Consumer::Config::kListed) {
     auto rows = warpgroup.tile->out;
-    rows.data += warpgroup.consumer * warpgroup.tile->heads_apart() * warpgroup.p.out.head;
+    rows.data += warpgroup.tile->heads_before(warpgroup.consumer) * warpgroup.p.out.head;
     return rows;
   } else {
     return (warpgroup.tile->out);
@@ -75,7 +75,7 @@ __device__ __forceinline__ void write_rows(Consumer& warpgroup) {
                               warpgroup.row(), work.end);
   } else if constexpr (C::kStoresByTma) {
     warpgroup.shared.out_pipe.pipe[warpgroup.consumer].wait_empty(warpgroup.tile_index);
-    if (stores_by_tma(p, work, uniform(work.row) + warpgroup.consumer * warpgroup.rows_apart())) {
+    if (stores_by_tma(p, work, uniform(work.row) + warpgroup.rows_before())) {
       stage_rows<typename C::Element, typename C::OTile>(
           warpgroup.o, warpgroup.shared.o.tile[warpgroup.consumer], ptx::thread_index() % 128 / 32 * 16);
     } else {

@@ -49,7 +49,7 @@ struct SchedulerThread {
       uint32_t wanted = number;
       if constexpr (C::kHasColumns) wanted = tile.template take<C>(reload(p), number);
       if constexpr (C::kListed) {
-        tile.work = scheduler.work(reload(p), wanted, segments.lists.rows, segments.lists.heads);
+        tile.work = scheduler.work(reload(p), wanted, segments.lists.rows, segments.lists.slots);
       } else {
         tile.work = scheduler.work(reload(p), wanted, C::kMulticast * C::kM);
       }

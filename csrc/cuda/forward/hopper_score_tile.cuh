@@ -25,6 +25,7 @@ template <class Consumer>
 struct ConsumerTile {
   using Element = typename Consumer::T;
   using Input = typename Consumer::Config::Input;
+  static constexpr int kConsumers = Consumer::Config::kConsumers;
   const Consumer& of;
   uint32_t input_use;  // use of the input's pipeline
   const Problem& p = of.p;
@@ -48,7 +49,7 @@ struct ConsumerTile {
   __device__ __forceinline__ int32_t keys_of_piece() const { return of.tile->keys_of_piece; }
   __device__ __forceinline__ BlockMask block_mask() const {
     BlockMask mask = operands().block_mask(p);
-    mask.seen += consumer * of.tile->heads_apart() * mask.head;
+    mask.seen += of.tile->heads_before(consumer) * mask.head;
     return mask;
   }
   __device__ __forceinline__ MaskRows mask_rows() const { return mask_rows_from(p, operands().mask); }

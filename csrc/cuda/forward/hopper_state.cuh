@@ -24,22 +24,24 @@ struct ConsumerKeys {
   int32_t end;     // one past the last key that any of its rows sees
 };
 
-// The distance between the rows of two successive consumers, and what is staged per key tile.
+// Where a consumer's rows lie, counted from the first consumer's, and what is staged per key tile.
 struct NeighbouringRows {
-  __device__ __forceinline__ static int32_t rows_apart() { return kConsumerRows; }
-  __device__ __forceinline__ static int32_t heads_apart() { return 0; }
+  __device__ __forceinline__ static int32_t rows_before(int consumer) { return consumer * kConsumerRows; }
+  __device__ __forceinline__ static int32_t heads_before(int) { return 0; }
   template <int kStages>
   struct Pieces {};
 };
 
 // Additional state of kernels that go through lists.
+template <int kConsumers>
 struct ListOfTile {
-  const KeyPieces* list;  // of the key tiles
+  static constexpr int32_t kNoRows = 1 << 28;  // rows_before() of a consumer without rows
+  const KeyPieces* list;                       // of the key tiles
   int32_t keys_of_piece;
-  int32_t rows, heads;  // distance between two consumers
+  int32_t rows[kConsumers], heads[kConsumers];
 
-  __device__ __forceinline__ int32_t rows_apart() const { return rows; }
-  __device__ __forceinline__ int32_t heads_apart() const { return heads; }
+  __device__ __forceinline__ int32_t rows_before(int consumer) const { return rows[consumer]; }
+  __device__ __forceinline__ int32_t heads_before(int consumer) const { return heads[consumer]; }
   // K of a tile is loaded before V of the previous tile, whose stage all consumers have released by then.
   template <int kStages>
   struct Pieces {
@@ -107,11 +109,11 @@ struct TileState : Ranges, Slice {
     if (tile.row >= tile.end) return false;
     band = work.band_inline(p);
     reload_shared();
-    tiles = tiles_of(band.rows(tile.row, tile.used_queries()), C::kN);
+    if constexpr (!C::kListed) tiles = tiles_of(band.rows(tile.row, tile.used_queries()), C::kN);
     reload_shared();
     if constexpr (C::Score::reads(Operand::kQSegmentIds)) trim<C>(p, segments);
     if constexpr (C::kKind == ScoreKind::kRanges) trim_to_ranges<C>(p, segments);
-    if constexpr (C::kListed) take_list(p, segments.lists);
+    if constexpr (C::kListed) take_list<C>(p, segments.lists);
     if constexpr (C::kMulticast > 1) {
       work.tile.row += static_cast<int32_t>(ptx::cluster_rank()) * C::kM;
       work.tile.end = min(work.tile.end, work.tile.row + C::kM);
@@ -128,7 +130,7 @@ struct TileState : Ranges, Slice {
     if constexpr (C::kKind == ScoreKind::kRanges) prepare_blocks<C>();
 #pragma unroll 1
     for (int i = 0; C::kListed && i < kConsumers; ++i) {
-      const bool used = tile.row + i * this->rows_apart() < tile.used_queries();
+      const bool used = tile.row + this->rows_before(i) < tile.used_queries();
       keys[i].tiles = used ? tiles : Interval{tiles.lo, tiles.lo};
     }
 #pragma unroll 1
@@ -216,18 +218,32 @@ struct TileState : Ranges, Slice {
     reload_shared();
     this->in_band.hi = static_cast<int32_t>(max(-kMost, min(kMost, band.shift + band.right + 1)));
   }
-  // Takes the key tiles that the mask and the band leave to the tile.
+  // Takes the key tiles that the mask and the band leave to the tile in a slot, work.head.
+  template <class C>
   __device__ __forceinline__ void take_list(const Problem& p, const KeyLists& lists) {
-    const int64_t groups = p.heads / lists.heads, group = work.head / lists.heads;
-    const int64_t at = ((work.leading * p.batch + work.batch_row) * groups + group) * lists.query_tiles +
-                       work.tile.row / lists.rows;
+    const uint32_t number = work.head, kv_head = number / lists.of_group;
+    const uint32_t entry = static_cast<uint32_t>(work.leading) * p.batch + work.batch_row;
+    const int64_t at = (entry * lists.slots + number) * lists.query_tiles +
+                       static_cast<uint32_t>(work.tile.row) / lists.rows;
     reload_shared();
     const KeyList& own = lists.lists[at];
     tiles = {0, own.tiles}, last_values = own.last_values;
     reload_shared();
     this->list = lists.tiles + at * lists.most;
     this->keys_of_piece = lists.keys;
-    this->rows = lists.heads > 1 ? 0 : kConsumerRows, this->heads = lists.heads - 1;
+    reload_shared();
+    const int32_t slot = static_cast<int32_t>(number - kv_head * lists.of_group);
+    const KeyLists::Part first = lists.part(slot, 0);
+    work.head = static_cast<int32_t>(kv_head) * lists.group + first.head;
+    work.tile.row += first.row;
+    reload_shared();
+#pragma unroll 1
+    for (int i = 0; i < kConsumers; ++i) {
+      const KeyLists::Part part = lists.part(slot, i);
+      this->rows[i] = part.head < lists.group ? part.row - first.row : this->kNoRows;
+      this->heads[i] = part.head - first.head;
+    }
+    reload_shared();
   }
   // Starts to copy the entries of the consumers' blocks from the table, whose latency would add up otherwise.
   __device__ __forceinline__ void copy_blocks(const Problem& p, const TileSegments& segments) {

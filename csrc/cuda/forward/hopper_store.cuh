@@ -68,10 +68,10 @@ struct StoreWarp {
   template <class State>
   __device__ __forceinline__ void store(const State& state, int consumer) const {
     const BlockWork& work = state.work;
-    const int32_t row = work.tile.row + consumer * state.rows_apart();
+    const int32_t row = work.tile.row + state.rows_before(consumer);
     if (!stores_by_tma(p, work.tile, row)) return;
     ptx::Coordinates at =
-        coordinates_of(p.out, work, work.head + consumer * state.heads_apart(), work.tile.q_begin + row);
+        coordinates_of(p.out, work, work.head + state.heads_before(consumer), work.tile.q_begin + row);
     const uint32_t from = ptx::shared_address(shared.o.tile[consumer]);
 #pragma unroll
     for (int chunk = 0; chunk < Tile::kChunks; chunk += Tile::kPanel) {

@@ -57,7 +57,7 @@ class ListLoader {
     ptx::barrier_expect(barrier, Tile::kBytes);
 #pragma unroll 1
     for (int32_t i = 0, row = 0; row < C::kN; ++i, row += keys) {
-      at.row = KeyPieces::key(pieces.piece[i]);
+      at.row = KeyPieces::key<C::kConsumers>(pieces.piece[i]);
       load_rows<Tile>(tile, row, map, barrier, at);
     }
   }

@@ -29,14 +29,15 @@ struct BlocksScore : ScoreVariant<S> {
   }
 
  private:
-  // The loop over the tile's pieces of `keys` keys is not unrolled, which takes the fewest registers.
+  // The loop over the tile's pieces of `keys` keys is not unrolled, which takes the fewest registers. With
+  // three consumers the rows of each lie in one block, so only the band hides a part of a piece.
   template <class Scores, class Tile>
   __device__ __forceinline__ static void hide_pieces(Scores& s, const Tile& tile, const KeyPieces& pieces,
                                                      int32_t keys) {
     const BlockMask blocks = tile.block_mask();
 #pragma unroll 1
     for (int32_t at = 0, column = 0; column < Scores::kColumns; ++at, column += keys) {
-      const int32_t piece = pieces.piece[at], key = KeyPieces::key(piece);
+      const int32_t piece = pieces.piece[at], key = KeyPieces::key<Tile::kConsumers>(piece);
       const SeenPiece seen = KeyPieces::seen(piece, tile.consumer);
       if (seen == SeenPiece::kAll) continue;
       const int32_t first = column - Scores::column(0);
@@ -44,7 +45,8 @@ struct BlocksScore : ScoreVariant<S> {
       for (int slot = 0; slot < Scores::kSlots; ++slot) {
         const int32_t row = tile.row() + Scores::row(slot);
         Interval own{0, 0};
-        if (seen == SeenPiece::kSome && blocks.sees(0, row, key)) own = tile.band().row(row);
+        if (seen == SeenPiece::kSome && (Tile::kConsumers > 2 || blocks.sees(0, row, key)))
+          own = tile.band().row(row);
         own = intersect(own, {key, key + keys});
         if (own.empty()) own = {key + keys, key + keys};
         hide_columns(s, slot, {first, first + own.lo - key});

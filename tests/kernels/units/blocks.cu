@@ -163,29 +163,39 @@ int wrong_key_lists(bool boolean) {
   const Problem& p = x.p;
   LaunchPlan plan{};
   TileGrid& grid = plan.queries;
-  const bool pairs = p.spec.block_rows % kTileRows && x.group % 2 == 0;
+  grid.consumers = !boolean && p.spec.block_keys % kRowBlock == 0 ? draw(2, 3) : 2;
+  const bool pairs = grid.consumers == 2 ? x.group % 2 == 0 : draw(0, 1) == 1;
   if (boolean) grid.mask_tiles = kMaskTiles;
-  grid.block = pairs ? kRowBlock : kTileRows, grid.other_block = draw(0, 1) ? 128 : 64;
+  grid.block = pairs && p.spec.block_rows % kTileRows ? kRowBlock : kTileRows,
+  grid.other_block = draw(0, 1) ? 128 : 64;
   grid.tiles = ceil_div(p.q_rows, grid.block), grid.lists = 0;
   void* const workspace = poisoned(memory);
   check(launch_blocks(p, plan, workspace, nullptr));
   check(cudaDeviceSynchronize());
   const KeyLists to = key_lists(p, grid, workspace);
-  const int32_t groups = p.heads / to.heads, pieces = grid.other_block / to.keys;
-  const int64_t count = static_cast<int64_t>(p.batch) * groups * to.query_tiles;
+  const int32_t pieces = grid.other_block / to.keys;
+  const int64_t count = static_cast<int64_t>(p.batch) * to.slots * to.query_tiles;
   const std::vector<KeyList> lists = read(to.lists, count);
   const std::vector<KeyPieces> tiles = read(to.tiles, count * to.most);
   int wrong = 0;
   for (int64_t at = 0; at < count; ++at) {
     const auto tile = static_cast<int32_t>(at % to.query_tiles);
-    const auto b = static_cast<int32_t>(at / to.query_tiles / groups);
-    const int32_t head = static_cast<int32_t>(at / to.query_tiles % groups) * to.heads;
+    const auto b = static_cast<int32_t>(at / to.query_tiles / to.slots),
+               slot = static_cast<int32_t>(at / to.query_tiles % to.slots);
+    // The head of a consumer and its first row; the consumer has none past the last head of its KV head.
+    const auto place = [&](int32_t i) {
+      const int32_t part = slot % to.of_group * to.consumers + i, parts = grid.block / kRowBlock;
+      const int32_t head = slot / to.of_group * x.group + part / parts;
+      return part / parts < x.group ? std::pair{head, tile * to.rows + part % parts * kRowBlock}
+                                    : std::pair{0, p.q_rows};
+    };
     const KeyList own = lists[at];
     bool right = own.tiles <= to.most;
-    std::set<int32_t> listed[2];
+    std::set<int32_t> listed[3];
     for (int32_t n = 0, before = -1; right && n < own.tiles * kMostPieces; ++n) {
       const int32_t piece = tiles[at * to.most + n / kMostPieces].piece[n % kMostPieces];
-      const int32_t key = KeyPieces::key(piece), place = n % kMostPieces * to.keys;
+      const int32_t key = to.consumers == 2 ? KeyPieces::key(piece) : KeyPieces::key<3>(piece);
+      const int32_t at_key = n % kMostPieces * to.keys;
       const bool last = n / kMostPieces + 1 == own.tiles;
       if (n % kMostPieces >= pieces || key == kNoKeys) {
         right &= key == kNoKeys ? last : piece == 0;
@@ -193,20 +203,21 @@ int wrong_key_lists(bool boolean) {
       }
       right &= key > before && key % to.keys == 0 && (last || key + to.keys <= std::max(x.keys_of(b), key));
       before = key;
-      for (int i = 0; i < 2; ++i) {
-        const int32_t row = tile * to.rows + (pairs ? 0 : i * kRowBlock);
+      for (int i = 0; i < to.consumers; ++i) {
+        const auto [head, row] = place(i);
         const SeenPiece seen = KeyPieces::seen(piece, i);
-        right &= x.is(seen, b, head + (pairs ? i : 0), {row, row + kRowBlock}, {key, key + to.keys});
+        right &= x.is(seen, b, head, {row, row + kRowBlock}, {key, key + to.keys});
         if (seen != SeenPiece::kNone) listed[i].insert(key);
       }
       for (int32_t j = key; last && p.k_rows > x.keys_of(b) && j < key + to.keys; ++j)
-        right &= (j < x.keys_of(b)) == (place + j - key < own.last_values);
+        right &= (j < x.keys_of(b)) == (at_key + j - key < own.last_values);
     }
-    for (int i = 0; i < 2; ++i)
-      for (int32_t row = tile * to.rows + (pairs ? 0 : i * kRowBlock), end = row + kRowBlock; row < end;
-           ++row)
+    for (int i = 0; i < to.consumers; ++i) {
+      const auto [head, first] = place(i);
+      for (int32_t row = first; row < first + kRowBlock; ++row)
         for (int32_t j = 0; j < p.k_rows; ++j)
-          right &= listed[i].count(j / to.keys * to.keys) || !x.sees(b, head + (pairs ? i : 0), row, j);
+          right &= listed[i].count(j / to.keys * to.keys) || !x.sees(b, head, row, j);
+    }
     wrong += !right;
   }
   return wrong;
