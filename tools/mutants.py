@@ -73,9 +73,9 @@ def why_not(runs: str, gpu: bool) -> str | None:
 
 def tree_files() -> set[str]:
     """The files of the tree that are not made by a build."""
-    command = ["git", "ls-files", "-coz", "--exclude-standard"]
-    listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if listing.returncode == 0:
+    if (ROOT / ".git").exists():
+        command = ["git", "ls-files", "-coz", "--exclude-standard"]
+        listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         return {name for name in listing.stdout.split("\0") if name and (ROOT / name).is_file()}
     made = {"build", "dist", "out", "__pycache__", ".git", ".pytest_cache", ".mypy_cache", ".ruff_cache"}
     paths = (x.relative_to(ROOT) for x in ROOT.rglob("*") if x.is_file() and x.suffix != ".so")
@@ -220,7 +220,7 @@ def run_tests(
         return Outcome(True, f"{last_begun(said)}, which does not end", said)
     if process.returncode == 0:
         return Outcome(False, "", said)
-    failed = re.search(r"^(?:FAILED|ERROR) (.*?)(?: - .*)?$", said, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) (.*)$", said, re.MULTILINE)  # with the first line of the reason
     if runs == "guards":
         return Outcome(True, f"{tests[0]} {(re.search('FAILED.*', said) or [''])[0]}", said)
     return Outcome(True, failed[1] if failed else f"{last_begun(said)}, which crashes", said)
