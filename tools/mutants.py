@@ -199,7 +199,7 @@ class Outcome:
 def run_tests(
     copy: Copy, runs: str, isa: str, tests: tuple[str, ...], seconds: float, workers: int = 0
 ) -> Outcome:
-    """Runs tests until one fails."""
+    """Runs tests until one fails; raises Broken if none begins."""
     if runs == "guards":
         (driver,) = tests
         command = [copy.root / "build/memory" / driver, "1500"]
@@ -223,12 +223,17 @@ def run_tests(
     failed = re.search(r"^(?:FAILED|ERROR) (.*)$", said, re.MULTILINE)  # with the first line of the reason
     if runs == "guards":
         return Outcome(True, f"{tests[0]} {(re.search('FAILED.*', said) or [''])[0]}", said)
+    if not failed and last_begun(said) == NO_TEST:
+        raise Broken(f"no test begins: {said[-200:]}")
     return Outcome(True, failed[1] if failed else f"{last_begun(said)}, which crashes", said)
+
+
+NO_TEST = "no test"
 
 
 def last_begun(said: str) -> str:
     begun = re.findall(r"^(tests/\S+::[^\n]*?)(?: (?:PASSED|SKIPPED|Fatal).*)?$", said, re.MULTILINE)
-    return begun[-1].strip() if begun else "a test"
+    return begun[-1].strip() if begun else NO_TEST
 
 
 def passes_without(copy: Copy, mutants: list[Mutant]) -> dict[str, float]:
@@ -274,7 +279,7 @@ def try_mutant(copy: Copy, mutant: Mutant, limit: float, nearest_only: bool) -> 
                 return "killed", f"{outcome.by}, far from it"
         return "SURVIVED", mutant.breaks
     except (Broken, cuda_library.BuildError) as error:
-        return "BROKEN", f"does not compile: {error}"
+        return "BROKEN", f"no verdict: {error}"
     finally:
         if mutant.runs in ("emulated", "gpu"):
             library.restore()
