@@ -10,8 +10,8 @@
 
 namespace jax_flash {
 
-// The mask of one sequence and query head, with a column for each key from `first` on. Rows and keys must be
-// in use.
+// The mask of one sequence and query head, with a column for each key from `first` on. Rows and keys must lie
+// within the sequence's lengths.
 struct ElementMask {
   const uint8_t* seen = nullptr;  // [row, key - first]; null: hides nothing
   int64_t row = 0;                // stride of rows, in elements
