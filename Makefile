@@ -94,13 +94,14 @@ memory-safety:  ## the CPU kernels between guard pages, under address and undefi
 
 # By hand and before a release: it builds and tests a copy of the tree once for each bug.
 .PHONY: mutants
-mutants: $(INSTALLED)  ## plants the bugs of tests/mutants: none may survive (ONLY=text, NEAREST=1, GPU=1, docs/testing.md)
+mutants: $(INSTALLED)  ## plants the bugs of tests/mutants: none may survive (ONLY=text, NEAREST=1, GPU=1, COPIES=2, docs/testing.md)
 	$(BIN)/python -m pip install -q 'nanobind>=3.1,<4' cmake ninja
 	$(BIN)/python tools/mutants.py --workers $(WORKERS) $(if $(ONLY),--only "$(ONLY)") $(if $(NEAREST),--nearest) \
-	  $(if $(GPU),--gpu)
+	  $(if $(GPU),--gpu) $(if $(COPIES),--jobs $(COPIES))
 ONLY ?=
 NEAREST ?=
 GPU ?=
+COPIES ?=
 
 .PHONY: cuda-compile
 cuda-compile: $(INSTALLED)  ## where nvcc is: rows of every kernel family and pass compile, load and are listed (CUDA_ROWS=all)

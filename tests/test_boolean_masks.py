@@ -84,6 +84,21 @@ def test_each_mask(d, name, dtype, kernel):
     check(case, pictures(case.sq, case.sk)[name][None, None], kernel)
 
 
+@pytest.mark.parametrize("shown", [False, True])
+def test_tiles_that_one_pair_makes_partial(shown, kernel):
+    """Some tiles of each head show, or hide, one pair, in a block of 8 rows that differs between heads."""
+    d = 128 if 128 in HEAD_DIMS else 64
+    case = Case("pairs", b=1, sq=512, sk=512, hq=8, hk=2, d=d, dv=d, dtype="bfloat16")
+    a, b = np.indices((8, 8))
+    mask = np.full((1, 8, 512, 512), not shown)
+    row, key = (
+        64 * a + 8 * ((a + b) % 8) + (3 * a + b) % 8,
+        64 * b + 8 * ((3 * a + b) % 8) + (5 * a + 3 * b) % 8,
+    )
+    mask[0, (a + b) % 8, row, key] = shown
+    check(case, mask, kernel)
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_options_of_a_call_with_a_mask(case, deterministic, kernel):

@@ -24,14 +24,19 @@ def tool():
     return module
 
 
-def test_each_has_a_name_of_its_own_a_promise_and_tests_that_exist(tool):
+@pytest.fixture(scope="module")
+def lists(tool):
+    return sys.modules["mutant_lists"]
+
+
+def test_each_has_a_name_of_its_own_a_promise_and_tests_that_exist(tool, lists):
     found = tool.load()
     assert len({(x.group, x.name) for x in found}) == len(found) >= 60
     for x in found:
         assert x.breaks, x.name
         assert x.tests, x.name
         assert x.old != x.new, x.name
-        assert x.runs in tool.RUNS, x.name
+        assert x.runs in lists.RUNS, x.name
         for test in x.tests:
             if x.runs == "guards":
                 assert (ROOT / "tests" / "kernels" / "guards" / f"{test}.cc").exists(), x.name
@@ -82,8 +87,8 @@ def test_a_row_that_the_table_lacks_is_told(tool):
 
 
 @pytest.mark.parametrize("text", ["", "x = 1\nx = 1\n"])
-def test_one_whose_text_is_gone_or_not_unique_is_stale(tool, text):
+def test_one_whose_text_is_gone_or_not_unique_is_stale(tool, lists, text):
     bug = tool.Mutant("bug", "a.py", "x = 1", "x = 2", "a promise", ("tests",), "cpu", "python")
     assert bug.planted("x = 1\ny = 1\n") == "x = 2\ny = 1\n"
-    with pytest.raises(tool.Stale, match=r"occurs [02] times in a\.py"):
+    with pytest.raises(lists.Stale, match=r"occurs [02] times in a\.py"):
         bug.planted(text)

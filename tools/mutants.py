@@ -1,25 +1,27 @@
 """Plants the bugs of tests/mutants one at a time in a copy of the tree, and reports which of them the tests catch.
 
-python tools/mutants.py [--only TEXT]... [--nearest] [--gpu] [--list]
+python tools/mutants.py [--only TEXT]... [--nearest] [--gpu] [--list] [--jobs N]
 
 A bug is a mutant: a file, a piece of its text and the replacement. For each mutant this builds what depends on the file
 and runs the tests nearest to it, then the other tests until one fails. The exit status is 1 if a mutant survives or its
-text is no longer in the file.
+text is no longer in the file. With --jobs each of N mutants has a copy of the tree and runs beside the others; --built
+takes build/mutants as another machine left it, so that only mutants of CUDA kernels or of Python can run.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import queue
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import tomllib
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +29,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import cuda_library
 import planted_library
+from mutant_lists import ROOT, Mutant, gpu_rows, load, rows_for, stale
 
-ROOT = Path(__file__).resolve().parent.parent
-LISTS = ROOT / "tests" / "mutants"
 WORK = ROOT / "build" / "mutants"
 ISA_OF_FLAG = {"avx512_bf16": "avx512_bf16", "avx512bw": "avx512", "avx2": "avx2"}
 # With an editable install, `import jax_flash` would otherwise import the user's tree.
@@ -38,79 +39,12 @@ sys.meta_path[:] = [finder for finder in sys.meta_path if "ScikitBuild" not in t
 """
 
 
-class Stale(Exception):
-    """The text that a mutant replaces is not there, or not only once."""
-
-
 class Broken(Exception):
     """The tree without a bug fails its tests, or the tree with the bug does not compile, so there is no verdict."""
 
 
-@dataclass(frozen=True)
-class Mutant:
-    """One planted bug.
-
-    `breaks` is the promise that it breaks; `tests` are pytest's arguments for the tests nearest to it. `runs` says
-    where they run: "cpu" (this machine, Python and the CPU kernels), "emulated" (CUDA kernels on
-    tests/kernels/emulator), "guards" (the drivers of tests/kernels/guards, which `tests` then names) or "gpu". `isa`:
-    the CPU instruction set whose code has the bug. `objects`: the CUDA object files that are built with the bug, by
-    parts of their names; empty: all.
-    """
-
-    name: str
-    file: str
-    old: str
-    new: str
-    breaks: str
-    tests: tuple[str, ...]
-    runs: str
-    group: str
-    isa: str = ""
-    objects: tuple[str, ...] = ()
-
-    def planted(self, text: str) -> str:
-        count = text.count(self.old)
-        if count != 1:
-            raise Stale(f"its text occurs {count} times in {self.file}")
-        return text.replace(self.old, self.new)
-
-
-def load(folder: Path = LISTS) -> list[Mutant]:
-    """The mutants of every list, those in Python first, then sorted by file, so that little is rebuilt between two."""
-    found = []
-    for path in sorted(folder.glob("*.toml")):
-        content = tomllib.loads(path.read_text())
-        for entry in content["mutant"]:
-            known = {"runs": content["runs"], "group": path.stem} | entry
-            lists = {name: tuple(known.get(name, ())) for name in ("tests", "objects")}
-            found.append(Mutant(**known | lists))
-    return sorted(found, key=lambda x: (RUNS.index(x.runs), x.file.startswith("csrc"), x.isa, x.file))
-
-
-def gpu_rows(folder: Path = LISTS) -> tuple[str, ...]:
-    """The rows of csrc/kernels.def that the tests of GPU mutants need (planted_library.table)."""
-    lists = [tomllib.loads(path.read_text()) for path in sorted(folder.glob("*.toml"))]
-    return tuple(row for content in lists for row in content.get("rows", ()))
-
-
-def rows_for(mutants: list[Mutant], rows: tuple[str, ...]) -> tuple[str, ...]:
-    """The `rows` whose head dims are those of kernels with one of these mutants; their tests run no others."""
-    objects = [x for mutant in mutants for x in mutant.objects or ("",)]
-
-    def head_dims(row: str) -> tuple[str, ...]:
-        return tuple(row.partition(":")[0].split()[3:5])
-
-    def file(row: str) -> str:
-        arch, pass_, loader, d, dv = row.partition(":")[0].split()[:5]
-        return f"{pass_}_{loader}_{arch}_d{d}_dv{dv}"
-
-    wanted = {head_dims(row) for row in rows if any(x in file(row) for x in objects)}
-    return tuple(row for row in rows if head_dims(row) in wanted)
-
-
 # --- where a mutant runs ------------------------------------------------------------------------------------------
 
-RUNS = ("cpu", "guards", "emulated", "gpu")
 # The emulator's library has kernels for the head dims 64 and 512 only, which also run smaller head dims by padding.
 EMULATED_REST = (
     *("tests/test_several_tiles.py", "tests/test_append.py", "tests/test_paged_gradients.py"),
@@ -139,9 +73,9 @@ def why_not(runs: str, gpu: bool) -> str | None:
 
 def tree_files() -> set[str]:
     """The files of the tree that are not made by a build."""
-    command = ["git", "ls-files", "-coz", "--exclude-standard"]
-    listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if listing.returncode == 0:
+    if (ROOT / ".git").exists():
+        command = ["git", "ls-files", "-coz", "--exclude-standard"]
+        listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         return {name for name in listing.stdout.split("\0") if name and (ROOT / name).is_file()}
     made = {"build", "dist", "out", "__pycache__", ".git", ".pytest_cache", ".mypy_cache", ".ruff_cache"}
     paths = (x.relative_to(ROOT) for x in ROOT.rglob("*") if x.is_file() and x.suffix != ".so")
@@ -150,17 +84,23 @@ def tree_files() -> set[str]:
 
 @dataclass
 class Copy:
-    """A copy of the tree, with what is built of it. Nothing outside build/mutants is ever written."""
+    """A copy of the tree, with what is built of it. Nothing outside build/mutants is ever written.
+
+    `given`: another machine has built what mutants of CUDA kernels need. `base`: the copy whose CUDA libraries this one
+    shares.
+    """
 
     workers: int
     gpu_rows: tuple[str, ...] = ()  # rows of the library for a GPU
     root: Path = WORK / "tree"
     built: str = ""  # the kind and instruction set of the last build; "" if files have changed since
+    given: bool = False
+    base: Copy | None = None
 
     def sync(self) -> None:
         """Copies the tree's changed files; unchanged ones keep their time stamps, so that little is rebuilt."""
         names = tree_files()
-        known = WORK / "files.txt"
+        known = self.root.with_suffix(".txt")
         for name in set(known.read_text().splitlines() if known.exists() else ()) - names:
             (self.root / name).unlink(missing_ok=True)
         for name in names:
@@ -172,6 +112,14 @@ class Copy:
         known.write_text("\n".join(sorted(names)))
         (WORK / "site").mkdir(exist_ok=True)
         (WORK / "site" / "sitecustomize.py").write_text(SITE)
+
+    def another(self, number: int) -> Copy:
+        """A copy in which a mutant can run beside those in other copies."""
+        copy = Copy(self.workers, self.gpu_rows, WORK / f"tree{number}", "cpu ", self.given, self)
+        copy.sync()
+        for module in (self.root / "jax_flash").glob("_core*.so"):
+            shutil.copyfile(module, copy.root / "jax_flash" / module.name)
+        return copy
 
     def write(self, name: str, text: str) -> None:
         (self.root / name).write_text(text)
@@ -193,7 +141,11 @@ class Copy:
     def build(self, runs: str, isa: str) -> None:
         """Builds what tests of this kind need; raises Broken with the compiler's message."""
         kind = f"{runs} {isa}"
-        if self.built == kind:
+        if self.built == kind or (self.base and runs in ("emulated", "gpu")):
+            return
+        if self.given:
+            if runs in ("emulated", "gpu"):
+                self.library(runs).restore()
             return
         env = self.environment(runs, isa)
         commands: list[list[Any]] = [["tools/build_inplace.sh"]]
@@ -217,9 +169,8 @@ class Copy:
         """The CUDA library that tests of this kind load."""
         places = {"emulated": "build/emulated", "gpu": "jax_flash"}  # the emulator plugin, and the package
         place = self.root / places[runs] / planted_library.NAME
-        return planted_library.Library(
-            self.root, self.root / "build" / f"planted-{runs}", place, self.workers
-        )
+        root = self.base.root if self.base else self.root
+        return planted_library.Library(root, root / "build" / f"planted-{runs}", place, self.workers)
 
     def check_import(self) -> None:
         """Raises Broken unless the tests import the copy's jax_flash."""
@@ -248,7 +199,7 @@ class Outcome:
 def run_tests(
     copy: Copy, runs: str, isa: str, tests: tuple[str, ...], seconds: float, workers: int = 0
 ) -> Outcome:
-    """Runs tests until one fails."""
+    """Runs tests until one fails; raises Broken if none begins."""
     if runs == "guards":
         (driver,) = tests
         command = [copy.root / "build/memory" / driver, "1500"]
@@ -269,15 +220,20 @@ def run_tests(
         return Outcome(True, f"{last_begun(said)}, which does not end", said)
     if process.returncode == 0:
         return Outcome(False, "", said)
-    failed = re.search(r"^(?:FAILED|ERROR) (.*?)(?: - .*)?$", said, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) (.*)$", said, re.MULTILINE)  # with the first line of the reason
     if runs == "guards":
         return Outcome(True, f"{tests[0]} {(re.search('FAILED.*', said) or [''])[0]}", said)
+    if not failed and last_begun(said) == NO_TEST:
+        raise Broken(f"no test begins: {said[-200:]}")
     return Outcome(True, failed[1] if failed else f"{last_begun(said)}, which crashes", said)
+
+
+NO_TEST = "no test"
 
 
 def last_begun(said: str) -> str:
     begun = re.findall(r"^(tests/\S+::[^\n]*?)(?: (?:PASSED|SKIPPED|Fatal).*)?$", said, re.MULTILINE)
-    return begun[-1].strip() if begun else "a test"
+    return begun[-1].strip() if begun else NO_TEST
 
 
 def passes_without(copy: Copy, mutants: list[Mutant]) -> dict[str, float]:
@@ -299,20 +255,22 @@ def passes_without(copy: Copy, mutants: list[Mutant]) -> dict[str, float]:
     return seconds
 
 
-def try_mutant(copy: Copy, mutant: Mutant, seconds: float, nearest_only: bool) -> tuple[str, str]:
-    """The verdict on a mutant, and the test that killed it or the promise that it breaks."""
+def try_mutant(copy: Copy, mutant: Mutant, limit: float, nearest_only: bool) -> tuple[str, str]:
+    """The verdict on a mutant, and the test that killed it or the promise that it breaks. Nearest tests that run for
+    longer than `limit` seconds count as hanging."""
     file = copy.root / mutant.file
     whole = file.read_text()
     try:
         if mutant.runs in ("emulated", "gpu"):
             library = copy.library(mutant.runs)
             copy.build(mutant.runs, "")
-            bad = library.plant(mutant.file, mutant.planted(whole), mutant.objects, WORK / "planted")
+            folder = copy.root.with_name(f"{copy.root.name}-planted")
+            bad = library.plant(mutant.file, mutant.planted(whole), mutant.objects, folder)
             shutil.copyfile(bad, library.place)
         else:
             copy.write(mutant.file, mutant.planted(whole))
             copy.build(mutant.runs, mutant.isa)
-        outcome = run_tests(copy, mutant.runs, mutant.isa, mutant.tests, 120 + 5 * seconds)
+        outcome = run_tests(copy, mutant.runs, mutant.isa, mutant.tests, limit)
         if outcome.failed:
             return "killed", outcome.by
         if not nearest_only and REST[mutant.runs]:
@@ -321,7 +279,7 @@ def try_mutant(copy: Copy, mutant: Mutant, seconds: float, nearest_only: bool) -
                 return "killed", f"{outcome.by}, far from it"
         return "SURVIVED", mutant.breaks
     except (Broken, cuda_library.BuildError) as error:
-        return "BROKEN", f"does not compile: {error}"
+        return "BROKEN", f"no verdict: {error}"
     finally:
         if mutant.runs in ("emulated", "gpu"):
             library.restore()
@@ -329,13 +287,33 @@ def try_mutant(copy: Copy, mutant: Mutant, seconds: float, nearest_only: bool) -
             copy.write(mutant.file, whole)
 
 
-def stale(mutants: list[Mutant]) -> Iterator[tuple[Mutant, str]]:
-    for mutant in mutants:
-        file = ROOT / mutant.file
+@dataclass(frozen=True)
+class Verdict:
+    mutant: Mutant
+    found: str
+    by: str
+    seconds: float
+
+
+def try_all(
+    copies: list[Copy], mutants: list[Mutant], limits: dict[str, float], nearest_only: bool
+) -> Iterator[Verdict]:
+    """The verdicts on mutants, of which one at a time runs in each copy, as they come."""
+    free: queue.SimpleQueue[Copy] = queue.SimpleQueue()
+    for copy in copies:
+        free.put(copy)
+
+    def verdict(mutant: Mutant) -> Verdict:
+        copy, begin = free.get(), time.monotonic()
         try:
-            mutant.planted(file.read_text() if file.exists() else "")
-        except Stale as error:
-            yield mutant, str(error)
+            found, by = try_mutant(copy, mutant, limits[mutant.runs], nearest_only)
+        finally:
+            free.put(copy)
+        return Verdict(mutant, found, by, time.monotonic() - begin)
+
+    with ThreadPoolExecutor(len(copies)) as pool:
+        for done in as_completed([pool.submit(verdict, x) for x in mutants]):
+            yield done.result()
 
 
 def selected(only: list[str], gpu: bool) -> list[Mutant]:
@@ -362,6 +340,11 @@ def main() -> int:
         "--list", action="store_true", help="list them, and which no longer fit, without running any"
     )
     parser.add_argument("--workers", type=int, default=2, help="processes of builds and tests; default 2")
+    parser.add_argument("--jobs", type=int, default=1, help="mutants that are tried at a time; default 1")
+    parser.add_argument("--built", action="store_true", help="build nothing but the mutants")
+    parser.add_argument(
+        "--limit", type=float, help="seconds of the nearest tests; default: by those without a bug"
+    )
     options = parser.parse_args()
     mutants = load() if options.list else selected(options.only, options.gpu)
     counts: Counter[str] = Counter()
@@ -374,24 +357,24 @@ def main() -> int:
             print(f"{x.group}: {x.name} ({x.file})\n    breaks: {x.breaks}")
         return int(counts["STALE"] > 0)
     WORK.mkdir(parents=True, exist_ok=True)
-    copy = Copy(options.workers, rows_for([x for x in mutants if x.runs == "gpu"], gpu_rows()))
+    rows = rows_for([x for x in mutants if x.runs == "gpu"], gpu_rows())
+    copy = Copy(options.workers, rows, given=options.built)
     print(f"{len(mutants)} mutants to try", flush=True)
+    kinds = dict.fromkeys(x.runs for x in mutants)
     try:
         copy.sync()
-        copy.build("cpu", "")
+        for runs in ("cpu", *kinds):
+            copy.build(runs, "")
         copy.check_import()
-        seconds = {} if options.trusting else passes_without(copy, mutants)
+        seconds = dict.fromkeys(kinds, 100.0) if options.trusting else passes_without(copy, mutants)
     except (Broken, cuda_library.BuildError) as error:
         print(error)
         return 2
-    for mutant in mutants:
-        begin = time.monotonic()
-        found, by = try_mutant(copy, mutant, seconds.get(mutant.runs, 100), options.nearest)
-        counts[found] += 1
-        print(
-            f"{found:9} {time.monotonic() - begin:5.0f} s  {mutant.group}: {mutant.name}\n{'':19}{by}",
-            flush=True,
-        )
+    limits = {runs: options.limit or 120 + 5 * spent for runs, spent in seconds.items()}
+    copies = [copy.another(i) for i in range(options.jobs)] if options.jobs > 1 else [copy]
+    for x in try_all(copies, mutants, limits, options.nearest):
+        counts[x.found] += 1
+        print(f"{x.found:9} {x.seconds:5.0f} s  {x.mutant.group}: {x.mutant.name}\n{'':19}{x.by}", flush=True)
     print(", ".join(f"{count} {name.lower()}" for name, count in counts.items()))
     return int(set(counts) != {"killed"})
 

@@ -139,6 +139,6 @@ def _run(*command: object, folder: Path | None = None) -> str:
     done = subprocess.run([str(x) for x in command], cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         said = done.stdout + done.stderr
-        errors = [line for line in said.splitlines() if "error" in line.lower()]
+        errors = [line for line in said.splitlines() if re.search("error|cannot find|undefined", line, re.I)]
         raise cuda_library.BuildError("\n".join(errors[:5]) or said[-2000:])
     return done.stdout

@@ -249,7 +249,7 @@ class DecodeLoop {
       load_factors(head_.key, p.k_scale, j0, n);
       multiply<Step::kScores>(key, cold, n);  // S = Q Kᵀ
       BlockColumns block{.used = {0, n}};
-      const bool others = p.q_segment_ids || head_.draft.reaches(range.keys.hi) || seen.holes;
+      const bool others = p.q_segment_ids || seen.holes;
       if (others || panels.hides_some({0, n})) block.mixed = kAllPanels;
       SoftmaxShift shifts;
       const auto row = [&](int32_t r) { return Row{tile_.position(r), tile_.head_of(r)}; };

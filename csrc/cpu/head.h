@@ -5,11 +5,11 @@
 #include "isa.h"
 // isa.h goes first: it makes the core force-inlined.
 #include "../core/band.h"
-#include "../core/draft.h"
 #include "../core/dropout.h"
 #include "../core/problem.h"
 #include "../core/score.h"
 #include "../core/visible/blocks.h"
+#include "../core/visible/elements.h"
 #include "../core/visible/ranges.h"
 #include "convert.h"
 #include "product.h"
@@ -52,6 +52,7 @@ struct Head {
   Band band;
   RowRanges ranges;  // of `head` and the query heads after it
   BlockMask blocks;  // likewise
+  MaskOfHeads mask;  // likewise
   int32_t head;      // the first query head
   Rows query, key, value;
   // S = query_sign q·k. Without score options the score is softmax_scale · S; with them finish_scores
@@ -59,10 +60,9 @@ struct Head {
   // rounding errors.
   float query_sign, softmax_scale;
   bool has_options;
-  bool hides_panels;  // a mask or a block mask may hide panels of keys
+  bool hides_panels;  // `mask` or `blocks` may hide panels of keys
   bool has_dropout;
   Dropout dropout;
-  DraftMask draft;
   int64_t leading;
 
   Head(const Problem& p, int64_t leading_, const Sequence& s, int32_t head_)
@@ -71,6 +71,7 @@ struct Head {
         band(make_band(p, leading_, s)),
         ranges(row_ranges(p, leading_, s, head_)),
         blocks(block_mask_of(p, leading_, s, head_)),
+        mask(masks_of_heads(p, leading_, s, head_)),
         head(head_),
         leading(leading_) {
     query = rows(p.query, p.head_dim, s.q_begin, head);
@@ -78,11 +79,10 @@ struct Head {
     value = keys(p.value, p.value_dim, p.v_scale, 0.0f);
     query_sign = p.spec.scale < 0 ? -1.0f : 1.0f;
     has_options = has_score_options(p);
-    hides_panels = p.mask || blocks;
+    hides_panels = mask || blocks;
     softmax_scale = softmax_scale_of(p);
     has_dropout = p.spec.dropout_rate > 0;
     if (has_dropout) dropout = make_dropout(p.spec, p.dropout, p.dropout.leading_offset(p.leading, leading));
-    draft = draft_mask_of(p, leading, s);
   }
 
   // The rows of a per-token operand or gradient from sequence row `begin` at head h, which is a KV head if

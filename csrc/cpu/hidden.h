@@ -52,13 +52,11 @@ static bool sees(const Head& head, Row row, int32_t j) {
   };
   if (!head.seen(row, {0, head.band.k_len}).contains(j)) return false;
   if (p.q_segment_ids && segment(p.q_segment_ids, i) != segment(p.kv_segment_ids, j)) return false;
-  if (p.mask && !*element(head, p.mask, p.mask.offset(z, row.head, i, j), 1)) return false;
+  if (head.mask && head.mask.hides(row.head - head.head, i, j)) return false;
   if (head.blocks && !head.blocks.sees(row.head - head.head, i, j)) return false;
-  if (p.bias) {
-    const int64_t at = p.bias.offset(z, row.head, i, j);
-    if (shared_bias(p.bias_dtype, element(head, p.bias, at, size_of(p.bias_dtype))) == kNegInf) return false;
-  }
-  return !head.draft.seen || !head.draft.hides(i, j);
+  if (!p.bias) return true;
+  const int64_t at = p.bias.offset(z, row.head, i, j);
+  return shared_bias(p.bias_dtype, element(head, p.bias, at, size_of(p.bias_dtype))) != kNegInf;
 }
 
 // The columns of those keys of a tile for which the products take zeros.

@@ -115,13 +115,14 @@ class MaskPanels {
   PanelBytes some_[kTileN / kPanel], hidden_[kTileN / kPanel];
 };
 
-// The panels that a boolean mask leaves to rows within the sequence's length.
-static SeenPanels panels_of_mask(const Head& head, QueryRange rows, Columns columns, int32_t j0) {
-  const View& mask = head.problem.mask;
+// The panels that a boolean mask leaves to rows within the sequence's length. It hides no column before its
+// own.
+static SeenPanels panels_of_mask(const MaskOfHeads& mask, QueryRange rows, Columns columns, int32_t j0) {
   const int32_t heads = mask.head != 0 ? rows.heads : 1, end = mask.row != 0 ? rows.end : rows.begin + 1;
-  const auto* first = reinterpret_cast<const uint8_t*>(
-      element(head, mask, mask.offset(head.sequence.index, head.head, rows.begin, j0), 1));
   const uint64_t bits = panel_bits(columns.lo, columns.hi);
+  const Columns own{max(columns.lo, mask.first - j0), columns.hi};
+  if (own.empty()) return {bits, bits};
+  const uint8_t* const first = mask.at(0, rows.begin, j0);
   if (mask.column == 0) {
     SeenPanels found{0, bits};
     for (int32_t h = 0; h < heads; ++h) {
@@ -135,11 +136,14 @@ static SeenPanels panels_of_mask(const Head& head, QueryRange rows, Columns colu
     }
     return found;
   }
-  MaskPanels found(columns);
+  MaskPanels masked(own);
   for (int32_t h = 0; h < heads; ++h) {
-    for (int32_t i = rows.begin; i < end; ++i) found.add(first + h * mask.head + (i - rows.begin) * mask.row);
+    for (int32_t i = rows.begin; i < end; ++i)
+      masked.add(first + h * mask.head + (i - rows.begin) * mask.row);
   }
-  return found.panels();
+  SeenPanels found = masked.panels();
+  found.some |= panel_bits(columns.lo, own.lo), found.all |= bits & ~panel_bits(own.lo, own.hi);
+  return found;
 }
 
 // The panels that a block mask leaves to such rows.
@@ -167,7 +171,7 @@ JF_INLINE SeenPanels seen_panels(const Head& head, QueryRange rows, Columns colu
   SeenPanels found;
   rows.end = min(rows.end, head.band.q_len);
   if (!head.hides_panels || columns.empty() || rows.end <= rows.begin) return found;
-  if (head.problem.mask) found = panels_of_mask(head, rows, columns, j0);
+  if (head.mask) found = panels_of_mask(head.mask, rows, columns, j0);
   if (head.blocks) {
     const SeenPanels blocks = panels_of_blocks(head.blocks, rows, columns, j0);
     found = {found.some & blocks.some, found.all & blocks.all};

@@ -68,7 +68,7 @@ enum ScoreOption {
   kConstant = 8,
   kMask = 16,
   kSegments = 32,
-  kDraft = 64,
+  kMaskFrom = 64,  // a mask whose column 0 is past the tile's
   kHole = 128,
   kBlocks = 256,
   kAnyOptions = 511
@@ -93,8 +93,7 @@ struct ScoreRow {
   const uint8_t* mask = nullptr;
   const int32_t* ids = nullptr;
   int32_t id = 0;
-  const uint8_t* draft = nullptr;        // element of the row's first new token,
-  int32_t first_draft = 0;               // which is in this column
+  int32_t first_masked = 0;              // the first column that the mask has
   Columns hole{0, 0};                    // keys between the row's two ranges
   BlockMask blocks;                      // the blocks of the row's head
   int32_t block_row = 0, first_key = 0;  // first_key: the key of column 0
@@ -124,13 +123,13 @@ struct ScoreRow {
       options |= kAlibi;
       distance = static_cast<float>(head.band.diagonal(i) - j0);
     }
-    if (p.mask && mixed) {
-      const char* at = element(head, p.mask, p.mask.offset(sequence, row.head, i, j0), 1);
-      if (p.mask.column) {
-        mask = reinterpret_cast<const uint8_t*>(at);
-        mask_ahead = kPrefetchRows * p.mask.row;
-        options |= kMask;
-      } else if (!*at) {
+    if (head.mask && mixed) {
+      mask = head.mask.at(row.head - head.head, i, j0);
+      first_masked = head.mask.first - j0;
+      if (head.mask.column) {
+        mask_ahead = kPrefetchRows * head.mask.row;
+        options |= first_masked > 0 ? kMaskFrom : kMask;
+      } else if (!*mask) {
         constant = kNegInf;
       }
     }
@@ -139,11 +138,6 @@ struct ScoreRow {
       id = *reinterpret_cast<const int32_t*>(element(head, q, q.offset(sequence, 0, i), 4));
       options |= kSegments;
       ids = reinterpret_cast<const int32_t*>(element(head, k, k.offset(sequence, 0, j0), 4));
-    }
-    if (head.draft.seen && mixed) {
-      draft = head.draft.seen + i * head.draft.row;
-      first_draft = head.draft.first - j0;
-      options |= kDraft;
     }
     if (head.ranges.two && mixed) {
       const Interval keys = head.seen(row, {0, head.band.k_len}).hole;
@@ -193,16 +187,16 @@ struct ScoreRow {
       const ColumnVector<inner, 1> flags(mask, c, visible);
       x = load_bytes(flags.data) != 0 ? x : broadcast(kNegInf);
     }
+    if (has<kOptions, kMaskFrom>()) {
+      const Columns masked{max(visible.lo, first_masked), visible.hi};
+      const ColumnVector<false, 1> flags(mask, c, masked);
+      x = (load_bytes(flags.data) != 0) | (column < first_masked) ? x : broadcast(kNegInf);
+    }
     if (has<kOptions, kSegments>()) {
       const ColumnVector<inner, 4> keys(ids, c, visible);
       x = reinterpret_cast<Int>(static_cast<UInt>(*reinterpret_cast<const UIntUnaligned*>(keys.data))) == id
               ? x
               : broadcast(kNegInf);
-    }
-    if (has<kOptions, kDraft>()) {
-      const Columns drafts{max(visible.lo, first_draft), visible.hi};
-      const ColumnVector<false, 1> flags(draft - first_draft, c, drafts);
-      x = (load_bytes(flags.data) != 0) | (column < first_draft) ? x : broadcast(kNegInf);
     }
     if (has<kOptions, kHole>()) x = (column < hole.lo) | (column >= hole.hi) ? x : broadcast(kNegInf);
     if (has<kOptions, kBlocks>()) {
@@ -282,8 +276,8 @@ __attribute__((noinline)) inline Float Head::finish_scores(Row row, int32_t j0, 
       return finish_row<kMask>(options, visible, s, slopes);
     case kSegments:
       return finish_row<kSegments>(options, visible, s, slopes);
-    case kDraft:
-      return finish_row<kDraft>(options, visible, s, slopes);
+    case kMaskFrom:
+      return finish_row<kMaskFrom>(options, visible, s, slopes);
     case kHole:
       return finish_row<kHole>(options, visible, s, slopes);
     case kBlocks:

@@ -66,7 +66,7 @@ JF_INLINE bool block_columns(const Head& head, int32_t i0, int32_t blocks, int32
     any = true;
     columns[b].used = used;
     columns[b].seen = panels.some;
-    const bool anywhere = segments.differ_from(keys) || head.draft.reaches(keys.hi) || seen.holes;
+    const bool anywhere = segments.differ_from(keys) || seen.holes;
     columns[b].mixed = anywhere ? kAllPanels : panels.mixed();
     const Interval all = intersect(seen.all, keys);
     columns[b].unmasked = {round_up(all.lo - j0, kPanel), round_down(all.hi - j0, kPanel)};

@@ -255,13 +255,7 @@ class LatentWarps {
       const float slope = *call.alibi_slopes.at<const float>(work.leading, work.index, rows.head(row), 0);
       x = subtract_distance(x, slope, static_cast<float>(work.band.diagonal(position) - key));
     }
-    const int32_t q_len = work.band.q_len;
-    if (call.draft_mask && has_drafts(q_len, call.draft_rows)) {
-      const DraftMask drafts{call.draft_mask.at<const uint8_t>(work.leading, work.index, 0, 0),
-                             call.draft_mask.row, first_draft(q_len, work.band.k_len)};
-      if (drafts.hides(position, key)) return -INFINITY;
-    }
-    return x;
+    return draft_mask_of(call, work).hides(position, key) ? -INFINITY : x;
   }
 
   // O ← α O + P V

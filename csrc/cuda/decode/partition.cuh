@@ -7,6 +7,7 @@
 
 #include "core/band.h"
 #include "core/split.h"
+#include "core/visible/elements.h"
 #include "core/visible/ranges.h"
 #include "cuda/decode/call.cuh"
 
@@ -87,6 +88,14 @@ __device__ __forceinline__ const T* query_at(const DecodeCall& call, const Colum
   row = min(row, rows.count() - 1);
   const int32_t position = call.starts ? min(rows.position(row), work.band.q_len - 1) : rows.position(row);
   return call.query.at<const T>(work.leading, work.batch_row, rows.head(row), work.q_begin + position);
+}
+
+// The draft mask of a sequence; one without elements if it has none.
+__device__ __forceinline__ ElementMask draft_mask_of(const DecodeCall& call, const SequenceWork& work) {
+  const int32_t q_len = work.band.q_len;
+  if (!call.draft_mask || !has_drafts(q_len, call.draft_rows)) return {};
+  return {call.draft_mask.at<const uint8_t>(work.leading, work.index, 0, 0), call.draft_mask.row,
+          first_draft(q_len, work.band.k_len)};
 }
 
 // The keys among `keys` that the ranges of a row of the column show.

@@ -63,12 +63,7 @@ struct DecodeTile {
   __device__ __forceinline__ SeenKeys seen(int slot) const {
     return seen_by_ranges(call, rows, work, row(slot), {key, key + S::kColumns});
   }
-  __device__ __forceinline__ DraftMask draft_mask() const {
-    const int32_t q_len = work.band.q_len;
-    if (!call.draft_mask || !has_drafts(q_len, call.draft_rows)) return {};
-    return {call.draft_mask.at<const uint8_t>(work.leading, work.index, 0, 0), call.draft_mask.row,
-            first_draft(q_len, work.band.k_len)};
-  }
+  __device__ __forceinline__ ElementMask draft_mask() const { return draft_mask_of(call, work); }
 
  private:
   __device__ __forceinline__ int32_t row(int slot) const {

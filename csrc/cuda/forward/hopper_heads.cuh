@@ -5,7 +5,6 @@
 #include <bit>
 #include <cstdint>
 
-#include "core/draft.h"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/score/draft.cuh"
 #include "cuda/score/variant.cuh"
@@ -68,7 +67,7 @@ struct PackedHeadsScore : PlainScore<S> {
     const Band& band = tile.band();
     const int32_t first = first_draft(p.packing.tokens, band.k_len);
     if (tile.key + Scores::kColumns <= first || (p.packing.right < 0 && !p.draft_mask)) return;
-    DraftMask drafts;
+    ElementMask drafts;
     if (p.draft_mask)
       drafts = {p.draft_mask.template as<const uint8_t>() + tile.sequence() * p.draft_mask.batch,
                 p.draft_mask.row, first};

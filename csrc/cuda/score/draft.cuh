@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "core/draft.h"
+#include "core/visible/elements.h"
 #include "cuda/score/operands.cuh"
 
 namespace jax_flash {
@@ -34,7 +34,7 @@ __device__ __forceinline__ void hide_where(S& s, const Band& band, int32_t key, 
 
 // S ← −inf where the draft mask of a sequence hides the key.
 template <class S, class Row>
-__device__ __forceinline__ void hide_drafts(S& s, const DraftMask& draft, const Band& band, int32_t key,
+__device__ __forceinline__ void hide_drafts(S& s, const ElementMask& draft, const Band& band, int32_t key,
                                             Row row_of) {
   if (!draft.reaches(key + S::kColumns)) return;
   hide_where(s, band, key, row_of, [&](int32_t i, int32_t j) { return draft.hides(i, j); });

@@ -4,10 +4,10 @@
 #include <cstdint>
 
 #include "core/band.h"
-#include "core/draft.h"
 #include "core/plan/launch_plan.h"
 #include "core/problem.h"
 #include "core/visible/blocks.h"
+#include "core/visible/elements.h"
 #include "core/visible/ranges.h"
 #include "cuda/score/dropout.cuh"
 #include "cuda/score/mask_bits.cuh"
