@@ -1,5 +1,7 @@
 """Latent pools (multi-head latent attention): one pool, whose first columns are the values, against the oracle."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from pages import FLOAT8, latent, require
 from programs import collectives, require_devices
 
-from jax_flash import append_kv, flops, merge_attention, paged_attention
+from jax_flash import append_kv, flops, masks, merge_attention, paged_attention
 from jax_flash.operands import BACKWARD, BIAS_GRADIENT, FORWARD, TANGENT
 from jax_flash.primitives import bind
 from jax_flash.spec import AttentionSpec
@@ -131,6 +133,39 @@ def test_a_draft_mask_hides_new_tokens(kernel):
         np.testing.assert_allclose(
             got[0].astype("float32"), wanted[0].astype("float32"), rtol=2e-2, atol=2e-2
         )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("heads", [16, 128])
+def test_pages_that_ranges_hide_are_not_read(heads, tokens, packed, kernel):
+    require(kernel, DECODE.replace(dtype="bfloat16", hq=heads))
+    keys, size, d = 1024, 64, 576
+    rng = np.random.default_rng(heads)
+    q, pool = (
+        jnp.asarray(rng.standard_normal(x), "bfloat16")
+        for x in ((2, tokens, heads, d), (2 * keys // size, size, 1, d))
+    )
+    tables = jnp.arange(len(pool), dtype=jnp.int32).reshape(2, -1)
+    mask = masks.window(jnp.array([200, 5], jnp.int32), 0, offset=keys - tokens)
+    if packed:
+        at = np.arange(keys - tokens, keys)
+        mask = masks.ranges(
+            jnp.asarray(np.concatenate((at - 200, at - 5)), jnp.int32)[None],
+            jnp.asarray(np.tile(at + 1, 2), jnp.int32)[None],
+        )
+
+    @partial(jax.jit, static_argnums=1)
+    def attend(pool, implementation):
+        options = {"value_dim": 512, "mask": mask, "implementation": implementation}
+        if packed:
+            options["cu_seqlens_q"] = jnp.array([0, tokens, 2 * tokens], jnp.int32)
+        rows = q.reshape(-1, heads, d) if packed else q
+        return paged_attention(rows, pool, None, tables, jnp.full(2, keys, jnp.int32), **options)
+
+    wanted = np.asarray(attend(pool, "xla"), np.float32)
+    hidden = pool.reshape(2, keys, 1, d).at[:, :700].set(jnp.nan).reshape(pool.shape)
+    np.testing.assert_allclose(np.asarray(attend(hidden, kernel), np.float32), wanted, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("float8", FLOAT8)

@@ -182,23 +182,22 @@ def test_a_repeatable_backward_has_a_kernel_over_queries_instead_of_an_accumulat
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("pass_", ["forward", "backward", "tangent"])
-@pytest.mark.parametrize("names", [("q_segment_ids", "kv_segment_ids"), ("ranges",)])
-def test_segments_and_ranges_take_an_interval_and_a_flag_for_each_tile_of_a_batch_entry(
-    names, pass_, deterministic
-):
-    sizes = {"device": A100, "batch": 3, "leading": 5, "deterministic": deterministic}
-    without = plan(pass_, operands=("bias",), **sizes)
+@pytest.mark.parametrize(
+    ("names", "packed"),
+    [(("q_segment_ids", "kv_segment_ids"), False), (("ranges",), False), (("ranges",), True)],
+)
+def test_tiles_of_segments_and_ranges_have_a_slot_each(names, packed, pass_, deterministic):
+    """An interval and a flag, and with ranges another interval, which is a gap."""
+    sizes = {"device": A100, "batch": 3, "leading": 5, "deterministic": deterministic, "varlen": packed}
+    without = plan(pass_, softcap=3.0, **sizes)
     chosen = plan(pass_, operands=names, **sizes)
-    # Per head: 8 query heads, 2 KV heads.
+    # Per head: 8 query heads, 2 KV heads. A schedule of packed sequences has two more tiles for each leading entry.
     tiles = [chosen["queries"]["blocks"] // 8, chosen["keys"]["blocks"] // 2]
-    aligned = sum(-(-12 * n // 256) * 256 for n in tiles)
+    bytes_of_slot = 20 if names == ("ranges",) else 12
+    slots = [n - 2 * 5 if packed and n else n for n in tiles]
+    aligned = sum(-(-bytes_of_slot * n // 256) * 256 for n in slots)
     assert chosen["workspace"] - without["workspace"] == aligned > 0
     assert (tiles[1] > 0) == (pass_ == "backward")
-    packed = {"varlen": True} | sizes
-    assert (
-        plan(pass_, operands=("ranges",), **packed)["workspace"]
-        == plan(pass_, softcap=3.0, **packed)["workspace"]
-    )
 
 
 @pytest.mark.parametrize("pass_", PASSES)

@@ -35,7 +35,7 @@ SIZES = [
     Case("softcap, dropout, sinks", sq=40, sk=60, softcap=3.0, dropout_rate=0.3, sinks=True),
     Case("decode", sq=2, sk=200, hq=4, hk=1, causal=True),
     Case("decode, split", b=1, sq=1, sk=3000, hq=4, hk=1),
-    varlen("packed", (5, 0, 9, 40), k_sequences=(7, 3, 9, 60), padding=(3, 2)),
+    varlen("packed", (5, 0, 9, 40), k_sequences=(7, 3, 150, 60), padding=(3, 2)),
     varlen("packed causal", (150, 1, 70), causal=True, kv_lengths=(90, 5, 70), hq=2),
 ]
 HALF = {"sq": 200, "sk": 330, "dtype": "bfloat16"}
@@ -102,12 +102,18 @@ def structured(name, size):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("name", ["prefix", "first and window", "block diffusion"])
-@pytest.mark.parametrize("d", checks.HOPPER_HEAD_DIMS)
-def test_masks_of_models(d, name, deterministic, implementation):
-    case = Case(name, b=1, sq=640, sk=640, hq=2, hk=1, d=d, dv=d, dtype="bfloat16")
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("d", [32, *checks.HOPPER_HEAD_DIMS])
+def test_masks_of_models(d, packed, name, deterministic, implementation):
+    sequences, common = (40, 640), {"hq": 2, "hk": 1, "d": d, "dv": d, "dtype": "bfloat16"}
+    case = Case(name, b=1, sq=640, sk=640, **common)
+    limits = structured(name, case.sq)[None, None]
+    if packed:
+        case = varlen(name, sequences, **common)
+        limits = np.concatenate([structured(name, size) for size in sequences])[None]
     checks.require(implementation, dtype=case.dtype, d=d, dv=d)
     inputs = make_inputs(case)
-    arrays = operands(inputs) | {"ranges": jnp.asarray(structured(name, case.sq)[None, None], jnp.int32)}
+    arrays = operands(inputs) | {"ranges": jnp.asarray(limits, jnp.int32)}
     got = differentiate(case, inputs, arrays, implementation, deterministic=deterministic)
     oracle.assert_result(got, *references(case, static_of(case, inputs, arrays), inputs, arrays), case)
 
@@ -129,29 +135,88 @@ def test_halves_of_key_tiles(d, implementation):
 DOCUMENT, BORDER = (128, 32) if IMPLEMENTATION == "cpu" else (768, 192)
 
 
+# Tokens of another sequence before the documents, so that tiles of packed sequences begin at other rows.
+BEFORE = 7
+
+
+def documents(packed, heads, joined=False, **options):
+    """A case of three documents in a row, their ranges, and [tokens]: the document, and whether in its middle.
+
+    joined: rows of the first and the last document see both.
+    """
+    size = 3 * DOCUMENT
+    document, at = np.divmod(np.arange(size), DOCUMENT)
+    limits = np.stack([document * DOCUMENT, (document + 1) * DOCUMENT], -1)
+    if joined:
+        both = np.array([0, DOCUMENT, 2 * DOCUMENT, size])
+        limits = np.where(document[:, None] == 1, np.pad(limits, ((0, 0), (0, 2))), both)
+    middle = (at >= BORDER) & (at < DOCUMENT - BORDER)
+    case = Case("documents", b=1, sq=size, sk=size, hq=2, hk=1, **options)
+    if packed:
+        case = varlen("documents", (BEFORE, size), hq=2, hk=1, **options)
+        limits = np.pad(limits, ((BEFORE, 0), (0, 0)), constant_values=BEFORE)
+        document, middle = np.pad(document, (BEFORE, 0), constant_values=-1), np.pad(middle, (BEFORE, 0))
+    lead = (heads,) if packed else (1, heads)
+    ranges = jnp.asarray(np.broadcast_to(limits, (*lead, *limits.shape)), jnp.int32)
+    return case, ranges, document, middle
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("heads", [1, 2])
-def test_keys_that_no_row_of_a_tile_sees_are_stepped_over(heads, deterministic, dtype, kernel):
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("joined", [False, True])
+def test_keys_that_no_row_of_a_tile_sees_are_stepped_over(
+    joined, packed, heads, deterministic, dtype, kernel
+):
     """NaN in the middle of a document reaches no row in the middle of another: no product reads both."""
-    size = 3 * DOCUMENT
-    case = Case("documents", b=1, sq=size, sk=size, hq=2, hk=1, d=32, dv=32, dtype=dtype)
+    if joined and not checks.runs_portable_kernels(kernel):
+        pytest.skip("other kernels compute the keys between two ranges")
+    case, ranges, document, middle = documents(packed, heads, joined, d=32, dv=32, dtype=dtype)
     checks.require(kernel, "forward", "backward", dtype=dtype, d=32, dv=32)
     inputs = make_inputs(case)
-    document, at = np.divmod(np.arange(size), DOCUMENT)
-    limits = np.stack([document * DOCUMENT, (document + 1) * DOCUMENT], -1)
-    fixed = {"ranges": jnp.asarray(np.tile(limits, (1, heads, 1, 1)), jnp.int32)}
-    moving = operands(inputs)
+    moving, fixed = oracle.split(operands(inputs) | {"ranges": ranges})
     static = static_of(case, inputs, moving | fixed, deterministic=deterministic, implementation=kernel)
-    middle = (at >= BORDER) & (at < DOCUMENT - BORDER)
-    for bad in range(3):
+    for bad in (1,) if joined else range(3):
         hidden = jnp.asarray(middle & (document == bad))[:, None, None]
         spoiled = jax.tree.map(lambda x, hidden=hidden: jnp.where(hidden, jnp.nan, x), moving)
         got = oracle.differentiate(
             lambda x: attend(static, x | fixed), spoiled, jnp.where(hidden, jnp.nan, inputs.dout), inputs.dlse
         )
         for x in (got.out, *got.gradients.values()):
-            assert np.isfinite(np.asarray(x, np.float32)[0, middle & (document != bad)]).all()
+            x = np.asarray(x, np.float32)
+            assert np.isfinite(x if packed else x[0])[middle & (document != bad)].all()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("d", [32, 64, 128, 256, 512])
+@pytest.mark.parametrize("size", [16, 64])
+def test_pages_that_no_row_of_a_tile_sees_are_not_read(size, d, packed, kernel):
+    case, ranges, document, middle = documents(packed, 1, d=d, dv=d, dtype="bfloat16")
+    checks.require(kernel, dtype=case.dtype, d=d, dv=d)
+    rng = np.random.default_rng(d)
+    q, k, v = (jnp.asarray(rng.standard_normal((len(document), h, d)), case.dtype) for h in (2, 1, 1))
+    keys, starts = 3 * DOCUMENT, jnp.array([0, BEFORE, len(document)], jnp.int32)
+    tables = jnp.arange(BEFORE, BEFORE + keys // size, dtype=jnp.int32)[None]
+    mask = masks.ranges(ranges[..., 0], ranges[..., 1])
+    lengths = jnp.array([BEFORE, keys][not packed :], jnp.int32)
+    if packed:
+        tables = jnp.concatenate([jnp.zeros_like(tables), tables])
+
+    @jax.jit
+    def attend_to(k, v):
+        pools = [jnp.pad(x[-keys:].reshape(-1, size, 1, d), ((BEFORE, 0), *[(0, 0)] * 3)) for x in (k, v)]
+        call = partial(paged_attention, implementation=kernel, mask=mask)
+        if packed:
+            return call(q, *pools, tables, lengths, cu_seqlens_q=starts)
+        return call(q[None], *pools, tables, lengths)[0]
+
+    clean = np.asarray(attend_to(k, v), np.float32)
+    for bad in range(3):
+        hidden = jnp.asarray(middle & (document == bad))[:, None, None]
+        got = np.asarray(attend_to(*(jnp.where(hidden, jnp.nan, x) for x in (k, v))), np.float32)
+        rows = middle & (document != bad)
+        np.testing.assert_array_equal(got[rows], clean[rows])
 
 
 @pytest.mark.parametrize("count", [1, 2])

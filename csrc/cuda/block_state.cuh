@@ -10,8 +10,8 @@ namespace jax_flash {
 
 // The state of a CTA's query tile that all its threads need. It is in shared memory, because registers are
 // full of S and O.
-template <class T>
-struct BlockState {
+template <class T, bool kRanges>
+struct BlockState : GapOfTiles<kRanges> {
   BlockWork work;
   Band band;
   TileOperands score;  // for general kernels
@@ -29,8 +29,10 @@ struct BlockState {
     const int32_t head = work.head;
     const TileWork& tile = work.tile;
     band = work.band(p);
-    const Interval visible = band.rows(tile.row, tile.used_queries());
-    tiles = tiles_of(trim_to_segments(grid.segments, grid.count, block_m, p, work, visible), block_n);
+    const SeenByTile visible = trim_to_segments<Over::kQueries, kRanges>(
+        grid.segments, grid.count, block_m, p, work, band.rows(tile.row, tile.used_queries()));
+    tiles = tiles_of(visible.any, block_n);
+    this->set_gap(visible.gap, block_n);
     whole = band.common(tile.row, tile.used_queries());
     end = min(tiles.hi * block_n, tile.k_len);
     query = {p.query.as<const T>() + work.offset(p, p.query, head, tile.q_begin), p.query.row, p.head_dim};

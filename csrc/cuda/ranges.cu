@@ -1,57 +1,15 @@
 // Finds the keys that ranges leave visible to blocks of query rows and to tiles. Kernels of score kind Ranges
 // use this to skip tiles.
-#include "core/sequence.h"
 #include "core/visible/row_blocks.h"
 #include "cuda/launch.h"
 #include "cuda/ptx/dependent.cuh"
 #include "cuda/registry.h"
-#include "cuda/work.cuh"
+#include "cuda/slots.cuh"
 
 namespace jax_flash {
 namespace {
 
 constexpr int kMostWarps = 4;
-
-// The clamped starts of packed sequences, of all leading entries; null for the fixed layouts.
-struct SequenceStarts {
-  const int32_t *query = nullptr, *key = nullptr;
-  int32_t apart = 0;  // stride of leading entries
-
-  __device__ Sequence sequence(const Problem& p, int64_t leading, int32_t index) const {
-    if (!query) return fixed_sequence(p, leading, index);
-    return varlen_sequence(p, leading, index, query + leading * apart, key + leading * apart);
-  }
-};
-
-// The slots of a table, whose entries are of `block` rows each. In 32 bits, as divisions are slow in 64.
-struct Slots {
-  int32_t rows, block;    // rows: those of a batch entry, or of all packed sequences
-  uint32_t count, tiles;  // slots of a leading entry, and in the fixed layouts of a batch entry
-
-  Slots(const Problem& p, int32_t rows, int32_t block)
-      : rows(rows),
-        block(block),
-        count(static_cast<uint32_t>(slots_of_entry(p.packed(), rows, p.batch, block))),
-        tiles(static_cast<uint32_t>(ceil_div(rows, block))) {}
-};
-
-// The rows of a slot, within a sequence.
-struct SlotRows {
-  int64_t leading;
-  int32_t index, row;  // the sequence, and the row's position in it
-};
-
-// `starts`: the first rows of the sequences whose rows the table's entries are of.
-__device__ SlotRows rows_of_slot(const Problem& p, const int32_t* starts, int32_t apart, const Slots& slots) {
-  const uint32_t leading = blockIdx.x / slots.count, own = blockIdx.x % slots.count;
-  if (!p.packed())
-    return {leading, static_cast<int32_t>(own / slots.tiles),
-            static_cast<int32_t>(own % slots.tiles) * slots.block};
-  starts += int64_t{leading} * apart;
-  const int32_t index = sequence_of_slot(starts, p.batch, slots.block, own);
-  return {leading, index,
-          static_cast<int32_t>(own - first_slot(starts[index], slots.block, index)) * slots.block};
-}
 
 __device__ __forceinline__ int32_t lane() { return static_cast<int32_t>(threadIdx.x % 32); }
 
@@ -118,7 +76,7 @@ __global__ void __launch_bounds__(32 * kMostWarps)
   if (counter && blockIdx.x == 0 && threadIdx.x == 0) *counter = 0;
   __shared__ SeenByBlock of_warp[kMostWarps];
   const auto warp = static_cast<int32_t>(threadIdx.x / 32);
-  const SlotRows at = rows_of_slot(p, starts.query, starts.apart, slots);
+  const SlotRows at = starts.rows_of_slot<Over::kQueries>(p, slots, blockIdx.x);
   const Sequence s = starts.sequence(p, at.leading, at.index);
   const int32_t rows = p.packed() ? s.q_len : p.q_rows, row = at.row + warp * kRowBlock;
   if (at.row < 0 || at.row >= rows) return;  // the slot belongs to no sequence
@@ -132,30 +90,12 @@ __global__ void __launch_bounds__(32 * kMostWarps)
   if (threadIdx.x == 0 && tiles) tiles[blockIdx.x] = seen_by_tile(of_warp, slots.block / kRowBlock);
 }
 
-// The query tiles that see a key tile: the interval from the first to the last, and the longest gap of query
-// tiles in it that do not. Adds the bits of 32 tiles at a time.
-struct SeenByQueries {
-  Interval any{0, 0}, gap{0, 0};
-
-  __device__ void add(uint32_t bits, int32_t first) {
-    while (bits) {
-      const int32_t begin = __ffs(static_cast<int>(bits)) - 1;
-      const uint32_t unseen = ~(bits >> begin);
-      const int32_t end = unseen ? begin + __ffs(static_cast<int>(unseen)) - 1 : 32;
-      if (any.empty()) any = {first + begin, first + begin};
-      if (first + begin - any.hi > gap.size()) gap = {any.hi, first + begin};
-      any.hi = first + end;
-      bits = end < 32 ? bits >> end << end : 0;
-    }
-  }
-};
-
 // A warp handles a key tile. rows: the query rows from the first to the last query tile that sees it; gaps:
 // the query tiles between them that do not. If sums are ordered, key tiles have no gaps.
 __global__ void __launch_bounds__(32)
     find_seeing_queries(const __grid_constant__ Problem p, const SequenceStarts starts, const Slots slots,
                         const SeenByBlock* blocks, int32_t query_tile, Interval* rows, Interval* gaps) {
-  const SlotRows at = rows_of_slot(p, starts.key, starts.apart, slots);
+  const SlotRows at = starts.rows_of_slot<Over::kKeys>(p, slots, blockIdx.x);
   ptx::wait_for_kernel_before();  // it finds `blocks`
   if (at.row < 0) return;
   const Sequence s = starts.sequence(p, at.leading, at.index);
@@ -180,14 +120,6 @@ __global__ void __launch_bounds__(32)
   gaps[blockIdx.x] = p.spec.deterministic ? Interval{0, 0} : found.gap;
 }
 
-SequenceStarts starts_of(const Problem& p, const TileGrid& grid, bool queries, const void* workspace) {
-  if (!p.packed()) return {};
-  // First rows of the padded sequences whose rows are tiled.
-  const int32_t* padded = query_starts(p, grid, workspace);
-  const int32_t* others = padded + p.batch + 2;
-  return {queries ? padded : others, queries ? others : padded, 2 * (p.batch + 2)};
-}
-
 }  // namespace
 
 cudaError_t launch_ranges(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
@@ -195,7 +127,7 @@ cudaError_t launch_ranges(const Problem& p, const LaunchPlan& plan, void* worksp
   const TileGrid& grid = forward ? plan.queries : plan.keys;
   if (grid.ranges < 0 || p.batch == 0) return cudaSuccess;
   const RangeTables tables = range_tables(p, grid, workspace);
-  const SequenceStarts starts = starts_of(p, grid, forward, workspace);
+  const SequenceStarts starts = starts_of(p, grid, forward ? Over::kQueries : Over::kKeys, workspace);
   const Slots queries(p, p.q_rows, forward ? grid.block : kMostWarps * kRowBlock);
   const int64_t leading = p.leading.count();
   const cudaError_t e = launch(find_seen_keys, leading * queries.count, 32 * queries.block / kRowBlock, 0,

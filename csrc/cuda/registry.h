@@ -74,7 +74,12 @@ inline const TileWork* schedule_of(const TileGrid& grid, const void* workspace) 
   return reinterpret_cast<const TileWork*>(static_cast<const char*>(workspace) + grid.schedule);
 }
 
-// The intervals that segments give the tiles of a grid; null without segments.
+// The slots of a table with an entry for each `block` of `rows` rows.
+inline int64_t segment_slots(const Problem& p, int32_t rows, int32_t block) {
+  return p.leading.count() * slots_of_entry(p.packed(), rows, p.batch, block);
+}
+
+// The intervals that segments and ranges give the tiles of a grid; null without them.
 inline const Interval* segments_of(const TileGrid& grid, const void* workspace) {
   if (grid.segments < 0) return nullptr;
   return reinterpret_cast<const Interval*>(static_cast<const char*>(workspace) + grid.segments);
@@ -162,8 +167,8 @@ inline TileSegments tile_segments(const Problem& p, const TileGrid& grid, void* 
   if (grid.lists >= 0) return {nullptr, nullptr, nullptr, nullptr, nullptr, key_lists(p, grid, workspace)};
   const Interval* keys = segments_of(grid, workspace);
   if (!keys) return {};
-  const int64_t all = p.leading.count() * p.batch * grid.tiles;
-  const auto* one_segment = reinterpret_cast<const int32_t*>(keys + all);
+  const int64_t all = segment_slots(p, p.q_rows, grid.block);
+  const auto* one_segment = reinterpret_cast<const int32_t*>(keys + intervals_of_slot(p.spec) * all);
   if (!grid.segment_parts) return {keys, one_segment, nullptr};
   return {keys, one_segment, reinterpret_cast<const Interval*>(one_segment + all)};
 }

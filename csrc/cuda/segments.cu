@@ -1,13 +1,13 @@
 // Finds what segments and ranges leave to each tile of a grid: an interval of rows of the other side, within
 // the band. It reaches from the first to the last row that may share a segment with the tile and that sees,
-// or is seen by, one of its rows at some head. It is computed once for all heads, so a kernel's CTA only
-// reads the interval of its tile.
+// or is seen by, one of its rows at some head. With ranges a gap belongs to it, which no row sees. It is
+// computed once for all heads, so a kernel's CTA only reads the interval of its tile.
 #include "core/segments.h"
-#include "core/visible/ranges.h"
+#include "core/visible/row_blocks.h"
 
 #include "cuda/launch.h"
 #include "cuda/registry.h"
-#include "cuda/work.cuh"
+#include "cuda/slots.cuh"
 
 namespace jax_flash {
 namespace {
@@ -19,27 +19,35 @@ __device__ __forceinline__ SegmentSet from_lane(const SegmentSet& set, int apart
           __shfl_xor_sync(~0u, set.bits, apart)};
 }
 
-// Rows of the other side: the smallest interval that holds them, and their number.
+// Rows of the other side: the smallest interval that holds them, their number, and with ranges what is
+// between the two ranges of every row that has two.
 struct Rows {
   Interval hull{INT32_MAX, 0};
   int32_t count = 0;
+  Interval hole{0, INT32_MAX};
 
   __device__ __forceinline__ void add(const Rows& other) {
     hull = {min(hull.lo, other.hull.lo), max(hull.hi, other.hull.hi)};
     count += other.count;
+    hole = intersect(hole, other.hole);
+  }
+  __device__ __forceinline__ Rows from_lane(int apart) const {
+    const auto get = [apart](int32_t x) { return __shfl_xor_sync(~0u, x, apart); };
+    return {{get(hull.lo), get(hull.hi)}, get(count), {get(hole.lo), get(hole.hi)}};
   }
 };
 
-// Combines the rows of all threads; thread 0 gets the result.
+// Combines the rows of all threads; all threads get the result.
 __device__ Rows rows_of_block(Rows x) {
-  __shared__ int4 of_warp[kWarps];
-  for (int apart = 1; apart < 32; apart *= 2)
-    x.add({{__shfl_xor_sync(~0u, x.hull.lo, apart), __shfl_xor_sync(~0u, x.hull.hi, apart)},
-           __shfl_xor_sync(~0u, x.count, apart)});
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = {x.hull.lo, x.hull.hi, x.count, 0};
+  __shared__ Interval hulls[kWarps], holes[kWarps];
+  __shared__ int32_t counts[kWarps];
+  for (int apart = 1; apart < 32; apart *= 2) x.add(x.from_lane(apart));
+  __syncthreads();  // all threads have read an earlier result
+  const auto warp = threadIdx.x / 32;
+  if (threadIdx.x % 32 == 0) hulls[warp] = x.hull, counts[warp] = x.count, holes[warp] = x.hole;
   __syncthreads();
-  if (threadIdx.x > 0) return x;
-  for (int i = 1; i < kWarps; ++i) x.add({{of_warp[i].x, of_warp[i].y}, of_warp[i].z});
+  x = {};
+  for (int i = 0; i < kWarps; ++i) x.add({hulls[i], counts[i], holes[i]});
   return x;
 }
 
@@ -56,23 +64,63 @@ struct RangesOfTile {
     return all;
   }
 
-  // The interval from the first to the last key that one of the tile's rows sees. All threads get it.
-  __device__ Interval keys_of_rows() const {
-    __shared__ Interval all;
+  // Calls visit() for the keys that a row of the tile sees at a head; the threads share the rows.
+  template <class Visit>
+  __device__ void for_rows(Visit visit) const {
+    for (int32_t i = begin + static_cast<int32_t>(threadIdx.x); i < end; i += kThreads)
+      for (int32_t h = 0; h < heads; ++h) {
+        const SeenKeys keys = ranges.seen(h, i, band.row(i));
+        if (!keys.hull.empty()) visit(keys);
+      }
+  }
+
+  // The interval from the first to the last key that one of the tile's rows sees, and a gap in it that no row
+  // sees. All threads get it.
+  __device__ SeenByTile keys_of_rows() const {
     Rows own;
-    for (int32_t i = begin + static_cast<int32_t>(threadIdx.x); i < end; i += kThreads) {
-      const Interval keys = seen(i, band.row(i));
-      if (!keys.empty()) own.add({keys, 1});
-    }
+    for_rows([&](const SeenKeys& keys) {
+      own.add({keys.hull, 1, keys.hole.empty() ? Interval{0, INT32_MAX} : keys.hole});
+    });
     own = rows_of_block(own);
-    if (threadIdx.x == 0) all = own.count == 0 ? Interval{0, 0} : own.hull;
-    __syncthreads();
-    return all;
+    if (own.count == 0) return {{0, 0}, {0, 0}};
+    if (own.hole.hi == INT32_MAX || own.hole.empty()) return {own.hull, {0, 0}};
+    Rows gap;
+    gap.hole = own.hole;
+    for_rows([&](const SeenKeys& keys) {
+      if (keys.hole.empty()) gap.hole = shrink_gap(gap.hole, keys.hull);
+    });
+    gap = rows_of_block(gap);
+    return {own.hull, gap.hole.empty() ? Interval{0, 0} : gap.hole};
   }
 
   // Whether query row i sees one of the tile's keys.
   __device__ bool sees_tile(int32_t i) const {
     return !seen(i, intersect(band.row(i), {begin, end})).empty();
+  }
+};
+
+// Which rows see a tile's keys: a flag for each `unit` of `rows`, in shared memory.
+struct SeeingRows {
+  static constexpr int kFlags = 2048;
+  uint8_t* flags;
+  Interval rows;
+  int32_t unit;
+
+  __device__ SeeingRows(uint8_t* shared, const Interval& of)
+      : flags(shared), rows(of), unit(max(kRowBlock, of.size() / kFlags + 1)) {
+    for (int i = static_cast<int>(threadIdx.x); i < kFlags; i += kThreads) flags[i] = 0;
+    __syncthreads();
+  }
+  __device__ void add(int32_t i) const { flags[(i - rows.lo) / unit] = 1; }
+  // The longest gap between rows that see the keys. A whole warp calls it after all threads have added
+  // theirs.
+  __device__ Interval gap() const {
+    SeenByQueries found;
+    for (int32_t i = 0; int64_t{i} * unit < rows.size(); i += 32) {
+      const int32_t own = i + static_cast<int32_t>(threadIdx.x);
+      found.add(__ballot_sync(~0u, own < kFlags && flags[own]), i);
+    }
+    return {rows.lo + found.gap.lo * unit, rows.lo + found.gap.hi * unit};
   }
 };
 
@@ -89,28 +137,28 @@ struct SegmentsOfTile {
   __device__ bool may_share(int32_t j) const { return !others || set.may_have(others[j]); }
 };
 
-// Where the results for the tiles of a grid, or for parts of them, are stored. to, one_segment: [L, batch,
-// tiles].
+// Where the results for the tiles of a grid, or for parts of them, are stored, by slot.
 struct SegmentTables {
-  Interval* to;
+  Interval* to;  // with ranges an interval and its gap for each slot
   int32_t* one_segment;
-  int32_t tiles, block;  // tiles of a batch entry; rows per tile
+  Slots slots;
 };
 
-// One CTA per tile of a batch entry, followed by one per part.
+// One CTA per slot of a tile, followed by one per slot of a part.
 template <Over over>
 __global__ void __launch_bounds__(kThreads)
-    find_segments(const __grid_constant__ Problem p, const SegmentTables tiles, const SegmentTables parts,
-                  uint32_t first_part) {
+    find_segments(const __grid_constant__ Problem p, const SequenceStarts starts, const SegmentTables tiles,
+                  const SegmentTables parts, uint32_t first_part) {
   constexpr bool kQueries = over == Over::kQueries;
   const bool part = blockIdx.x >= first_part;
   const SegmentTables& found = part ? parts : tiles;
   const uint32_t number = blockIdx.x - (part ? first_part : 0);
-  const int64_t entry = number / found.tiles, leading = entry / p.batch;
-  const Sequence s = fixed_sequence(p, leading, static_cast<int32_t>(entry % p.batch));
+  const SlotRows at = starts.rows_of_slot<over>(p, found.slots, number);
+  if (at.row < 0) return;  // the slot belongs to no sequence
+  const int64_t leading = at.leading;
+  const Sequence s = starts.sequence(p, leading, at.index);
   const Band band = make_band(p, leading, s);
-  const int32_t begin = static_cast<int32_t>(number % found.tiles) * found.block,
-                end = min(begin + found.block, kQueries ? s.q_len : s.k_len);
+  const int32_t begin = at.row, end = min(begin + found.slots.block, kQueries ? s.q_len : s.k_len);
   const auto segments_of = [&](const View& view) {
     return view.as<const int32_t>() + view.leading_offset(p.leading, leading) + s.index * view.batch;
   };
@@ -121,13 +169,20 @@ __global__ void __launch_bounds__(kThreads)
   }
   const RowRanges of_rows = row_ranges(p, leading, s, 0);
   const RangesOfTile ranges{band, of_rows, of_rows.head != 0 ? p.heads : 1, begin, end};
-  Interval seen = kQueries ? band.rows(begin, end) : band.queries(begin, end);
-  if (kQueries && of_rows) seen = ranges.keys_of_rows();
+  SeenByTile in_ranges{};
+  if (kQueries && of_rows) in_ranges = ranges.keys_of_rows();
+  const Interval seen = !kQueries ? band.queries(begin, end)
+                        : of_rows ? in_ranges.any
+                                  : band.rows(begin, end);
   Rows left;
   const int32_t first = seen.lo + static_cast<int32_t>(threadIdx.x);
   if (!kQueries && of_rows) {
+    __shared__ uint8_t flags[SeeingRows::kFlags];
+    const SeeingRows rows(flags, seen);
     for (int32_t j = first; j < seen.hi; j += kThreads)
-      if (segments.may_share(j) && ranges.sees_tile(j)) left.add({{j, j + 1}, 1});
+      if (segments.may_share(j) && ranges.sees_tile(j)) left.add({{j, j + 1}, 1}), rows.add(j);
+    __syncthreads();
+    if (threadIdx.x < 32) in_ranges.gap = rows.gap();
   } else if (!segments.others) {
     if (threadIdx.x == 0 && !seen.empty()) left.add({seen, seen.size()});
   } else {
@@ -137,27 +192,33 @@ __global__ void __launch_bounds__(kThreads)
   }
   left = rows_of_block(left);
   if (threadIdx.x > 0) return;
-  found.to[number] = left.count == 0 ? Interval{0, 0} : left.hull;
+  const Interval any = left.count == 0 ? Interval{0, 0} : left.hull;
+  if (of_rows) {
+    found.to[2 * number] = any, found.to[2 * number + 1] = in_ranges.gap;
+  } else {
+    found.to[number] = any;
+  }
   found.one_segment[number] =
       !of_rows && segments.set.lo == segments.set.hi && left.count == left.hull.size();
 }
 
 template <Over over>
 cudaError_t trim_grid(const Problem& p, const TileGrid& grid, void* workspace, cudaStream_t stream) {
-  if (grid.segments < 0) return cudaSuccess;
-  const int64_t rows = over == Over::kQueries ? p.q_rows : p.k_rows, entries = p.leading.count() * p.batch;
+  if (grid.segments < 0 || p.batch == 0) return cudaSuccess;
+  const int32_t rows = over == Over::kQueries ? p.q_rows : p.k_rows;
   char* free = static_cast<char*>(workspace) + grid.segments;
   const auto take = [&](int32_t block) {
-    const int64_t tiles = ceil_div(rows, block), all = entries * tiles;
+    const int64_t all = segment_slots(p, rows, block);
     auto* to = reinterpret_cast<Interval*>(free);
-    auto* one_segment = reinterpret_cast<int32_t*>(to + all);
+    auto* one_segment = reinterpret_cast<int32_t*>(to + intervals_of_slot(p.spec) * all);
     free = reinterpret_cast<char*>(one_segment + all);
-    return SegmentTables{to, one_segment, static_cast<int32_t>(tiles), block};
+    return SegmentTables{to, one_segment, Slots(p, rows, block)};
   };
   const SegmentTables tiles = take(grid.block), parts = take(kSegmentPart);
-  const int64_t all = entries * tiles.tiles, all_parts = grid.segment_parts ? entries * parts.tiles : 0;
-  return launch(find_segments<over>, all + all_parts, kThreads, 0, stream, p, tiles, parts,
-                static_cast<uint32_t>(all));
+  const int64_t all = segment_slots(p, rows, grid.block),
+                all_parts = grid.segment_parts ? segment_slots(p, rows, kSegmentPart) : 0;
+  return launch(find_segments<over>, all + all_parts, kThreads, 0, stream, p,
+                starts_of(p, grid, over, workspace), tiles, parts, static_cast<uint32_t>(all));
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include "core/plan/launch_plan.h"
 #include "core/problem.h"
 #include "core/sequence.h"
+#include "core/visible/row_blocks.h"
 
 namespace jax_flash {
 
@@ -112,12 +113,52 @@ __device__ __forceinline__ BlockWork find_work(const Problem& p, const GridTiles
   return find_work<over>(p, tiles.schedule, tiles.count, block, {blockIdx.x, gridDim.x});
 }
 
-// The part of `seen` (the rows of the other side that the band leaves to a tile) that segments leave.
-// `segments`: for all tiles of the grid, from launch_segments.
-__device__ __forceinline__ Interval trim_to_segments(const Interval* segments, int32_t tiles, int32_t block,
-                                                     const Problem& p, const BlockWork& work, Interval seen) {
-  if (!segments) return seen;
-  return segments[(work.leading * p.batch + work.batch_row) * tiles + work.tile.row / block];
+// The slot of a tile in the tables that segments.cu makes for a grid of tiles of `block` rows.
+template <Over over>
+__device__ __forceinline__ int64_t slot_of_tile(const Problem& p, const BlockWork& work, int32_t block) {
+  constexpr bool kQueries = over == Over::kQueries;
+  const TileWork& tile = work.tile;
+  return first_slot_of(p, work.leading, tile.index, kQueries ? tile.q_begin : tile.k_begin,
+                       kQueries ? p.q_rows : p.k_rows, block) +
+         tile.row / block;
 }
+
+// What launch_segments has found for a slot of a table.
+__device__ __forceinline__ SeenByTile seen_of_slot(const Problem& p, const Interval* table, int64_t slot) {
+  if (!p.ranges) return {table[slot], {0, 0}};
+  return {table[2 * slot], table[2 * slot + 1]};
+}
+
+// The part of `seen` (the rows of the other side that the band leaves to a tile) that segments and ranges
+// leave. `segments`: for all tiles of the grid, from launch_segments. kRanges: whether the kernel takes
+// ranges, which leave a gap, and which packed sequences have, too.
+template <Over over, bool kRanges>
+__device__ __forceinline__ SeenByTile trim_to_segments(const Interval* segments, int32_t tiles, int32_t block,
+                                                       const Problem& p, const BlockWork& work,
+                                                       Interval seen) {
+  if (!segments) return {seen, {0, 0}};
+  if constexpr (kRanges) {
+    if (work.tile.index == kNoSequence) return {{0, 0}, {0, 0}};
+    return seen_of_slot(p, segments, slot_of_tile<over>(p, work, block));
+  }
+  return {segments[(work.leading * p.batch + work.batch_row) * tiles + work.tile.row / block], {0, 0}};
+}
+
+// The gap between the tiles that a CTA of a portable kernel goes through, in kernels that take ranges.
+template <bool kRanges>
+struct GapOfTiles {
+  Interval gap;
+
+  __device__ __forceinline__ void set_gap(const Interval& rows, int32_t block) {
+    gap = {(rows.lo + block - 1) / block, rows.hi / block};
+  }
+  // The first tile from n on that is not in the gap.
+  __device__ __forceinline__ int32_t from(int32_t n) const { return gap.contains(n) ? gap.hi : n; }
+};
+template <>
+struct GapOfTiles<false> {
+  __device__ __forceinline__ static void set_gap(const Interval&, int32_t) {}
+  __device__ __forceinline__ static int32_t from(int32_t n) { return n; }
+};
 
 }  // namespace jax_flash

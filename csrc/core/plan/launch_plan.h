@@ -97,6 +97,9 @@ struct GridTiles {
   MaskTiles mask;            // what a boolean mask shows of its tiles, if the plan finds it
 };
 
+// Intervals of a slot in the table of segments: with ranges one and its gap, as in SeenByTile.
+inline int64_t intervals_of_slot(const AttentionSpec& spec) { return spec.has(Operand::kRanges) ? 2 : 1; }
+
 // For each query tile of a batch entry: the keys that segments let it see, and whether these keys and its
 // rows belong to one segment. Null without segments.
 struct TileSegments {

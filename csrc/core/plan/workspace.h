@@ -41,28 +41,29 @@ inline Dim schedule_bound(const AttentionSpec& spec, const DimShapes& s, const D
   return aligned(schedule_bytes(s.leading, s.batch, varlen_tiles(rows, s.batch, kSmallestTile)));
 }
 
-// Bytes of the table of segments: for each tile of each batch entry an interval, and whether the interval and
-// the tile belong to one segment.
-inline Dim segments_bytes(const Dim& leading, const Dim& batch, const Dim& tiles) {
-  return leading * batch * tiles * int64_t{sizeof(Interval) + sizeof(int32_t)};
+// Slots of a table with an entry for each `block` rows; an upper bound if sizes are not known.
+inline Dim block_slots(const AttentionSpec& spec, const Dim& batch, const Dim& rows, int64_t block) {
+  return spec.packed() ? rows / block + batch : batch * ((rows + (block - 1)) / block);
+}
+
+// Bytes of the table of segments: for each tile of `block` rows, and with `parts` for each kSegmentPart rows,
+// the intervals, and whether they and the tile belong to one segment.
+inline Dim segments_bytes(const AttentionSpec& spec, const DimShapes& s, const Dim& rows, int64_t block,
+                          bool parts) {
+  const Dim slots = block_slots(spec, s.batch, rows, block) +
+                    (parts ? block_slots(spec, s.batch, rows, kSegmentPart) : Dim(0));
+  return s.leading * slots * (intervals_of_slot(spec) * int64_t{sizeof(Interval)} + int64_t{sizeof(int32_t)});
 }
 
 // Whether a kernel before the call's own computes the interval that segments and ranges leave to each tile.
-// Kernels of packed sequences visit all tiles in the band instead.
 inline bool trims_tiles(const AttentionSpec& spec) {
-  return spec.has(Operand::kQSegmentIds) || (spec.has(Operand::kRanges) && !spec.packed());
+  return spec.has(Operand::kQSegmentIds) || spec.has(Operand::kRanges);
 }
 
 // Upper bound over all kernels of the visible intervals that segments and ranges give tiles and parts of
 // tiles.
 inline Dim segments_bound(const AttentionSpec& spec, const DimShapes& s, const Dim& rows) {
-  if (!trims_tiles(spec)) return 0;
-  return aligned(segments_bytes(s.leading, s.batch, rows / kSmallestTile + rows / kSegmentPart + 2));
-}
-
-// Slots of a table with an entry for each `block` rows; an upper bound if sizes are not known.
-inline Dim block_slots(const AttentionSpec& spec, const Dim& batch, const Dim& rows, int64_t block) {
-  return spec.packed() ? rows / block + batch : batch * ((rows + (block - 1)) / block);
+  return trims_tiles(spec) ? aligned(segments_bytes(spec, s, rows, kSmallestTile, true)) : Dim(0);
 }
 
 // Bytes of the tables of what blocks of query rows, and tiles of `tile` rows of queries or keys, see by
@@ -184,10 +185,9 @@ inline void plan_bias_tiles(const KernelRow& row, const Call& call, LaunchPlan& 
 // rows, and parts of tiles if `parts`.
 inline void add_segments(const Call& call, int64_t rows, TileGrid& grid, Workspace& workspace,
                          bool parts = false) {
-  const Shapes& s = call.shapes;
   if (!trims_tiles(call.spec) || grid.blocks == 0) return;
-  const int64_t tiles = ceil_div(rows, grid.block) + (parts ? ceil_div(rows, kSegmentPart) : 0);
-  grid.segments = workspace.add(segments_bytes(s.leading, s.batch, tiles).value());
+  grid.segments =
+      workspace.add(segments_bytes(call.spec, dims_of(call.shapes), rows, grid.block, parts).value());
   grid.segment_parts = parts;
 }
 

@@ -60,12 +60,6 @@ struct KeyGrid {
   const SeenByBlock* blocks = nullptr;
   const Interval* gaps = nullptr;
   StepLists lists{};  // for kernels with listed steps
-
-  // The intervals of the key tiles of a sequence.
-  __device__ __forceinline__ int64_t first_slot(const Problem& p, const BlockWork& work,
-                                                int32_t block) const {
-    return first_slot_of(p, work.leading, work.tile.index, work.tile.k_begin, p.k_rows, block);
-  }
 };
 
 // Whether the statistics warp marks the steps in which some row does not see all keys.
@@ -91,16 +85,17 @@ __device__ __forceinline__ int32_t tiles_before(const KeyGrid& grid, const Probl
                 first = tile.band.rows(row, row + rows).lo / C::kN;
   if constexpr (kTrimsSteps<C>) {
     if (grid.segments) {
-      const Interval* of_tiles = grid.segments;
-      if constexpr (C::kKind == ScoreKind::kRanges) {
-        of_tiles += grid.first_slot(p, work, C::kN);
-      } else {
-        of_tiles += (work.leading * p.batch + work.batch_row) * grid.key_tiles;
-      }
+      int64_t slot = (work.leading * p.batch + work.batch_row) * grid.key_tiles;
+      if constexpr (C::Score::reads(Operand::kRanges)) slot = slot_of_tile<Over::kKeys>(p, work, C::kN) - own;
+      const auto rows_of = [&](int32_t n) {
+        if constexpr (C::kKind != ScoreKind::kRanges && C::Score::reads(Operand::kRanges))
+          return seen_of_slot(p, grid.segments, slot + n).any;
+        return grid.segments[slot + n];
+      };
       int32_t before = 0;
       for (int32_t n = first; n < own; n += 32) {
         const int32_t other = n + static_cast<int32_t>(threadIdx.x % 32);
-        const bool adds = other < own && tiles_of(of_tiles[other], rows).contains(query_tile);
+        const bool adds = other < own && tiles_of(rows_of(other), rows).contains(query_tile);
         before += __popc(__ballot_sync(~0u, adds));
       }
       return before;
@@ -189,8 +184,10 @@ struct KeyTileState {
     } else if constexpr (kListsSteps<C>) {
       take_list<C>(p, grid);
     } else {
-      const Interval rows = trim_to_segments(grid.segments, grid.key_tiles, C::kN, p, work,
-                                             band.queries(tile.row, tile.used_keys()));
+      const Interval rows =
+          trim_to_segments<Over::kKeys, C::Score::reads(Operand::kRanges)>(
+              grid.segments, grid.key_tiles, C::kN, p, work, band.queries(tile.row, tile.used_keys()))
+              .any;
       walk.tiles = tiles_of(rows, C::kM);
     }
 #pragma unroll 1
@@ -236,7 +233,7 @@ struct KeyTileState {
     const TileWork& tile = work.tile;
     walk.tiles = walk.gap = {0, 0};
     if (tile.index == kNoSequence) return;
-    const int64_t slot = grid.first_slot(p, work, C::kN) + tile.row / C::kN;
+    const int64_t slot = slot_of_tile<Over::kKeys>(p, work, C::kN);
     walk.tiles = tiles_of(grid.segments[slot], C::kM);
     walk.gap = grid.gaps[slot];
     reload_shared();

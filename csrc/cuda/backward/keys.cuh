@@ -21,8 +21,7 @@ namespace jax_flash::inline JF_ARCH_NAMESPACE {
 // Computes this warp's part of P (in s) and of dS (in dp). statistics: the step's lse and delta; q, d_out, k:
 // tiles.
 template <class C>
-__device__ __forceinline__ void score_gradients(const Problem& p,
-                                                const KeyBlockState<typename C::Element>& block,
+__device__ __forceinline__ void score_gradients(const Problem& p, const KeyBlockStateOf<C>& block,
                                                 const QueryStep& step, const WarpPartition<C>& at,
                                                 const float* statistics, uint32_t q, uint32_t d_out,
                                                 uint32_t k, typename C::S& s, typename C::S& dp) {
@@ -74,16 +73,15 @@ __device__ __forceinline__ void multiply_ds_k(typename C::DQ& dq, uint32_t ds, u
 
 // Adds a step's dQ to the sums. `tiles`: query tiles per head.
 template <class C>
-__device__ __forceinline__ void add_dq(const Problem& p, const KeyBlockState<typename C::Element>& block,
-                                       int32_t tiles, const QueryStep& step, const typename C::DQ& dq,
-                                       Placement at) {
+__device__ __forceinline__ void add_dq(const Problem& p, const KeyBlockStateOf<C>& block, int32_t tiles,
+                                       const QueryStep& step, const typename C::DQ& dq, Placement at) {
   at.column += first_column<C>();
   add_to_sums<C::kM>(sum_tile<C::kM>(p, block.sums, step.head * tiles + step.tile), p.head_dim, dq, at);
 }
 
 // Scales dK and dV and writes them, through the shared memory of K and V.
 template <class C>
-__device__ __forceinline__ void store_dk_dv(const Problem& p, const KeyBlockState<typename C::Element>& block,
+__device__ __forceinline__ void store_dk_dv(const Problem& p, const KeyBlockStateOf<C>& block,
                                             uint8_t* shared, typename C::DK& dk, typename C::DV& dv) {
   using K = typename C::KSlice;
   using V = typename C::VSlice;
@@ -104,8 +102,7 @@ __device__ __forceinline__ void store_dk_dv(const Problem& p, const KeyBlockStat
 
 // Finds the score operands of a head of the group.
 template <class C>
-__device__ __forceinline__ void prepare_score(const Problem& p, KeyBlockState<typename C::Element>& block,
-                                              int32_t head) {
+__device__ __forceinline__ void prepare_score(const Problem& p, KeyBlockStateOf<C>& block, int32_t head) {
   block.score.template prepare<typename C::Score>(p, block.work, block.work.head + head);
   block.score.move_tiles(head - block.score_head);
   block.score_head = head;
@@ -114,7 +111,7 @@ __device__ __forceinline__ void prepare_score(const Problem& p, KeyBlockState<ty
 // For kernels with score options, between a step's copies and its products: zeros unseen rows and, if the
 // head changes, prepares its score.
 template <class C>
-__device__ __forceinline__ void prepare_step(const Problem& p, KeyBlockState<typename C::Element>& block,
+__device__ __forceinline__ void prepare_step(const Problem& p, KeyBlockStateOf<C>& block,
                                              const QueryStep& step, uint8_t* q, const float* statistics) {
   clear_unseen<C>(q, statistics);
   // clear_unseen contains a __syncthreads, so every thread is done with the last head's block.score.
@@ -133,8 +130,8 @@ __device__ __forceinline__ void prepare_step(const Problem& p, KeyBlockState<typ
 // dK and dV, the warps of its group; before dQ, all of dS; and before it stores P and dS, until all warps
 // have read those of the last step.
 template <class C>
-__device__ __forceinline__ void backward_keys(const Problem& p, KeyBlockState<typename C::Element>& block,
-                                              int32_t sum_tiles, uint8_t* shared) {
+__device__ __forceinline__ void backward_keys(const Problem& p, KeyBlockStateOf<C>& block, int32_t sum_tiles,
+                                              uint8_t* shared) {
   using PTile = typename C::PTile;
   constexpr BackwardLayout kLayout = C::kLayout;
   const TileWork& tile = block.work.tile;
@@ -204,15 +201,14 @@ __device__ __forceinline__ void backward_keys(const Problem& p, KeyBlockState<ty
 
 // The main loop for rows in which Q and dO share one buffer (backward/keys_single_buffer.cuh).
 template <class C>
-__device__ __forceinline__ void backward_keys_single_buffer(const Problem& p,
-                                                            KeyBlockState<typename C::Element>& block,
+__device__ __forceinline__ void backward_keys_single_buffer(const Problem& p, KeyBlockStateOf<C>& block,
                                                             int32_t sum_tiles, uint8_t* shared);
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     backward_keys_sm80(const __grid_constant__ Problem p, const __grid_constant__ GridTiles grid,
                        const __grid_constant__ QuerySums sums) {
-  using Block = KeyBlockState<typename C::Element>;
+  using Block = KeyBlockStateOf<C>;
   static_assert(sizeof(Block) + C::kLayout.bytes - C::kLayout.barriers <= kBlockStateBytes);
   __shared__ Block block;
   uint8_t* const shared = ptx::dynamic_shared();

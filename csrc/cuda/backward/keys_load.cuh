@@ -14,8 +14,8 @@
 namespace jax_flash::inline JF_ARCH_NAMESPACE {
 
 // Shared by all threads of a block, in shared memory.
-template <class T>
-struct KeyBlockState : GradientBlock<T> {
+template <class T, bool kRanges>
+struct KeyBlockState : GradientBlock<T>, GapOfTiles<kRanges> {
   Interval rows;   // from the first to the last query that may see one of the block's keys
   Interval whole;  // queries that see all of them
   GlobalRows<T> dkey, dvalue;
@@ -40,7 +40,10 @@ struct KeyBlockState : GradientBlock<T> {
     const int32_t kv_head = p.kv_head(work.head);
     score_head = 0;
     rows = this->band.queries(tile.row, tile.used_keys());
-    rows = trim_to_segments(grid.segments, grid.count, block_n, p, work, rows);
+    const SeenByTile seen =
+        trim_to_segments<Over::kKeys, kRanges>(grid.segments, grid.count, block_n, p, work, rows);
+    rows = seen.any;
+    this->set_gap(seen.gap, kM);
     whole = this->band.common_queries(tile.row, tile.row + block_n);
     this->tiles = tiles_of(rows, kM);
     dkey = {p.dkey.as<T>() + work.offset(p, p.dkey, kv_head, tile.k_begin) + column, p.dkey.row,
@@ -51,12 +54,16 @@ struct KeyBlockState : GradientBlock<T> {
   }
 };
 
-// Advances `step` to the first step, from this one on, that masks do not hide. If there is none, step.head
-// becomes `heads`, the number of heads in the group. All lanes of a warp call it.
 template <class C>
-__device__ __forceinline__ void seek_shown(const Problem& p, const KeyBlockState<typename C::Element>& block,
-                                           int32_t heads, QueryStep& step) {
+using KeyBlockStateOf = KeyBlockState<typename C::Element, C::Score::reads(Operand::kRanges)>;
+
+// Advances `step` to the first step, from this one on, that masks or ranges do not hide. If there is none,
+// step.head becomes `heads`, the number of heads in the group. All lanes of a warp call it.
+template <class C>
+__device__ __forceinline__ void seek_shown(const Problem& p, const KeyBlockStateOf<C>& block, int32_t heads,
+                                           QueryStep& step) {
   if constexpr (C::Score::reads(Operand::kBlockMask)) {
+    step.tile = block.from(step.tile);
     if (!block.score.skips(p)) return;
     while (step.head < heads) {
       const int32_t own = step.tile + static_cast<int32_t>(threadIdx.x % 32);
@@ -69,15 +76,13 @@ __device__ __forceinline__ void seek_shown(const Problem& p, const KeyBlockState
   }
 }
 template <class C>
-__device__ __forceinline__ void advance_shown(const Problem& p,
-                                              const KeyBlockState<typename C::Element>& block, int32_t heads,
-                                              QueryStep& step) {
+__device__ __forceinline__ void advance_shown(const Problem& p, const KeyBlockStateOf<C>& block,
+                                              int32_t heads, QueryStep& step) {
   step.advance(block.tiles);
   seek_shown<C>(p, block, heads, step);
 }
 template <class C>
-__device__ __forceinline__ QueryStep first_shown(const Problem& p,
-                                                 const KeyBlockState<typename C::Element>& block,
+__device__ __forceinline__ QueryStep first_shown(const Problem& p, const KeyBlockStateOf<C>& block,
                                                  int32_t heads) {
   QueryStep step{0, block.tiles.lo, 0};
   if (!block.tiles.empty()) seek_shown<C>(p, block, heads, step);
@@ -101,8 +106,7 @@ static __device__ const float kUnusedLse = INFINITY;
 // Starts the copies of a step's Q, dO, lse and delta into the stage at `shared`. Rows that see none of the
 // keys become zeros, because they may hold NaN or infinities and 0 · NaN is NaN.
 template <class C>
-__device__ __forceinline__ void load_queries(const Problem& p,
-                                             const KeyBlockState<typename C::Element>& block,
+__device__ __forceinline__ void load_queries(const Problem& p, const KeyBlockStateOf<C>& block,
                                              const QueryStep& step, uint32_t shared) {
   const int32_t row = step.tile * C::kM, lo = block.rows.lo - row, hi = block.rows.hi - row;
   auto used = [=](int i, int r) { return lo - i <= r && r < hi - i; };

@@ -9,8 +9,7 @@ namespace jax_flash::inline JF_ARCH_NAMESPACE {
 
 // Loads lse [M] and delta [M] of a step. Unused rows get an lse that makes P = 0.
 template <class C>
-__device__ __forceinline__ void load_statistics(const Problem& p,
-                                                const KeyBlockState<typename C::Element>& block,
+__device__ __forceinline__ void load_statistics(const Problem& p, const KeyBlockStateOf<C>& block,
                                                 const QueryStep& step, float* statistics) {
   const int32_t i = static_cast<int32_t>(threadIdx.x);
   if (i >= C::kM) return;
@@ -21,8 +20,7 @@ __device__ __forceinline__ void load_statistics(const Problem& p,
 }
 
 template <class C>
-__device__ __forceinline__ void backward_keys_single_buffer(const Problem& p,
-                                                            KeyBlockState<typename C::Element>& block,
+__device__ __forceinline__ void backward_keys_single_buffer(const Problem& p, KeyBlockStateOf<C>& block,
                                                             int32_t sum_tiles, uint8_t* shared) {
   using T = typename C::Element;
   using QTile = typename C::QTile;

@@ -17,6 +17,25 @@
 
 namespace jax_flash::inline JF_ARCH_NAMESPACE {
 
+// Shared by all threads of a block, in shared memory.
+template <class T, bool kRanges>
+struct QueryBlockState : GradientBlock<T>, GapOfTiles<kRanges> {
+  GlobalRows<T> dquery;
+
+  // `column`: the first column of dQ that the CTA works on.
+  __device__ void prepare(const Problem& p, const GridTiles& grid, int32_t block_m, int32_t block_n,
+                          int32_t column) {
+    this->template locate<Over::kQueries>(p, grid, block_m);
+    const TileWork& tile = this->work.tile;
+    const SeenByTile keys = trim_to_segments<Over::kQueries, kRanges>(
+        grid.segments, grid.count, block_m, p, this->work, this->band.rows(tile.row, tile.used_queries()));
+    this->tiles = tiles_of(keys.any, block_n);
+    this->set_gap(keys.gap, block_n);
+    dquery = {p.dquery.as<T>() + this->work.offset(p, p.dquery, this->work.head, tile.q_begin) + column,
+              p.dquery.row, p.head_dim - column};
+  }
+};
+
 // A row of csrc/kernels.def. Each warp owns 16 query rows.
 template <class T, Row R, ScoreKind Kind>
 struct BackwardQueriesSm80 {
@@ -41,33 +60,14 @@ struct BackwardQueriesSm80 {
   using Ring = TileRing<R.stages == 0 ? 0 : 1, kThreads, VTile, KTile, RowSource<T>, kSkips>;
   static constexpr BackwardQueriesLayout kLayout = backward_queries_layout(R.with_tile(kM, kN), sizeof(T));
   static constexpr int kSharedBytes = kLayout.bytes;
+  using State = QueryBlockState<T, is_general(Kind)>;
+  static_assert(sizeof(State) <= kBlockStateBytes);
   static_assert(kLayout.d_out == QTile::kBytes && kLayout.ring == QTile::kBytes + DoTile::kBytes &&
                 kLayout.bytes - kLayout.ring == Ring::kBytes);
 };
 
-// Shared by all threads of a block, in shared memory.
-template <class T>
-struct QueryBlockState : GradientBlock<T> {
-  GlobalRows<T> dquery;
-
-  // `column`: the first column of dQ that the CTA works on.
-  __device__ void prepare(const Problem& p, const GridTiles& grid, int32_t block_m, int32_t block_n,
-                          int32_t column) {
-    this->template locate<Over::kQueries>(p, grid, block_m);
-    const TileWork& tile = this->work.tile;
-    const Interval keys = this->band.rows(tile.row, tile.used_queries());
-    this->tiles =
-        tiles_of(trim_to_segments(grid.segments, grid.count, block_m, p, this->work, keys), block_n);
-    dquery = {p.dquery.as<T>() + this->work.offset(p, p.dquery, this->work.head, tile.q_begin) + column,
-              p.dquery.row, p.head_dim - column};
-  }
-};
-
-static_assert(sizeof(QueryBlockState<float>) <= kBlockStateBytes);
-
 template <class C>
-__device__ __forceinline__ void backward_queries(const Problem& p,
-                                                 const QueryBlockState<typename C::Element>& block,
+__device__ __forceinline__ void backward_queries(const Problem& p, const typename C::State& block,
                                                  uint8_t* shared) {
   using QTile = typename C::QTile;
   using DoTile = typename C::DoTile;
@@ -80,7 +80,7 @@ __device__ __forceinline__ void backward_queries(const Problem& p,
   typename C::DQ dq;
   dq.clear();
   const auto from = [&](int32_t n) {
-    return C::kSkips ? next_shown<C::kN>(p, block.score, tile, block.tiles, n) : n;
+    return C::kSkips ? next_shown<C::kN>(p, block.score, tile, block.tiles, block.from(n)) : n;
   };
   const int32_t first = from(block.tiles.lo);
   if (first < block.tiles.hi) {
@@ -111,7 +111,7 @@ __device__ __forceinline__ void backward_queries(const Problem& p,
 template <class C>
 __global__ void __launch_bounds__(C::kThreads)
     backward_queries_sm80(const __grid_constant__ Problem p, const __grid_constant__ GridTiles grid) {
-  __shared__ QueryBlockState<typename C::Element> block;
+  __shared__ typename C::State block;
   if (threadIdx.x == 0) {
     block.prepare(p, grid, C::kM, C::kN, first_column<C>());
     if constexpr (!C::kPlain) block.score.template prepare<typename C::Score>(p, block.work, block.work.head);

@@ -33,9 +33,9 @@ struct BiasRole {
     const Sequence s = fixed_sequence(reload(p), tile.leading, b);
     step.work = {tile.leading, 0, b, {b, 0, 0, s.q_len, s.k_len, tile.row, tile.row + C::kM, 0}};
     step.band = step.work.band_inline(p);
-    const Interval keys = trim_to_segments(grid.segments, grid.rows, C::kM, p, step.work,
-                                           step.band.rows(tile.row, tile.row + C::kM));
-    return !intersect(keys, {tile.column, tile.column + C::kN}).empty();
+    const SeenByTile seen = trim_to_segments<Over::kQueries, C::Score::reads(Operand::kRanges)>(
+        grid.segments, grid.rows, C::kM, p, step.work, step.band.rows(tile.row, tile.row + C::kM));
+    return !intersect(seen.any, {tile.column, tile.column + C::kN}).empty();
   }
 
   // Calls visit(tile, step) for the steps of all tiles, and end(tile) after each tile.

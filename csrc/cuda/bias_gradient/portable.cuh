@@ -111,8 +111,9 @@ __device__ __forceinline__ void sum_tiles(const Problem& p, const BiasTile& own,
       if (threadIdx.x == 0) score.template prepare<typename C::Score>(p, work, h);
       for (int32_t i = own.row_tiles.lo; i < own.row_tiles.hi; ++i) {
         const int32_t row = work.tile.row = i * C::kM;
-        const Interval keys =
-            trim_to_segments(segments, q_tiles, C::kM, p, work, band.rows(row, row + C::kM));
+        const Interval keys = trim_to_segments<Over::kQueries, true>(segments, q_tiles, C::kM, p, work,
+                                                                     band.rows(row, row + C::kM))
+                                  .any;
         const Interval tiles = intersect(tiles_of(keys, C::kN), own.key_tiles);
         for (int32_t j = tiles.lo; j < tiles.hi; ++j)
           add_tile<C>({p, work, band, score, h}, row, j * C::kN, shared, sum);

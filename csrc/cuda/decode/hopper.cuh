@@ -32,6 +32,7 @@ struct LatentSm90 {
   using KTile = SharedTile<T, kTile, kHeadDim>;
   using PTile = SharedTile<T, kRows, kTile>;
   using Score = DecodeScore<Accumulator<1, kTile / 8>, kOptions>;
+  using Column = LatentColumn<kRows, kOptions>;
   using Shared = LatentShared<LatentSm90>;
   static_assert(kRows == kConsumerRows && kThreads == 3 * kWarpgroup);
   static_assert(sizeof(Shared) <= latent::tile_bytes(R) + latent::kStateBytes);

@@ -58,6 +58,7 @@ struct LatentFewSm90 {
   using S = Accumulator<1, kTile / 8>;
   using O = Accumulator<1, kValueDim / kGroupWarps / 8>;
   using Score = DecodeScore<S, kOptions>;
+  using Column = LatentColumn<kRows, kOptions>;
   using Shared = LatentFewShared<LatentFewSm90>;
   // Each stage belongs to one group, because a barrier's phases must be waited for one by one.
   static_assert(kStages % kGroups == 0);

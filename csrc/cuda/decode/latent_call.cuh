@@ -42,8 +42,9 @@ LatentCall make_latent_call(const Problem& p, const DecodeGrid& grid, int32_t ro
   return call;
 }
 
-// The entries of one KV head, as Rows of partition.cuh.
-template <int kRows>
+// The entries of one KV head, as Rows of partition.cuh. kOptions: for kernels with score options, which skip
+// tiles that the ranges of all rows hide.
+template <int kRows, bool kOptions>
 struct LatentColumn {
   const LatentCall& call;
   int32_t kv_head;
@@ -78,9 +79,10 @@ struct LatentColumn {
   }
   __device__ __forceinline__ SequenceWork sequence(const DecodeCall&, int32_t number) const {
     const Entry found = entry(number);
-    if (found.first < found.end) return {call, rows(found), found.sequence};
-    SequenceWork none{};
-    return none;  // there is no such entry
+    if (found.first >= found.end) return SequenceWork{};  // there is no such entry
+    SequenceWork work(call, rows(found), found.sequence);
+    if (kOptions && call.ranges) work.keys = seen_by_column(call, rows(found), work).any;
+    return work;
   }
 };
 

@@ -21,7 +21,7 @@ class LatentLoader {
   static_assert(Tile::kColumns == C::QTile::kColumns && Tile::kPanel == C::QTile::kPanel);
 
   __device__ __forceinline__ LatentLoader(const LatentCall& decode, typename C::Shared& memory,
-                                          const LatentColumn<C::kRows>& of_column, const Partition& of_ranges,
+                                          const typename C::Column& of_column, const Partition& of_ranges,
                                           const Range& range, int32_t range_number)
       : call(decode),
         shared(memory),
@@ -162,7 +162,7 @@ class LatentLoader {
 
   const LatentCall& call;
   typename C::Shared& shared;
-  const LatentColumn<C::kRows>& column;
+  const typename C::Column& column;
   const Partition& partition;
   int32_t number;  // number of the CTA's range
   ptx::L2Policy policy;
@@ -181,7 +181,7 @@ __device__ __forceinline__ void run_latent(const LatentCall& call, typename C::S
   if (threadIdx.x == 0) shared.init();
   clear_outside<typename C::Element, C::kThreads>(call);
   const int32_t number = call.columns.quotient(static_cast<int32_t>(blockIdx.x));
-  const LatentColumn<C::kRows> column{call, static_cast<int32_t>(blockIdx.x) - number * call.columns.value};
+  const typename C::Column column{call, static_cast<int32_t>(blockIdx.x) - number * call.columns.value};
   Range range;
   auto& found = *reinterpret_cast<PartitionShared<C::kThreads>*>(shared.q);
   const Partition partition = find_range<C::kTile, C::kThreads>(call, column, found, number, range);

@@ -46,6 +46,7 @@ struct LatentSm80 {
                        kSplits = latent::portable_splits(kRows, kTile);
   static constexpr bool kHoldsQ = kRows == 16;  // this warp's share of Q stays in registers
   using O = Accumulator<kRowTiles, kValueDim / kWarps / 8>;
+  using Column = LatentColumn<kRows, true>;
   using Shared = LatentWarpsShared<LatentSm80>;
   static_assert(kSplits * kRowTiles * kKeyTiles == kWarps && kValueDim / kWarps == 64 && kTile <= 32);
   static_assert(sizeof(PartitionShared<kThreads>) <= QTile::kBytes);

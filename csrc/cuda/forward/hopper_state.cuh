@@ -140,7 +140,7 @@ struct TileState : Ranges, Slice {
       Interval own = intersect(tiles_of(band.rows(first, last), C::kN), tiles);
       if constexpr (C::Score::reads(Operand::kQSegmentIds))
         if (segments.part_keys && !one_segment && first < last)
-          own = intersect(own, tiles_of(keys_of_part(p, segments, first), C::kN));
+          own = intersect(own, tiles_of(keys_of_part<C>(p, segments, first), C::kN));
       keys[i].tiles = own.empty() ? Interval{tiles.lo, tiles.lo} : own;
       reload_shared();
       keys[i].end = band.rows(first, last).hi;
@@ -181,6 +181,13 @@ struct TileState : Ranges, Slice {
   __device__ __forceinline__ void trim(const Problem& p, const TileSegments& segments) {
     one_segment = false;
     if (!segments.keys) return;
+    if constexpr (C::Score::reads(Operand::kRanges)) {  // which packed sequences have, too
+      if (work.tile.index == kNoSequence) return;
+      const int64_t slot = slot_of_tile<Over::kQueries>(p, work, C::kM);
+      reload_shared();
+      tiles = tiles_of(seen_of_slot(p, segments.keys, slot).any, C::kN);
+      return reload_shared();
+    }
     const auto tiles_of_entry = static_cast<int32_t>(ceil_div(p.q_rows, C::kM));
     const int64_t at = (work.leading * p.batch + work.batch_row) * tiles_of_entry + work.tile.row / C::kM;
     Interval seen = segments.keys[at];
@@ -287,9 +294,12 @@ struct TileState : Ranges, Slice {
   __device__ __forceinline__ int64_t slot_of_rows(const Problem& p, int32_t block) const {
     return first_slot_of(p, work.leading, work.tile.index, work.tile.q_begin, p.q_rows, block);
   }
-  // The keys that segments leave visible to kSegmentPart rows.
+  // The keys that segments and ranges leave visible to kSegmentPart rows.
+  template <class C>
   __device__ __forceinline__ Interval keys_of_part(const Problem& p, const TileSegments& segments,
                                                    int32_t row) const {
+    if constexpr (C::Score::reads(Operand::kRanges))
+      return seen_of_slot(p, segments.part_keys, slot_of_rows(p, kSegmentPart) + row / kSegmentPart).any;
     const auto parts = static_cast<int32_t>(ceil_div(p.q_rows, kSegmentPart));
     return segments.part_keys[(work.leading * p.batch + work.batch_row) * parts + row / kSegmentPart];
   }

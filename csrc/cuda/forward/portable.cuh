@@ -34,7 +34,8 @@ constexpr bool keeps_addresses(const Row& row, ScoreKind kind) {
 }
 
 // A row of csrc/kernels.def. Each warp owns 16 or 32 query rows. State_: DenseState or PagedState.
-template <class T, Row R, ScoreKind Kind, class State_ = DenseState<T, keeps_addresses(R, Kind)>>
+template <class T, Row R, ScoreKind Kind,
+          class State_ = DenseState<T, keeps_addresses(R, Kind), is_general(Kind)>>
 struct ForwardSm80 {
   using Element = T;
   using State = State_;
@@ -157,7 +158,7 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const typename C:
   typename C::Softmax softmax(C::Score::template start<typename C::Softmax>(p));
 
   const auto from = [&](int32_t n) {
-    return C::kSkips ? next_shown<C::kN>(p, block.score, tile, block.tiles, n) : n;
+    return C::kSkips ? next_shown<C::kN>(p, block.score, tile, block.tiles, block.from(n)) : n;
   };
   const int32_t first = from(block.tiles.lo);
   if (first < block.tiles.hi) {
@@ -230,7 +231,8 @@ cudaError_t launch_forward_sm80(const Problem& p, const LaunchPlan& plan, void* 
 
 // A row whose keys and values lie in pages. Pool: T, or uint8_t for float8.
 template <class T, class Pool, Row R, ScoreKind Kind>
-using PagedForwardSm80 = ForwardSm80<T, R, Kind, PagedState<T, Pool, forward_keys(R, Kind), R.stages>>;
+using PagedForwardSm80 =
+    ForwardSm80<T, R, Kind, PagedState<T, Pool, forward_keys(R, Kind), R.stages, is_general(Kind)>>;
 
 template <class T, Row R>
 cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {

@@ -11,8 +11,8 @@
 namespace jax_flash::inline JF_ARCH_NAMESPACE {
 
 // Keys and values that lie contiguously.
-template <class T, bool kRunning>
-struct DenseState : BlockState<T> {
+template <class T, bool kRunning, bool kRanges>
+struct DenseState : BlockState<T, kRanges> {
   using Source = RowSource<T, kRunning>;
   static constexpr bool kPaged = false;
   static constexpr bool kScaled = false;  // keys and values have no dequantisation scale
@@ -20,7 +20,7 @@ struct DenseState : BlockState<T> {
 
   __device__ void prepare(const Problem& p, const GridTiles& grid, int32_t block_m, int32_t block_n,
                           int32_t column) {
-    BlockState<T>::prepare(p, grid, block_m, block_n, column);
+    BlockState<T, kRanges>::prepare(p, grid, block_m, block_n, column);
     const BlockWork& work = this->work;
     const int32_t kv_head = p.kv_head(work.head), first = work.tile.k_begin;
     key = {p.key.as<const T>() + work.offset(p, p.key, kv_head, first), p.key.row, p.head_dim};
@@ -31,8 +31,8 @@ struct DenseState : BlockState<T> {
 };
 
 // Keys and values in the pages of a pool. Pool: T, or uint8_t for float8.
-template <class T, class Pool, int kRows, int kStages>
-struct PagedState : BlockState<T> {
+template <class T, class Pool, int kRows, int kStages, bool kRanges>
+struct PagedState : BlockState<T, kRanges> {
   using Source = PageSource<T, Pool, kRows, kStages>;
   static constexpr bool kPaged = true;
   static constexpr bool kScaled = sizeof(Pool) == 1;  // K = k_scale · stored, V = v_scale · stored
@@ -44,7 +44,7 @@ struct PagedState : BlockState<T> {
 
   __device__ void prepare(const Problem& p, const GridTiles& grid, int32_t block_m, int32_t block_n,
                           int32_t column) {
-    BlockState<T>::prepare(p, grid, block_m, block_n, column);
+    BlockState<T, kRanges>::prepare(p, grid, block_m, block_n, column);
     const BlockWork& work = this->work;
     const int32_t kv_head = p.kv_head(work.head);
     key = pages_of<Pool>(p, p.key, work.leading, kv_head, p.head_dim);

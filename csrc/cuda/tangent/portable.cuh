@@ -47,7 +47,8 @@ struct TangentSm80 {
   static constexpr int kSharedBytes = kLayout.bytes;
   static_assert(kLayout.tq == QTile::kBytes && kLayout.ring == 2 * QTile::kBytes &&
                 kLayout.bytes - kLayout.ring == Ring::kBytes);
-  static_assert(sizeof(TangentState<T>) <= kBlockStateBytes);
+  using State = TangentState<T, is_general(Kind)>;
+  static_assert(sizeof(State) <= kBlockStateBytes);
   static_assert(kWarpRows % 16 == 0 && kN % 16 == 0);
   // Each warp stores its rows of tO over its own rows of Q, so no barrier is needed.
   static_assert(kValueDim <= kHeadDim && QTile::kPitch == OTile::kPitch);
@@ -59,7 +60,7 @@ struct TangentTile {
   using Element = typename C::Element;
   const Problem& p;
   const Tangents& t;
-  const TangentState<Element>& block;
+  const typename C::State& block;
   int32_t key;  // position of the first key in the sequence
 
   // The unit of dS. Variants with options compute dS in the unit of the scores.
@@ -227,8 +228,7 @@ __device__ __forceinline__ void finish_rows(typename C::O& o, const TangentRows<
 
 template <class C>
 __device__ __forceinline__ void tangent_tile(const Problem& p, const Tangents& t,
-                                             const TangentState<typename C::Element>& block,
-                                             uint8_t* shared) {
+                                             const typename C::State& block, uint8_t* shared) {
   using S = typename C::S;
   using K = RowsB<typename C::KTile>;
   const TileWork& tile = block.work.tile;
@@ -269,7 +269,7 @@ template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     tangent_sm80(const __grid_constant__ Problem p, const __grid_constant__ Tangents t,
                  const __grid_constant__ GridTiles grid) {
-  __shared__ TangentState<typename C::Element> block;
+  __shared__ typename C::State block;
   if (threadIdx.x == 0) {
     block.prepare(p, t, grid, C::kM, C::kN, first_column<C>());
     if constexpr (!C::kPlain) block.template prepare_score<typename C::Score>(p, t);

@@ -11,8 +11,8 @@
 
 namespace jax_flash::inline JF_ARCH_NAMESPACE {
 
-template <class T>
-struct TangentState : BlockState<T> {
+template <class T, bool kRanges>
+struct TangentState : BlockState<T, kRanges> {
   GlobalRows<const T> tquery, key, value, tkey, tvalue;
   GlobalRows<T> tout;
   const float* lse;
@@ -22,7 +22,7 @@ struct TangentState : BlockState<T> {
 
   __device__ void prepare(const Problem& p, const Tangents& t, const GridTiles& grid, int32_t block_m,
                           int32_t block_n, int32_t column) {
-    BlockState<T>::prepare(p, grid, block_m, block_n, column);
+    BlockState<T, kRanges>::prepare(p, grid, block_m, block_n, column);
     const BlockWork& work = this->work;
     const int32_t head = work.head, kv_head = p.kv_head(head);
     const int32_t q_begin = work.tile.q_begin, k_begin = work.tile.k_begin;
@@ -62,7 +62,8 @@ struct TilePair {
 template <class T>
 class TangentSource {
  public:
-  __device__ __forceinline__ explicit TangentSource(const TangentState<T>& block)
+  template <class State>
+  __device__ __forceinline__ explicit TangentSource(const State& block)
       : primal_(block.key, block.value, block.end), tangent_(block.tkey, block.tvalue, block.end) {}
 
   template <class Pair, int kThreads>
@@ -99,7 +100,8 @@ class TangentRing {
   static constexpr int kBytes = Ring::kBytes;
   static constexpr bool kTogether = true;
 
-  __device__ __forceinline__ TangentRing(uint32_t shared, const TangentState<T>& block)
+  template <class State>
+  __device__ __forceinline__ TangentRing(uint32_t shared, const State& block)
       : ring_(shared, TangentSource<T>(block), block.tiles) {}
 
   __device__ __forceinline__ void start() { ring_.start(); }
@@ -124,7 +126,8 @@ class TangentRing<0, kThreads, KTile, VTile> {
   static constexpr int kBytes = ring_bytes(0, KTile::kBytes, VTile::kBytes);
   static constexpr bool kTogether = false;
 
-  __device__ __forceinline__ TangentRing(uint32_t shared, const TangentState<T>& block)
+  template <class State>
+  __device__ __forceinline__ TangentRing(uint32_t shared, const State& block)
       : primal_(shared, Source(block.key, block.value, block.end), block.tiles),
         tangent_(shared, Source(block.tkey, block.tvalue, block.end), block.tiles) {}
 
