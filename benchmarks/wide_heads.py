@@ -35,7 +35,7 @@ def training(passes: tuple[str, ...] = ("forward", "backward")) -> None:
             if s == 4096:
                 plain = adapters.ours(wide, implementation="xla")
                 calls["plain JAX"] = peers.pass_calls(plain, pass_, peers.draw_inputs(wide))
-            times = measure.in_turns(calls, repeats=5)
+            times = measure.in_turns(calls, repeats=5, settle=measure.SETTLED)
             rates = {
                 name: flop.attention(named.get(name, wide), pass_) / times[name]["median"] for name in calls
             }
@@ -54,7 +54,8 @@ def shared() -> None:
     )
     both = jax.jit(lambda q, k: jax_flash.flash_attention(q, k, None, causal=True))
     apart = jax.jit(lambda q, k, v: jax_flash.flash_attention(q, k, v, causal=True))
-    times = measure.in_turns({"K = V": (both, [(q, k)]), "apart": (apart, [(q, k, v)])}, repeats=5)
+    calls = {"K = V": (both, [(q, k)]), "apart": (apart, [(q, k, v)])}
+    times = measure.in_turns(calls, repeats=5, settle=measure.SETTLED)
     print(f"K = V: {times['apart']['median'] / times['K = V']['median']:.3f} of the rate of separate K and V")
     rates = {}
     for heads in (8, 128):

@@ -56,6 +56,14 @@ def test_more_rows_than_decode_reads_at_once_take_the_forward_that_packs_heads(q
     assert chosen["queries"] == {"block": 64, "tiles": tiles, "blocks": 64 * 8 * tiles}
 
 
+def test_packed_heads_fill_the_sms_with_slices_of_values():
+    """64 query heads over one KV head of 512: decode would read each key eight times."""
+    options = {"d": 512, "dv": 512, "q_rows": 1, "heads": 64, "kv_heads": 1, "page_size": 64}
+    chosen = plan(batch=64, **options)
+    assert (chosen["row"]["design"], chosen["persistent_ctas"]) == ("packed_heads", 128)
+    assert plan(batch=32, **options)["row"]["pass"] == "decode"  # half of the SMs would idle
+
+
 @pytest.mark.parametrize(
     "options",
     [

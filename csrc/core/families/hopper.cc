@@ -118,10 +118,9 @@ class Forward final : public PassTraits {
     plan.cluster_size = multicast * hopper::sharers(row);
     const bool unequal = call.tiles_differ() || lists_tiles(plan.score) || s.q_rows % row.block_m;
     const TileGrid& grid = plan.queries;
-    const int64_t slices = row.is_sliced() ? slices_of(s.value_dim, row.slice_columns()) : 1;
     const int64_t blocks = grid.blocks == 0 ? 0
                                             : grid.blocks / grid.tiles * ceil_div(grid.tiles, multicast) *
-                                                  plan.cluster_size * slices;
+                                                  plan.cluster_size * slices(row, call);
     if (plan.score == ScoreKind::kRanges) {
       add_ranges(call, s.q_rows, row.block_n, plan.queries, workspace);
     } else if (lists_tiles(plan.score)) {
@@ -156,6 +155,10 @@ class Forward final : public PassTraits {
     return 9 * parts >= 8 * ceil_div(parts, 3) * 3;
   }
   static bool packs_heads(const KernelRow& row) { return row.design == Design::kPackedHeads; }
+  // CTAs of a query tile, each with a slice of V's columns.
+  static int64_t slices(const KernelRow& row, const Call& call) {
+    return row.is_sliced() ? slices_of(call.shapes.value_dim, row.slice_columns()) : 1;
+  }
 
   // Calls with a few tokens per sequence, for which decode would read keys more than once. Keys are not
   // split, so the tiles must fill whole waves. All rows of a tile belong to one KV head.
@@ -174,9 +177,9 @@ class Forward final : public PassTraits {
     const int64_t group = s.heads / s.kv_heads, rows = group * s.q_rows;
     if (row.block_m % group || rows <= kDecodeRows || rows > kMostRows) return false;
     if (latent::Decode::are_latent(spec, dims_of(s))) return false;  // latent kernels read each key once
-    const int64_t tiles = call.entries() * s.kv_heads * ceil_div(rows, row.block_m);
+    const int64_t tiles = call.entries() * s.kv_heads * ceil_div(rows, row.block_m) * slices(row, call);
     const int64_t sms = std::max(1, call.device.sm_count);
-    return tiles >= sms &&
+    return tiles > 0 &&
            static_cast<double>(tiles) >= kFilled * static_cast<double>(ceil_div(tiles, sms) * sms);
   }
 

@@ -70,10 +70,15 @@ struct ForwardSm90 {
   static constexpr int kConsumers = kM / kConsumerRows, kAllConsumers = kTeams * kConsumers;
   // CTAs that share a query tile: in each, one consumer computes S of its 64 rows. A K tile is loaded in
   // parts of its columns, of which each CTA multicasts half.
+  // If V is K, those of the CTA's own columns are in V's stages, and no CTA multicasts.
+  static constexpr bool kSharedValues = kSharesValues<KeyLoader>;
   static constexpr int kOwners = kConsumers / kSharers, kKeyParts = kSharers > 1 ? 4 : 1,
-                       kKeyCluster = kSharers > 1 && !kInPages<KeyLoader> ? kCluster : kMulticast;
+                       kLoadedParts = kSharedValues ? kKeyParts / 2 : kKeyParts,
+                       kKeyCluster =
+                           kSharers > 1 && !kInPages<KeyLoader> && !kSharedValues ? kCluster : kMulticast;
   static constexpr int kThreads = R.warps * 32;
-  static constexpr int kKeyStages = kSharers > 1 ? kKeyParts + 1 : kStages, kValueStages = kStages;
+  static constexpr int kKeyStages = kSharers > 1 ? kLoadedParts + 1 : kStages,
+                       kValueStages = kSharedValues ? kStages + 1 : kStages;
   // The bias needs one or two stages of tiles in addition to Q, K and V; key tiles are smaller if these do
   // not fit. Dropout needs whole Philox blocks.
   static constexpr int64_t kTileBytes = hopper::forward_tile_bytes(R);
@@ -127,7 +132,7 @@ struct ForwardSm90 {
   // allocates its registers differently, nor with multicast, whose calls are too long for it to matter.
   static constexpr bool kEarlyLoad = kConsumers <= 2 && kMulticast == 1;
   using Shared =
-      ForwardShared<T, QTile, KTile, VTile, kKeyStages, kValueStages, kConsumers, kOwners, kKeyParts,
+      ForwardShared<T, QTile, KTile, VTile, kKeyStages, kValueStages, kConsumers, kOwners, kLoadedParts,
                     kKeyCluster, Input, kMulticast, Output,
                     std::conditional_t<kRanges, RangesOfTile<kConsumers>,
                                        std::conditional_t<kListed, ListOfTile<kConsumers>, NoRangesOfTile>>,
@@ -253,6 +258,8 @@ cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace
         return run.template operator()<kKind, ListLoader, 1>();
       } else {
         if constexpr (R.design == Design::kClusterColumns) {
+          if constexpr (kKind == ScoreKind::kPlain)
+            if (p.spec.shared_kv()) return run.template operator()<kKind, SharedColumnsLoader, 1>();
           return run.template operator()<kKind, ColumnsLoader, 1>();
         } else {
           return run.template operator()<kKind, DenseLoader, 1>();

@@ -7,6 +7,7 @@
 #include "cuda/forward/hopper_state.cuh"
 #include "cuda/hopper/roles.cuh"
 #include "cuda/hopper/tma.cuh"
+#include "cuda/load/hopper_dense.cuh"
 
 namespace jax_flash {
 
@@ -31,7 +32,7 @@ struct LoadWarp {
   __device__ __forceinline__ void load_key(const N& n, uint32_t use) {
     loader.check();
 #pragma unroll
-    for (int part = 0; part < C::kKeyParts; ++part) {
+    for (int part = 0; part < C::kLoadedParts; ++part) {
       const uint32_t stage = shared.key_use(use, part), from = shared.key_loader(stage);
       shared.k_pipe.template wait_empty<C::kKeyCluster>(stage, from);
       loader.load_key(maps.keys, ptx::shared_address(shared.key(use, part)),
@@ -68,13 +69,24 @@ struct LoadWarp {
     } else {
       at = coordinates_of(p.query, work, work.head + tile.heads_before(consumer), row);
     }
-    load_rows<Tile>(ptx::shared_address(shared.q[slot]), 0, maps.query, full, at);
+    const uint32_t to = ptx::shared_address(shared.q[slot]);
+    if constexpr (C::kSharedValues) {  // in the order of K's columns
+      using Half = SharedTile<typename C::Element, Tile::kRows, C::kValueDim>;
+      at.column = first_key_column<C>(tile.column);
+      load_rows<Half>(to, 0, maps.query, full, at);
+      at.column = tile.column;
+      load_rows<Half>(to + Half::kBytes, 0, maps.query, full, at);
+    } else {
+      load_rows<Tile>(to, 0, maps.query, full, at);
+    }
   }
 
   // The tile scheduler takes the next query tile when this many key tiles are left to load. The number is
   // small, because a CTA that reserves a tile long before it begins may finish after all other CTAs. Three
-  // consumers are so fast that the next tile would not be ready in time, so they take it at once.
-  static constexpr int32_t kTilesLeft = C::kConsumers <= 2 && C::kTeams == 1 ? 1 : INT32_MAX / 2;
+  // consumers are so fast, and CTAs that share tiles need so long to agree, that the next tile would not be
+  // ready in time, so they take it at once.
+  static constexpr int32_t kTilesLeft =
+      C::kConsumers <= 2 && C::kTeams == 1 && C::kSharers == 1 ? 1 : INT32_MAX / 2;
 
   // Loads K, Q, then K, V, K, V … V: the order in which consumers wait for them.
   template <bool kKeys, bool kValues>

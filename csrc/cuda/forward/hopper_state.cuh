@@ -334,17 +334,21 @@ struct ForwardShared : Input::Buffer {
   [[no_unique_address]] typename Output::Pipes out_pipe;
   [[no_unique_address]] Mailbox mailbox;
 
-  // Stages of K and V. A K tile has a stage for each part of its columns.
+  // Stages of K and V. A K tile has a stage for each part of its columns. If V is K, the CTA's own columns
+  // are the last parts, in V's stage, which is released after P V.
   static constexpr uint32_t key_use(uint32_t use, int part) { return use * kKeyParts + part; }
   __device__ __forceinline__ const uint8_t* key(uint32_t use, int part = 0) const {
-    return k[key_use(use, part) % kKeyStages];
+    return part < kKeyParts ? k[key_use(use, part) % kKeyStages]
+                            : value(use) + (part - kKeyParts) * KTile::kBytes;
   }
   __device__ __forceinline__ const uint8_t* value(uint32_t use) const { return v[use % kValueStages]; }
   __device__ __forceinline__ void wait_key(uint32_t use, int part = 0) const {
+    if (part >= kKeyParts) return wait_value(use);
     k_pipe.wait_full(key_use(use, part));
   }
   __device__ __forceinline__ void wait_value(uint32_t use) const { v_pipe.wait_full(use); }
   __device__ __forceinline__ void release_key(uint32_t use, int part = 0) const {
+    if (part >= kKeyParts) return;
     const uint32_t stage = key_use(use, part);
     k_pipe.template release<kKeyCluster>(stage, key_loader(stage));
   }

@@ -12,6 +12,13 @@
 
 namespace jax_flash {
 
+// The first column of K and Q in shared memory: 0 or, if V is K, the first one that is not among the CTA's
+// own columns, which begin with `own`.
+template <class C>
+__device__ __forceinline__ int32_t first_key_column(int32_t own) {
+  return C::kSharedValues ? C::kValueDim - own : 0;
+}
+
 template <class C>
 class DenseLoader {
  public:
@@ -52,7 +59,7 @@ class DenseLoader {
   __device__ __forceinline__ void load_key(const Maps& maps, uint32_t tile, uint32_t barrier, int32_t n,
                                            int part, uint32_t loader) const {
     ptx::Coordinates at = key;
-    at.column = part * C::KTile::kColumns;
+    at.column = first_key_column<C>(value.column) + part * C::KTile::kColumns;
     load<typename C::KTile, C::kKeyCluster>(tile, barrier, maps.key, at, n, loader);
   }
   __device__ __forceinline__ void load_value(const Maps& maps, uint32_t tile, uint32_t barrier,
@@ -79,5 +86,16 @@ struct ColumnsLoader : DenseLoader<C> {
   using DenseLoader<C>::DenseLoader;
   static constexpr int kWarps = 2;
 };
+
+// The same if V is K. The warp of V loads the CTA's own columns, which are the last parts of a K tile, too.
+// The first parts are the other columns.
+template <class C>
+struct SharedColumnsLoader : ColumnsLoader<C> {
+  using ColumnsLoader<C>::ColumnsLoader;
+};
+template <template <class> class>
+inline constexpr bool kSharesValues = false;
+template <>
+inline constexpr bool kSharesValues<SharedColumnsLoader> = true;
 
 }  // namespace jax_flash
