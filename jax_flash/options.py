@@ -61,8 +61,8 @@ class VarlenOptions(DenseOptions, total=False):
     mask: Mask | None
 
 
-class FixedOptions(DenseOptions, total=False):
-    """The options of `flash_attention`."""
+class SequenceOptions(DenseOptions, total=False):
+    """The options that `flash_attention` shares with `ring_attention`."""
 
     mask: ArrayLike | Mask | None
     segment_ids: ArrayLike | tuple[IndexLike, IndexLike] | None
@@ -71,7 +71,11 @@ class FixedOptions(DenseOptions, total=False):
     bias_first: bool
 
 
-class RingOptions(FixedOptions, total=False):
+class FixedOptions(SequenceOptions, total=False):
+    """The options of `flash_attention`."""
+
+
+class RingOptions(SequenceOptions, total=False):
     """The options of `ring_attention`."""
 
     order: Order
@@ -155,8 +159,8 @@ class VarlenArguments(DenseArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FixedArguments(DenseArguments):
-    """The arguments of `flash_attention`."""
+class SequenceArguments(DenseArguments):
+    """The arguments that `flash_attention` shares with `ring_attention`."""
 
     mask: ArrayLike | Mask | None = None
     segment_ids: ArrayLike | tuple[IndexLike, IndexLike] | None = None
@@ -166,7 +170,12 @@ class FixedArguments(DenseArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RingArguments(FixedArguments):
+class FixedArguments(SequenceArguments):
+    """The arguments of `flash_attention`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RingArguments(SequenceArguments):
     """The arguments of `ring_attention`."""
 
     axis_name: str | tuple[str, ...]

@@ -23,10 +23,10 @@ from .operands import OPTIONAL
 from .options import (
     Arguments,
     DenseArguments,
-    FixedArguments,
     Implementation,
     RingArguments,
     RingMode,
+    SequenceArguments,
     VarlenArguments,
 )
 from .spec import ALIGNMENTS, ORDERS, UNLIMITED, AttentionSpec, Layout, Ring
@@ -220,7 +220,7 @@ def score_operands(
         operands["sinks"] = jnp.expand_dims(sinks, range(len(by_token) - sinks.ndim))
 
 
-def fixed(op: str, arguments: FixedArguments, ring: Ring | None = None) -> tuple[AttentionSpec, Operands]:
+def fixed(op: str, arguments: SequenceArguments, ring: Ring | None = None) -> tuple[AttentionSpec, Operands]:
     """The spec and operands of a flash_attention call, or of one on a shard of a sequence."""
     check = Checker(op)
     operands = _tokens(check, arguments, "b s")
