@@ -1,6 +1,6 @@
-# csrc/kernels.def → a .cu for the rows of a pass and one or two head dims, and the list of what this build
-# holds, all in the build directory. What lies in one file shares the front end's time (1.5 s), and dtypes compress to
-# little more than one of them.
+# csrc/kernels.def → a .cu for the rows of a pass and some head dims, and the list of what this build holds, all in the
+# build directory. What lies in one file shares the front end's and the host compiler's time (3.5 s), and dtypes
+# compress to little more than one of them.
 # JAX_FLASH_KERNELS names another table, for experiments.
 
 set(JF_DTYPES_half float16 bfloat16)
@@ -47,22 +47,17 @@ function(jf_head_dim_wanted d dv result)
   endif()
 endfunction()
 
-# The file of a row without its suffix; `files` is the arch's column of that name.
-function(jf_file_of pass loader group files d dv result)
-  if(d EQUAL 0)
-    set(${result} "${pass}_${loader}_${group}" PARENT_SCOPE)
-    return()
-  endif()
-  set(dims "d${d}_dv${dv}")
-  if(files STREQUAL "shared")
-    foreach(largest 64 128 192 256)
-      if(d LESS_EQUAL largest)
-        set(dims "d${largest}")
-        break()
-      endif()
-    endforeach()
-  endif()
-  set(${result} "${pass}_${loader}_${group}_${dims}" PARENT_SCOPE)
+# The file of a row without its suffix; `files` is the arch's column of that name. 0: any head dim.
+function(jf_file_of pass loader group files d result)
+  set(file "${pass}_${loader}_${group}")
+  string(REPLACE " | " ";" files "${files}")
+  foreach(largest IN LISTS files)
+    if(d GREATER 0 AND d LESS_EQUAL largest)
+      string(APPEND file "_d${largest}")
+      break()
+    endif()
+  endforeach()
+  set(${result} "${file}" PARENT_SCOPE)
 endfunction()
 
 # The table of registers, spills and shared memory, made before `target`, and installed beside it. The build fails
@@ -161,7 +156,7 @@ function(jf_add_kernels target)
       if(NOT left)
         continue()
       endif()
-      jf_file_of(${pass} ${kernel_loader} ${group} ${JF_FILES_${arch}} ${d} ${dv} file)
+      jf_file_of(${pass} ${kernel_loader} ${group} "${JF_FILES_${arch}}" ${d} file)
       foreach(dtype IN LISTS JF_DTYPES_${dtypes})
         if(dtype IN_LIST JAX_FLASH_DTYPES)
           set(launch "launch_${pass}_${design}_${kernel_loader}_${arch}_${shape}_${dtype}")

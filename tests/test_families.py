@@ -22,7 +22,7 @@ HEAD_DIMS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (
 
 NEW_ROWS = "\n".join(
     [
-        "JF_ARCH(sm199, imagined, 190, 199, 199a, own)",
+        "JF_ARCH(sm199, imagined, 190, 199, 199a, 256)",
         *(
             f"JF_KERNEL(sm90, backward, tiles, dense, half, {d}, {dv}, 64, 128, 2, 12, 1, 1, 1, "
             "plain | general_dropout)"

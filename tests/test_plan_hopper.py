@@ -104,6 +104,8 @@ def test_hoppers_backward_has_kernels_for_options(d, kind, options):
         assert arch(pass_="backward", d=d, dv=d, **options) == "sm80"
         return
     row = 256 if d == 192 and kind in ("bias", "mask") else d  # bias and mask run the larger kernel
+    if d in (192, 512) and kind in ("softcap", "alibi", "dropout"):  # no model has these options there
+        kind = "general"
     for deterministic in (False, True):
         text = plan("backward", d=d, dv=d, deterministic=deterministic, **options)["text"]
         own = "listed_mask" if kind == "mask" and d < 512 and not deterministic else kind
