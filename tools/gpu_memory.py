@@ -57,7 +57,10 @@ class Slice:
         name = f"{self.check}_{self.driver}_{self.first}.log"
         (folder / name).write_text(done.stdout)
         if done.returncode:
-            raise RuntimeError(f"{folder / name}: exit status {done.returncode}\n{done.stdout[-3000:]}")
+            found = "\n".join(line for line in done.stdout.splitlines() if line.startswith("====="))
+            raise RuntimeError(
+                f"{folder / name}: exit status {done.returncode}\n{found[:8000]}\n{done.stdout[-1000:]}"
+            )
         return done.stdout
 
 

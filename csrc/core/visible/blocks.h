@@ -75,7 +75,8 @@ JF_HD BlockMask block_mask_of(const Problem& p, int64_t leading, const Sequence&
   if (has_position(p)) {
     const View& place = p.position;
     const int32_t* first = place.as<const int32_t>() + place.leading_offset(p.leading, leading);
-    mask.first_row = first[0], mask.first_key = first[place.column];
+    constexpr int32_t kMost = 1 << 30;  // sums with rows and keys fit, and none is negative
+    mask.first_row = clamp_index(first[0], kMost), mask.first_key = clamp_index(first[place.column], kMost);
   }
   return mask;
 }

@@ -89,11 +89,9 @@ class DenseCase : protected RandomCase {
     add(Operand::kSinks, 0.2);
     add(Operand::kPosition, 0.2);
     add(Operand::kDropout, 0.25);
-    // CUDA kernels do not read the operand `ranges`, and in derivatives they need V as a separate operand.
-    if (!aim_ && backend::computes() && !backend::sparing()) {
-      add(Operand::kRanges, 0.3);
-      if (chance(0.1)) s.value_dim = p_.value_dim = p_.head_dim;
-    }
+    if (chance(0.2)) choose_ranges(p_);
+    if (chance(0.15)) choose_blocks(p_, {16, 48, 64, 256}, {16, 32, 128, 144});
+    if (!aim_ && chance(0.1)) s.value_dim = p_.value_dim = p_.head_dim;
     s.dropout_rate = s.has(Operand::kDropout) ? 0.4f : 0.0f;
     s.deterministic = chance(0.5);
     if (p_.varlen()) {
@@ -114,7 +112,8 @@ class DenseCase : protected RandomCase {
     const bool gradient = aim_->pass == Pass::kBackward || aim_->pass == Pass::kBiasGradient;
     chunks_ = bias || aim_->variant == backend::Variant::kMask || (gradient && !aim_->plain() && chance(0.5));
     if (aim_->pass == Pass::kBiasGradient || chunks_ || aim_->variant == backend::Variant::kSegments ||
-        aim_->variant == backend::Variant::kListedMask || aim_->variant == backend::Variant::kCluster)
+        aim_->variant == backend::Variant::kListedMask || aim_->variant == backend::Variant::kBlocks ||
+        aim_->variant == backend::Variant::kCluster)
       p_.spec.layout = Layout::kFixed;
     p_.batch = std::max(p_.batch, 1);
     if (aim_->pass == Pass::kForward) p_.heads = 6 * p_.kv_heads;  // more tiles than CTAs
@@ -154,6 +153,7 @@ class DenseCase : protected RandomCase {
     p_.batch = sure.batch, p_.heads = sure.heads, p_.kv_heads = sure.kv_heads;
     p_.head_dim = sure.head_dim, p_.value_dim = sure.value_dim;
     p_.q_rows = sure.q_rows, p_.k_rows = sure.k_rows;
+    p_.limits = sure.limits, p_.mask_rows = sure.mask_rows, p_.mask_columns = sure.mask_columns;
     chunks_ = true;
     if (!is_taken()) fail("its own example is not taken by " + backend::aimed());
   }
@@ -166,7 +166,7 @@ class DenseCase : protected RandomCase {
       s.softcap = 0;
       s.scale = 0.3f;
       for (Operand general : {Operand::kQSegmentIds, Operand::kKvSegmentIds, Operand::kMask, Operand::kBias,
-                              Operand::kAlibiSlopes})
+                              Operand::kAlibiSlopes, Operand::kRanges, Operand::kBlockMask})
         s.operands &= ~bit(general);
     } else {
       s.softcap = 3.0f;
@@ -176,26 +176,33 @@ class DenseCase : protected RandomCase {
     }
     if (aim_->plain() || aim_->pass == Pass::kForward) s.operands &= ~bit(Operand::kDropout);
     if (aim_->dropout()) s.operands |= bit(Operand::kDropout);
-    if (aim_->variant == backend::Variant::kSegments)
-      s.operands |= bit(Operand::kQSegmentIds) | bit(Operand::kKvSegmentIds);
+    add_visibility();
     if (aim_->variant == backend::Variant::kAlibi) s.operands |= bit(Operand::kAlibiSlopes);
     if (aim_->variant == backend::Variant::kSoftcap) s.softcap = 3.0f;
     s.dropout_rate = s.has(Operand::kDropout) ? 0.4f : 0.0f;
     if (aim_->pass == Pass::kBiasGradient) s.operands |= bit(Operand::kBias);
-    if (aim_->mask()) s.operands |= bit(Operand::kMask);
-    if (aim_->variant == backend::Variant::kListedMask) s.operands &= ~bit(Operand::kPosition);
+    if (aim_->variant == backend::Variant::kListedMask || aim_->variant == backend::Variant::kBlocks)
+      s.operands &= ~bit(Operand::kPosition);
     if (aim_->variant == backend::Variant::kBias) {
       s.operands |= bit(Operand::kBias);
-    } else if (!is_taken()) {  // some kernels take no bias, mask, segments or several leading dimensions
-      for (Operand other : {Operand::kQSegmentIds, Operand::kKvSegmentIds, Operand::kMask, Operand::kBias})
+    } else if (!is_taken()) {  // some kernels take no bias, visibility operands or several leading dimensions
+      for (Operand other : {Operand::kQSegmentIds, Operand::kKvSegmentIds, Operand::kMask, Operand::kRanges,
+                            Operand::kBlockMask, Operand::kBias})
         if (other != Operand::kBias || aim_->pass != Pass::kBiasGradient) s.operands &= ~bit(other);
       p_.leading = {};
-      if (aim_->variant == backend::Variant::kSegments)
-        s.operands |= bit(Operand::kQSegmentIds) | bit(Operand::kKvSegmentIds);
-      if (aim_->mask()) s.operands |= bit(Operand::kMask);
+      add_visibility();
       if (!is_taken()) make_chunks();
     }
     if (!is_taken()) take_example();
+  }
+
+  // The operands of a targeted kernel for one form of visibility.
+  void add_visibility() {
+    if (aim_->variant == backend::Variant::kSegments)
+      p_.spec.operands |= bits_of(Operand::kQSegmentIds, Operand::kKvSegmentIds);
+    if (aim_->mask()) p_.spec.operands |= bits_of(Operand::kMask);
+    if (aim_->variant == backend::Variant::kRanges) choose_ranges(p_);
+    if (aim_->variant == backend::Variant::kBlocks) choose_blocks(p_, {64, 128, 192}, {32, 64, 128});
   }
 
   Guarded& make(View& view, size_t element, std::vector<Dim> dims, bool broadcast) {
@@ -264,26 +271,10 @@ class DenseCase : protected RandomCase {
     return dims;
   }
 
-  // Plausible or arbitrary limits; rows of a tile often have the same.
-  void make_ranges() {
-    p_.limits = one_of({2, 4});
-    std::vector<Dim> dims = score_dims();
-    if (p_.varlen()) dims.erase(dims.begin());
-    dims[dims.size() - 2] = {p_.q_rows, &View::row}, dims.back() = {p_.limits, &View::column};
-    const Guarded& m = make(p_.ranges, 4, dims, true);
-    int32_t* x = reinterpret_cast<int32_t*>(m.data());
-    const int64_t repeat = p_.limits * one_of<int64_t>({1, 1, 20, 1000});
-    const bool wild = chance(0.3);
-    for (size_t i = 0; i < m.bytes() / 4; ++i) {
-      x[i] = wild ? garbage(p_.k_rows) : static_cast<int32_t>(integer(0, p_.k_rows));
-      if (static_cast<int64_t>(i) % repeat >= p_.limits) x[i] = x[i - p_.limits];
-    }
-    m.make_read_only();
-  }
-
   void make_score_operands() {
     const AttentionSpec& s = p_.spec;
-    if (s.has(Operand::kRanges)) make_ranges();
+    if (s.has(Operand::kRanges)) make_ranges(p_, p_.leading);
+    if (s.has(Operand::kBlockMask)) make_blocks(p_, p_.leading);
     if (s.has(Operand::kMask)) {
       const Guarded& m = make(p_.mask, 1, score_dims(), true);
       for (size_t i = 0; i < m.bytes(); ++i) m.data()[i] = chance(0.7);

@@ -179,6 +179,8 @@ class AttentionCase : PoolCase {
     if (p_.packed()) add(Operand::kCuSeqlensQ);
     if (chance(0.2) && !plain && !packs_heads_) add(Operand::kAlibiSlopes);
     if (packs_heads_ ? !plain : chance(0.3) && !plain) choose_draft_mask();
+    if (chance(0.2) && !plain && !packs_heads_) choose_ranges(p_);
+    if (chance(0.1) && !plain) choose_blocks(p_, {16, 48, 64, 256}, {16, 32, 128, 144});
     if (chance(0.3) && !packs_heads_) add(Operand::kSinks);
     if (pool_dtype_ != dtype_ && chance(0.7)) add(Operand::kKScale), add(Operand::kVScale);
   }
@@ -200,6 +202,8 @@ class AttentionCase : PoolCase {
     if (s.has(Operand::kAlibiSlopes))
       fill(make(p_.alibi_slopes, 4, {{batch_, &View::batch}, {p_.heads, &View::head}}, true), DType::kF32);
     if (s.has(Operand::kDraftMask)) make_draft_mask();
+    if (s.has(Operand::kRanges)) make_ranges(p_, leading_);
+    if (s.has(Operand::kBlockMask)) make_blocks(p_, leading_);
     if (s.has(Operand::kSinks)) make_sinks(p_, leading_);
     if (s.has(Operand::kKScale)) {
       make_scales(p_.k_scale, chance(0.5)), make_scales(p_.v_scale, chance(0.5));
@@ -232,6 +236,24 @@ class AttentionCase : PoolCase {
     const View& view = p_.draft_mask;
     if (!view || token < 0 || rows > p_.draft_rows) return false;
     return !view.as<const uint8_t>()[view.leading_offset(leading_, leading) + view.offset(z, 0, row, token)];
+  }
+
+  // `row`: of the sequence, whose first row in the operand is `begin`.
+  bool ranges_hide(int64_t leading, int32_t z, int32_t h, int64_t begin, int64_t row, int64_t key) const {
+    const View& view = p_.ranges;
+    if (!view) return false;
+    const int64_t at = view.leading_offset(leading_, leading) + view.offset(z, h, begin + row);
+    const int32_t* x = view.as<const int32_t>() + at;
+    bool sees = false;
+    for (int32_t i = 0; i < p_.limits; i += 2) sees |= x[i] <= key && key < x[i + 1];
+    return !sees;
+  }
+  bool blocks_hide(int64_t leading, int32_t z, int32_t h, int64_t row, int64_t key) const {
+    const View& view = p_.block_mask;
+    if (!view) return false;
+    const int64_t i = row / p_.spec.block_rows, j = key / p_.spec.block_keys;
+    const int64_t at = view.leading_offset(leading_, leading) + view.offset(z, h, i, j);
+    return i >= p_.mask_rows || j >= p_.mask_columns || !view.as<const uint8_t>()[at];
   }
 
   int64_t length(int64_t leading, int32_t z) const {
@@ -272,39 +294,44 @@ class AttentionCase : PoolCase {
         const auto [begin, end] = p_.packed() ? rows_of(p_.cu_seqlens_q, l, z, p_.q_rows)
                                               : std::pair<int64_t, int64_t>{0, p_.q_rows};
         const int64_t nq = end - begin, nk = length(l, z);
+        const int32_t entry = p_.packed() ? 0 : z;
         for (int64_t i = 0; i < nq; ++i) {
           const int64_t diagonal = s.align == Align::kBottomRight ? i + nk - nq : i;
-          bool missing = false, any = false;
-          for (int64_t j = 0; j < nk; ++j) {
-            if ((s.left >= 0 && j < diagonal - s.left) || (s.right >= 0 && j > diagonal + s.right)) continue;
-            if (draft_hides(l, z, i, j - (nk - nq), nq)) continue;
-            any = true;
-            missing |= page(l, z, j) < 0;
+          for (int32_t h = 0; h < p_.heads; ++h) {
+            bool missing = false, any = false;
+            for (int64_t j = 0; j < nk; ++j) {
+              if ((s.left >= 0 && j < diagonal - s.left) || (s.right >= 0 && j > diagonal + s.right))
+                continue;
+              if (draft_hides(l, z, i, j - (nk - nq), nq) || blocks_hide(l, z, h, i, j)) continue;
+              if (ranges_hide(l, entry, h, begin, i, j)) continue;
+              any = true;
+              missing |= page(l, z, j) < 0;
+            }
+            check_row(l, entry, h, begin + i, missing, any);
           }
-          check_row(l, p_.packed() ? 0 : z, begin + i, missing, any);
           if (p_.packed()) covered[begin + i] = true;
         }
       }
-      for (int64_t row = 0; row < static_cast<int64_t>(covered.size()); ++row)
-        if (!covered[row]) check_row(l, 0, row, false, false, true);
+      for (int64_t row = 0; row < static_cast<int64_t>(covered.size()); ++row) {
+        for (int32_t h = 0; h < p_.heads && !covered[row]; ++h) check_row(l, 0, h, row, false, false, true);
+      }
     }
   }
 
-  void check_row(int64_t l, int32_t batch, int64_t row, bool missing, bool any, bool padding = false) {
-    for (int32_t h = 0; h < p_.heads; ++h) {
-      const auto at = [&](const View& view, int64_t c) {
-        return view.leading_offset(leading_, l) + view.offset(batch, h, row, c);
-      };
-      const float lse = p_.lse.as<const float>()[at(p_.lse, 0)];
-      const bool empty = padding || (!any && !p_.sinks);
-      if (missing ? !std::isnan(lse) : empty ? lse != -kInf : !std::isfinite(lse))
-        fail("lse of row " + std::to_string(row) + " is " + std::to_string(lse));
-      for (int32_t c = 0; c < value_dim_; ++c) {
-        const int64_t offset = at(p_.out, c) * static_cast<int64_t>(size_of(dtype_));
-        const float out = value_of(dtype_, p_.out.as<const char>() + offset);
-        if (missing ? !std::isnan(out) : any ? !std::isfinite(out) : out != 0)
-          fail("out of row " + std::to_string(row) + " is " + std::to_string(out));
-      }
+  void check_row(int64_t l, int32_t batch, int32_t h, int64_t row, bool missing, bool any,
+                 bool padding = false) {
+    const auto at = [&](const View& view, int64_t c) {
+      return view.leading_offset(leading_, l) + view.offset(batch, h, row, c);
+    };
+    const float lse = p_.lse.as<const float>()[at(p_.lse, 0)];
+    const bool empty = padding || (!any && !p_.sinks);
+    if (missing ? !std::isnan(lse) : empty ? lse != -kInf : !std::isfinite(lse))
+      fail("lse of row " + std::to_string(row) + " is " + std::to_string(lse));
+    for (int32_t c = 0; c < value_dim_; ++c) {
+      const int64_t offset = at(p_.out, c) * static_cast<int64_t>(size_of(dtype_));
+      const float out = value_of(dtype_, p_.out.as<const char>() + offset);
+      if (missing ? !std::isnan(out) : any ? !std::isfinite(out) : out != 0)
+        fail("out of row " + std::to_string(row) + " is " + std::to_string(out));
     }
   }
 

@@ -119,6 +119,51 @@ class RandomCase {
     fill(make(p.sinks, leading, 4, std::move(dims), true), DType::kF32);
   }
 
+  // Those of batch entries and heads may be 1. Without `batch`, the rows of all sequences share a dimension.
+  std::vector<Dim> dims_by_head(const Problem& p, bool batch, Dim row, Dim column) {
+    std::vector<Dim> dims{{p.heads, &View::head}, row, column};
+    if (batch) dims.insert(dims.begin(), {p.batch, &View::batch});
+    for (size_t i = 0; i + 2 < dims.size(); ++i) {
+      if (dims[i].size == 1 || chance(0.4)) dims[i] = {1, nullptr};
+    }
+    return dims;
+  }
+
+  void choose_ranges(Problem& p) {
+    p.spec.operands |= bits_of(Operand::kRanges);
+    p.limits = one_of({2, 4});
+  }
+  // Plausible or arbitrary limits; rows of a tile often have the same.
+  void make_ranges(Problem& p, const Leading& leading) {
+    const Dim row{p.q_rows, &View::row}, column{p.limits, &View::column};
+    const Guarded& m = make(p.ranges, leading, 4, dims_by_head(p, !p.packed(), row, column), true);
+    int32_t* x = reinterpret_cast<int32_t*>(m.data());
+    const int64_t repeat = p.limits * one_of<int64_t>({1, 1, 20, 1000});
+    const bool wild = chance(0.3);
+    for (size_t i = 0; i < m.bytes() / 4; ++i) {
+      x[i] = wild ? garbage(p.k_rows) : static_cast<int32_t>(integer(0, p.k_rows));
+      if (static_cast<int64_t>(i) % repeat >= p.limits) x[i] = x[i - p.limits];
+    }
+    m.make_read_only();
+  }
+
+  // The last blocks may reach past the sequences, or end before them. `rows`, `keys`: the sizes to choose
+  // from.
+  void choose_blocks(Problem& p, std::initializer_list<int32_t> rows, std::initializer_list<int32_t> keys) {
+    p.spec.operands |= bits_of(Operand::kBlockMask);
+    p.spec.block_rows = one_of(rows), p.spec.block_keys = one_of(keys);
+    const auto blocks = [&](int32_t all, int32_t block) {
+      return 1 + static_cast<int32_t>(integer(0, all / block));
+    };
+    p.mask_rows = blocks(p.q_rows, p.spec.block_rows), p.mask_columns = blocks(p.k_rows, p.spec.block_keys);
+  }
+  void make_blocks(Problem& p, const Leading& leading) {
+    const Dim row{p.mask_rows, &View::row}, column{p.mask_columns, &View::column};
+    const Guarded& m = make(p.block_mask, leading, 1, dims_by_head(p, true, row, column), true);
+    for (size_t i = 0; i < m.bytes(); ++i) m.data()[i] = chance(0.6);
+    m.make_read_only();
+  }
+
   // Any int32; most often one near 0 or near `limit`.
   int32_t garbage(int32_t limit) {
     return one_of<int32_t>({INT_MIN, INT_MIN + 1, -1, 0, 1, limit, limit == INT_MAX ? limit : limit + 1,

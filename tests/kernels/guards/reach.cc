@@ -27,13 +27,9 @@ std::vector<Variant> variants_of(const KernelRow& row, Loader loader) {
       return all;
     }
     case Pass::kBackward:
-      return {Variant::kPlain,
-              Variant::kGeneral,
-              Variant::kBias,
-              Variant::kMask,
-              Variant::kListedMask,
-              Variant::kDeterministic,
-              Variant::kGeneralDeterministic};
+      return {Variant::kPlain,  Variant::kGeneral,       Variant::kBias,
+              Variant::kMask,   Variant::kListedMask,    Variant::kRanges,
+              Variant::kBlocks, Variant::kDeterministic, Variant::kGeneralDeterministic};
     case Pass::kTangent:
       return {Variant::kPlain, Variant::kGeneral};
     case Pass::kBiasGradient:
@@ -82,6 +78,11 @@ Problem example_of(const KernelRow& row, Variant variant, Style style) {
   if (row.pass == Pass::kBiasGradient || variant == Variant::kBias) add(Operand::kBias);
   if (aim.mask()) add(Operand::kMask);
   if (variant == Variant::kSegments) add(Operand::kQSegmentIds), add(Operand::kKvSegmentIds);
+  if (variant == Variant::kRanges) add(Operand::kRanges), p.limits = 2;
+  if (variant == Variant::kBlocks) {
+    add(Operand::kBlockMask);
+    s.block_rows = s.block_keys = 128, p.mask_rows = 1, p.mask_columns = 2;
+  }
   if (variant == Variant::kAlibi) add(Operand::kAlibiSlopes);
   if (variant == Variant::kSoftcap) s.softcap = 3;
   if (variant == Variant::kSplit || variant == Variant::kFloat8Split) s.num_splits = 2;
@@ -114,9 +115,10 @@ Variant variant_of(Pass pass, const LaunchPlan& plan, const Problem& p) {
       if (p.kv_dtype != p.dtype) return Variant::kFloat8;
       return plan.general() ? Variant::kGeneral : Variant::kPlain;
     case Pass::kBackward:
-      if (plan.score == ScoreKind::kBias) return Variant::kBias;
-      if (plan.score == ScoreKind::kMask || plan.score == ScoreKind::kListedMask)
-        return static_cast<Variant>(plan.score);
+      for (ScoreKind own : {ScoreKind::kBias, ScoreKind::kMask, ScoreKind::kListedMask, ScoreKind::kRanges,
+                            ScoreKind::kBlocks}) {
+        if (plan.score == own) return static_cast<Variant>(own);
+      }
       if (p.spec.deterministic)
         return plan.general() ? Variant::kGeneralDeterministic : Variant::kDeterministic;
       return plan.general() ? Variant::kGeneral : Variant::kPlain;
