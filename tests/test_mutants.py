@@ -56,7 +56,7 @@ def test_a_gpus_bugs_are_in_kernels_of_the_library_that_their_tests_load(tool):
     rows = [line.split("(")[1].replace(" ", "").split(",") for line in table if line.startswith("JF_KERNEL")]
     rows = [row for row in rows if row[1] != "append"]
     assert len(rows) == len(tool.gpu_rows())
-    files = [f"{pass_}_{loader}_{arch}_d{d}_dv{dv}" for arch, pass_, _, loader, _, d, dv, *_ in rows]
+    files = [f"{pass_}_{loader}_{arch}_d{d}" for arch, pass_, _, loader, _, d, *_ in rows]
     for x in tool.load():
         if x.runs == "gpu":
             assert x.objects, x.name

@@ -119,4 +119,5 @@ def test_only_builds_for_hopper_alone_leave_kernels_out(tmp_path):
     assert left("80;90a-real", row, scores) == left("80", row, scores) == scores
     assert left("90a-real", row.replace("half", "single"), scores) == scores
     assert left("90a-real", row.replace("backward", "tangent"), scores) == scores
+    assert left("90a-real", row.replace("backward", "forward"), "general | dropout") == "general"
     assert left("90a-real", "sm80 decode latent paged half", "plain | general") == ""

@@ -59,7 +59,7 @@ class Slice:
         if done.returncode:
             found = "\n".join(line for line in done.stdout.splitlines() if line.startswith("====="))
             raise RuntimeError(
-                f"{folder / name}: exit status {done.returncode}\n{found[:8000]}\n{done.stdout[-1000:]}"
+                f"{folder / name}: exit status {done.returncode}\n{found[:8000]}\n{done.stdout[-3000:]}"
             )
         return done.stdout
 

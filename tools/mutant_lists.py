@@ -71,8 +71,8 @@ def rows_for(mutants: list[Mutant], rows: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(row.partition(":")[0].split()[3:5])
 
     def file(row: str) -> str:
-        arch, pass_, loader, d, dv = row.partition(":")[0].split()[:5]
-        return f"{pass_}_{loader}_{arch}_d{d}_dv{dv}"
+        arch, pass_, loader, d = row.partition(":")[0].split()[:4]
+        return f"{pass_}_{loader}_{arch}_d{d}"
 
     wanted = {head_dims(row) for row in rows if any(x in file(row) for x in objects)}
     return tuple(row for row in rows if head_dims(row) in wanted)

@@ -90,7 +90,7 @@ class DenseCase : protected RandomCase {
     add(Operand::kPosition, 0.2);
     add(Operand::kDropout, 0.25);
     if (chance(0.2)) choose_ranges(p_);
-    if (chance(0.15)) choose_blocks(p_, {16, 48, 64, 256}, {16, 32, 128, 144});
+    if (chance(0.15)) choose_blocks(p_);
     if (!aim_ && chance(0.1)) s.value_dim = p_.value_dim = p_.head_dim;
     s.dropout_rate = s.has(Operand::kDropout) ? 0.4f : 0.0f;
     s.deterministic = chance(0.5);
@@ -260,14 +260,9 @@ class DenseCase : protected RandomCase {
   }
 
   std::vector<Dim> score_dims() {
-    std::vector<Dim> dims;
-    const int32_t sizes[] = {p_.batch, p_.heads, p_.q_rows, p_.k_rows};
-    int64_t View::* strides[] = {&View::batch, &View::head, &View::row, &View::column};
-    for (int i = 0; i < 4; ++i) {
-      const bool whole = i >= 2 && aim_ && chunks_;
-      const bool one = sizes[i] == 1 || (chance(0.4) && !whole);
-      dims.push_back({one ? 1 : sizes[i], one ? nullptr : strides[i]});
-    }
+    std::vector<Dim> dims = dims_by_head(p_, true, {p_.q_rows, &View::row}, {p_.k_rows, &View::column});
+    const bool whole = aim_ && chunks_;
+    for (size_t i = 2; i < 4; ++i) broadcast_some(dims[i], whole);
     return dims;
   }
 

@@ -180,7 +180,7 @@ class AttentionCase : PoolCase {
     if (chance(0.2) && !plain && !packs_heads_) add(Operand::kAlibiSlopes);
     if (packs_heads_ ? !plain : chance(0.3) && !plain) choose_draft_mask();
     if (chance(0.2) && !plain && !packs_heads_) choose_ranges(p_);
-    if (chance(0.1) && !plain) choose_blocks(p_, {16, 48, 64, 256}, {16, 32, 128, 144});
+    if (chance(0.1) && !plain) choose_blocks(p_);
     if (chance(0.3) && !packs_heads_) add(Operand::kSinks);
     if (pool_dtype_ != dtype_ && chance(0.7)) add(Operand::kKScale), add(Operand::kVScale);
   }

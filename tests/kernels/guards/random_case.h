@@ -119,14 +119,17 @@ class RandomCase {
     fill(make(p.sinks, leading, 4, std::move(dims), true), DType::kF32);
   }
 
-  // Those of batch entries and heads may be 1. Without `batch`, the rows of all sequences share a dimension.
+  // The dims of an operand with rows and columns for each head. Batch entries and heads may be broadcast;
+  // without `batch`, the rows of all sequences share a dimension.
   std::vector<Dim> dims_by_head(const Problem& p, bool batch, Dim row, Dim column) {
     std::vector<Dim> dims{{p.heads, &View::head}, row, column};
     if (batch) dims.insert(dims.begin(), {p.batch, &View::batch});
-    for (size_t i = 0; i + 2 < dims.size(); ++i) {
-      if (dims[i].size == 1 || chance(0.4)) dims[i] = {1, nullptr};
-    }
+    for (size_t i = 0; i + 2 < dims.size(); ++i) broadcast_some(dims[i]);
     return dims;
+  }
+  // `whole`: only a dimension of size 1 is broadcast.
+  void broadcast_some(Dim& dim, bool whole = false) {
+    if (dim.size == 1 || (chance(0.4) && !whole)) dim = {1, nullptr};
   }
 
   void choose_ranges(Problem& p) {
@@ -149,7 +152,8 @@ class RandomCase {
 
   // The last blocks may reach past the sequences, or end before them. `rows`, `keys`: the sizes to choose
   // from.
-  void choose_blocks(Problem& p, std::initializer_list<int32_t> rows, std::initializer_list<int32_t> keys) {
+  void choose_blocks(Problem& p, std::initializer_list<int32_t> rows = {16, 48, 64, 256},
+                     std::initializer_list<int32_t> keys = {16, 32, 128, 144}) {
     p.spec.operands |= bits_of(Operand::kBlockMask);
     p.spec.block_rows = one_of(rows), p.spec.block_keys = one_of(keys);
     const auto blocks = [&](int32_t all, int32_t block) {
