@@ -42,15 +42,18 @@ struct RowExchange {
 
   // The owner's softmax waits for S, so the partner in the same CTA issues P V after it: it waits until the
   // owner has S of a tile that is not `seen`, but at most kPatience cycles, since they do not work in step.
+  // These accesses are relaxed, which racecheck cannot see, so its build (ptx::arrives_for_warp) has none.
   static constexpr int kPatience = 2000;
+  static constexpr bool kWaitsForScores = ptx::kWarpArrivals == 1;
   __device__ __forceinline__ void publish_scores(uint32_t use) const {
-    if (thread() == 0) ptx::store_shared(ptx::shared_address(&scores), use);
+    if (kWaitsForScores && thread() == 0) ptx::store_shared_relaxed(ptx::shared_address(&scores), use);
   }
   __device__ __forceinline__ void wait_for_scores(uint32_t& seen) const {
+    if constexpr (!kWaitsForScores) return;
     const uint32_t at = ptx::shared_address(&scores), before = seen;
     const auto start = static_cast<uint32_t>(clock());
     do {
-      seen = ptx::load_shared(at);
+      seen = ptx::load_shared_relaxed(at);
     } while (seen == before && seen != kNoScores && static_cast<uint32_t>(clock()) - start < kPatience);
   }
 
