@@ -204,7 +204,7 @@ def scaled_dot_product_attention(
 
 
 def _seen(info: Any) -> tuple[Array | None, tuple[Array, Array] | None]:
-    """A MaskInfo's mask `[b, heads | 1, sq, sk]`, and its segment ids of queries and keys; negative ids see no key."""
+    """A MaskInfo's mask `[b, heads | 1, sq, sk]`, and segment ids. Queries and keys with negative ids are padding."""
     if info is None:
         return None, None
     mask, ids = info._attention_mask, None
