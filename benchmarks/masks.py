@@ -1,7 +1,7 @@
 """Masks that kernels read as ranges, blocks or boolean arrays, compared with calls of the plain kernels, on one GPU.
 
     python -m benchmarks.masks [LENGTH] [HEAD_DIM,HEAD_DIM,…] [PART OF A NAME]
-    python -m benchmarks.masks decode                    decode with windows as data, compared with static ones
+    python -m benchmarks.masks decode                    decode with windows in arrays, compared with static ones
     python -m benchmarks.masks sparsity [LENGTH] [HEAD_DIM]     times at several shares of hidden pairs
     python -m benchmarks.masks plot FILE.png < OUTPUT           draws what `sparsity` printed
 

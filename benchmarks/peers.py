@@ -120,10 +120,11 @@ def _workers() -> int | None:
 def compiled_side_by_side(
     jobs: dict[Any, Callable[[], Finish]], raised: Container[Any] = ()
 ) -> tuple[dict[Any, Any], dict[Any, Any]]:
-    """The calls of jobs, each of which compiles a program and returns its Finish, and the reasons of those that fail.
+    """Runs jobs, each of which compiles a program and returns its Finish. Returns the calls, and the reasons of those
+    that fail.
 
-    All are compiled before the first call, and called one by one: a call may be captured as a CUDA graph, which fails
-    if another thread uses the device meanwhile. Errors of the jobs in `raised` are raised.
+    All programs are compiled before the first is called. They are called one by one, because a call may be captured as
+    a CUDA graph, which fails if another thread uses the device meanwhile. Errors of the jobs in `raised` are raised.
     """
 
     def begin(job: Callable[[], Finish]) -> Finish | Exception:

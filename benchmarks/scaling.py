@@ -108,7 +108,8 @@ def collectives(program: Any) -> list[str]:
 
 
 def sequence_jobs(case: Case, pass_: str, count: int, drawn: dict[int, Inputs]) -> dict[str, Prepared]:
-    """One device, and every way to split the sequence over `count`; `drawn` are the inputs of 1 and of `count`."""
+    """The call on one device, and with its sequence split over `count` devices in every way. `drawn` has the inputs for
+    each number of devices."""
     mesh = mesh_of(count)
     ways: dict[str, Attend] = {"contiguous": ring(case, mesh)}
     if case.window is None:
@@ -128,7 +129,7 @@ def sequence_jobs(case: Case, pass_: str, count: int, drawn: dict[int, Inputs]) 
 
 
 def sharded_jobs(case: Case, pass_: str, count: int) -> dict[str, Prepared]:
-    """Batch, heads, or with four devices or more half of the devices for each of the two, split by XLA."""
+    """The call on one device, and split by XLA along the batch, the heads and, if 4 divides `count`, along both."""
     specs = {"batch": P("data"), "heads": P(None, None, "heads")}
     meshes = {"batch": mesh_of(count, ("data", count)), "heads": mesh_of(count, ("heads", count))}
     if count % 4 == 0:

@@ -52,7 +52,7 @@ State = tuple[list[tuple[Any, Any]], Any, Any]  # pools of each layer, the token
 
 
 def weights_of(sizes: Sizes) -> dict[str, Any]:
-    """The embedding, and the weights of all layers: copies of one layer's."""
+    """The embedding, and the weights of the layers, which are copies of one layer's."""
     s, d = sizes, sizes.head_dim
     shapes = {
         "q": (s.width, s.heads * d),
@@ -128,7 +128,8 @@ def nothing(pool: Any, q: Any, k: Any, v: Any, tables: Any, lengths: Any, rotary
 
 
 def pallas(pool: Any, q: Any, k: Any, v: Any, tables: Any, lengths: Any, rotary: Any) -> tuple[Any, Any]:
-    """JAX's paged kernel for Triton: pools with the heads first, written in plain JAX; no scale."""
+    """JAX's paged kernel for Triton. Its pools have the heads first, and it takes no scale, so queries are scaled here.
+    Plain JAX writes the new keys."""
     from jax.experimental.pallas.ops.gpu import paged_attention as module
 
     k = jax_flash.apply_rotary(k, lengths[:, None], *rotary)
@@ -141,7 +142,7 @@ def pallas(pool: Any, q: Any, k: Any, v: Any, tables: Any, lengths: Any, rotary:
 
 
 def serving_cells(sizes: Sizes = Sizes()) -> Iterator[Cell]:
-    """A step, and one without attention."""
+    """A decode step with each kernel, and one without attention."""
     weights, tables = weights_of(sizes), tables_of(sizes)
 
     captured: dict[str, Any] = {}

@@ -1,6 +1,6 @@
-# csrc/kernels.def → a .cu for the rows of a pass and some head dims, and the list of what this build holds, all in the
-# build directory. What lies in one file shares the front end's and the host compiler's time (3.5 s), and dtypes
-# compress to little more than one of them.
+# Writes to the build directory, from csrc/kernels.def: a .cu file for each pass and group of head dims, and the list of
+# the kernels that this build holds. Kernels in one file share the time of the front end and of the host compiler
+# (3.5 s), and kernels that differ only in dtype compress to little more than one of them.
 # JAX_FLASH_KERNELS names another table, for experiments.
 
 set(JF_DTYPES_half float16 bfloat16)
@@ -99,8 +99,8 @@ function(jf_archs_of group result)
   set(${result} "${archs}" PARENT_SCOPE)
 endfunction()
 
-# What is left of the kinds of scores of a row's kernels. `replaced`: JF_REPLACED's lines, which take kinds from kernels
-# that are compiled for no other devices than those of a newer arch.
+# The kinds of scores for which a row's kernels are built. `replaced`: JF_REPLACED's lines, which remove kinds from
+# kernels that are compiled only for devices of a newer arch.
 function(jf_scores_left replaced archs arch pass design loader element scores result)
   string(REPLACE " | " ";" left "${scores}")
   foreach(line IN LISTS replaced)

@@ -91,8 +91,8 @@ function(jf_archs_from minimum archs result)
   set(${result} "${kept}" PARENT_SCOPE)
 endfunction()
 
-# The options of nvcc that make its machine code smallest. Before 12.8 nvcc has no name for what its fatbinary, which
-# may be a newer one (tools/fetch_cuda.py), can do.
+# The options of nvcc that make its machine code smallest. nvcc before 12.8 has no such option, but its fatbinary may be
+# a newer one (tools/fetch_cuda.py), which has.
 function(jf_compression result)
   set(options --compress-mode=size)
   if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)

@@ -99,7 +99,7 @@ def flash_attention(  # type: ignore[misc]  # only an overload has `unpacked`
       align: the diagonal of query i is key i + (sk − sq) with `"bottom_right"`, where sq and sk are the lengths in
         use, and key i with `"top_left"`.
       mask: boolean of rank 2 or 4, broadcastable to `[b, hq, sq, sk]`, True where a query may attend; or a value of
-        `jax_flash.masks`, by which kernels skip what it hides.
+        `jax_flash.masks`, whose hidden tiles kernels skip.
       segment_ids: int32 `(q_ids [b, sq], kv_ids [b, sk])`, or one array when sq = sk. A query
         attends only to keys of its own segment.
       q_lengths: int32 `[b]`, rows in use of each batch entry, or one number for all.
@@ -107,7 +107,7 @@ def flash_attention(  # type: ignore[misc]  # only an overload has `unpacked`
       scale: factor of q·kᵀ, 1/√d by default; a number that is known while tracing. Multiply query by a traced one.
       softcap: c in `S ← c·tanh(S/c)`, applied before bias and alibi_slopes; 0 for none.
       bias: added to S, broadcastable to `[b, hq, sq, sk]`; −inf masks. Differentiable.
-      bias_first: add the bias before the softcap, which then caps the sum. −inf masks all the same.
+      bias_first: add the bias before the softcap, which then caps the sum. A bias of −inf still masks.
       alibi_slopes: float32 `[hq]` or `[b, hq]`; adds −slope·|distance to the diagonal|. No gradient.
       sinks: float32 `[hq]`, or for each token `[b, sq, hq]`: logits that take part in the softmax sum only.
         Differentiable.

@@ -22,14 +22,14 @@ _OFFSETS = ("cu_seqlens_q", "cu_seqlens_k")
 
 
 def delta_spec(spec: AttentionSpec) -> AttentionSpec:
-    """The spec with which a call's delta is bound: each row is by itself, on its own device."""
+    """The spec of a call's delta. It keeps only offsets, because each row is computed alone, on its own device."""
     return replace(spec, operands=tuple(name for name in spec.operands if name in _OFFSETS), ring=None)
 
 
 @partial(jax.jit, inline=True)  # outside jit, JAX would trace platform_dependent in every call
 def row_products(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Σ x·y of the rows of two […, s, h, dv] in lse's order, […, h, s]. Anything that is done to the sums would be a
-    second kernel on a GPU."""
+    """Σ x·y of the rows of two […, s, h, dv] in lse's order, […, h, s]. Nothing else is computed from the sums here,
+    because XLA would need a second kernel for it on a GPU."""
     wide = _jax.sharded_like(x, y).astype(jnp.float32), y.astype(jnp.float32)
     sums = jax.lax.platform_dependent(*wide, cpu=_row_dots, default=lambda x, y: (x * y).sum(-1))
     return jnp.swapaxes(sums, -1, -2)

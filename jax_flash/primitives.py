@@ -279,7 +279,8 @@ def _lower_partitioned(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass,
 
 
 def _lower_partly_manual(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec: Spec) -> Any:
-    """Partitioned over the axes that are not manual; the custom call, for which XLA gathers, where that cannot be."""
+    """The pass, partitioned over the axes that are not manual. If that is impossible, the custom call, for which XLA
+    gathers the operands."""
     here = not _jax.exporting(ctx) and _jax.uses_shardy()
     region = _jax.partly_manual_region(ctx) if here else None
     if region is None:

@@ -98,16 +98,16 @@ def ring_attention(  # type: ignore[misc]  # only an overload has `unpacked`
     """`flash_attention` over a sequence that is split over devices; to be called inside `jax.shard_map`.
 
     Each device holds 1/n of the queries and of the keys. It computes the results of its own queries from its own keys
-    and from those of the other devices, which arrive, a shard at a time, while it multiplies the one before. Memory on
-    a device is linear in its share of the sequence, forward and backward. With a causal mask or a window, shards that
-    no query of a device sees are not sent to it.
+    and from those of the other devices. Their shards arrive one at a time, while the device multiplies its queries by
+    the shard before. Memory on a device is linear in its share of the sequence, forward and backward. With a causal
+    mask or a window, shards that no query of a device sees are not sent to it.
 
     Args:
       query: `[b, sq / n, hq, d]`, the local shard, float16, bfloat16 or float32.
       key: `[b, sk / n, hk, d]`, the local shard, query's dtype; `hk` divides `hq`.
-      value: `[b, sk / n, hk, dv]`, the local shard, query's dtype; None: V is K, which alone is sent.
-      axis_name: the mesh axis that the sequence is split over, or several, which count as one. Sequences of any other
-        length are padded to a multiple of the axis's size, and `q_lengths` and `kv_lengths` say which rows are in use.
+      value: `[b, sk / n, hk, dv]`, the local shard, query's dtype; None if V is K, which is then sent once.
+      axis_name: the mesh axis that the sequence is split over, or several, which count as one. If its size does not
+        divide a sequence, pad the sequence, and pass `q_lengths` and `kv_lengths` to say which rows are in use.
       order: `"contiguous"`: device i holds the i-th of n equal parts. `"zigzag"`: it holds the parts i and 2n − 1 − i
         of 2n, one after the other, which gives all devices the same work under a causal mask.
       mode: `"ring"`, or `"all_to_all"`: every device gets all tokens of a part of the heads, and sends results back.
@@ -122,9 +122,9 @@ def ring_attention(  # type: ignore[misc]  # only an overload has `unpacked`
       scale, softcap, alibi_slopes, deterministic, implementation: as in `flash_attention`.
       sinks: float32 `[hq]`, or for each token `[b, sq / n, hq]`, the local shard.
       dropout_rate: as in `flash_attention`.
-      dropout_key: the same `jax.random.key` on all devices of the axis. Rows and columns count by their position in the
-        whole sequence, so that one device would drop the same weights. Batch entries and heads count within the shard:
-        where the mesh splits them too, fold the index on those axes into the key.
+      dropout_key: the same `jax.random.key` on all devices of the axis. The dropped weights depend on positions in the
+        whole sequence, so they are those of a call on one device. They depend on the batch entry and the head within
+        the shard: if the mesh splits these too, fold the device's index on their axes into the key.
       return_lse: also return lse = log Σ exp(S), float32 `[b, hq, sq / n]`; differentiable.
       return_max: also return the largest visible S of the whole sequence, float32 `[b, hq]`, on every device; no
         gradient.

@@ -41,8 +41,8 @@ def wider(a: int, b: int) -> int:
 
 
 class Reach(NamedTuple):
-    """What is known while tracing of the keys that row i sees: at most `left` before and `right` after key i, all in
-    one chunk of `chunk` keys with it. It may see fewer. UNLIMITED: not known."""
+    """A bound, known while tracing, on the keys that row i sees: at most `left` keys before and `right` keys after key
+    i, all in key i's chunk of `chunk` keys. UNLIMITED: no bound is known."""
 
     left: int = UNLIMITED
     right: int = UNLIMITED
@@ -69,15 +69,15 @@ class AttentionSpec:
     """The static options of one attention call.
 
     `left` and `right` are the numbers of keys visible before and after the diagonal, or UNLIMITED; causal is `right =
-    0`. `softcap` and `dropout_rate` are 0 when off. With `bias_first` there are a softcap and a bias, and the softcap
-    is that of the sum. `operands` names the optional arrays in call order. `page_layout`, `num_splits` (0: chosen by
-    the plan) and `batch_invariant` are for the paged layouts. If `value_dim` is not 0, K and V share an array, and the
-    operand `value` is `key` again: K is its first columns, as many as the query has, and V its columns [`value_start`,
-    `value_start + value_dim`), which may overlap K. Without pages, V then is K. The gradient of `key` is the sum of
-    both. `block`: the numbers of rows and of keys in a block of the operand `block_mask`. With `row_max` the forward
-    has this result too, the largest visible score of each row. With `same_offsets`, packed queries and keys have the
-    same array of offsets. `reach` bounds what `ranges` show. With a `ring`, every operand with a row or key per token
-    is the local shard of a sequence; columns of mask and bias, and lengths, are those of the whole.
+    0`. `softcap` and `dropout_rate` are 0 when off. `bias_first`, set only if there are a softcap and a bias, adds the
+    bias before the softcap. `operands` names the optional arrays in call order. `page_layout`, `num_splits` (0: chosen
+    by the plan) and `batch_invariant` are for the paged layouts. If `value_dim` is not 0, K and V share an array, and
+    the operand `value` is `key` again: K is its first columns, as many as the query has, and V its columns
+    [`value_start`, `value_start + value_dim`), which may overlap K. Without pages, V then is K. The gradient of `key`
+    is the sum of both. `block`: the numbers of rows and of keys in a block of the operand `block_mask`. With `row_max`
+    the forward also returns the largest visible score of each row. With `same_offsets`, packed queries and keys have
+    the same array of offsets. `reach` bounds the keys in `ranges`. With a `ring`, every operand with a row or key per
+    token is the local shard of a sequence; columns of mask and bias, and lengths, are those of the whole.
     """
 
     layout: Layout

@@ -49,7 +49,7 @@ class Case:
     kv_lengths: tuple[int, ...] | None = None
     segments: int = 0
     mask: tuple[int, ...] | None = None
-    forms: tuple[str, ...] = ()  # names of tests/forms.py: the mask shows what all of these forms show
+    forms: tuple[str, ...] = ()  # names of masks in tests/forms.py, which `&` combines
     form_seed: int = 0
     bias: tuple[int, ...] | None = None
     bias_dtype: str = "float32"
@@ -82,7 +82,7 @@ class Inputs:
     keywords: dict[str, Any]
     dout: jax.Array
     dlse: jax.Array  # finite everywhere, also where lse is −inf
-    mask: dict[str, Any] = field(default_factory=dict)  # the oracle's operand for a mask given as a value
+    mask: dict[str, Any] = field(default_factory=dict)  # the oracle's operand for a mask of jax_flash.masks
 
 
 def make_inputs(case: Case, seed: int = 0, on_device: bool = False) -> Inputs:
@@ -194,7 +194,7 @@ def poisoned(case: Case, inputs: Inputs) -> Inputs:
 
 
 def used(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """The query rows and the keys in use: `[b, s]` each, or `[t]`."""
+    """Which query rows and which keys are in use: two boolean arrays `[b, s]`, or `[t]` if packed."""
     rows, columns = token_dims(case)
     if case.layout == "fixed":
         return tuple(  # type: ignore[return-value]

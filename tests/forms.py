@@ -1,4 +1,4 @@
-"""Every form of jax_flash.masks with random arrays, and what it shows by its definition, in numpy."""
+"""Every form of jax_flash.masks with random arrays, and its definition in numpy: which pairs are visible."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ Sees = Callable[
 
 @dataclass(frozen=True)
 class Sizes:
-    """The rows and the keys of each batch entry or sequence that are in use. `rows` and `keys` are the dimensions of
-    the arrays, and `tokens` those of packed queries."""
+    """The sizes of a call. `rows` and `keys` are the dimensions of its arrays, or the longest sequences if packed."""
 
-    lengths: tuple[tuple[int, int], ...]
+    lengths: tuple[tuple[int, int], ...]  # rows and keys in use, of each batch entry or sequence
     heads: int
     kv_heads: int
     rows: int
     keys: int
     starts: tuple[int, ...] = ()  # of packed sequences
-    tokens: int = 0
+    tokens: int = 0  # of packed queries
     key_starts: tuple[int, ...] = ()
     key_tokens: int = 0
     packed: bool = False
@@ -185,7 +184,7 @@ FIXED_ONLY = {"dense"}
 
 
 def make(names: Sequence[str], s: Sizes, seed: int) -> tuple[masks.Mask, list[np.ndarray]]:
-    """A mask that shows what all these forms show and, for each sequence, the visible pairs [h, rows, keys] in use."""
+    """These forms combined by `&`, and the pairs [h, rows, keys] in use that are visible in each sequence."""
     rng = np.random.default_rng(seed)
     made = [FORMS[name](rng, s) for name in names]
     mask = made[0][0]
@@ -212,8 +211,8 @@ def as_ranges(seen: np.ndarray) -> np.ndarray:
 
 
 def of_case(case: Any) -> tuple[masks.Mask, dict[str, Any]]:
-    """The mask of a Case as a value, and as an operand of the oracle, made without the library: an array of all
-    pairs or, for packed sequences, the limits of ranges."""
+    """The mask of a Case as a value of jax_flash.masks, and the oracle's operand, which is made without the library: a
+    boolean array of all pairs or, for packed sequences, the limits of ranges."""
     lengths = _sequence_lengths(case)
     if case.layout == "fixed":
         mask, shown = make(case.forms, Sizes(lengths, case.hq, case.hk, case.sq, case.sk), case.form_seed)

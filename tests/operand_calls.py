@@ -1,4 +1,4 @@
-"""Calls with operands by name, below the public functions, and what the equations say of them."""
+"""Calls with operands by name, below the public functions, and their results by the equations."""
 
 from __future__ import annotations
 

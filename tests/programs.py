@@ -144,7 +144,7 @@ def keep(case, **results):
 def assert_same_bits_on_one_thread_and_on_all(program: str) -> None:
     """Runs a program, which calls keep(case, out=…, …) for every case, on one CPU and on all of them.
 
-    XLA's pool has a thread for each CPU. What differs is named by its case.
+    XLA's pool has a thread for each CPU. The failure names cases whose bits differ.
     """
     if not hasattr(os, "sched_setaffinity"):
         pytest.skip("no way to choose a process' CPUs here")

@@ -1,4 +1,4 @@
-"""Which kinds of numbers and arrays are taken as arguments, and what is said of the others."""
+"""Which kinds of numbers and arrays are taken as arguments, and which errors the others raise."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""check_inputs: index arrays whose values the call would have to read as something else raise on the host."""
+"""check_inputs raises on the host for index arrays whose values a call would have to clamp or ignore."""
 
 import re
 

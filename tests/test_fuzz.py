@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, Phase, assume, given, seed, settings
 from hypothesis import strategies as st
 
 HALF = [dtype for dtype in DTYPES if dtype != "float32"]
-# JAX_FLASH_TEST_EXAMPLES sets the number of cases of each layout, in parts that pytest's workers share;
-# JAX_FLASH_TEST_SEED chooses other cases.
+# JAX_FLASH_TEST_EXAMPLES is the number of cases of each layout. Each part of them is a test of its own, so that
+# pytest's workers can share them. JAX_FLASH_TEST_SEED chooses other cases.
 USUAL = 40
 SEED = 1000 * int(os.environ.get("JAX_FLASH_TEST_SEED", 0))
 EXAMPLES = int(os.environ.get("JAX_FLASH_TEST_EXAMPLES", USUAL))
@@ -69,7 +69,7 @@ def fixed_cases(draw, dtypes):
     b, (hq, hk), sq, sk = draw(st.integers(1, 3)), draw(HEADS), draw(LENGTH), draw(LENGTH)
 
     def broadcast(*ranks):
-        """The shape with some dimensions set to 1, and leading ones left out down to one of these ranks."""
+        """A shape of one of these ranks that broadcasts to (b, hq, sq, sk): some dimensions are 1 or missing."""
         shape = [draw(st.sampled_from([1, size])) for size in (b, hq, sq, sk)]
         first = 4 - draw(st.sampled_from(ranks))
         assume(all(size == 1 for size in shape[:first]))
@@ -104,7 +104,7 @@ def varlen_cases(draw, dtypes):
     )  # fmt: skip
 
 
-# float32's limit is per element, so arrays may be small.
+# float32 where it is built: its tolerance is one per element, so it also holds for small arrays.
 SINGLE = [checks.usual_dtype(IMPLEMENTATION)]
 
 

@@ -148,7 +148,7 @@ def with_gradients(run, *arrays):
     return out, *pullback(jnp.cos(out))
 
 
-TILE = 64  # the smallest number of rows and keys of which kernels keep anything
+TILE = 64  # rows and keys of the smallest tile for which kernels store anything
 
 
 def memory(mask, tokens, implementation, **options):
@@ -167,7 +167,7 @@ def memory(mask, tokens, implementation, **options):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_mask_takes_eight_bytes_a_range_and_row(count, kernel):
-    """Beside a causal call, which has the same tiles, ranges cost their limits and at most 72 bytes a tile."""
+    """Ranges take their limits and at most 72 bytes a tile more than a causal call, which has the same tiles."""
     tokens = 8192
     mask = (
         masks.prefix_lm(jnp.int32(9)) if count == 1 else masks.first_and_window(jnp.int32(4), jnp.int32(90))

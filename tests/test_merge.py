@@ -92,7 +92,7 @@ def test_packed_parts_merge(implementation):
 
 
 def test_parts_in_float64_merge_in_float64():
-    """All numbers, including those that float32 cannot hold, stay float64: the parts, their lse and the result."""
+    """The parts, their lse and the result stay float64."""
     random = np.random.default_rng(0)
     q, k, v = (random.standard_normal((2, n, 4, 16)) for n in (7, 13, 13))
     options = {"implementation": "xla", "return_lse": True}

@@ -45,7 +45,7 @@ def test_any_number_of_splits_is_right(case, splits):
     pages.check(paged(case, 16), IMPLEMENTATION, num_splits=splits)
 
 
-# These have so many tiles in one part that CUDA's decode prefetches the table further ahead.
+# One part has many tiles here, for which CUDA's decode prefetches the table further ahead.
 WHOLE = Case(
     "whole", b=3, sq=1, sk=2500, kv_lengths=(2500, 40, 2100), hq=4, hk=2, d=128, dv=128, dtype="float16"
 )

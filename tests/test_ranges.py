@@ -120,7 +120,7 @@ def test_masks_of_models(d, packed, name, deterministic, implementation):
 
 @pytest.mark.parametrize("d", checks.HOPPER_HEAD_DIMS)
 def test_halves_of_key_tiles(d, implementation):
-    """Blocks of 64 rows whose ranges begin and end in either half of a key tile, of which some see only that half."""
+    """Blocks of 64 rows whose ranges begin and end in either half of a key tile. Some see only one half of a tile."""
     case = Case("halves", b=1, sq=640, sk=1024, hq=2, hk=1, d=d, dv=d, dtype="bfloat16")
     checks.require(implementation, dtype=case.dtype, d=d, dv=d)
     inputs = make_inputs(case)
@@ -131,7 +131,8 @@ def test_halves_of_key_tiles(d, implementation):
     oracle.assert_result(got, *references(case, static_of(case, inputs, arrays), inputs, arrays), case)
 
 
-# Rows. No tile of rows holds two documents, and a tile of keys that does ends before the middle of either.
+# In rows. Every query tile lies in one document. A key tile that holds two documents reaches into the BORDER of each,
+# but not beyond.
 DOCUMENT, BORDER = (128, 32) if IMPLEMENTATION == "cpu" else (768, 192)
 
 
@@ -284,7 +285,7 @@ def test_only_pages_that_ranges_show_need_to_exist(implementation):
     assert np.isnan(lse).tolist() == [[[False, False], [False, True]]]
 
 
-# Rows of ranges for decode: of one token each, over as many keys as fill many tiles, of which most are hidden.
+# Ranges for decode, one row for each token, over many key tiles, most of which are hidden.
 SEEN = {
     "a window": lambda rng, n: (n - rng.integers(1, 120, n.shape), n),
     "the first keys": lambda rng, n: (0 * n, 0 * n + 40),

@@ -140,7 +140,7 @@ def test_scores_of_thousands_neither_overflow_nor_become_nan(factor, implementat
 @pytest.mark.parametrize("big", [-1e9, -1e30, "lowest"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_bias_that_hides_keys_by_a_large_number(dtype, big, implementation):
-    """A common way to mask: such a key has no weight beside other keys, and rows of only such keys are not NaN."""
+    """A common way to mask: such a key has no weight if the row sees others, and a row of only such keys is not NaN."""
     checks.require(implementation, dtype=dtype)
     q, k, v = (normal(1, 130, 2, 64, dtype=dtype, seed=seed) for seed in (1, 2, 3))
     mask = np.random.default_rng(0).random((130, 130)) < 0.5

@@ -1,4 +1,4 @@
-"""JF_REPLACED in csrc/kernels.def: kernels that a build for sm_90a alone leaves out, since no call there needs them."""
+"""JF_REPLACED in csrc/kernels.def: kernels that a build for sm_90a alone omits, since no call there needs them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def kinds(words: str) -> set[str]:
 
 
 def left_out(row: dict, loader: str) -> set[str]:
-    """The kinds of scores of a row that a build for the newer arch leaves out."""
+    """The kinds of scores of a row that a build for the newer arch omits."""
     out = set()
     for _, arch, pass_, design, of_loader, element, scores in REPLACED:
         same = (row["arch"], row["pass"], row["design"], loader) == (arch, pass_, design, of_loader)

@@ -1,7 +1,7 @@
-"""Segments in any order over several tiles, some of which no product must read.
+"""Segment ids in any order, over several tiles.
 
-The kernels step only through tiles that may share a segment (csrc/core/segments.h). On the emulator each case has one
-dtype.
+The kernels read only tiles of keys that may share a segment with the query tile (csrc/core/segments.h). Each case has
+one dtype.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ def test_any_numbering(case: Case) -> None:
     assert_near(case, tangent, exact, rounded_tangents(case, arrays, inputs, tangents))
 
 
-# Rows. No tile of rows holds two documents, and a tile of keys that does ends before the middle of either.
+# In rows. Every query tile lies in one document. A key tile that holds two documents reaches into the BORDER of each,
+# but not beyond.
 DOCUMENT, BORDER = (128, 32) if EMULATED else (768, 192)
 
 

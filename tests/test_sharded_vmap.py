@@ -1,4 +1,4 @@
-"""vmap on eight devices: a mapped axis is split as any other, and what is not mapped is not gathered."""
+"""vmap on eight devices: a mapped axis is split like any other axis, and arrays without it are not gathered."""
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def test_a_query_that_is_not_mapped_stays_whole_beside_mapped_keys(kernel, mesh)
 
 @pytest.mark.parametrize("spec", [P(None, "data", None, "model"), P("data", None, None, "model")], ids=str)
 def test_dropout_keys_that_are_mapped(kernel, mesh, spec):
-    """Dropout's bits count from the shard's first batch entry and head, with every key."""
+    """With each key, a shard drops the weights that one device would drop for the shard's batch entries and heads."""
     case = MHA.replace(dropout_rate=0.5)
     arrays = stack(case, 2)
     arrays["dropout_key"] = jax.random.split(jax.random.key(3), 2)

@@ -13,7 +13,7 @@ RUNS = ("cpu", "guards", "emulated", "gpu")
 
 
 class Stale(Exception):
-    """The text that a mutant replaces is not there, or not only once."""
+    """The text that a mutant replaces is missing, or occurs more than once."""
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ python tools/mutants.py [--only TEXT]... [--nearest] [--gpu] [--list] [--jobs N]
 
 A bug is a mutant: a file, a piece of its text and the replacement. For each mutant this builds what depends on the file
 and runs the tests nearest to it, then the other tests until one fails. The exit status is 1 if a mutant survives or its
-text is no longer in the file. With --jobs each of N mutants has a copy of the tree and runs beside the others; --built
-takes build/mutants as another machine left it, so that only mutants of CUDA kernels or of Python can run.
+text is no longer in the file. With --jobs N mutants run at a time, each in a copy of the tree. --built takes
+build/mutants as another machine left it, so that only mutants of CUDA kernels or of Python can run.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Copy:
         (WORK / "site" / "sitecustomize.py").write_text(SITE)
 
     def another(self, number: int) -> Copy:
-        """A copy in which a mutant can run beside those in other copies."""
+        """A copy in which a mutant can run at the same time as those in other copies."""
         copy = Copy(self.workers, self.gpu_rows, WORK / f"tree{number}", "cpu ", self.given, self)
         copy.sync()
         for module in (self.root / "jax_flash").glob("_core*.so"):

@@ -48,8 +48,8 @@ constexpr int32_t bits_of(Operands... operands) {
   return ((1 << static_cast<int32_t>(operands)) | ...);
 }
 
-// Operands that every kernel reads. CUDA's plan takes any other for an input of a kind of score, or else for
-// one that needs the general kernel.
+// Operands that every kernel reads. In CUDA's plan any other operand selects a kind of score, or else the
+// general kernel.
 inline constexpr int32_t kOfEveryKernel = bits_of(
     Operand::kCuSeqlensQ, Operand::kCuSeqlensK, Operand::kQLengths, Operand::kKvLengths, Operand::kSinks,
     Operand::kBlockTables, Operand::kKScale, Operand::kVScale, Operand::kPosition, Operand::kTbias);

@@ -1,5 +1,5 @@
-// Finds how much of each tile a boolean mask shows (core/visible/mask_tiles.h). The kernel is memory-bound:
-// it reads the mask once, 8 keys per load where strides allow that.
+// Classifies the tiles of a boolean mask (core/visible/mask_tiles.h). The kernel is memory-bound: it reads
+// the mask once, 8 keys per load where strides allow that.
 #include "core/visible/mask_tiles.h"
 
 #include "cuda/launch.h"
@@ -80,7 +80,7 @@ __device__ TileBits bits_of_elements(const uint8_t* from, int64_t row, int64_t c
   return {any, ~hidden};
 }
 
-// A CTA finds kTiles tiles. `groups`: CTAs per row of tiles.
+// A CTA classifies kTiles tiles. `groups`: CTAs per row of tiles.
 __global__ void __launch_bounds__(32 * kWarps)
     find_mask_tiles(const __grid_constant__ Problem p, const __grid_constant__ MaskTiles to,
                     uint32_t groups) {

@@ -29,8 +29,8 @@ __device__ Interval intersection_of_warp(Interval x) {
   return x;
 }
 
-// The keys that the rows of a warp's block, which begins at `row`, see at any of the heads that have ranges
-// of their own.
+// The keys that the rows of a warp's block see, in any head if heads have different ranges. The block begins
+// at `row`.
 __device__ SeenByBlock seen_by_block(const Problem& p, int64_t leading, const Sequence& s, int32_t row) {
   const Band band = make_band(p, leading, s);
   const RowRanges ranges = row_ranges(p, leading, s, 0);
@@ -67,8 +67,8 @@ __device__ SeenByTile seen_by_tile(const SeenByBlock* blocks, int32_t count) {
   return tile;
 }
 
-// A CTA handles a tile of query rows, and each warp one of its blocks. tiles: null if only blocks are needed.
-// Clears the tile counter of the kernel after it, if that has one.
+// A CTA handles a tile of query rows, and each warp one block of the tile. `tiles`: null if only blocks are
+// needed. `counter`: the tile counter of the next kernel, which this kernel clears, or null.
 __global__ void __launch_bounds__(32 * kMostWarps)
     find_seen_keys(const __grid_constant__ Problem p, const SequenceStarts starts, const Slots slots,
                    SeenByBlock* blocks, SeenByTile* tiles, uint32_t* counter) {
@@ -90,8 +90,9 @@ __global__ void __launch_bounds__(32 * kMostWarps)
   if (threadIdx.x == 0 && tiles) tiles[blockIdx.x] = seen_by_tile(of_warp, slots.block / kRowBlock);
 }
 
-// A warp handles a key tile. rows: the query rows from the first to the last query tile that sees it; gaps:
-// the query tiles between them that do not. If sums are ordered, key tiles have no gaps.
+// A warp handles a key tile. `rows`: the query rows from the first to the last query tile that sees it;
+// `gaps`: the query tiles between these that do not. Deterministic calls add dQ in the order of tickets, so
+// their key tiles have no gaps.
 __global__ void __launch_bounds__(32)
     find_seeing_queries(const __grid_constant__ Problem p, const SequenceStarts starts, const Slots slots,
                         const SeenByBlock* blocks, int32_t query_tile, Interval* rows, Interval* gaps) {

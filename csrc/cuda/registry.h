@@ -57,15 +57,17 @@ cudaError_t launch_score(ScoreKind kind, LaunchKind launch) {
   return status;
 }
 
-// Writes a plan's schedules, and what segments, ranges or masks leave to each tile, to the workspace.
+// These write the plan's schedules, and the keys that segments, ranges or masks leave visible to each tile,
+// to the workspace.
 cudaError_t launch_schedules(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream);
 cudaError_t launch_segments(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream);
 cudaError_t launch_ranges(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream);
 cudaError_t launch_blocks(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream);
-// Orders the key tiles of each `together` heads by the lengths of their lists. `heads`: of all entries.
+// Orders the key tiles of each group of `together` heads by the lengths of their lists. `heads`: the number
+// of heads of all batch entries.
 cudaError_t launch_step_order(const StepLists& lists, int32_t tiles_per_head, uint32_t heads,
                               uint32_t together, cudaStream_t stream);
-// Finds how much a boolean mask shows of its tiles.
+// Classifies the tiles of a boolean mask as visible in full, in part or not at all.
 cudaError_t launch_mask_tiles(const Problem& p, const MaskTiles& tiles, cudaStream_t stream);
 
 // The schedule of a grid; null if it has none.
@@ -74,7 +76,8 @@ inline const TileWork* schedule_of(const TileGrid& grid, const void* workspace) 
   return reinterpret_cast<const TileWork*>(static_cast<const char*>(workspace) + grid.schedule);
 }
 
-// The slots of a table with an entry for each `block` of `rows` rows.
+// The number of slots of a table with one slot for each `block` rows. `rows`: of a batch entry, or of all
+// packed sequences.
 inline int64_t segment_slots(const Problem& p, int32_t rows, int32_t block) {
   return p.leading.count() * slots_of_entry(p.packed(), rows, p.batch, block);
 }
@@ -109,7 +112,7 @@ inline RangeTables range_tables(const Problem& p, const TileGrid& grid, void* wo
   return {first, reinterpret_cast<SeenByTile*>(first + blocks), rows, rows + key_tiles};
 }
 
-// The tiles of a boolean mask; none if the plan does not find them.
+// The tiles of a boolean mask; none if the plan does not classify its tiles.
 inline MaskTiles mask_tiles(const Problem& p, const TileGrid& grid, void* workspace) {
   if (grid.mask_tiles < 0) return {};
   const View& mask = p.mask;

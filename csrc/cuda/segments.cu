@@ -1,7 +1,8 @@
-// Finds what segments and ranges leave to each tile of a grid: an interval of rows of the other side, within
-// the band. It reaches from the first to the last row that may share a segment with the tile and that sees,
-// or is seen by, one of its rows at some head. With ranges a gap belongs to it, which no row sees. It is
-// computed once for all heads, so a kernel's CTA only reads the interval of its tile.
+// Finds, for each tile of a grid, the interval of rows of the other side (keys or queries) that segments and
+// ranges leave visible within the band. It reaches from the first to the last row that may share a segment
+// with the tile and that sees, or is seen by, one of the tile's rows at some head. With ranges an interval
+// may have a gap without such rows. Intervals are computed once for all heads, so a kernel's CTA only reads
+// that of its tile.
 #include "core/segments.h"
 #include "core/visible/row_blocks.h"
 
@@ -19,8 +20,8 @@ __device__ __forceinline__ SegmentSet from_lane(const SegmentSet& set, int apart
           __shfl_xor_sync(~0u, set.bits, apart)};
 }
 
-// Rows of the other side: the smallest interval that holds them, their number, and with ranges what is
-// between the two ranges of every row that has two.
+// Rows of the other side: the smallest interval that holds them, their number and, with ranges, the keys that
+// lie between the two ranges of every row that has two.
 struct Rows {
   Interval hull{INT32_MAX, 0};
   int32_t count = 0;

@@ -127,7 +127,7 @@ struct OnlineSoftmax {
     const float largest = fmaxf(top, sink_log2);
     const float alpha = ptx::exp2(top - largest);
     const float total = fmaf(sum, alpha, ptx::exp2(sink_log2 - largest));
-    const bool none = largest == -INFINITY && sum == 0;  // a row with only NaN has no maximum either
+    const bool none = largest == -INFINITY && sum == 0;  // if all scores are NaN, largest is −∞ too
     return {none ? 0 : alpha * ptx::reciprocal(total),
             none ? -INFINITY : (largest + ptx::log2(total)) * kLn2};
   }

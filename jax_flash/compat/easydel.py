@@ -6,8 +6,8 @@
     flash_attention.flash_attention = easydel.flash_attention
     scaled_dot_product_attention.scaled_dot_product_attention = easydel.scaled_dot_product_attention
 
-Models with `attn_mechanism="flash_attn2"`, and with `"sdpa"`, which `"auto"` is on GPUs, then run here; likewise their
-serving with `ragged_page_attention.ragged_page_attention_v2` and `_v3`, and `unified_attention.unified_attention`. It
+Models with `attn_mechanism="flash_attn2"` or `"sdpa"` then run here; `"auto"` is `"sdpa"` on GPUs. To serve here too,
+replace `ragged_page_attention.ragged_page_attention_v2` and `_v3`, and `unified_attention.unified_attention`. All this
 holds for EasyDeL 0.3.0 and ejkernel 0.0.78; neither is imported.
 """
 
@@ -204,7 +204,7 @@ def scaled_dot_product_attention(
 
 
 def _seen(info: Any) -> tuple[Array | None, tuple[Array, Array] | None]:
-    """A MaskInfo's mask `[b, heads | 1, sq, sk]`, and its ids of queries and keys, of which no negative one is seen."""
+    """A MaskInfo's mask `[b, heads | 1, sq, sk]`, and segment ids. Queries and keys with negative ids are padding."""
     if info is None:
         return None, None
     mask, ids = info._attention_mask, None

@@ -46,14 +46,16 @@ def dot_product_attention(
 ) -> NamedArray:
     """`flash_attention` with the arguments of `levanter.layers.attention.dot_product_attention`.
 
-    Axes that query, key and value share are batch and KV heads; those of query alone are its heads of a KV head.
+    Axes that query, key and value share are batch dims and KV heads. Axes that only query has count its heads per KV
+    head.
 
     Args:
-      QPos, KPos, Key: axes or names of the queries' positions, of the keys' (another name), and of the head dim.
-      query, key, value: NamedArrays with at least {QPos, Key}, {KPos, Key} and {KPos, a head dim}, of one dtype of
-        float16, bfloat16 and float32, or of several that promote to one.
-      mask: an `AttentionMask`, by whose offset, segments and window kernels skip hidden keys, or a boolean NamedArray
-        of some of the axes.
+      QPos, KPos, Key: axes of the queries' positions, the keys' positions and the head dim, or their names. QPos and
+        KPos must have different names.
+      query, key, value: NamedArrays with at least {QPos, Key}, {KPos, Key} and {KPos, a head dim}. Their dtypes are
+        promoted to one, which must be float16, bfloat16 or float32.
+      mask: an `AttentionMask`, or a boolean NamedArray of some of the axes. Kernels skip keys that the offset, segments
+        or window of an `AttentionMask` hide.
       bias: a NamedArray of some of the axes, added before the soft cap. Differentiable.
       dropout, inference, prng: dropout of the attention weights unless `inference`, with other random bits than
         Levanter's.
@@ -220,7 +222,7 @@ class _Axes:
         return array.reshape(*array.shape[: len(self.batch)], whole, *array.shape[-2:])
 
     def entries(self, check: Checker, name: str, x: Any, pos: Axis | None = None) -> Array:
-        """x as `[batch…]`, or `[batch…, pos]`, its axis at the position of any name."""
+        """x as `[batch…]`, or `[batch…, pos]` if `pos` is given."""
         order = self.batch if pos is None else (*self.batch, pos)
         self.only(check, name, x, order)
         array = _arranged(x, order)

@@ -1,13 +1,14 @@
 """Ragged paged attention, as TPU serving engines call it: a batch of packed queries over one pool of keys and values.
 
-`ragged_paged_attention` has the arguments of `jax.experimental.pallas.ops.tpu.ragged_paged_attention`;
-`ragged_paged_attention_update`, which writes the new keys and values first, those of tpu-inference's v3 and hd64
-kernels, sglang-jax's v3 and EasyDeL's. They read and write the pool in place, without a copy.
+`ragged_paged_attention` has the arguments of `jax.experimental.pallas.ops.tpu.ragged_paged_attention`.
+`ragged_paged_attention_update` first writes the new keys and values; it has the arguments of tpu-inference's v3 and
+hd64 kernels, of sglang-jax's v3 and of EasyDeL's. Both use the pool in place, without a copy.
 
 What differs:
 
-- Where no key is visible the result is 0, so `mask_value` has nothing to do; tuning parameters are ignored.
-- Entries past the sequences in use may hold anything, rows of no sequence are 0, and a page outside the pool gives NaN.
+- Where no key is visible the result is 0, so `mask_value` has no effect. Tuning parameters are ignored.
+- Entries past the sequences in use may hold anything. Rows that belong to no sequence are 0, and a page outside the
+  pool gives NaN.
 - `ragged_paged_attention` has gradients for queries and pool; `…_update` for queries, sinks and the pool that is read,
   if nothing is written (`update_kv_cache=False`).
 """
@@ -63,7 +64,7 @@ def ragged_paged_attention(
       kv_lens: int32 `[n]`, keys of each sequence, the newest included.
       page_indices: int32 `[n, pages]`, or flat `[n · pages]`.
       cu_q_lens: int32 `[n + 1]`, offsets of the sequences in q.
-      num_seqs: int32 `[1]`, or a number; of kv_lens and cu_q_lens, what is past it is not used.
+      num_seqs: int32 `[1]`, or a number, of sequences; later entries of kv_lens and cu_q_lens are not used.
       sm_scale: factor of q·k; note the default of 1.
       sliding_window: W keys are visible, the row's own among them: `window=(W − 1, 0)` of this library.
       soft_cap: c · tanh(S / c).
@@ -129,17 +130,17 @@ def ragged_paged_attention_update(
         for a float8 cache, which then stores x / k_scale and x / v_scale.
       kv_cache: with layout="interleaved" `[p, ps, 2 hk / packing, packing, D]` or `[p, ps, 2 hk, D]`, the heads
         K0 V0 K1 V1 …; with "concatenated" `[p, ps, hk / packing, packing, 2 D]` or `[p, ps, hk, 2 D]`, whose rows
-        are K and V side by side (hd64). D is at least d; what it has more, and heads that packing adds, is padding.
+        are K and V side by side (hd64). D is at least d. Columns past d, and heads that packing adds, are padding.
       kv_lens: int32 `[n]`, keys of each sequence, the new ones included.
       page_indices: int32, flat `[n · pages]` or `[n, pages]`; with cu_kv_lens flat, a sequence's pages from entry
         `⌈cu_kv_lens / ps⌉` on.
       cu_q_lens: int32 `[n + 1]`, offsets of the sequences in queries.
-      distribution: int32 `[3]`, whose last is the number of sequences; or that number. What kv_lens and cu_q_lens hold
-        past it is not used.
+      distribution: int32 `[3]`, whose last is the number of sequences; or that number. Later entries of kv_lens and
+        cu_q_lens are not used.
       attention_sink: float `[hq]`, or one for all heads.
       layout, cu_kv_lens: the library's kind of cache and of page_indices.
-      use_causal_mask: False lets a row see all keys, but for those before its window.
-      update_kv_cache: False leaves kv_cache as it is, which then has the new keys already (layers that share a cache).
+      use_causal_mask: False lets a row see all keys except those before its window.
+      update_kv_cache: False if kv_cache already holds the new keys (layers that share a cache).
       draft_mask: as in `paged_attention` with cu_seqlens_q, for speculative decoding.
       sm_scale, sliding_window, soft_cap, implementation: as in `ragged_paged_attention`.
       out_dtype: the result's dtype, queries' by default.

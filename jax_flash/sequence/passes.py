@@ -97,7 +97,7 @@ def _calls(shard: Shard, total: Total) -> Iterator[tuple[Visit, Work, Block]]:
     """The calls, each with its keys.
 
     During a visit only the keys of the next visit are in flight, so that memory does not grow with the number of
-    devices: when the `total` of a visit is there, the next keys are sent and those that have arrived are used. A
+    devices: when the `total` of a visit is complete, the next keys are sent and those that have arrived are used. A
     forward of several calls fetches K during the first and V during the second, so that they need not be joined.
     """
     own = block = shard.block

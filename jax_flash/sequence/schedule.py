@@ -126,7 +126,7 @@ def _is_run(
 
 
 def _run(parts: Sequence[Chunk]) -> Chunk:
-    """The chunks of a shard as one. Only its distance to itself has a meaning."""
+    """The chunks of a shard as one chunk, for a device's queries and its own keys. Its position has no meaning."""
     size = sum(part.size for part in parts)
     return Chunk(0, size, 0, size)
 

@@ -1,6 +1,6 @@
 """flash_attn_jax: its tests with `jax_flash.compat.flash_attn` in place of its CUDA kernels.
 
-Its tests compare with the equations in plain JAX that come with them, as its own attention runs on GPUs only.
+Its attention runs on GPUs only. Its tests compare results with equations in plain JAX, which they contain.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def flash_mha_varlen(  # type: ignore[no-untyped-def]
 
 
 def main() -> int:
-    # Its extension links CUDA's libraries; nothing of it runs.
+    # Its extension module needs CUDA's libraries. The tests never call it, so an empty module replaces it.
     package, api = types.ModuleType("flash_attn_jax_lib"), types.ModuleType("flash_attn_jax_lib.flash_api")
     api.get_ffi_registrations = dict  # type: ignore[attr-defined]
     package.flash_api = api  # type: ignore[attr-defined]

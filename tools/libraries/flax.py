@@ -17,7 +17,7 @@ EXPECTED = {
 
 
 def beside_own(comparison: Comparison, function: Any) -> None:
-    """Replaces an attention function of Flax, and compares each call that it can be compared in."""
+    """Replaces an attention function of Flax by ours, and compares both in every call that both support."""
 
     def theirs(*arguments: Any, **named: Any) -> Any:
         return kept(*arguments, **named)

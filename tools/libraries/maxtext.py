@@ -1,7 +1,7 @@
 """MaxText: `AttentionOp` with `jax_flash.compat.maxtext.apply_attention` in place of its own.
 
 Its tests are only in its repository: where a checkout is given (`--checkouts`), those that a CPU can run are run too.
-The calls here are of its own AttentionOp, Attention and MLA, each with both attentions.
+The calls here use its AttentionOp, Attention and MLA, once with its attention and once with ours.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Ragged paged attention of JAX's Pallas kernels for TPUs: its tests, with our adapter in place of its kernel.
 
-They are in JAX's repository alone; calls in float32 are compared with its reference to 5e-5 too.
+These tests are only in JAX's repository. Calls in float32 are also compared with JAX's reference, to 5e-5.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def ragged_paged_attention(
     queries: Any, keys: Any, values: Any, cache: Any, kv_lens: Any, pages: Any, cu_q_lens: Any, cu_kv_lens: Any,
     distribution: Any, **named: Any,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """Its function; the cache that it returns has tokens for pages."""
+    """Takes the place of sglang-jax's function, which returns the cache by tokens instead of pages."""
     out, cache = ragged_paged_attention_update(
         queries, keys, values, cache, kv_lens, pages, cu_q_lens, distribution, cu_kv_lens=cu_kv_lens, **named
     )
@@ -34,12 +34,12 @@ def ragged_paged_attention(
 
 
 def write(fused_kv: Any, loc: Any, kv_cache: Any, **_: Any) -> jax.Array:
-    """What its other TPU kernel does, by which the tests write the tokens that are there before a call."""
+    """Takes the place of sglang-jax's other TPU kernel, with which the tests fill the cache before a call."""
     return kv_cache.at[jnp.where(loc < 0, kv_cache.shape[0], loc)].set(fused_kv, mode="drop")
 
 
 def arrays(lens: Any, num_heads: int, head_dim: int, num_kv_heads: int, page_size: int) -> list[jax.Array]:
-    """Queries, keys and values of the tests, whose own function takes a pair for a number in 0.0.2."""
+    """Queries, keys and values of the tests. Their own function mistakes a pair for a number in 0.0.2."""
     queries, keys = sum(x for x, _ in lens), sum(-(-x // page_size) * page_size for _, x in lens)
     shapes = [(queries, num_heads), (keys, num_kv_heads), (keys, num_kv_heads)]
     return [jax.random.normal(jax.random.key(i), (*x, head_dim), jnp.bfloat16) for i, x in enumerate(shapes)]
@@ -73,7 +73,7 @@ def main() -> int:
     from sgl_jax.test import test_flashattention
 
     def reference(q: Any, k: Any, v: Any, kv_lens: Any, pages: Any, *rest: Any, **named: Any) -> jax.Array:
-        """Theirs, which reads 4,096 pages a sequence, with those that are used."""
+        """Their reference, called with the used pages only; it would read 4,096 pages of each sequence."""
         used = -(-int(kv_lens.max()) // k.shape[1])
         return own(q, k, v, kv_lens, pages[:, :used], *rest, **named)
 

@@ -28,7 +28,8 @@ SCORES = 5e-5  # allowed error: unscaled scores over 128 columns reach 64, whose
 def beside_own(
     comparison: Comparison, ours: Callable[..., Any], theirs: Callable[..., Any]
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Both functions, which a test calls in turn: their results in float32 are compared. There are no gradients."""
+    """Both functions, which compare their results in float32 when a test calls them, one after the other. There are no
+    gradients."""
     waiting: dict[str, list[Any]] = {}
 
     def call(*arrays: Any, which: str, run: Callable[..., Any], **named: Any) -> Any:

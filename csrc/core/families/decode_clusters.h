@@ -17,8 +17,9 @@ inline constexpr int32_t kMostCtas = 16;  // CTAs per cluster
 // Shared-memory offsets; the merge buffer aliases the ring.
 struct Layout {
   int32_t warp_ring, merge_o, merge_softmax;
-  // What the n CTAs of the cluster send this one, which merges it: O of its items, where an item is four
-  // columns of a row, as [items, n] float4; and m and l of all rows as [M, n].
+  // Partial results that the n CTAs of the cluster send to this one, which merges them. parts: O of this
+  // CTA's items as [items, n] float4, an item being four columns of a row; softmax: m and l of all rows as
+  // [M, n].
   int32_t parts, softmax;
   int32_t barrier;  // counts the bytes that arrive in `parts` and `softmax`
   int32_t entries;  // block-table entries of each thread's keys in the ring

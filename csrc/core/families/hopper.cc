@@ -140,14 +140,16 @@ class Forward final : public PassTraits {
 
  private:
   static constexpr int32_t kThreeConsumers = 3 * kConsumerRows;
-  // The rows that the consumers of query tiles share, of all heads of a KV head, which often see the same
-  // keys (KeyLists). Neighbouring rows of one head may belong to different blocks.
+  // The number of query rows from which a listed tile takes its consumers' parts (KeyLists). With small
+  // blocks the consumers take the same rows of different heads of a KV head, which often see the same keys,
+  // because neighbouring rows of one head may belong to different blocks.
   static int32_t rows_of_lists(const KernelRow& row, const Call& call, ScoreKind score) {
     const bool small = score == ScoreKind::kBlocks && call.spec.block_rows % (2 * kRowBlock) != 0;
     const bool whole = row.block_m == kThreeConsumers || call.shapes.heads / call.shapes.kv_heads % 2 == 0;
     return small && whole ? kRowBlock : 2 * kRowBlock;
   }
-  // Whether tiles of three consumers leave at most one of nine idle, with rows and pieces in single blocks.
+  // Whether query tiles with three consumers would leave at most one of nine consumers without rows. The rows
+  // of a consumer, and the keys of a piece, must each lie in one block.
   static bool fills_three(const Call& call) {
     const Shapes& s = call.shapes;
     if (s.kv_heads == 0 || call.spec.block_rows % kRowBlock || call.spec.block_keys % kRowBlock) return false;

@@ -17,9 +17,9 @@ struct TileGrid {
   int64_t blocks = 0;          // CTAs if each takes one tile
   int64_t schedule = -1;       // offset of the varlen schedule in the workspace; -1: blockIdx gives the tile
   int64_t segments = -1;       // offset of the interval that segments leave to each tile; -1: no segments
-  int64_t ranges = -1;         // offset of the table of cuda/ranges.cu: what tiles see by ranges; -1: none
+  int64_t ranges = -1;         // offset of the table of cuda/ranges.cu: the keys that tiles see; -1: none
   int64_t lists = -1;          // offset of the lists of cuda/blocks.cu; -1: none
-  int64_t mask_tiles = -1;     // offset of what a boolean mask shows of tiles (cuda/mask_tiles.cu); -1: none
+  int64_t mask_tiles = -1;     // offset of the tiles of a boolean mask (cuda/mask_tiles.cu); -1: none
   int32_t other_block = 0;     // with ranges or lists: rows of a tile of the other side
   int32_t consumers = 2;       // with lists of key tiles: consumer warpgroups of a query tile
 };
@@ -94,10 +94,10 @@ struct GridTiles {
   const TileWork* schedule;  // of packed sequences, else null
   const Interval* segments;  // visible rows or keys of each tile of a batch entry; null without segments
   int32_t count;             // tiles of one head
-  MaskTiles mask;            // what a boolean mask shows of its tiles, if the plan finds it
+  MaskTiles mask;            // the tiles of a boolean mask, if the plan classifies them
 };
 
-// Intervals of a slot in the table of segments: with ranges one and its gap, as in SeenByTile.
+// The number of intervals per slot in the table of segments: one, and with ranges also its gap (SeenByTile).
 inline int64_t intervals_of_slot(const AttentionSpec& spec) { return spec.has(Operand::kRanges) ? 2 : 1; }
 
 // For each query tile of a batch entry: the keys that segments let it see, and whether these keys and its
@@ -106,7 +106,7 @@ struct TileSegments {
   const Interval* keys = nullptr;
   const int32_t* one_segment = nullptr;
   const Interval* part_keys = nullptr;  // for parts of kSegmentPart rows; null if the plan has none
-  const SeenByBlock* blocks = nullptr;  // in kernels for ranges: what blocks and tiles of rows see
+  const SeenByBlock* blocks = nullptr;  // in kernels for ranges: the keys that blocks and tiles of rows see
   const SeenByTile* tiles = nullptr;
   KeyLists lists{};  // in kernels that go through lists: the key tiles of query tiles
 };

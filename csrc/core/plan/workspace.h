@@ -66,8 +66,8 @@ inline Dim segments_bound(const AttentionSpec& spec, const DimShapes& s, const D
   return trims_tiles(spec) ? aligned(segments_bytes(spec, s, rows, kSmallestTile, true)) : Dim(0);
 }
 
-// Bytes of the tables of what blocks of query rows, and tiles of `tile` rows of queries or keys, see by
-// ranges.
+// Bytes of the tables for ranges: the keys that each block of query rows sees, and an entry for each tile of
+// `tile` rows of queries or keys.
 inline Dim ranges_bytes(const AttentionSpec& spec, const DimShapes& s, const Dim& rows, int64_t tile) {
   static_assert(sizeof(SeenByTile) == 2 * sizeof(Interval));
   return s.leading * (block_slots(spec, s.batch, s.q_rows, kRowBlock) * int64_t{sizeof(SeenByBlock)} +
@@ -93,7 +93,7 @@ inline Dim step_lists_bytes(const DimShapes& s, int64_t rows, int64_t keys) {
   return lists * (s.heads * ((s.q_rows + (rows - 1)) / rows) + s.kv_heads * 2) * int64_t{sizeof(int32_t)};
 }
 
-// Bytes of what a boolean mask shows of tiles; fewer are used where it is broadcast.
+// Bytes of the tiles of a boolean mask, one for each tile; fewer are used where the mask is broadcast.
 inline Dim mask_tiles_bytes(const DimShapes& s) {
   return s.leading * s.batch * s.heads * ((s.q_rows + (kRowBlock - 1)) / kRowBlock) *
          ((s.k_rows + (kRowBlock - 1)) / kRowBlock);

@@ -14,8 +14,8 @@ JF_HD SeenPiece seen_piece_of(bool any, bool all) {
   return !any ? SeenPiece::kNone : all ? SeenPiece::kAll : SeenPiece::kSome;
 }
 
-// How much some rows see of some keys. `rows`, `columns`: the blocks that they lie in; sees(row, column) says
-// it of one block.
+// How much some rows see of some keys. `rows`, `columns`: the blocks in which these rows and keys lie;
+// sees(row, column): how much a block of rows sees of a block of keys.
 template <class Sees>
 JF_HD SeenPiece seen_in(const Interval& rows, const Interval& columns, Sees sees) {
   bool any = false, all = true;

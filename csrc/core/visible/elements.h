@@ -1,6 +1,6 @@
-// The boolean operands `mask` and `draft_mask`, which say element by element which keys a row sees. The
-// columns of a mask are all keys of the sequence. Those of a draft mask are the new tokens, which are its
-// last keys, and the band alone decides about earlier ones.
+// The boolean operands `mask` and `draft_mask`, which say element by element which keys a row sees. A mask
+// has a column for each key of the sequence. A draft mask has columns only for the new tokens, which are the
+// last keys; the band alone decides about earlier keys.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ struct ElementMask {
   JF_HD bool hides(int32_t i, int32_t j) const { return j >= first && !seen[i * row + (j - first)]; }
 };
 
-// The masks from one query head on. Strides of 0: all heads have one mask, all keys one column.
+// The masks from one query head on. A stride is 0 if all heads have one mask, or all keys one column.
 struct MaskOfHeads : ElementMask {
   int64_t head = 0, column = 1;
 

@@ -1,6 +1,6 @@
-// How much of each tile of kRowBlock × kRowBlock elements a boolean mask shows. A kernel computes this once
-// per call (cuda/mask_tiles.cu). The lists of core/visible/key_tiles.h are made from it, and portable kernels
-// read it themselves.
+// Tiles of a boolean mask, of kRowBlock × kRowBlock elements: whether all, none or some of each tile's
+// elements are visible. A kernel computes this once per call (cuda/mask_tiles.cu). The lists of
+// core/visible/key_tiles.h are made from it, and portable kernels read it themselves.
 #pragma once
 
 #include "key_tiles.h"

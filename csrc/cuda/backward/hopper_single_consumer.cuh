@@ -1,6 +1,6 @@
-// The consumer of cuda/backward/hopper.cuh where it is the only one of its CTA, with 64 keys. Its steps come
-// from a list of its own. Another CTA on the same SM, instead of another consumer, keeps the tensor cores
-// busy during exponentials, so that dQ is computed in the step that it belongs to.
+// The consumer of cuda/backward/hopper.cuh in CTAs of 64 keys, which have only this one. Its steps come from
+// a list of its own. During its exponentials another CTA on the same SM keeps the tensor cores busy, so dQ
+// need not wait for the next step.
 #pragma once
 
 #include <cstdint>
@@ -17,8 +17,8 @@ struct SingleConsumer : GradientConsumer<C> {
   using typename Base::DoTile, typename Base::DsTile, typename Base::KTile, typename Base::QTile,
       typename Base::T, typename Base::VTile;
 
-  // Stores dSᵀ in shared memory, and waits until all warps have. A warp that stores the next tile but one has
-  // waited once more, and thus for all warps' dQ of this one.
+  // Stores dSᵀ in shared memory, and waits until all warps have stored theirs. A warp overwrites the tile two
+  // steps later. Before that it waits here once more, for warps that have finished dQ of this tile.
   __device__ __forceinline__ void store_ds(uint32_t use) {
     static_assert(C::kDsStages == 2);
     const LaneAddress<DsTile> to(ptx::shared_address(shared.ds[use % C::kDsStages]),

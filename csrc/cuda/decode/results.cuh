@@ -1,5 +1,5 @@
-// What decode writes: final rows of o and lse, or partial results, which the block that finishes a sequence's
-// last part merges.
+// The results of decode: final rows of o and lse or, for a split sequence, partial results. The block that
+// finishes the last part of a sequence merges them.
 #pragma once
 
 #include <cmath>
@@ -45,7 +45,8 @@ __device__ __forceinline__ RowResult finish_row(const DecodeCall& call, const Se
   if (call.sinks && i < work.band.q_len)
     sink = *call.sinks.at<const float>(work.leading, work.batch_row, head, work.q_begin + i) * kLog2e;
   const float largest = fmaxf(all.m, sink);
-  // A row whose scores are all NaN has no maximum either; then l is NaN, and so must be the result.
+  // A row without a visible key has m = −inf and l = 0. If all scores are NaN, m is −inf too, but l is NaN,
+  // and so must be the result.
   if (i >= work.band.q_len || (largest == -INFINITY && all.l == 0)) return {0, -INFINITY};
   const float alpha = ptx::exp2(all.m - largest);
   const float total = fmaf(all.l, alpha, ptx::exp2(sink - largest));
@@ -75,9 +76,9 @@ __device__ __forceinline__ void store_result(const DecodeCall& call, const Colum
 // two parts: the first of its range if that sequence began in an earlier range, and the last if that sequence
 // ends in a later one. A split sequence is identified by the range in which it begins.
 struct Parts {
-  // The number of parts, and the number of this one; with one part, it is the whole sequence.
+  // The number of parts of the sequence, and the index of this part.
   int32_t count, own;
-  int32_t first;  // fixed: the sequence; otherwise the range of part 0
+  int32_t first;  // with fixed splits the index of the sequence, otherwise the range of part 0
 
   template <int kTile>
   __device__ __forceinline__ static Parts of(const DecodeGrid& grid, const Partition& partition,
@@ -120,8 +121,8 @@ struct PartialResults {
   }
 };
 
-// A counter of finished parts, in memory that nobody has cleared: a number without the mark counts as 0. The
-// block that finishes last removes the mark.
+// The counter of finished parts is in memory that nobody has cleared, so a value without the mark counts
+// as 0. The block that finishes last removes the mark.
 inline constexpr unsigned long long kCounterMark = 0x9E3779B97F4A0000ull, kCounted = 0xFFFF;
 
 // One thread must call this before its block's count_part().

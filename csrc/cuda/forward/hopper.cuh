@@ -127,9 +127,9 @@ struct ForwardSm90 {
   using Softmax = typename Score::template Softmax<T>;
   using Input = typename Score::template Input<T, kN, kSmallKeyTile ? 2 : kBiasStages, kConsumers>;
   using Loader = KeyLoader<ForwardSm90>;
-  // The load warp starts before the scheduler has prepared what the consumers need, which saves 2,000 cycles
-  // of a kernel's start. It does not with three consumers, whose loop would be 2 to 5 % slower, as ptxas
-  // allocates its registers differently, nor with multicast, whose calls are too long for it to matter.
+  // Whether the load warp starts before the scheduler has prepared what the consumers need, which saves 2,000
+  // cycles of a kernel's start. With three consumers ptxas would then allocate registers differently, and the
+  // loop would be 2 to 5 % slower. Calls with multicast are too long for the start to matter.
   static constexpr bool kEarlyLoad = kConsumers <= 2 && kMulticast == 1;
   using Shared =
       ForwardShared<T, QTile, KTile, VTile, kKeyStages, kValueStages, kConsumers, kOwners, kLoadedParts,

@@ -39,7 +39,7 @@ struct Consumer {
   uint32_t tile_index = 0, kv_index = 0;  // query tiles and key tiles so far
   uint32_t messages = 0;                  // between CTAs so far (hopper/row_exchange.cuh)
   uint32_t without_input = 0;             // key tiles so far for which the score's input has no stage
-  bool has_input = true;                  // whether it has for those of this query tile
+  bool has_input = true;                  // whether the input has stages for this query tile's key tiles
   Interval whole;                         // key tiles that all its rows see whole
   S s;                                    // S [64, N]
   typename C::O o;                        // O [64, dv]

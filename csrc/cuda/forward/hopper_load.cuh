@@ -116,7 +116,7 @@ struct LoadWarp {
     }
   }
 
-  // What load() does after K's last tile, for key tiles with a gap.
+  // The rest of load() after K's last tile, for key tiles with a gap.
   __device__ __forceinline__ void load_around_gap(const Interval& tiles, uint32_t tile_index) {
     const auto& tile = shared.tiles[tile_index % kTileStates];
     const Interval gap = tile.gap;

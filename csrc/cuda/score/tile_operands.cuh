@@ -10,13 +10,13 @@
 namespace jax_flash {
 
 struct TileOperands : ScoreOperands {
-  MaskTiles shown;  // what a boolean mask shows of tiles, from the operands' head on; none if it is not known
+  MaskTiles shown;  // the tiles of a boolean mask from the operands' head on; none if they are not classified
 
-  // Finds what the mask shows of the tiles of work.head.
+  // Selects the mask's tiles of work.head.
   __device__ __forceinline__ void prepare_tiles(const GridTiles& grid, const BlockWork& work) {
     shown = grid.mask.seen ? grid.mask.at(work.leading, work.tile.index, work.head) : MaskTiles{};
   }
-  // Takes the tiles of the head `further` heads after, or before, this one.
+  // Selects the tiles of the head `further` heads after this one, or before it if negative.
   __device__ __forceinline__ void move_tiles(int32_t further) { shown.seen += further * shown.head; }
 
   // Whether tiles may be hidden.

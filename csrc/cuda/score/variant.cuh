@@ -35,7 +35,7 @@ struct NoScoreInput {
   static cudaError_t make_map(Map&, const Problem&) { return cudaSuccess; }
 };
 
-// What dS is the gradient with respect to.
+// The quantity with respect to which dS is the gradient.
 enum class GradientOf {
   kProduct,  // scale · q·k
   kBias,     // the bias, which is added to softcap's result, or with bias_first to the product

@@ -1,4 +1,4 @@
-// What the two CTAs of a cluster send each other. Needs an sm_90 GPU.
+// The exchanges between the two CTAs of a cluster. Needs an sm_90 GPU.
 #include <cuda_bf16.h>
 
 #include <cstdint>
