@@ -103,6 +103,9 @@ def _gpu_decode() -> Iterator[Cell]:
     }
     for kind, make in kinds.items():
         yield _decode(f"{name} {kind}", functools.partial(make, shape=EVERY_KIND))
+    for heads, columns in ((16, 576), (64, 576), (128, 576), (64, 512)):
+        make_latent = functools.partial(decode_calls.latent, heads=heads, columns=columns)
+        yield _decode(f"decode latent {heads} heads of {columns}", make_latent)
 
 
 def _decode(name: str, make: Callable[[ModuleType], decode_calls.Call]) -> Cell:

@@ -94,6 +94,28 @@ def several_queries(package: ModuleType, shape: tuple[int, ...], count: int = 4)
     return call, (jnp.repeat(q, count, axis=1), *arrays)
 
 
+LATENT, LATENT_DIM, LATENT_VALUES = (
+    (64, 8192, 64),
+    576,
+    512,
+)  # sequences, keys, page size; columns of K and of V
+
+
+def latent(package: ModuleType, heads: int, columns: int = LATENT_DIM) -> Call:
+    """DeepSeek's absorbed decode: one latent KV head, stored once, whose first 512 columns are the values."""
+    b, keys, size = LATENT
+    k = jax.random.normal(jax.random.key(0, impl="rbg"), (b * keys // size, size, 1, columns), jnp.bfloat16)
+    q = jax.random.normal(jax.random.key(1, impl="rbg"), (b, 1, heads, columns), jnp.bfloat16)
+    order = np.random.default_rng(0).permutation(len(k)).astype(np.int32).reshape(b, -1)
+
+    def call(q: Any, pool: Any, tables: Any, lengths: Any) -> Any:
+        options: dict[str, Any] = {"value_dim": LATENT_VALUES, "scale": 192**-0.5}
+        out = package.paged_attention(q, pool, None, tables, lengths, **options)
+        return jnp.concatenate([out, q[..., LATENT_VALUES:]], -1)  # the next call's query
+
+    return call, (q, k, jnp.asarray(order), jnp.full(b, keys, jnp.int32))
+
+
 def chained(call: Call, count: int = CHAIN) -> tuple[measure.Call, list[Any]]:
     function, arguments = call
     return measure.chained(function, count), [arguments]

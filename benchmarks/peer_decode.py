@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 import jax_flash
@@ -30,8 +29,6 @@ KINDS = (64, 32, 8, 128, 8192)
 RAGGED = (64, 32, 8, 128, 65536)
 LONG = 65536  # keys from which a sequence is split over the whole card, where batch_invariant costs most
 WINDOW, NARROW = 1024, 128
-# Latent pools: (sequences, keys, page size), columns of K, and columns of V.
-LATENT, LATENT_DIM, LATENT_VALUES = (64, 8192, 64), 576, 512
 READ_ROW = 4096  # words
 SLOTS = 16  # tokens in the pages of a small pool
 
@@ -218,35 +215,20 @@ def append_cells() -> Iterator[Cell]:
     yield cell("append_kv, 8 heads, d128", made, sizes, 32, of="append")
 
 
-def latent(heads: int) -> Call:
-    """DeepSeek's absorbed decode: one latent KV head of 576 columns, stored once, whose first 512 are the values."""
-    b, keys, size = LATENT
-    k = jax.random.normal(
-        jax.random.key(0, impl="rbg"), (b * keys // size, size, 1, LATENT_DIM), jnp.bfloat16
-    )
-    q = jax.random.normal(jax.random.key(1, impl="rbg"), (b, 1, heads, LATENT_DIM), jnp.bfloat16)
-    order = np.random.default_rng(0).permutation(len(k)).astype(np.int32).reshape(b, -1)
-
-    def call(q: Any, pool: Any, tables: Any, lengths: Any) -> Any:
-        options: dict[str, Any] = {"value_dim": LATENT_VALUES, "scale": 192**-0.5}
-        out = jax_flash.paged_attention(q, pool, None, tables, lengths, **options)
-        return jnp.concatenate([out, q[..., LATENT_VALUES:]], -1)  # the next call's query
-
-    return call, (q, k, jnp.asarray(order), jnp.full(b, keys, jnp.int32))
-
-
 def latent_read() -> Call:
-    q, pool, *_ = latent(1)[1]
+    q, pool, *_ = decode_calls.latent(jax_flash, 1)[1]
     return _read, (q, pool)
 
 
 def latent_cells() -> Iterator[Cell]:
-    b, keys, _ = LATENT
-    made: Made = {f"{heads} heads": functools.partial(latent, heads) for heads in (16, 128)}
+    b, keys, _ = decode_calls.LATENT
+    counts = (16, 64, 128)
+    made: Made = {f"{n} heads": functools.partial(decode_calls.latent, jax_flash, n) for n in counts}
     made["read"] = latent_read
-    sizes = {"": float(b * keys * LATENT_DIM * 2)}
-    work = {f"{heads} heads": 2.0 * b * heads * keys * (LATENT_DIM + LATENT_VALUES) for heads in (16, 128)}
-    yield cell(f"decode b{b}, latent head of 576, kv{keys}", made, sizes, of="latent", work=work)
+    columns = decode_calls.LATENT_DIM
+    sizes = {"": float(b * keys * columns * 2)}
+    work = {f"{n} heads": 2.0 * b * n * keys * (columns + decode_calls.LATENT_VALUES) for n in counts}
+    yield cell(f"decode b{b}, latent head of {columns}, kv{keys}", made, sizes, of="latent", work=work)
 
 
 def flash_attn3_cells() -> Iterator[Cell]:

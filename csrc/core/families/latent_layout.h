@@ -28,8 +28,9 @@ inline constexpr int64_t kStateBytes = 2048;  // barriers, segments, factors and
 // kWeightStages tiles of P, whose rows have kWeightColumns elements.
 inline constexpr int32_t kQueryColumnsInRegisters = 256, kWeightStages = 2, kWeightColumns = 64;
 constexpr int64_t tile_bytes(const Row& r) {
-  return 2 * (int64_t{r.head_dim - kQueryColumnsInRegisters} * r.block_m +
-              int64_t{r.stages} * r.block_n * r.head_dim + int64_t{kWeightStages} * r.block_m * kWeightColumns);
+  return 2 *
+         (int64_t{r.head_dim - kQueryColumnsInRegisters} * r.block_m +
+          int64_t{r.stages} * r.block_n * r.head_dim + int64_t{kWeightStages} * r.block_m * kWeightColumns);
 }
 
 // The sm_90a kernel of few rows: Q, `stages` tiles of K, and S of eight warps in float32.

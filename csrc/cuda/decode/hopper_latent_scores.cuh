@@ -116,9 +116,9 @@ class LatentScores {
       rounded.load(p, 0, pair);
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        ptx::store_shared(tile + C::PTile::offset(first_row() + S::row(i % 2), 2 * pair + i / 2) +
-                              threadIdx.x % 4 * 4,
-                          p[i]);
+        ptx::store_shared(
+            tile + C::PTile::offset(first_row() + S::row(i % 2), 2 * pair + i / 2) + threadIdx.x % 4 * 4,
+            p[i]);
     }
     if (threadIdx.x % 4 == 0) {
 #pragma unroll

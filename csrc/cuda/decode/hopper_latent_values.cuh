@@ -73,8 +73,8 @@ class LatentValues {
     for (int step = 0; step < C::kTile / 16; ++step)
 #pragma unroll
       for (int i = 0; i < kProducts; ++i)
-        Product::template multiply<false, 0, 1>(part[i], p.at(step),
-                                                v.at(step) + i * C::KTile::panel_offset(kProductColumns / kChunk<T>) / 16);
+        Product::template multiply<false, 0, 1>(
+            part[i], p.at(step), v.at(step) + i * C::KTile::panel_offset(kProductColumns / kChunk<T>) / 16);
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
     ptx::hold(o.x[0]);
