@@ -16,8 +16,7 @@ inline constexpr int64_t kMostRows = 64;     // query rows per chunk
 inline constexpr int64_t kLeastKeys = 16;    // keys per key tile
 // Tiles per CTA, because merging a part costs as much as some tiles.
 inline constexpr int64_t kLeastTiles = 8;
-inline constexpr int64_t kSplitKeys = 2048;  // keys per split in batch-invariant mode, rounded down to tiles
-inline constexpr int64_t kMostKeys = 64;     // keys per key tile
+inline constexpr int64_t kSplitKeys = 2048;  // keys per split in batch-invariant mode
 
 class Decode : public PassTraits {
  public:
@@ -69,7 +68,7 @@ class Decode : public PassTraits {
     const Dim tokens = spec.packed() ? s.q_rows + s.batch : s.batch * s.q_rows;
     const Dim rows = s.leading * tokens * (group / kMostRows + 1) * s.kv_heads * kMostRows;
     const Dim slots = spec.num_splits > 0    ? Dim(std::min(spec.num_splits, kMaxSplits))
-                      : spec.batch_invariant ? s.k_rows / (kSplitKeys - kMostKeys) + 1
+                      : spec.batch_invariant ? s.k_rows / kSplitKeys + 1
                                              : Dim(0);
     const bool fixed = spec.num_splits > 0 || spec.batch_invariant;
     const Dim split_rows =

@@ -22,15 +22,12 @@ struct Chunks {
 // The fewest columns of a pool that the latent kernels read; other kernels are faster for fewer.
 inline constexpr int64_t kFewestColumns = 257;
 
-inline constexpr int64_t kStateBytes = 2048;  // barriers, segments, factors and softmax states, at most
+inline constexpr int64_t kStateBytes = 2048;  // barriers, segments and softmax states, at most
 
-// The sm_90a kernel of many rows: the columns of Q that are not in registers, `stages` tiles of K, and
-// kWeightStages tiles of P, whose rows have kWeightColumns elements.
-inline constexpr int32_t kQueryColumnsInRegisters = 256, kWeightStages = 2, kWeightColumns = 64;
+// Q, `stages` tiles of K, and P.
 constexpr int64_t tile_bytes(const Row& r) {
   return 2 *
-         (int64_t{r.head_dim - kQueryColumnsInRegisters} * r.block_m +
-          int64_t{r.stages} * r.block_n * r.head_dim + int64_t{kWeightStages} * r.block_m * kWeightColumns);
+         (int64_t{r.head_dim} * (r.block_m + int64_t{r.stages} * r.block_n) + int64_t{r.block_m} * r.block_n);
 }
 
 // The sm_90a kernel of few rows: Q, `stages` tiles of K, and S of eight warps in float32.

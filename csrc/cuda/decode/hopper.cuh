@@ -1,18 +1,17 @@
 // Decode over latent pools on sm_90a: the absorbed form of multi-head latent attention (DeepSeek-V2), after
 // FlashMLA. A KV head has 576 columns, of which the first 512 are V, and many query heads.
 //
-//   warpgroup 3     loads K page by page, and most of Q (latent_load.cuh)
-//   warpgroup 2     S = Q Kᵀ [64, 48], P; it has some of Q's columns in registers
-//   warpgroup 0, 1  O ← α O + P V, half of the columns each
+//   warpgroup 2   loads Q, and K page by page (latent_load.cuh)
+//   warpgroup 0   S = Q Kᵀ [64, 64], P, O ← O + P V, the left half of the columns
+//   warpgroup 1                      O ← O + P V, the right half
 //
-// A tile of K is also V, so it is loaded once. The three stages overlap: S of a tile is computed while O of
-// the tile before it is, and at most times two more tiles are being loaded.
+// A tile of K is also V, so it is loaded once. Products and loads of the next tile overlap; the softmax of
+// warpgroup 0 overlaps with the products of warpgroup 1 only.
 #pragma once
 
 #include "cuda/decode/hopper_cluster.cuh"
+#include "cuda/decode/hopper_latent_consumer.cuh"
 #include "cuda/decode/hopper_latent_few.cuh"
-#include "cuda/decode/hopper_latent_scores.cuh"
-#include "cuda/decode/hopper_latent_values.cuh"
 #include "cuda/decode/latent_load.cuh"
 #include "cuda/registry.h"
 
@@ -26,36 +25,37 @@ struct LatentSm90 {
   using Element = T;
   static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kRows = R.block_m, kTile = R.block_n;
   static constexpr int kStages = R.stages, kThreads = R.warps * 32;
-  static constexpr int kWarps = 8, kReaderWarps = 12, kLoadWarps = 4;  // kWarps: those that compute O
+  static constexpr int kWarps = 8, kLoadWarps = 4;
   // How many parts, and blocks of 128 features, are merged together: as many as registers allow.
-  static constexpr int kPartsAtOnce = 0, kBlocksAtOnce = 1;
-  using QTile = SharedTile<T, kRows, kHeadDim - latent::kQueryColumnsInRegisters>;
+  static constexpr int kPartsAtOnce = kOptions ? 0 : 1, kBlocksAtOnce = kOptions ? 1 : 2;
+  using QTile = SharedTile<T, kRows, kHeadDim>;
   using KTile = SharedTile<T, kTile, kHeadDim>;
-  using PTile = SharedTile<T, kRows, latent::kWeightColumns>;  // kTile columns of it are used
-  static constexpr int kWeightBytes = latent::kWeightStages * PTile::kBytes;
+  using PTile = SharedTile<T, kRows, kTile>;
   using Score = DecodeScore<Accumulator<1, kTile / 8>, kOptions>;
   using Column = LatentColumn<kRows, kOptions>;
   using Shared = LatentShared<LatentSm90>;
-  static_assert(kRows == kConsumerRows && kThreads == 4 * kWarpgroup && kTile <= latent::kWeightColumns);
+  static_assert(kRows == kConsumerRows && kThreads == 3 * kWarpgroup);
   static_assert(sizeof(Shared) <= latent::tile_bytes(R) + latent::kStateBytes);
 };
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1) latent_sm90(const __grid_constant__ LatentCall call) {
   auto& shared = *reinterpret_cast<typename C::Shared*>(ptx::dynamic_shared_1024());
-  constexpr int kValueRegisters = 160, kScoreRegisters = 120, kLoadRegisters = 72;
-  static_assert(2 * kValueRegisters + kScoreRegisters + kLoadRegisters <= 4 * 128);
+  constexpr int kConsumers = C::Shared::kConsumers;
+  constexpr int kConsumerRegisters = 200, kProducerRegisters = 104;
+  static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <= 3 * 168);
   run_latent<C>(call, shared, [&](int32_t kv_head, LatentLoader<C> loader) {
     const int warpgroup = warpgroup_index();
-    if (warpgroup == 3) {
-      ptx::give_registers<kLoadRegisters>();
+    if (warpgroup == kConsumers) {
+      ptx::give_registers<kProducerRegisters>();
       loader.run();
-    } else if (warpgroup == 2) {
-      ptx::take_registers<kScoreRegisters>();
-      LatentScores<C>(call, shared, kv_head).run();
     } else {
-      ptx::take_registers<kValueRegisters>();
-      LatentValues<C>(call, shared, kv_head, warpgroup).run();
+      ptx::take_registers<kConsumerRegisters>();
+      if (warpgroup == 0) {
+        LatentConsumer<C, 0>(call, shared, kv_head).run();
+      } else {
+        LatentConsumer<C, 1>(call, shared, kv_head).run();
+      }
     }
   });
 }

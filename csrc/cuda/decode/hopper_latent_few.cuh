@@ -48,14 +48,13 @@ struct LatentFewSm90 {
   using Element = T;
   static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kRows = R.block_m, kTile = R.block_n;
   static constexpr int kStages = R.stages, kThreads = R.warps * 32;
-  static constexpr int kGroups = 2, kGroupWarps = 4, kWarps = kGroups * kGroupWarps, kReaderWarps = kWarps;
+  static constexpr int kGroups = 2, kGroupWarps = 4, kWarps = kGroups * kGroupWarps;
   static constexpr int kLoadWarps = R.warps - kWarps;
   // How many parts, and blocks of 128 features, are merged together: as many as registers allow.
   static constexpr int kPartsAtOnce = 2, kBlocksAtOnce = 4;
   using QTile = SharedTile<T, kRows, kHeadDim>;
   using KTile = SharedTile<T, kTile, kHeadDim>;
   using PTile = LatentSums<kWarps, kTile / 8>;
-  static constexpr int kWeightBytes = PTile::kBytes;
   using S = Accumulator<1, kTile / 8>;
   using O = Accumulator<1, kValueDim / kGroupWarps / 8>;
   using Score = DecodeScore<S, kOptions>;

@@ -3,32 +3,26 @@
 
 #include <cstdint>
 
-#include "core/families/latent_layout.h"
 #include "cuda/decode/latent_state.cuh"
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/roles.cuh"
 
 namespace jax_flash::decode {
 
-// C: LatentSm90. The scores' warpgroup writes P, the factors of O and, at a segment's end, the softmax; the
-// values' warpgroups read them.
+// C: LatentSm90. Each of the two consumer warpgroups has half of O's columns;
+// the first one also computes P.
 template <class C>
 struct LatentShared : LatentTiles<C> {
-  static constexpr int kEnds = 2;  // segments that may be ending at the same time
+  static constexpr int kConsumers = 2, kEnds = 2;  // kEnds: segments that may be ending at the same time
+  static constexpr uint32_t kPArrivals = kConsumerWarps * ptx::kWarpArrivals;
 
-  float alpha[latent::kWeightStages][C::kRows];  // factors of O's rows before P V is added
-  Softmax softmax[kEnds][C::kRows];              // of segments, at their end
-  BlockPipeline<latent::kWeightStages> p_pipe;   // P and alpha
-  BlockPipeline<kEnds> softmax_pipe;
+  float alpha[C::kRows];             // factors of O's rows before P V is added
+  Softmax softmax[kEnds][C::kRows];  // of segments, at their end
+  BlockPipeline<1> p_pipe;           // P and alpha
 
-  __device__ __forceinline__ uint32_t weights(uint32_t use) const {
-    return ptx::shared_address(this->p) + use % latent::kWeightStages * C::PTile::kBytes;
-  }
   __device__ __forceinline__ void init() {
-    constexpr uint32_t kWrites = kConsumerWarps * ptx::kWarpArrivals, kReads = C::kWarps * ptx::kWarpArrivals;
     this->init_tiles();
-    p_pipe.init(kReads, kWrites);
-    softmax_pipe.init(kReads, kWrites);
+    p_pipe.init(kPArrivals, kPArrivals);
     ptx::fence_barriers();
   }
 };

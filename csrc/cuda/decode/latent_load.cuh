@@ -18,8 +18,7 @@ class LatentLoader {
  public:
   using T = typename C::Element;
   using Tile = typename C::KTile;
-  static constexpr int kFirstQueryColumn = Tile::kColumns - C::QTile::kColumns;
-  static_assert(Tile::kPanel == C::QTile::kPanel);
+  static_assert(Tile::kColumns == C::QTile::kColumns && Tile::kPanel == C::QTile::kPanel);
 
   __device__ __forceinline__ LatentLoader(const LatentCall& decode, typename C::Shared& memory,
                                           const typename C::Column& of_column, const Partition& of_ranges,
@@ -58,7 +57,7 @@ class LatentLoader {
 
  private:
   static constexpr int kWarpRows = C::Shared::kWarpKeys, kStep = 32 / Tile::kPanel;
-  static constexpr int kRowsOfThread = kWarpRows / kStep;
+  static constexpr int kRowsOfThread = kWarpRows / kStep, kPanels = Tile::kChunks / Tile::kPanel;
   static constexpr int kWarpQueries = C::kRows / C::kLoadWarps;
   static_assert(kRowsOfThread * kStep == kWarpRows && kWarpQueries % kStep == 0);
 
@@ -117,7 +116,7 @@ class LatentLoader {
     const uint32_t to = tile + To::offset(at, chunk);
     const T* const source = from + chunk * kChunk<T>;
 #pragma unroll
-    for (int panel = 0; panel < To::kChunks / To::kPanel; ++panel) {
+    for (int panel = 0; panel < kPanels; ++panel) {
       constexpr int kColumns = To::kPanel * kChunk<T>;
       ptx::cp_async_16(to + To::panel_offset(panel * To::kPanel), source + panel * kColumns,
                        used && panel * kColumns + chunk * kChunk<T> < columns, policy);
@@ -141,7 +140,7 @@ class LatentLoader {
     publish(shared.k_pipe.full_barrier(use));
   }
 
-  // Loads Q, or its last columns, of a segment whose first keys are being loaded.
+  // Loads Q of a segment whose first keys are being loaded.
   __device__ __forceinline__ void load_queries(const Queries& queries, uint32_t segment) {
     shared.q_pipe.wait_empty(segment);
     const ColumnRows& rows = queries.rows;
@@ -153,9 +152,8 @@ class LatentLoader {
       const int32_t at = used ? own : 0;
       copy_row<typename C::QTile>(tile, own,
                                   call.query.at<const T>(queries.leading, queries.batch_row, rows.head(at),
-                                                         queries.q_begin + rows.position(at)) +
-                                      kFirstQueryColumn,
-                                  used, call.head_dim - kFirstQueryColumn);
+                                                         queries.q_begin + rows.position(at)),
+                                  used, call.head_dim);
     }
     publish(shared.q_pipe.full_barrier(segment));
   }

@@ -37,11 +37,10 @@ struct LatentSm80 {
   static constexpr Row kRow = R;
   static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kRows = R.block_m, kTile = R.block_n;
   static constexpr int kStages = R.stages, kThreads = R.warps * 32;
-  static constexpr int kWarps = latent::kProductWarps, kReaderWarps = kWarps, kLoadWarps = R.warps - kWarps;
+  static constexpr int kWarps = latent::kProductWarps, kLoadWarps = R.warps - kWarps;
   using QTile = SharedTile<T, kRows, kHeadDim>;
   using KTile = SharedTile<T, kTile, kHeadDim>;
   using PTile = SharedTile<T, kRows, latent::kLeastTile>;  // kTile columns of it are used
-  static constexpr int kWeightBytes = PTile::kBytes;
   // A warp's share of S is 16 × 16, over a part of the head dim.
   static constexpr int kRowTiles = kRows / 16, kKeyTiles = kTile / 16,
                        kSplits = latent::portable_splits(kRows, kTile);

@@ -33,11 +33,11 @@ __device__ __forceinline__ ColumnRows rows_of(const LatentSegment& segment, cons
 template <class C>
 struct LatentTiles {
   static constexpr int kSegments = 3, kWarpKeys = C::kTile / C::kLoadWarps;
-  static constexpr uint32_t kReaders = C::kReaderWarps * ptx::kWarpArrivals;
+  static constexpr uint32_t kWarps = C::kWarps * ptx::kWarpArrivals;
 
   alignas(1024) uint8_t q[C::QTile::kBytes];
   alignas(1024) uint8_t k[C::kStages][C::KTile::kBytes];
-  alignas(1024) uint8_t p[C::kWeightBytes];
+  alignas(1024) uint8_t p[C::PTile::kBytes];
   LatentSegment segments[kSegments];
   uint32_t missing[C::kStages][C::kLoadWarps];  // a bit for each key that is on a page outside the pool
   BlockPipeline<C::kStages> k_pipe;
@@ -47,10 +47,10 @@ struct LatentTiles {
 
   // Every thread's copies arrive at the barriers. `missing` and `segments` are stored and not copied, so the
   // stores arrive separately. readers: arrivals of the warps that read a tile of K.
-  __device__ __forceinline__ void init_tiles(uint32_t readers = kReaders) {
+  __device__ __forceinline__ void init_tiles(uint32_t readers = kWarps) {
     constexpr uint32_t kArrivals = C::kLoadWarps * (32 + ptx::kWarpArrivals);
     k_pipe.init(readers, kArrivals);
-    q_pipe.init(kReaders, kArrivals);
+    q_pipe.init(kWarps, kArrivals);
   }
 };
 
