@@ -42,20 +42,18 @@ template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1) latent_sm90(const __grid_constant__ LatentCall call) {
   auto& shared = *reinterpret_cast<typename C::Shared*>(ptx::dynamic_shared_1024());
   constexpr int kConsumers = C::Shared::kConsumers;
-  constexpr int kConsumerRegisters = 200, kProducerRegisters = 104;
-  static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <= 3 * 168);
+  constexpr int kFirstRegisters = 232, kSecondRegisters = 168, kProducerRegisters = 104;
+  static_assert(kFirstRegisters + kSecondRegisters + kProducerRegisters <= 3 * 168);
   run_latent<C>(call, shared, [&](int32_t kv_head, LatentLoader<C> loader) {
     const int warpgroup = warpgroup_index();
     if (warpgroup == kConsumers) {
       ptx::give_registers<kProducerRegisters>();
       loader.run();
+    } else if (warpgroup == 0) {
+      ptx::take_registers<kFirstRegisters>();
+      LatentConsumer<C, 0>(call, shared, kv_head).run();
     } else {
-      ptx::take_registers<kConsumerRegisters>();
-      if (warpgroup == 0) {
-        LatentConsumer<C, 0>(call, shared, kv_head).run();
-      } else {
-        LatentConsumer<C, 1>(call, shared, kv_head).run();
-      }
+      LatentConsumer<C, 1>(call, shared, kv_head).run();
     }
   });
 }

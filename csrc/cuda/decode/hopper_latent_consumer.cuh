@@ -110,19 +110,24 @@ class LatentConsumer {
     }
   }
 
-  // S = Q Kᵀ
+  // S = Q Kᵀ. A product of 64 × 64 waits for the one before in the same accumulator, so odd k steps have
+  // another one.
   __device__ __forceinline__ void multiply_keys(uint32_t use) {
+    S odd;
     using Product = ptx::Wgmma<T, C::kTile>;
     const RowsDescriptor<typename C::QTile> q(ptx::here(ptx::shared_address(shared.q)));
     const RowsDescriptor<typename C::KTile> k(ptx::here(ptx::shared_address(shared.k[use % C::kStages])));
     ptx::wgmma_fence();
     Product::template multiply<true>(s.x[0], q.at(0), k.at(0));
+    Product::template multiply<true>(odd.x[0], q.at(1), k.at(1));
 #pragma unroll
-    for (int step = 1; step < C::kHeadDim / 16; ++step)
-      Product::template multiply<false>(s.x[0], q.at(step), k.at(step));
+    for (int step = 2; step < C::kHeadDim / 16; ++step)
+      Product::template multiply<false>(step % 2 ? odd.x[0] : s.x[0], q.at(step), k.at(step));
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
     ptx::hold(s.x[0]);
+    ptx::hold(odd.x[0]);
+    s.add(odd);
   }
 
   // O ← O + P V, for this half's columns.

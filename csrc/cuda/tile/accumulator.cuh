@@ -52,6 +52,15 @@ struct Accumulator {
     for (int n = 0; n < ColumnTiles; ++n) at(slot, n, 0) *= factor, at(slot, n, 1) *= factor;
   }
 
+  __device__ __forceinline__ void add(const Accumulator& other) {
+#pragma unroll
+    for (int m = 0; m < RowTiles; ++m)
+#pragma unroll
+      for (int n = 0; n < ColumnTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[m][n][i] += other.x[m][n][i];
+  }
+
   __device__ __forceinline__ float& at(int slot, int n, int i) { return x[slot / 2][n][slot % 2 * 2 + i]; }
   __device__ __forceinline__ float at(int slot, int n, int i) const {
     return x[slot / 2][n][slot % 2 * 2 + i];
