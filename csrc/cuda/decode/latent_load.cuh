@@ -32,6 +32,7 @@ class LatentLoader {
         ahead(range) {
     const int thread = static_cast<int>(threadIdx.x) - (C::kThreads - C::kLoadWarps * 32);
     warp = thread / 32, row = thread % 32 / Tile::kPanel, chunk = thread % Tile::kPanel;
+    chunks = max(0, (call.head_dim - chunk * kChunk<T> + kPanelColumns - 1) / kPanelColumns);
   }
 
   __device__ __forceinline__ void run() {
@@ -57,7 +58,8 @@ class LatentLoader {
 
  private:
   static constexpr int kWarpRows = C::Shared::kWarpKeys, kStep = 32 / Tile::kPanel;
-  static constexpr int kRowsOfThread = kWarpRows / kStep, kPanels = Tile::kChunks / Tile::kPanel;
+  static constexpr int kRowsOfThread = kWarpRows / kStep, kPanels = Tile::kChunks / Tile::kPanel,
+                       kPanelColumns = Tile::kPanel * kChunk<T>;
   static constexpr int kWarpQueries = C::kRows / C::kLoadWarps;
   static_assert(kRowsOfThread * kStep == kWarpRows && kWarpQueries % kStep == 0);
 
@@ -109,35 +111,47 @@ class LatentLoader {
     }
   }
 
-  // Copies `columns` columns of a row of a tile; the others become zeros.
+  // Copies a row of a tile if it is used; otherwise, and past the operand's columns, it becomes zeros.
   template <class To>
-  __device__ __forceinline__ void copy_row(uint32_t tile, int at, const T* from, bool used,
-                                           int32_t columns) const {
+  __device__ __forceinline__ void copy_row(uint32_t tile, int at, const T* from, bool used) const {
     const uint32_t to = tile + To::offset(at, chunk);
     const T* const source = from + chunk * kChunk<T>;
+    const int existing = used ? chunks : 0;
 #pragma unroll
-    for (int panel = 0; panel < kPanels; ++panel) {
-      constexpr int kColumns = To::kPanel * kChunk<T>;
-      ptx::cp_async_16(to + To::panel_offset(panel * To::kPanel), source + panel * kColumns,
-                       used && panel * kColumns + chunk * kChunk<T> < columns, policy);
-    }
+    for (int panel = 0; panel < kPanels; ++panel)
+      ptx::cp_async_16(to + To::panel_offset(panel * To::kPanel), source + panel * kPanelColumns,
+                       panel < existing, policy);
   }
 
   __device__ __forceinline__ void load_keys(uint32_t use) const {
     const uint32_t tile = ptx::shared_address(shared.k[use % C::kStages]);
-    uint32_t missing = 0;  // one bit per row of the warp
+    bool outside = false;
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
-      const bool exists = slot[i] != kUnused;
-      const bool inside = exists && static_cast<uint32_t>(page[i]) < static_cast<uint32_t>(call.pages);
-      const uint32_t votes = __ballot_sync(~0u, exists && !inside && chunk == 0);  // lanes 0, 8, 16, 24
-#pragma unroll
-      for (int r = 0; r < kStep; ++r) missing |= (votes >> r * Tile::kPanel & 1) << (i * kStep + r);
+      const bool inside = is_inside(i);
+      outside |= slot[i] != kUnused && !inside;
       const int64_t offset = inside ? page[i] * call.key.batch + slot[i] * call.key.row : 0;
-      copy_row<Tile>(tile, warp * kWarpRows + row + i * kStep, pool + offset, inside, call.head_dim);
+      copy_row<Tile>(tile, warp * kWarpRows + row + i * kStep, pool + offset, inside);
     }
+    const uint32_t missing = __any_sync(~0u, outside) ? missing_rows() : 0;
     if (threadIdx.x % 32 == 0) shared.missing[use % C::kStages][warp] = missing;
     publish(shared.k_pipe.full_barrier(use));
+  }
+
+  __device__ __forceinline__ bool is_inside(int i) const {
+    return slot[i] != kUnused && static_cast<uint32_t>(page[i]) < static_cast<uint32_t>(call.pages);
+  }
+  // A bit for each of the warp's rows whose key is on a page outside the pool.
+  __device__ __forceinline__ uint32_t missing_rows() const {
+    uint32_t missing = 0;
+#pragma unroll
+    for (int i = 0; i < kRowsOfThread; ++i) {
+      const bool votes_for_row = slot[i] != kUnused && !is_inside(i) && chunk == 0;  // lanes 0, 8, 16, 24
+      const uint32_t votes = __ballot_sync(~0u, votes_for_row);
+#pragma unroll
+      for (int r = 0; r < kStep; ++r) missing |= (votes >> r * Tile::kPanel & 1) << (i * kStep + r);
+    }
+    return missing;
   }
 
   // Loads Q of a segment whose first keys are being loaded.
@@ -153,7 +167,7 @@ class LatentLoader {
       copy_row<typename C::QTile>(tile, own,
                                   call.query.at<const T>(queries.leading, queries.batch_row, rows.head(at),
                                                          queries.q_begin + rows.position(at)),
-                                  used, call.head_dim);
+                                  used);
     }
     publish(shared.q_pipe.full_barrier(segment));
   }
@@ -171,6 +185,7 @@ class LatentLoader {
   const T* pool;
   const int32_t* table;
   int warp, row, chunk;  // row: this thread's first row among those of its warp
+  int chunks;            // chunks of a row of the operand that this thread copies
   int32_t page[kRowsOfThread], slot[kRowsOfThread];
 };
 
