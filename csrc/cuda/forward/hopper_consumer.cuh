@@ -42,7 +42,6 @@ struct Consumer {
   bool has_input = true;                  // whether the input has stages for this query tile's key tiles
   Interval whole;                         // key tiles that all its rows see whole
   S s;                                    // S [64, N]
-  S odd;                                  // with kTwoSums, S of the odd k steps until S is complete
   typename C::O o;                        // O [64, dv]
   typename C::P weights;                  // P [64, N], rounded
   QueryFragments<T, std::max(1, C::kQuerySteps)> query;
@@ -97,10 +96,6 @@ struct Consumer {
     return reinterpret_cast<Accumulator<1, kKeys / 8>&>(s);
   }
 
-  // A short product waits for the one before in the same accumulator longer than it takes itself. Where no
-  // other consumer's products fill the time, odd k steps have an accumulator of their own.
-  static constexpr bool kTwoSums = C::kPacksHeads && C::kN <= 32;
-
   // Issues S = Q Kᵀ  [64, kKeys], with the first keys of a tile: a group for each part of K's columns.
   // kSends: sends P of the tile before after the third of four groups, while these are multiplied.
   template <int kKeys = C::kN, int kPart = 0, bool kSends = false>
@@ -122,14 +117,10 @@ struct Consumer {
   __device__ __forceinline__ void multiply_steps(const Q& q, const RowsDescriptor<KTile>& k) {
     auto& x = columns<kKeys>().x[0];
     using Product = ptx::Wgmma<T, kKeys>;
-    constexpr int kSums = kTwoSums ? 2 : 1;
-    if constexpr (kBegin == 0 && kEnd > 0) {
-      Product::template multiply<true>(x, q.at(0), k.at(0));
-      if constexpr (kTwoSums) Product::template multiply<true>(odd.x[0], q.at(1), k.at(1));
-    }
+    if constexpr (kBegin == 0 && kEnd > 0) Product::template multiply<true>(x, q.at(0), k.at(0));
 #pragma unroll
-    for (int step = std::max(kSums, kBegin); step < kEnd; ++step)
-      Product::template multiply<false>(step % kSums ? odd.x[0] : x, q.at(step), k.at(step - kFirst));
+    for (int step = std::max(1, kBegin); step < kEnd; ++step)
+      Product::template multiply<false>(x, q.at(step), k.at(step - kFirst));
   }
   // Waits for S while at most kPending later groups are in flight, and releases K.
   template <int kPending, int kPart = 0>
@@ -137,7 +128,6 @@ struct Consumer {
     constexpr int kPartsLeft = C::kKeyParts - 1 - kPart;
     ptx::wgmma_wait<kPending + kPartsLeft>();
     if constexpr (kPartsLeft == 0) ptx::hold(s.x[0]);
-    if constexpr (kTwoSums) ptx::hold(odd.x[0]), s.add(odd);
     shared.release_key(use, kPart);
     if constexpr (kPartsLeft > 0) finish_scores<kPending, kPart + 1>(use);
   }
