@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from . import adapters, cases, decode_calls, measure, peers, suite_cpu
 from .cases import Case, gpu_case
@@ -55,6 +56,7 @@ def _attention(case: Case, pass_: str, **options: Any) -> Cell:
 
 # --- GPU ------------------------------------------------------------------------------------------------------------
 
+MASKED = 8192  # tokens of a sequence under a mask
 SMALL_CHAIN = 30  # small calls in one program
 EVERY_KIND = (64, 32, 8, 128, 8192)  # the shape at which the rarer kinds of decode are timed
 PAGES_OF_ONE = (EVERY_KIND, (24, 24, 24, 128, 8192), (64, 8, 1, 256, 8192))
@@ -68,6 +70,7 @@ def _gpu() -> Iterator[Cell]:
     for size in cases.SMALL:
         yield _small(cases.small_case(*size))
     yield from _gpu_backward()
+    yield from _gpu_masks()
 
 
 def _gpu_forward() -> Iterator[Cell]:
@@ -144,6 +147,43 @@ def _gpu_backward() -> Iterator[Cell]:
     others = [cases.GQA[1], cases.WINDOWS[2], cases.gpu_documents(128, True), *rows]
     for case in (*others, *(options[x] for x in ("bias", "alibi", "softcap", "dropout", "segments"))):
         yield _attention(case, "backward", deterministic=True)
+
+
+def _causal_ranges(package: ModuleType) -> Any:
+    row = jnp.arange(MASKED, dtype=jnp.int32)[None, None]
+    return package.masks.ranges(jnp.zeros_like(row), row + 1)
+
+
+def _first_and_window(package: ModuleType) -> Any:
+    return package.masks.first_and_window(64, 1024)
+
+
+def _gpu_masks() -> Iterator[Cell]:
+    """Masks of ranges, with and without a gap between them, in each layout."""
+    for d in cases.HEAD_DIMS:
+        case = gpu_case(d, MASKED)
+        for pass_ in ("forward", "backward"):
+            yield _masked(case, pass_, "causal as ranges", _causal_ranges)
+            yield _masked(case, pass_, "first and window", _first_and_window)
+    for d in (64, 128):
+        capped = gpu_case(d, MASKED).replace(name=f"d{d} s{MASKED} softcap", softcap=20.0)
+        yield _masked(capped, "forward", "first and window", _first_and_window)
+    for pass_ in ("forward", "backward"):
+        yield _masked(cases.gpu_documents(128, False), pass_, "first and window", _first_and_window)
+    case = Case("prefill", b=1, sq=MASKED, sk=MASKED, hq=16, hk=16, d=128, dv=128, dtype="bfloat16")
+
+    def prefill(package: ModuleType) -> Prepared:
+        return decode_calls.prefill(package, case, 64, mask=_first_and_window(package))
+
+    yield Cell("prefill first and window d128 pages of 64", prefill)
+
+
+def _masked(case: Case, pass_: str, what: str, make: Callable[[ModuleType], Any]) -> Cell:
+    def prepare(package: ModuleType) -> Prepared:
+        attend = adapters.ours(case, package, mask=make(package))
+        return peers.pass_calls(attend, pass_, _inputs(case))
+
+    return Cell(f"{case.name} {what} {pass_}", prepare, repeatable=pass_ == "forward")
 
 
 # --- CPU ------------------------------------------------------------------------------------------------------------

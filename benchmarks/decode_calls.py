@@ -121,10 +121,12 @@ def chained(call: Call, count: int = CHAIN) -> tuple[measure.Call, list[Any]]:
     return measure.chained(function, count), [arguments]
 
 
-def prefill(package: ModuleType, case: Case, size: int | None) -> tuple[measure.Call, list[Any]]:
+def prefill(
+    package: ModuleType, case: Case, size: int | None, **options: Any
+) -> tuple[measure.Call, list[Any]]:
     """Whole sequences over pages of this size, or over contiguous keys if it is None."""
     dims = ((case.b, case.sq, case.hq, case.d), *[(case.b, case.sk, case.hk, case.d)] * 2)
     q, k, v = (jax.random.normal(jax.random.key(i), x, case.dtype) for i, x in enumerate(dims))
     call = package.flash_attention if size is None else package.paged_attention
     arguments = (q, k, v) if size is None else (q, *scattered(k, v, size))
-    return jax.jit(functools.partial(call, causal=case.causal)), [arguments]
+    return jax.jit(functools.partial(call, causal=case.causal, **options)), [arguments]
