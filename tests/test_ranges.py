@@ -146,6 +146,27 @@ def test_masks_of_models_with_options(d, options, packed, name, kernel):
     oracle.assert_result(got, *references(case, static_of(case, inputs, arrays), inputs, arrays), case)
 
 
+@pytest.mark.skipif(
+    IMPLEMENTATION != "cuda", reason="only Hopper's kernels order sums by several tiles at once"
+)
+@pytest.mark.parametrize("hk", [1, 2])
+@pytest.mark.parametrize("d", checks.HOPPER_HEAD_DIMS)
+def test_ordered_sums_with_gaps(d, hk, kernel):
+    """Sequences so long that a ticket covers several query tiles, of which a gap may hold some."""
+    case = Case("block diffusion", b=1, sq=4480, sk=4480, hq=2, hk=hk, d=d, dv=d, dtype="bfloat16")
+    checks.require(kernel, "forward", "backward", dtype=case.dtype, d=d, dv=d)
+    inputs = make_inputs(case)
+    limits = structured(case.name, case.sq)[None, None]
+    arrays = operands(inputs) | {"ranges": jnp.asarray(limits, jnp.int32)}
+    usual, *ordered = (
+        differentiate(case, inputs, arrays, kernel, deterministic=x).gradients for x in (False, True, True)
+    )
+    for name, x in usual.items():
+        x, first, again = (np.asarray(y, np.float32) for y in (x, *(run[name] for run in ordered)))
+        np.testing.assert_array_equal(first, again)
+        np.testing.assert_allclose(first, x, rtol=0.02, atol=0.002 * np.abs(x).max())
+
+
 @pytest.mark.parametrize("d", checks.HOPPER_HEAD_DIMS)
 def test_halves_of_key_tiles(d, implementation):
     """Blocks of 64 rows whose ranges begin and end in either half of a key tile, of which some see only that half."""
