@@ -219,9 +219,9 @@ inline int32_t query_ticket_shift(const Problem& p, int32_t block_m) {
 
 // Finds the key grid's tables in the workspace, as the plan placed them, and clears the counters among them.
 inline cudaError_t make_key_grid(KeyGrid& grid, const Problem& p, const LaunchPlan& plan, void* workspace,
-                                 const QuerySums& sums, int32_t block_m, cudaStream_t stream) {
+                                 const QuerySums& sums, int32_t ticket_shift, cudaStream_t stream) {
   grid = {segments_of(plan.keys, workspace), static_cast<int32_t>(plan.keys.tiles), sums, nullptr,
-          query_ticket_shift(p, block_m)};
+          ticket_shift};
   if (plan.score == ScoreKind::kRanges) {
     const RangeTables tables = range_tables(p, plan.keys, workspace);
     grid.segments = tables.rows, grid.gaps = tables.gaps, grid.blocks = tables.blocks;
@@ -259,7 +259,9 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
     if (!plan.rounds_dq) keep_in_step(tiles, p, plan.persistent_ctas / C::kCluster);
     if (e = clear_tile_counter(tiles, plan, workspace, stream); e != cudaSuccess) return e;
     KeyGrid key_grid;
-    if (e = make_key_grid(key_grid, p, plan, workspace, sums, C::kM, stream); e != cudaSuccess) return e;
+    constexpr auto kTicketShift = kInClusters<C> ? cluster_ticket_shift : query_ticket_shift;
+    e = make_key_grid(key_grid, p, plan, workspace, sums, kTicketShift(p, C::kM), stream);
+    if (e != cudaSuccess) return e;
     if constexpr (kListsSteps<C>) {
       const uint32_t heads = tiles.count / tiles.tiles_per_head;
       tiles.heads_together = listed_heads_together(tiles, heads, plan.persistent_ctas / C::kCluster);
