@@ -167,7 +167,7 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const typename C:
   }
   for (int32_t n = first, next; n < block.tiles.hi; n = next) {
     next = from(n + 1);
-    const int32_t key = at.key = (C::State::kPaged ? block.tile(n) : n) * C::kN;
+    const int32_t key = at.key = n * C::kN;
     const RowsB<typename C::KTile> k(kv.wait_first(n, next), 0);
     if constexpr (C::kQSteps > 0) {
       if (n == first) q.read(q_tile, warp_row);

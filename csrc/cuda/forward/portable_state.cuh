@@ -33,7 +33,7 @@ struct DenseState : BlockState<T, kRanges> {
 // Keys and values in the pages of a pool. Pool: T, or uint8_t for float8.
 template <class T, class Pool, int kRows, int kStages, bool kRanges>
 struct PagedState : BlockState<T, kRanges> {
-  using Source = PageSource<T, Pool, kRows, kStages, kRanges>;
+  using Source = PageSource<T, Pool, kRows, kStages>;
   static constexpr bool kPaged = true;
   static constexpr bool kScaled = sizeof(Pool) == 1;  // K = k_scale · stored, V = v_scale · stored
   GlobalPages<Pool> key, value;
@@ -45,7 +45,6 @@ struct PagedState : BlockState<T, kRanges> {
   __device__ void prepare(const Problem& p, const GridTiles& grid, int32_t block_m, int32_t block_n,
                           int32_t column) {
     BlockState<T, kRanges>::prepare(p, grid, block_m, block_n, column);
-    this->tiles = this->close(this->tiles);
     const BlockWork& work = this->work;
     const int32_t kv_head = p.kv_head(work.head);
     key = pages_of<Pool>(p, p.key, work.leading, kv_head, p.head_dim);
@@ -58,7 +57,7 @@ struct PagedState : BlockState<T, kRanges> {
     value_scales = page_scales_of(p, p.v_scale, work.leading, kv_head);
   }
   __device__ __forceinline__ Source source() const {
-    return {key, value, key_scales, value_scales, table, this->work.tile.k_len, *this, addresses};
+    return {key, value, key_scales, value_scales, table, this->work.tile.k_len, addresses};
   }
 };
 

@@ -198,9 +198,8 @@ __device__ __forceinline__ void load_pages(uint32_t shared, const GlobalPages<ui
   }
 }
 
-// TileRing's source for pages. Numbers of tiles leave out those of the gap. The references point to shared
-// memory.
-template <class T, class Pool, int kRows, int kStages, bool kRanges>
+// TileRing's source for pages. The references point to shared memory.
+template <class T, class Pool, int kRows, int kStages>
 struct PageSource {
   static constexpr bool kFloat8 = sizeof(Pool) == 1;
   using Address = std::conditional_t<kFloat8, Float8Address, KeyAddress>;
@@ -211,7 +210,6 @@ struct PageSource {
   const PageScales &key_scales, &value_scales;
   const PageTable& table;
   const int32_t& end;  // the sequence's number of keys
-  const GapOfTiles<kRanges>& gap;
   Addresses& addresses;
   PageSlot next = {kNoPage, 0};  // this thread's key in the tile after those in `addresses`
 
@@ -262,7 +260,7 @@ struct PageSource {
   }
   // The slot of this thread's key in tile n.
   __device__ __forceinline__ PageSlot find(int32_t n) const {
-    const int64_t position = int64_t{gap.tile(n)} * kRows + threadIdx.x;
+    const int64_t position = int64_t{n} * kRows + threadIdx.x;
     if (threadIdx.x >= kRows || position >= end) return {kNoPage, 0};
     return table.lookup(static_cast<int32_t>(position));
   }
