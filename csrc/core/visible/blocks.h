@@ -19,7 +19,13 @@ JF_HD SeenPiece seen_piece_of(bool any, bool all) {
 template <class Sees>
 JF_HD SeenPiece seen_in(const Interval& rows, const Interval& columns, Sees sees) {
   bool any = false, all = true;
+#if defined(__CUDA_ARCH__)
+#pragma unroll 1
+#endif
   for (int32_t row = rows.lo; row < rows.hi; ++row)
+#if defined(__CUDA_ARCH__)
+#pragma unroll 1
+#endif
     for (int32_t column = columns.lo; column < columns.hi; ++column) {
       const SeenPiece own = sees(row, column);
       any |= own != SeenPiece::kNone, all &= own == SeenPiece::kAll;
@@ -50,7 +56,13 @@ struct BlockMask {
   }
   // Whether the blocks of head h let any of `rows` see any of `keys`; neither interval is empty.
   JF_HD bool any_sees(int32_t h, const Interval& rows, const Interval& keys) const {
+#if defined(__CUDA_ARCH__)
+#pragma unroll 1
+#endif
     for (int32_t at = (rows.lo + first_row) / block_rows; at <= (rows.hi - 1 + first_row) / block_rows; ++at)
+#if defined(__CUDA_ARCH__)
+#pragma unroll 1
+#endif
       for (int32_t j = (keys.lo + first_key) / block_keys; j <= (keys.hi - 1 + first_key) / block_keys; ++j)
         if (sees_block(h, at, j)) return true;
     return false;
