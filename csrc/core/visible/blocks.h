@@ -19,13 +19,7 @@ JF_HD SeenPiece seen_piece_of(bool any, bool all) {
 template <class Sees>
 JF_HD SeenPiece seen_in(const Interval& rows, const Interval& columns, Sees sees) {
   bool any = false, all = true;
-#if defined(__CUDA_ARCH__)
-#pragma unroll 1
-#endif
   for (int32_t row = rows.lo; row < rows.hi; ++row)
-#if defined(__CUDA_ARCH__)
-#pragma unroll 1
-#endif
     for (int32_t column = columns.lo; column < columns.hi; ++column) {
       const SeenPiece own = sees(row, column);
       any |= own != SeenPiece::kNone, all &= own == SeenPiece::kAll;
@@ -54,7 +48,8 @@ struct BlockMask {
                      return sees_block(h, at, column) ? SeenPiece::kAll : SeenPiece::kNone;
                    });
   }
-  // Whether the blocks of head h let any of `rows` see any of `keys`; neither interval is empty.
+  // Whether the blocks of head h let any of `rows` see any of `keys`; neither interval is empty. Unrolled
+  // loops would take registers from the kernels that skip tiles by it.
   JF_HD bool any_sees(int32_t h, const Interval& rows, const Interval& keys) const {
 #if defined(__CUDA_ARCH__)
 #pragma unroll 1
