@@ -52,6 +52,7 @@ class RowSource {
     next_second_ += uint64_t{static_cast<uint32_t>(rows)} * static_cast<uint32_t>(second_.stride);
     rows_left_ -= rows;
   }
+  __device__ __forceinline__ int32_t* numbers() const { return nullptr; }
   // Only the page loader reads ahead.
   __device__ __forceinline__ void look_ahead(int32_t, int32_t) const {}
 

@@ -213,6 +213,7 @@ struct PageSource {
   const PageTable& table;
   const int32_t& end;  // the sequence's number of keys
   Addresses& addresses;
+  int32_t* tiles;                // [kAhead]: the numbers of NextPairs
   PageSlot next = {kNoPage, 0};  // this thread's key in the tile after those in `addresses`
 
   template <class Tile, int kThreads>
@@ -237,6 +238,7 @@ struct PageSource {
     }
   }
 
+  __device__ __forceinline__ int32_t* numbers() const { return tiles; }
   // Called by all threads before the first load. tile_at(i): the tile of use `first` + i.
   template <class, class, int, class TileAt>
   __device__ __forceinline__ void start(int32_t first, TileAt tile_at) {

@@ -14,40 +14,50 @@
 
 namespace jax_flash {
 
-// The pairs after the current one, n, that a source must know of: kAhead of them. kSkips: the kernel may skip
-// pairs; from(n) is then the first pair from n on that it does not skip.
+// The numbers of the pairs after the current one, n, that a source must know of: kAhead of them. kSkips: the
+// kernel may skip pairs; from(n) is then the first pair from n on that it does not skip. One number is kept
+// in a register, several in shared memory. use: the pairs before the current one.
 template <int kAhead, bool kSkips>
 class NextPairs {
+  static constexpr bool kShared = kSkips && kAhead > 1;
+
  public:
-  // Finds those that must be known before the first pair is waited for.
-  template <class From>
-  __device__ __forceinline__ void start(int32_t n, From from) {
-    if constexpr (kSkips) {
+  // `shared`: kAhead numbers.
+  __device__ __forceinline__ explicit NextPairs(int32_t* shared) : shared_(shared) {}
+
+  // Finds those that must be known before the first pair is waited for, and calls start(the i-th pair).
+  template <class From, class Start>
+  __device__ __forceinline__ void start(int32_t n, From from, Start start) {
+    int32_t pairs[kAhead] = {n};
 #pragma unroll
-      for (int i = 1; i < kAhead; ++i) pairs_[i - 1] = from(at(i - 1, n) + 1);
+    for (int i = 1; i < kAhead; ++i) {
+      pairs[i] = kSkips ? from(pairs[i - 1] + 1) : n + i;
+      if (kShared && threadIdx.x == 0) shared_[i] = pairs[i];
     }
+    start([&](int i) { return pairs[i]; });
   }
-  // Finds the last one.
-  template <class From>
-  __device__ __forceinline__ void find(int32_t n, From from) {
-    if constexpr (kSkips) pairs_[kAhead - 1] = from(at(kAhead - 1, n) + 1);
-  }
-  // The i-th of them; 0: n itself.
-  __device__ __forceinline__ int32_t at(int i, int32_t n) const {
-    return i == 0 || !kSkips ? n + i : pairs_[i - 1];
-  }
-  // Moves on to the first one, and returns it.
-  __device__ __forceinline__ int32_t advance(int32_t n) {
-    const int32_t next = at(1, n);
-    if constexpr (kSkips) {
-#pragma unroll
-      for (int i = 1; i < kAhead; ++i) pairs_[i - 1] = pairs_[i];
+  // Finds the last one, and calls sync(), behind which no thread reads the number that it replaces.
+  template <class From, class Sync>
+  __device__ __forceinline__ int32_t find(int32_t n, int32_t use, From from, Sync sync) {
+    int32_t last = n + kAhead;
+    if constexpr (kSkips && !kShared) last = next_ = from(n + 1);
+    sync();
+    if constexpr (kShared) {
+      last = from(shared_[(use + kAhead - 1) % kAhead] + 1);
+      if (threadIdx.x == 0) shared_[use % kAhead] = last;
     }
-    return next;
+    return last;
+  }
+  // The first of them.
+  __device__ __forceinline__ int32_t first(int32_t n, int32_t use) const {
+    if constexpr (!kSkips) return n + 1;
+    if constexpr (!kShared) return next_;
+    return static_cast<const volatile int32_t&>(shared_[(use + 1) % kAhead]);
   }
 
  private:
-  int32_t pairs_[kAhead];
+  int32_t* shared_;
+  int32_t next_;
 };
 
 // First, Second: the SharedTile types of a pair. Source: RowSource or PageSource, which copies tile n of
@@ -61,32 +71,33 @@ class TileRing {
   static constexpr int kBytes = ring_bytes(kStages, First::kBytes, Second::kBytes);
 
   __device__ __forceinline__ TileRing(uint32_t shared, const Source& source, const Interval& tiles)
-      : shared_(shared), source_(source), tiles_(tiles) {}
+      : shared_(shared), source_(source), tiles_(tiles), next_(source.numbers()) {}
 
   // Starts the copies of pair n, the first one. Copies that the caller has issued before (Q) join their first
   // group, and so arrive with the first tile.
   template <class From>
   __device__ __forceinline__ void start(int32_t n, From from) {
-    next_.start(n, from);
-    source_.template start<First, Second, kThreads>(stage_of(n), [&](int i) { return next_.at(i, n); });
+    next_.start(n, from,
+                [&](auto tile_at) { source_.template start<First, Second, kThreads>(stage_of(n), tile_at); });
     if constexpr (kStages == 1) fill_first(n, stage_of(n));
     if constexpr (kStages == 2) fill(n, stage_of(n));
   }
   // The pair after n, whose tiles have been waited for.
-  __device__ __forceinline__ int32_t next(int32_t n) { return next_.advance(n); }
+  __device__ __forceinline__ int32_t next(int32_t n) const { return next_.first(n, uses_ - 1); }
 
   // Waits for the first tile of pair `n` and returns its address. Its __syncthreads also makes sure that
   // every warp has read the pair before, whose stage is refilled.
   template <class From>
   __device__ __forceinline__ uint32_t wait_first(int32_t n, From from) {
-    next_.find(n, from);
-    ptx::cp_async_wait<0>();
-    __syncthreads();
     const int32_t stage = stage_of(n);
-    source_.look_ahead(stage + kStages, next_.at(Source::kAhead, n));
+    const int32_t last = next_.find(n, stage, from, [] {
+      ptx::cp_async_wait<0>();
+      __syncthreads();
+    });
+    source_.look_ahead(stage + kStages, last);
     if constexpr (kStages == 2) {
       skip(n);
-      fill(next_.at(1, n), stage + 1);
+      fill(next_.first(n, stage), stage + 1);
     } else {
       fill_second(n, stage);
     }
@@ -100,7 +111,7 @@ class TileRing {
       ptx::cp_async_wait<0>();
       __syncthreads();
       skip(n);
-      fill_first(next_.at(1, n), stage + 1);
+      fill_first(next_.first(n, stage), stage + 1);
     }
     if constexpr (kSkips) ++uses_;
     return second_address(stage);
@@ -119,7 +130,7 @@ class TileRing {
     return shared_ + kStages * First::kBytes + stage % kStages * Second::kBytes;
   }
   __device__ __forceinline__ void skip(int32_t n) {
-    if constexpr (kSkips) source_.template skip<First>(next_.at(1, n) - n - 1);
+    if constexpr (kSkips) source_.template skip<First>(next_.first(n, uses_) - n - 1);
   }
 
   // Also called past the last tile, for which the source reads nothing: a branch here would keep the copies
@@ -152,23 +163,21 @@ class TileRing<0, kThreads, First, Second, Source, kSkips> {
   static constexpr int kBytes = ring_bytes(0, First::kBytes, Second::kBytes);
 
   __device__ __forceinline__ TileRing(uint32_t shared, const Source& source, const Interval&)
-      : shared_(shared), source_(source) {}
+      : shared_(shared), source_(source), next_(source.numbers()) {}
 
   template <class From>
   __device__ __forceinline__ void start(int32_t n, From from) {
-    next_.start(n, from);
-    source_.template start<First, Second, kThreads>(0, [&](int i) { return next_.at(i, n); });
+    next_.start(n, from, [&](auto tile_at) { source_.template start<First, Second, kThreads>(0, tile_at); });
   }
-  __device__ __forceinline__ int32_t next(int32_t n) { return next_.advance(n); }
+  __device__ __forceinline__ int32_t next(int32_t n) const { return next_.first(n, 0); }
   template <class From>
   __device__ __forceinline__ uint32_t wait_first(int32_t n, From from) {
-    next_.find(n, from);
-    source_.look_ahead(0, next_.at(Source::kAhead, n));
+    source_.look_ahead(0, next_.find(n, 0, from, [] {}));
     return refill([&] { source_.template load_first<First, kThreads>(shared_, n, 0); });
   }
   __device__ __forceinline__ uint32_t wait_second(int32_t n) {
     const uint32_t tile = refill([&] { source_.template load_second<Second, kThreads>(shared_, n, 0); });
-    if constexpr (kSkips) source_.template skip<First>(next_.at(1, n) - n - 1);
+    if constexpr (kSkips) source_.template skip<First>(next_.first(n, 0) - n - 1);
     return tile;
   }
   __device__ __forceinline__ void finish() const {}

@@ -90,6 +90,7 @@ class TangentSource {
     primal_.template skip<typename Tile::Tile>(tiles);
     tangent_.template skip<typename Tile::Tile>(tiles);
   }
+  __device__ __forceinline__ int32_t* numbers() const { return nullptr; }
   __device__ __forceinline__ void look_ahead(int32_t, int32_t) const {}
 
  private:
