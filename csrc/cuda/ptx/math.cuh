@@ -56,9 +56,10 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t x) {
 __device__ __forceinline__ uint32_t sign_of_low(uint32_t x) { return permute_bytes<0x9999>(x); }
 __device__ __forceinline__ uint32_t sign_of_high(uint32_t x) { return permute_bytes<0xBBBB>(x); }
 
-// For each half, as float16: 0xFFFF where x is greater than or equal to y or either is NaN, else 0.
-__device__ __forceinline__ uint32_t not_below(uint32_t x, uint32_t y) {
-  return __hgeu2_mask(reinterpret_cast<const __half2&>(x), reinterpret_cast<const __half2&>(y));
+// For each half, as float16: 0xFFFF where |x| is greater than or equal to y or either is NaN, else 0. The
+// absolute value is a part of the comparison's instruction.
+__device__ __forceinline__ uint32_t size_not_below(uint32_t x, uint32_t y) {
+  return __hgeu2_mask(__habs2(reinterpret_cast<const __half2&>(x)), reinterpret_cast<const __half2&>(y));
 }
 
 // Bytes 0 and 2 (1 and 3) of x in the lower two bytes.

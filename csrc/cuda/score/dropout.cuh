@@ -77,8 +77,8 @@ struct KeptNumbers {
   // Whether the numbers of a pair reach the threshold, as a mask of 16 bits each.
   __device__ __forceinline__ uint32_t mask(int slot, int n) const {
     const uint32_t x = word[slot / 2][n % kTiles];
-    const uint32_t numbers = (slot % 2 ? Dropout::rotated(x) : x) & pair_of(kDropoutNumbers - 1);
-    return ptx::not_below(numbers, threshold);  // NaN, beyond infinity, is not below it either
+    // The highest bit, which is no part of a number, is the sign. NaN, beyond infinity, is not below either.
+    return ptx::size_not_below(slot % 2 ? Dropout::rotated(x) : x, threshold);
   }
 };
 
@@ -220,8 +220,7 @@ struct TileDropout {
           // The even row's half-word goes to the lower half, the odd row's to the upper half; `own` belongs
           // to this lane's row.
           const auto masks = [&](uint32_t halves) {
-            const uint32_t numbers = __byte_perm(own, other, halves) & pair_of(kDropoutNumbers - 1);
-            return ptx::not_below(numbers, threshold);
+            return ptx::size_not_below(__byte_perm(own, other, halves), threshold);
           };
           result.set_rows(slot, n, e, masks(odd ? 0x3276 : 0x5410));
           result.set_rows(slot + 2, n, e, masks(odd ? 0x0347 : 0x6521));  // from the words rotated by a byte
