@@ -92,6 +92,10 @@ struct BackwardSm90 {
       (Kind == ScoreKind::kPlain || Kind == ScoreKind::kRanges || lists_tiles(Kind)) && !Ordered &&
       M == kConsumerRows;
   static constexpr bool kStartsFromDelta = kSharesDsLate;
+  // With dropout alone, delta is multiplied by 1 − rate, and dS lacks the factor 1 / (1 − rate).
+  static constexpr bool kDividesDs = Kind == ScoreKind::kDropout;
+  // Whether a step draws dropout's bits for the next step (hopper_dropout.cuh).
+  static constexpr bool kDrawsAhead = Kind == ScoreKind::kDropout && M == 2 * kConsumerRows;
   static constexpr bool kRoundsDq = RoundsDq;
   static constexpr int kTilesBytes =
       M * HeadDim * int{sizeof(float)} + (kSpareDs ? SharedTile<T, N, M>::kBytes : 0);
@@ -278,7 +282,9 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
     if (e != cudaSuccess) return e;
   }
   if (plan.rounds_dq) return cudaSuccess;
-  return convert_sums<T, C::kM>(p, sums, grid, workspace, stream);
+  Problem scaled = p;
+  if constexpr (C::kDividesDs) scaled.spec.scale *= dropout_scale(p.spec);
+  return convert_sums<T, C::kM>(scaled, sums, grid, workspace, stream);
 }
 
 template <class T, Row R>

@@ -51,6 +51,10 @@ struct KeptElements {
   __device__ __forceinline__ bool at(int slot, int n, int e) const {
     return bits[index(slot, n, e) / 32] >> index(slot, n, e) % 32 & 1;
   }
+  // x where the element is kept, else 0.
+  __device__ __forceinline__ float keep(int slot, int n, int e, float x) const {
+    return ptx::zero_unless_bit(bits[index(slot, n, e) / 32], 1u << index(slot, n, e) % 32, x);
+  }
 };
 
 // Dropout's numbers for an accumulator that is not permuted, or for kTiles of its column tiles at a time. A
@@ -322,15 +326,15 @@ struct WithDropout : Score {
     for_each(dp,
              [&](float& x, int slot, int n, int e) { x = kept_elements.at(slot, n, e) ? x * factor : 0; });
   }
-  // Both steps at once for a transposed S, with dS = P ∘ (drop(dP) − delta), which takes fewer registers.
-  template <class Tile, class Rows>
-  __device__ __forceinline__ void drop_all(S& s, S& dp, const Tile& tile, const Rows& rows) const {
-    const float factor = tile.operands().dropout.scale;
+  // Both steps at once for a transposed S: dP ← drop(P) ∘ dP − P ∘ delta, P ← drop(P), with delta · (1 −
+  // rate) in `rows`. This is dS without the factor 1 / (1 − rate), which is left to the scales of dQ and dK.
+  template <class Rows>
+  __device__ __forceinline__ void drop_all(S& s, S& dp, const Rows& rows) const {
     for_each(s, [&](float& x, int slot, int n, int e) {
       float& ds = dp.at(slot, n, e);
-      const bool kept = kept_elements.at(slot, n, e);
-      ds = x * ((kept ? ds : 0) * factor - rows.delta(slot));
-      x = kept ? x : 0;
+      const float of_delta = x * rows.delta(slot);
+      x = kept_elements.keep(slot, n, e, x);
+      ds = fmaf(x, ds, -of_delta);
     });
   }
   template <class Tile>
