@@ -105,8 +105,15 @@ struct BackwardSm90 {
   using DV = Accumulator<1, ValueDim / 8>;
   using DQ = Accumulator<1, kDqColumns / 8>;
   using Shared = BackwardShared<BackwardSm90>;
+  // A bias is copied by TMA, which with 64 query rows is slower. TMA cannot repeat a row that all queries
+  // share; a warp copies such a bias.
+  static constexpr bool kBiasByTma = Kind == ScoreKind::kBias && M == 2 * kConsumerRows;
+  struct BiasMap : CUtensorMap {
+    bool used;
+  };
   struct Maps {
     CUtensorMap query, dout, key, value;
+    [[no_unique_address]] std::conditional_t<kBiasByTma, BiasMap, NoScoreTiles> bias;
   };
   using Consumer = std::conditional_t<kSingle, SingleConsumer<BackwardSm90>, GradientConsumer<BackwardSm90>>;
   static_assert(kThreads == (1 + kConsumers) * kWarpgroup);
@@ -167,6 +174,12 @@ cudaError_t make_maps(typename C::Maps& maps, const Problem& p) {
   };
   for (const auto& [map, view, shape] : all) {
     if (cudaError_t e = make_tensor_map(map, p, view, shape); e != cudaSuccess) return e;
+  }
+  if constexpr (C::kBiasByTma) {
+    maps.bias.used = p.bias.row != 0 || p.q_rows == 1;
+    if (!maps.bias.used) return cudaSuccess;
+    constexpr int kColumns = C::Tiles::BiasTile::kPanel * 8;
+    return make_tensor_map(maps.bias, p, p.bias, {p.k_rows, p.heads, p.q_rows, p.batch, kColumns, C::kM});
   }
   return cudaSuccess;
 }
