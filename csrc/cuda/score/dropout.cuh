@@ -285,7 +285,7 @@ struct DroppedA {
 };
 
 // The factor by which dropout multiplies the elements that it keeps.
-__device__ __forceinline__ float dropout_scale(const AttentionSpec& spec) {
+JF_HD float dropout_scale(const AttentionSpec& spec) {
   return spec.has(Operand::kDropout) ? 1.0f / (1.0f - spec.dropout_rate) : 1.0f;
 }
 
