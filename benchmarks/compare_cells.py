@@ -43,14 +43,18 @@ def of_platform(platform: str) -> list[Cell]:
 _inputs = functools.lru_cache(maxsize=1)(peers.draw_inputs)
 
 
-def _attention(case: Case, pass_: str, **options: Any) -> Cell:
-    """A cell of a public call. On a GPU a backward's bits are repeatable only with deterministic=True."""
+def _attention(
+    case: Case, pass_: str, what: str = "", mask: Callable[[ModuleType], Any] | None = None, **options: Any
+) -> Cell:
+    """A cell of a public call; `what` names the mask that `mask` makes. On a GPU a backward's bits are repeatable only
+    with deterministic=True."""
 
     def prepare(package: ModuleType) -> Prepared:
-        return peers.pass_calls(adapters.ours(case, package, **options), pass_, _inputs(case))
+        given = options | ({"mask": mask(package)} if mask else {})
+        return peers.pass_calls(adapters.ours(case, package, **given), pass_, _inputs(case))
 
     repeatable = pass_ == "forward" or jax.default_backend() == "cpu" or "deterministic" in options
-    words = [case.name, pass_, *options]
+    words = [case.name, *([what] if what else []), pass_, *options]
     return Cell(" ".join(words), prepare, repeatable=repeatable)
 
 
@@ -165,27 +169,19 @@ def _gpu_masks() -> Iterator[Cell]:
     for d in cases.HEAD_DIMS:
         case = gpu_case(d, MASKED)
         for pass_ in ("forward", "backward"):
-            yield _masked(case, pass_, "causal as ranges", _causal_ranges)
-            yield _masked(case, pass_, "first and window", _first_and_window)
+            yield _attention(case, pass_, "causal as ranges", _causal_ranges)
+            yield _attention(case, pass_, "first and window", _first_and_window)
     for d in (64, 128):
         capped = gpu_case(d, MASKED).replace(name=f"d{d} s{MASKED} softcap", softcap=20.0)
-        yield _masked(capped, "forward", "first and window", _first_and_window)
+        yield _attention(capped, "forward", "first and window", _first_and_window)
     for pass_ in ("forward", "backward"):
-        yield _masked(cases.gpu_documents(128, False), pass_, "first and window", _first_and_window)
+        yield _attention(cases.gpu_documents(128, False), pass_, "first and window", _first_and_window)
     case = Case("prefill", b=1, sq=MASKED, sk=MASKED, hq=16, hk=16, d=128, dv=128, dtype="bfloat16")
 
     def prefill(package: ModuleType) -> Prepared:
         return decode_calls.prefill(package, case, 64, mask=_first_and_window(package))
 
     yield Cell("prefill first and window d128 pages of 64", prefill)
-
-
-def _masked(case: Case, pass_: str, what: str, make: Callable[[ModuleType], Any]) -> Cell:
-    def prepare(package: ModuleType) -> Prepared:
-        attend = adapters.ours(case, package, mask=make(package))
-        return peers.pass_calls(attend, pass_, _inputs(case))
-
-    return Cell(f"{case.name} {what} {pass_}", prepare, repeatable=pass_ == "forward")
 
 
 # --- CPU ------------------------------------------------------------------------------------------------------------

@@ -94,11 +94,8 @@ def several_queries(package: ModuleType, shape: tuple[int, ...], count: int = 4)
     return call, (jnp.repeat(q, count, axis=1), *arrays)
 
 
-LATENT, LATENT_DIM, LATENT_VALUES = (
-    (64, 8192, 64),
-    576,
-    512,
-)  # sequences, keys, page size; columns of K and of V
+LATENT = (64, 8192, 64)  # sequences, keys and page size over latent pools
+LATENT_DIM, LATENT_VALUES = 576, 512  # columns of K and of V
 
 
 def latent(package: ModuleType, heads: int, columns: int = LATENT_DIM) -> Call:

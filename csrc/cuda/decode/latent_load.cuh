@@ -129,7 +129,7 @@ class LatentLoader {
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
       const bool inside = is_inside(i);
-      outside |= slot[i] != kUnused && !inside;
+      outside |= is_outside(i);
       const int64_t offset = inside ? page[i] * call.key.batch + slot[i] * call.key.row : 0;
       copy_row<Tile>(tile, warp * kWarpRows + row + i * kStep, pool + offset, inside);
     }
@@ -141,13 +141,13 @@ class LatentLoader {
   __device__ __forceinline__ bool is_inside(int i) const {
     return slot[i] != kUnused && static_cast<uint32_t>(page[i]) < static_cast<uint32_t>(call.pages);
   }
+  __device__ __forceinline__ bool is_outside(int i) const { return slot[i] != kUnused && !is_inside(i); }
   // A bit for each of the warp's rows whose key is on a page outside the pool.
   __device__ __forceinline__ uint32_t missing_rows() const {
     uint32_t missing = 0;
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
-      const bool votes_for_row = slot[i] != kUnused && !is_inside(i) && chunk == 0;  // lanes 0, 8, 16, 24
-      const uint32_t votes = __ballot_sync(~0u, votes_for_row);
+      const uint32_t votes = __ballot_sync(~0u, is_outside(i) && chunk == 0);  // lanes 0, 8, 16, 24
 #pragma unroll
       for (int r = 0; r < kStep; ++r) missing |= (votes >> r * Tile::kPanel & 1) << (i * kStep + r);
     }
