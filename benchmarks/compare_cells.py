@@ -151,6 +151,8 @@ def _gpu_backward() -> Iterator[Cell]:
     others = [cases.GQA[1], cases.WINDOWS[2], cases.gpu_documents(128, True), *rows]
     for case in (*others, *(options[x] for x in ("bias", "alibi", "softcap", "dropout", "segments"))):
         yield _attention(case, "backward", deterministic=True)
+    for option in ("bias", "dropout"):  # these have loops of their own
+        yield _attention(cases.gpu_options(64)[option], "backward")
 
 
 def _causal_ranges(package: ModuleType) -> Any:

@@ -312,3 +312,17 @@ def test_a_key_outside_every_tile_that_a_row_is_in_reaches_it_nowhere(case, name
     far = (row < 256) | (row > 1080) & (case.window is not None)
     for x, y in ((clean.out, got.out), (clean.gradients["query"], got.gradients["query"])):
         np.testing.assert_array_equal(x[:, far], y[:, far])
+
+
+@pytest.mark.parametrize("d", [64, 128])
+def test_a_hidden_keys_nan_reaches_no_gradient_of_the_bias(d, implementation):
+    case = Case("bias", b=2, hq=2, hk=1, sq=130, sk=264, d=d, dv=d, bias=(1, 2, 130, 264), dtype="bfloat16")
+    case = case.replace(bias_dtype="bfloat16")
+    inputs = hiding(case)
+    bias = inputs.keywords["bias"].at[..., np.array(POISONED)].set(-np.inf)
+    inputs = dataclasses.replace(inputs, keywords={**inputs.keywords, "bias": bias})
+    clean, got = (
+        checks.run(case, poisoned(inputs, "key", value), implementation).gradients["bias"]
+        for value in (0, np.nan)
+    )
+    assert np.array_equal(got, clean)

@@ -16,7 +16,7 @@ from conftest import IMPLEMENTATION
 from operand_calls import differentiate, references, static_of
 from pages import paged
 
-from jax_flash import flash_attention, masks, paged_attention
+from jax_flash import masks, paged_attention
 from jax_flash.autodiff import attend
 from jax_flash.operands import OPTIONAL
 
@@ -118,6 +118,55 @@ def test_masks_of_models(d, packed, name, deterministic, implementation):
     oracle.assert_result(got, *references(case, static_of(case, inputs, arrays), inputs, arrays), case)
 
 
+WITH_OPTIONS = [
+    Case("softcap, ALiBi, sinks", softcap=3.0, alibi_slopes=(2,), sinks=True),
+    Case("softcap, dropout", softcap=3.0, dropout_rate=0.3),
+    Case("bias, segments", bias=(1, 2, 650, 650), segments=3),
+]
+
+
+@pytest.mark.parametrize("name", ["first and window", "block diffusion"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("options", WITH_OPTIONS, ids=lambda case: case.name)
+@pytest.mark.parametrize("d", checks.HOPPER_HEAD_DIMS if IMPLEMENTATION == "cuda" else (64,))
+def test_masks_of_models_with_options(d, options, packed, name, kernel):
+    """The general kernels, with lengths that no tile divides."""
+    sequences = (30, 650)
+    case = replace(options, name=name, b=1, sq=650, sk=650, hq=2, hk=1, d=d, dv=d, dtype="bfloat16")
+    limits = structured(name, case.sq)[None, None]
+    if packed:
+        if options.segments:
+            pytest.skip("packed sequences have no segments")
+        case = replace(case, layout="varlen", q_sequences=sequences, k_sequences=sequences, causal=True)
+        limits = np.concatenate([structured(name, size) for size in sequences])[None]
+    checks.require(kernel, dtype=case.dtype, d=d, dv=d)
+    inputs = make_inputs(case)
+    arrays = operands(inputs) | {"ranges": jnp.asarray(limits, jnp.int32)}
+    got = differentiate(case, inputs, arrays, kernel)
+    oracle.assert_result(got, *references(case, static_of(case, inputs, arrays), inputs, arrays), case)
+
+
+@pytest.mark.skipif(
+    IMPLEMENTATION != "cuda", reason="only Hopper's kernels order sums by several tiles at once"
+)
+@pytest.mark.parametrize("hk", [1, 2])
+@pytest.mark.parametrize("d", checks.HOPPER_HEAD_DIMS)
+def test_ordered_sums_with_gaps(d, hk, kernel):
+    """Sequences so long that a ticket covers several query tiles, of which a gap may hold some."""
+    case = Case("block diffusion", b=1, sq=4480, sk=4480, hq=2, hk=hk, d=d, dv=d, dtype="bfloat16")
+    checks.require(kernel, "forward", "backward", dtype=case.dtype, d=d, dv=d)
+    inputs = make_inputs(case)
+    limits = structured(case.name, case.sq)[None, None]
+    arrays = operands(inputs) | {"ranges": jnp.asarray(limits, jnp.int32)}
+    usual, *ordered = (
+        differentiate(case, inputs, arrays, kernel, deterministic=x).gradients for x in (False, True, True)
+    )
+    for name, x in usual.items():
+        x, first, again = (np.asarray(y, np.float32) for y in (x, *(run[name] for run in ordered)))
+        np.testing.assert_array_equal(first, again)
+        np.testing.assert_allclose(first, x, rtol=0.02, atol=0.002 * np.abs(x).max())
+
+
 @pytest.mark.parametrize("d", checks.HOPPER_HEAD_DIMS)
 def test_halves_of_key_tiles(d, implementation):
     """Blocks of 64 rows whose ranges begin and end in either half of a key tile. Some see only one half of a tile."""
@@ -162,6 +211,9 @@ def documents(packed, heads, joined=False, **options):
     return case, ranges, document, middle
 
 
+COMPUTES_GAPS = "the CPU's kernels compute the keys between two ranges"
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("heads", [1, 2])
@@ -171,8 +223,8 @@ def test_keys_that_no_row_of_a_tile_sees_are_stepped_over(
     joined, packed, heads, deterministic, dtype, kernel
 ):
     """NaN in the middle of a document reaches no row in the middle of another: no product reads both."""
-    if joined and not checks.runs_portable_kernels(kernel):
-        pytest.skip("other kernels compute the keys between two ranges")
+    if joined and not checks.runs_cuda_kernels(kernel):
+        pytest.skip(COMPUTES_GAPS)
     case, ranges, document, middle = documents(packed, heads, joined, d=32, dv=32, dtype=dtype)
     checks.require(kernel, "forward", "backward", dtype=dtype, d=32, dv=32)
     inputs = make_inputs(case)
@@ -189,31 +241,56 @@ def test_keys_that_no_row_of_a_tile_sees_are_stepped_over(
             assert np.isfinite(x if packed else x[0])[middle & (document != bad)].all()
 
 
+@pytest.mark.parametrize("option", [{}, {"softcap": 3.0}, {"dropout_rate": 0.3}], ids=lambda x: str(*x))
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("d", [32, *checks.HOPPER_HEAD_DIMS])
+def test_keys_between_two_ranges_are_not_read(d, packed, option, kernel):
+    if not checks.runs_cuda_kernels(kernel):
+        pytest.skip(COMPUTES_GAPS)
+    case, ranges, document, middle = documents(packed, 1, joined=True, d=d, dv=d, dtype="bfloat16", **option)
+    checks.require(kernel, dtype=case.dtype, d=d, dv=d)
+    arrays = operands(make_inputs(case)) | {"ranges": ranges}
+    static = static_of(case, make_inputs(case), arrays, implementation=kernel)
+    hidden = (middle & (document == 1))[:, None, None]
+    spoiled = {name: jnp.where(hidden, jnp.nan, arrays[name]) for name in ("key", "value")}
+    clean, got = (attend(static, arrays | x)[0] for x in ({}, spoiled))
+    for x in (clean, got):
+        assert x.shape[-3] == len(document)
+    rows = document != 1
+    np.testing.assert_array_equal(*(np.asarray(x, np.float32)[..., rows, :, :] for x in (got, clean)))
+
+
+@pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("d", [32, 64, 128, 256, 512])
 @pytest.mark.parametrize("size", [16, 64])
-def test_pages_that_no_row_of_a_tile_sees_are_not_read(size, d, packed, kernel):
-    case, ranges, document, middle = documents(packed, 1, d=d, dv=d, dtype="bfloat16")
+def test_pages_that_no_row_of_a_tile_sees_are_not_read(size, d, packed, joined, kernel):
+    if joined and not checks.runs_cuda_kernels(kernel):
+        pytest.skip(COMPUTES_GAPS)
+    case, ranges, document, middle = documents(packed, 1, joined, d=d, dv=d, dtype="bfloat16")
     checks.require(kernel, dtype=case.dtype, d=d, dv=d)
     rng = np.random.default_rng(d)
     q, k, v = (jnp.asarray(rng.standard_normal((len(document), h, d)), case.dtype) for h in (2, 1, 1))
     keys, starts = 3 * DOCUMENT, jnp.array([0, BEFORE, len(document)], jnp.int32)
     tables = jnp.arange(BEFORE, BEFORE + keys // size, dtype=jnp.int32)[None]
     mask = masks.ranges(ranges[..., 0], ranges[..., 1])
+    if joined:
+        mask |= masks.ranges(ranges[..., 2], ranges[..., 3])
     lengths = jnp.array([BEFORE, keys][not packed :], jnp.int32)
     if packed:
         tables = jnp.concatenate([jnp.zeros_like(tables), tables])
 
-    @jax.jit
-    def attend_to(k, v):
+    @partial(jax.jit, static_argnums=2)
+    def attend_to(k, v, implementation=kernel):
         pools = [jnp.pad(x[-keys:].reshape(-1, size, 1, d), ((BEFORE, 0), *[(0, 0)] * 3)) for x in (k, v)]
-        call = partial(paged_attention, implementation=kernel, mask=mask)
+        call = partial(paged_attention, implementation=implementation, mask=mask)
         if packed:
             return call(q, *pools, tables, lengths, cu_seqlens_q=starts)
         return call(q[None], *pools, tables, lengths)[0]
 
-    clean = np.asarray(attend_to(k, v), np.float32)
-    for bad in range(3):
+    clean, wanted = (np.asarray(attend_to(k, v, x), np.float32) for x in (kernel, "xla"))
+    np.testing.assert_allclose(clean, wanted, atol=0.03)
+    for bad in (1,) if joined else range(3):
         hidden = jnp.asarray(middle & (document == bad))[:, None, None]
         got = np.asarray(attend_to(*(jnp.where(hidden, jnp.nan, x) for x in (k, v))), np.float32)
         rows = middle & (document != bad)
@@ -283,69 +360,3 @@ def test_only_pages_that_ranges_show_need_to_exist(implementation):
     out, lse = attend(static, arrays | {"ranges": ranges})
     assert np.isnan(out).all(-1).tolist() == [[[False, False], [False, True]]]
     assert np.isnan(lse).tolist() == [[[False, False], [False, True]]]
-
-
-# Ranges for decode, one row for each token, over many key tiles, most of which are hidden.
-SEEN = {
-    "a window": lambda rng, n: (n - rng.integers(1, 120, n.shape), n),
-    "the first keys": lambda rng, n: (0 * n, 0 * n + 40),
-    "the first keys and a window": lambda rng, n: (0 * n, 0 * n + 5, n - 90, n),
-    "some of the keys": lambda rng, n: (
-        rng.integers(0, 400, n.shape),
-        rng.integers(300, 700, n.shape),
-        n - 3,
-        n,
-    ),
-    "none": lambda rng, n: (n, 0 * n),
-}
-
-
-@pytest.mark.parametrize("per_head", [False, True])
-@pytest.mark.parametrize("sequences", [3, 70])
-@pytest.mark.parametrize("name", SEEN)
-def test_decode_skips_the_tiles_that_ranges_hide(name, sequences, per_head, kernel):
-    """Every way to split keys, in every layout, with sequences of which most see few of their keys."""
-    checks.require(kernel, dtype="float32")
-    rng = np.random.default_rng(sequences)
-    heads, size, most = 4, 16, 90 if sequences > 3 else 700
-    q = jnp.asarray(rng.standard_normal((sequences, 1, heads, 16)), jnp.float32)
-    pages = -(-most // size)
-    k, v = (jnp.asarray(rng.standard_normal((sequences * pages, size, 2, 16)), jnp.float32) for _ in "kv")
-    tables = jnp.asarray(rng.permutation(sequences * pages).reshape(sequences, pages), jnp.int32)
-    lengths = np.minimum(rng.integers(0, most + 1, sequences), most).astype(np.int32)
-    rows = np.broadcast_to(lengths[:, None, None], (sequences, heads if per_head else 1, 1))
-    limits = [jnp.asarray(x, jnp.int32) for x in SEEN[name](rng, rows)]
-    mask = (
-        masks.ranges(*limits[:2]) | masks.ranges(*limits[2:]) if len(limits) == 4 else masks.ranges(*limits)
-    )
-    keys, values = (x[tables].reshape(sequences, pages * size, 2, 16) for x in (k, v))
-    wanted = flash_attention(q, keys, values, kv_lengths=lengths, mask=mask, implementation="xla")
-
-    def compare(got):
-        np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=2e-5)
-
-    compare(flash_attention(q, keys, values, kv_lengths=lengths, mask=mask, implementation=kernel))
-    for options in ({}, {"num_splits": 3}, {"batch_invariant": True}):
-        call = partial(paged_attention, implementation=kernel, **options)
-        compare(call(q, k, v, tables, lengths, mask=mask))
-    packed = jax.tree.map(lambda x: x[..., 0].T[:, None].reshape(x.shape[1], -1), mask)
-    starts = jnp.arange(sequences + 1, dtype=jnp.int32)
-    out = paged_attention(
-        q[:, 0], k, v, tables, lengths, cu_seqlens_q=starts, mask=packed, implementation=kernel
-    )
-    compare(out[:, None])
-
-
-def test_nan_in_tiles_that_decode_skips_reaches_no_row(kernel):
-    checks.require(kernel)
-    rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.standard_normal((2, n, 2, 16)), jnp.bfloat16) for n in (1, 2048, 2048))
-    k, v = (x.at[:, :1500].set(jnp.nan) for x in (k, v))
-    mask = masks.window(jnp.array([300, 5], jnp.int32), 0, offset=2047)
-    pages = [x.reshape(256, 16, 2, 16) for x in (k, v)]
-    tables = jnp.arange(256, dtype=jnp.int32).reshape(2, 128)
-    for out in (
-        flash_attention(q, k, v, mask=mask, implementation=kernel),
-        paged_attention(q, *pages, tables, np.array([2048, 2048]), mask=mask, implementation=kernel),
-    ):
-        assert np.isfinite(np.asarray(out, np.float32)).all()

@@ -88,6 +88,15 @@ def test_the_compiler_speaks_as_before(resources, tmp_path, capfd):
     assert resources.parse((tmp_path / "b.o.ptxas").read_text())[0].name == PLAIN
 
 
+@pytest.mark.parametrize(("symbols", "status"), [("atexit", 0), ("exit", 1)])
+def test_a_device_function_called_on_the_host_fails(resources, tmp_path, capfd, symbols, status):
+    target = tmp_path / "c.o"
+    script = f"import pathlib; pathlib.Path({str(target)!r}).write_bytes(b'\\0{symbols}\\0')"
+    assert resources.main(["compile", str(target), "--", resources.sys.executable, "-c", script]) == status
+    assert ("exit(1)" in capfd.readouterr().out) == bool(status)
+    assert target.exists() == (status == 0)
+
+
 def named(kernel: str, element: str, row: str, kind: str) -> str:
     """A kernel's name in the table: a Row begins with pass, design, loaders and elements."""
     return f"{kernel}<{element}, Row{{(Pass)0, (Design)0, 1u, 6u, {row}}}, {kind}, X> >"

@@ -132,7 +132,8 @@ struct NoWait {
 };
 
 // Computes S → P and dP → dS in place, with the object of a Score variant that has prefetched what it needs.
-// P has dropout applied, without its factor 1 / (1 − rate), and is multiplied by Score::kWeightScale.
+// P has dropout applied, without its factor 1 / (1 − rate), and is multiplied by Score::kWeightScale. With a
+// transposed S and dropout alone, dS lacks this factor too, and `rows` has delta · (1 − rate).
 // `partial`: the band hides some of the tile. wait_dp() is called before dP is read.
 template <GradientOf kOf = GradientOf::kProduct, class Score, class Tile, class S, class Rows,
           class Wait = NoWait>
@@ -155,7 +156,7 @@ __device__ __forceinline__ void tile_gradient(Score& score, const Tile& tile, co
   probabilities(s, rows, Score::power_scale(tile.p.spec));  // P = exp(S − lse)
   if constexpr (Score::kDropout && !Score::kScalesGradient && S::kTransposed) {
     wait_dp();
-    return score.drop_all(s, dp, tile, rows);
+    return score.drop_all(s, dp, rows);
   }
   if constexpr (!Score::kScalesGradient) {
     wait_dp();

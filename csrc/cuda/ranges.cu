@@ -91,8 +91,7 @@ __global__ void __launch_bounds__(32 * kMostWarps)
 }
 
 // A warp handles a key tile. `rows`: the query rows from the first to the last query tile that sees it;
-// `gaps`: the query tiles between these that do not. Deterministic calls add dQ in the order of tickets, so
-// their key tiles have no gaps.
+// `gaps`: the query tiles between these that do not.
 __global__ void __launch_bounds__(32)
     find_seeing_queries(const __grid_constant__ Problem p, const SequenceStarts starts, const Slots slots,
                         const SeenByBlock* blocks, int32_t query_tile, Interval* rows, Interval* gaps) {
@@ -118,7 +117,7 @@ __global__ void __launch_bounds__(32)
   }
   if (threadIdx.x > 0) return;
   rows[blockIdx.x] = {found.any.lo * query_tile, found.any.hi * query_tile};
-  gaps[blockIdx.x] = p.spec.deterministic ? Interval{0, 0} : found.gap;
+  gaps[blockIdx.x] = found.gap;
 }
 
 }  // namespace

@@ -144,21 +144,32 @@ __device__ __forceinline__ SeenByTile trim_to_segments(const Interval* segments,
   return {segments[(work.leading * p.batch + work.batch_row) * tiles + work.tile.row / block], {0, 0}};
 }
 
-// The gap between the tiles that a CTA of a portable kernel goes through, in kernels that take ranges.
+// The gap between the tiles that a CTA goes through, in kernels that take ranges. Loops that load ahead use
+// numbers of tiles that leave out those of the gap.
 template <bool kRanges>
 struct GapOfTiles {
   Interval gap;
 
   __device__ __forceinline__ void set_gap(const Interval& rows, int32_t block) {
     gap = {(rows.lo + block - 1) / block, rows.hi / block};
+    if (gap.empty()) gap = {0, 0};
   }
   // The first tile from n on that is not in the gap.
   __device__ __forceinline__ int32_t from(int32_t n) const { return gap.contains(n) ? gap.hi : n; }
+  // The numbers of these tiles if those of the gap have none.
+  __device__ __forceinline__ Interval close(const Interval& tiles) const {
+    const auto number = [&](int32_t n) { return n - intersect(gap, {0, n}).size(); };
+    return {number(tiles.lo), number(tiles.hi)};
+  }
+  // The tile with number n.
+  __device__ __forceinline__ int32_t tile(int32_t n) const { return n < gap.lo ? n : n + gap.hi - gap.lo; }
 };
 template <>
 struct GapOfTiles<false> {
   __device__ __forceinline__ static void set_gap(const Interval&, int32_t) {}
   __device__ __forceinline__ static int32_t from(int32_t n) { return n; }
+  __device__ __forceinline__ static Interval close(const Interval& tiles) { return tiles; }
+  __device__ __forceinline__ static int32_t tile(int32_t n) { return n; }
 };
 
 }  // namespace jax_flash

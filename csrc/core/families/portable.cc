@@ -22,10 +22,11 @@ class ByQueryTiles : public PassTraits {
                  LaunchPlan& plan) const override {
     plan.queries = tile_grid(call, call.shapes.q_rows, call.shapes.heads, row.block_m, workspace);
     add_segments(call, call.shapes.q_rows, plan.queries, workspace);
+    add_mask_tiles(call, plan.queries, workspace);
   }
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
-    return schedule_bound(spec, s, s.q_rows) + segments_bound(spec, s, s.q_rows);
+    return schedule_bound(spec, s, s.q_rows) + segments_bound(spec, s, s.q_rows) + mask_tiles_bound(spec, s);
   }
 };
 
@@ -33,16 +34,6 @@ class Forward final : public ByQueryTiles {
  public:
   int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
     return forward_shared_bytes(row, element_size(call), call.spec.paged());
-  }
-
-  void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
-                 LaunchPlan& plan) const override {
-    ByQueryTiles::plan_grid(row, call, workspace, plan);
-    add_mask_tiles(call, plan.queries, workspace);
-  }
-
-  Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
-    return ByQueryTiles::workspace_bound(spec, s) + mask_tiles_bound(spec, s);
   }
 };
 

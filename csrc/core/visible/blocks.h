@@ -48,9 +48,16 @@ struct BlockMask {
                      return sees_block(h, at, column) ? SeenPiece::kAll : SeenPiece::kNone;
                    });
   }
-  // Whether the blocks of head h let any of `rows` see any of `keys`; neither interval is empty.
+  // Whether the blocks of head h let any of `rows` see any of `keys`; neither interval is empty. Unrolled
+  // loops would take registers from the kernels that skip tiles by it.
   JF_HD bool any_sees(int32_t h, const Interval& rows, const Interval& keys) const {
+#if defined(__CUDA_ARCH__)
+#pragma unroll 1
+#endif
     for (int32_t at = (rows.lo + first_row) / block_rows; at <= (rows.hi - 1 + first_row) / block_rows; ++at)
+#if defined(__CUDA_ARCH__)
+#pragma unroll 1
+#endif
       for (int32_t j = (keys.lo + first_key) / block_keys; j <= (keys.hi - 1 + first_key) / block_keys; ++j)
         if (sees_block(h, at, j)) return true;
     return false;

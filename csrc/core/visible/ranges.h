@@ -57,10 +57,12 @@ struct QueryRange {
 };
 
 // The keys of an interval that a set of rows sees. No row sees a key outside `any`; every row sees all keys
-// in `all`. `holes`: some row does not see a key between two keys that it sees.
+// in `all`. `holes`: some row does not see a key between two keys that it sees. `gap`: keys between those of
+// the two ranges of every row that sees any.
 struct SeenByRows {
   Interval any{0, 0}, all{0, 0};
   bool holes = false;
+  Interval gap{0, 0};
 };
 
 JF_HD SeenByRows seen_by_rows(const Band& band, const RowRanges& ranges, QueryRange rows, Interval keys) {
@@ -71,16 +73,18 @@ JF_HD SeenByRows seen_by_rows(const Band& band, const RowRanges& ranges, QueryRa
   const Interval in_band = found.any;
   const int32_t heads = ranges.head != 0 ? rows.heads : 1;
   const int32_t end = rows.end < band.q_len ? rows.end : band.q_len;
-  found.any = {0, 0};
+  found.any = {0, 0}, found.gap = in_band;
   for (int32_t h = 0; h < heads; ++h) {
     for (int32_t i = rows.begin; i < end; ++i) {
       const SeenKeys own = ranges.seen(h, i, intersect(band.row(i), in_band));
       found.any = hull_of(found.any, own.hull);
       found.all = intersect(found.all, own.hull);
       found.holes |= !own.hole.empty();
+      if (!own.hull.empty()) found.gap = intersect(found.gap, own.hole);
     }
   }
   if (found.holes) found.all = {0, 0};
+  if (found.any.empty() || found.gap.empty()) found.gap = {0, 0};
   return found;
 }
 

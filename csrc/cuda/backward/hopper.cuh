@@ -92,6 +92,10 @@ struct BackwardSm90 {
       (Kind == ScoreKind::kPlain || Kind == ScoreKind::kRanges || lists_tiles(Kind)) && !Ordered &&
       M == kConsumerRows;
   static constexpr bool kStartsFromDelta = kSharesDsLate;
+  // With dropout alone, delta is multiplied by 1 − rate, and dS lacks the factor 1 / (1 − rate).
+  static constexpr bool kDividesDs = Kind == ScoreKind::kDropout;
+  // Whether a step draws dropout's bits for the next step (hopper_dropout.cuh).
+  static constexpr bool kDrawsAhead = Kind == ScoreKind::kDropout && M == 2 * kConsumerRows;
   static constexpr bool kRoundsDq = RoundsDq;
   static constexpr int kTilesBytes =
       M * HeadDim * int{sizeof(float)} + (kSpareDs ? SharedTile<T, N, M>::kBytes : 0);
@@ -101,8 +105,15 @@ struct BackwardSm90 {
   using DV = Accumulator<1, ValueDim / 8>;
   using DQ = Accumulator<1, kDqColumns / 8>;
   using Shared = BackwardShared<BackwardSm90>;
+  // A bias is copied by TMA, which with 64 query rows is slower. TMA cannot repeat a row that all queries
+  // share; a warp copies such a bias.
+  static constexpr bool kBiasByTma = Kind == ScoreKind::kBias && M == 2 * kConsumerRows;
+  struct BiasMap : CUtensorMap {
+    bool used;
+  };
   struct Maps {
     CUtensorMap query, dout, key, value;
+    [[no_unique_address]] std::conditional_t<kBiasByTma, BiasMap, NoScoreTiles> bias;
   };
   using Consumer = std::conditional_t<kSingle, SingleConsumer<BackwardSm90>, GradientConsumer<BackwardSm90>>;
   static_assert(kThreads == (1 + kConsumers) * kWarpgroup);
@@ -164,6 +175,12 @@ cudaError_t make_maps(typename C::Maps& maps, const Problem& p) {
   for (const auto& [map, view, shape] : all) {
     if (cudaError_t e = make_tensor_map(map, p, view, shape); e != cudaSuccess) return e;
   }
+  if constexpr (C::kBiasByTma) {
+    maps.bias.used = p.bias.row != 0 || p.q_rows == 1;
+    if (!maps.bias.used) return cudaSuccess;
+    constexpr int kColumns = C::Tiles::BiasTile::kPanel * 8;
+    return make_tensor_map(maps.bias, p, p.bias, {p.k_rows, p.heads, p.q_rows, p.batch, kColumns, C::kM});
+  }
   return cudaSuccess;
 }
 
@@ -219,9 +236,9 @@ inline int32_t query_ticket_shift(const Problem& p, int32_t block_m) {
 
 // Finds the key grid's tables in the workspace, as the plan placed them, and clears the counters among them.
 inline cudaError_t make_key_grid(KeyGrid& grid, const Problem& p, const LaunchPlan& plan, void* workspace,
-                                 const QuerySums& sums, int32_t block_m, cudaStream_t stream) {
+                                 const QuerySums& sums, int32_t ticket_shift, cudaStream_t stream) {
   grid = {segments_of(plan.keys, workspace), static_cast<int32_t>(plan.keys.tiles), sums, nullptr,
-          query_ticket_shift(p, block_m)};
+          ticket_shift};
   if (plan.score == ScoreKind::kRanges) {
     const RangeTables tables = range_tables(p, plan.keys, workspace);
     grid.segments = tables.rows, grid.gaps = tables.gaps, grid.blocks = tables.blocks;
@@ -259,7 +276,9 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
     if (!plan.rounds_dq) keep_in_step(tiles, p, plan.persistent_ctas / C::kCluster);
     if (e = clear_tile_counter(tiles, plan, workspace, stream); e != cudaSuccess) return e;
     KeyGrid key_grid;
-    if (e = make_key_grid(key_grid, p, plan, workspace, sums, C::kM, stream); e != cudaSuccess) return e;
+    constexpr auto kTicketShift = kInClusters<C> ? cluster_ticket_shift : query_ticket_shift;
+    e = make_key_grid(key_grid, p, plan, workspace, sums, kTicketShift(p, C::kM), stream);
+    if (e != cudaSuccess) return e;
     if constexpr (kListsSteps<C>) {
       const uint32_t heads = tiles.count / tiles.tiles_per_head;
       tiles.heads_together = listed_heads_together(tiles, heads, plan.persistent_ctas / C::kCluster);
@@ -278,7 +297,9 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
     if (e != cudaSuccess) return e;
   }
   if (plan.rounds_dq) return cudaSuccess;
-  return convert_sums<T, C::kM>(p, sums, grid, workspace, stream);
+  Problem scaled = p;
+  if constexpr (C::kDividesDs) scaled.spec.scale *= dropout_scale(p.spec);
+  return convert_sums<T, C::kM>(scaled, sums, grid, workspace, stream);
 }
 
 template <class T, Row R>

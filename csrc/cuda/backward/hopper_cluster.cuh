@@ -50,7 +50,7 @@ struct BackwardClusterSm90 {
   static constexpr int HeadDim = R.head_dim, ValueDim = R.value_dim, M = R.block_m, N = R.block_n;
   static constexpr ScoreKind kKind = Kind;
   static constexpr bool kOrdered = true;  // tickets may order the additions to dQ
-  static constexpr bool kStartsFromDelta = false;
+  static constexpr bool kStartsFromDelta = false, kDividesDs = false, kBiasByTma = false;
   static constexpr int kCluster = hopper::backward_cluster_ctas(R), kConsumers = 3, kThreads = R.warps * 32;
   // The CTAs of a cluster either share their keys and split the columns (kSharers = 2, kKeyParts = 1), or
   // split the keys (1, 2); (1, 1) is a cluster of one.
@@ -87,7 +87,6 @@ struct BackwardClusterSm90 {
   using Shared = BackwardClusterShared<BackwardClusterSm90>;
   struct Maps {
     CUtensorMap query, dout, key, value;
-    int32_t ticket_shift;  // a ticket of a deterministic call covers 2^ticket_shift query tiles
   };
   static_assert(N == kKeyParts * kConsumerRows && M == kConsumerRows && kThreads == 4 * kWarpgroup);
   static_assert(kWarpgroup * (kProducerRegisters + kDvRegisters + kDkRegisters + kDqRegisters) <= 65536);
@@ -123,7 +122,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     ScoreGradientConsumer<C>(p, shared).run();
   } else {
     ptx::give_registers<C::kDqRegisters>();
-    QueryGradientConsumer<C>(p, maps, shared, grid).run();
+    QueryGradientConsumer<C>(p, shared, grid).run();
   }
   if constexpr (C::kCluster > 1) {
     __syncwarp();
@@ -134,7 +133,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 
 // log2 of the query tiles per ticket. Each key tile runs one ticket behind the key tile before it, so short
 // sequences have smaller tickets: there this lag would be much of the total time.
-inline int32_t ticket_shift(const Problem& p, int32_t block_m) {
+inline int32_t cluster_ticket_shift(const Problem& p, int32_t block_m) {
   constexpr int64_t kManyTiles = 64;  // query tiles of a sequence
   const int64_t rows = p.packed() ? p.q_rows / std::max(p.batch, 1) : p.q_rows, heads = p.heads / p.kv_heads;
   int32_t shift = kTicketSteps;
@@ -160,7 +159,6 @@ cudaError_t make_cluster_maps(typename C::Maps& maps, const Problem& p) {
   for (const auto& [map, view, shape] : all) {
     if (cudaError_t e = make_tensor_map(map, p, view, shape); e != cudaSuccess) return e;
   }
-  maps.ticket_shift = ticket_shift(p, C::kM);
   return cudaSuccess;
 }
 

@@ -21,12 +21,11 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
 
   static constexpr int kOwnColumns = C::HeadDim / C::kCluster;
 
-  const typename C::Maps& maps;
   const KeyGrid& grid;
 
-  __device__ __forceinline__ QueryGradientConsumer(const Problem& problem, const typename C::Maps& all,
-                                                   typename C::Shared& memory, const KeyGrid& key_grid)
-      : Base(problem, memory), maps(all), grid(key_grid) {}
+  __device__ __forceinline__ QueryGradientConsumer(const Problem& problem, typename C::Shared& memory,
+                                                   const KeyGrid& key_grid)
+      : Base(problem, memory), grid(key_grid) {}
 
   __device__ __forceinline__ static bool leads() { return ptx::thread_index() % kWarpgroup == 0; }
 
@@ -38,27 +37,27 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
   uint32_t* ticket = nullptr;  // the counter of a finished ticket that has not been passed on yet
 
   __device__ __forceinline__ int32_t ticket_of(const QueryStep& step) const {
-    return step.tile >> maps.ticket_shift;
+    return step.tile >> grid.ticket_shift;
   }
   // Whether a step is the first, or the last, of its ticket. Steps go backwards over the query tiles, and
   // over the heads within each tile.
   __device__ __forceinline__ bool begins_ticket(const QueryStep& step) const {
-    const bool first = ticket_of(step) != (step.tile + 1) >> maps.ticket_shift;
+    const bool first = ticket_of(step) != (step.tile + 1) >> grid.ticket_shift;
     return step.head % kTicketHeads == 0 && (first || step.tile == uniform(tile().walk.tiles.hi) - 1);
   }
   __device__ __forceinline__ bool ends_ticket(const QueryStep& step) const {
-    const bool last = ticket_of(step) != (step.tile - 1) >> maps.ticket_shift;
+    const bool last = ticket_of(step) != (step.tile - 1) >> grid.ticket_shift;
     const bool last_head = (step.head + 1) % kTicketHeads == 0 || step.head == uniform(tile().walk.heads) - 1;
     return last_head && (last || step.tile == uniform(tile().walk.tiles.lo));
   }
   __device__ __forceinline__ uint32_t* count_of(const QueryStep& step) const {
     const int32_t head = step.head / kTicketHeads * kTicketHeads;
-    return tile().tickets + head * grid.sums.tiles + (ticket_of(step) << maps.ticket_shift);
+    return tile().tickets + head * grid.sums.tiles + (ticket_of(step) << grid.ticket_shift);
   }
   __device__ __forceinline__ void wait_ticket(const QueryStep& step) const {
     if (C::kDqByTma && this->warp_row() > 0) return;
     const uint32_t before =
-        kParts * tiles_before<C>(grid, p, tile(), ticket_of(step), C::kM << maps.ticket_shift);
+        kParts * tiles_before<C>(grid, p, tile(), ticket_of(step), C::kM << grid.ticket_shift);
     if constexpr (C::kDqByTma) {
       if (leads()) ptx::wait_count(count_of(step), before);
       __syncwarp();

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cuda/backward/hopper_dropout.cuh"
 #include "cuda/backward/hopper_state.cuh"
 #include "cuda/backward/hopper_step.cuh"
 #include "cuda/backward/hopper_sums.cuh"
@@ -233,8 +234,9 @@ struct GradientConsumer {
 
   // A step. It computes dQ of the step before, so that no consumer waits for the other's dS of this step.
   // `listed`: the list element of the step before; afterwards that of this one.
-  template <bool kFirst>
-  __device__ __forceinline__ void run_step(QueryStep& step, int32_t sum_before, int32_t& listed) {
+  template <bool kFirst, class Walk>
+  __device__ __forceinline__ void run_step(QueryStep& step, const Walk& walk, int32_t sum_before,
+                                           int32_t& listed) {
     const uint32_t use = step.number, stage = use % C::kStages;
     shared.ready_pipe.wait_full(use);
     const int32_t listed_before = listed;
@@ -267,11 +269,14 @@ struct GradientConsumer {
     } else {
       using Tile = StepTile<GradientConsumer>;
       typename C::Score score;
-      score.prefetch_gradient(Tile{*this, step});
+      if constexpr (!C::kDrawsAhead) score.prefetch_gradient(Tile{*this, step});
       ptx::wgmma_wait<1>();
       ptx::hold(s.x[0]);
       const StepRows<S, C::kM> rows(shared.statistics[stage], shared.large_lse[stage]);
-      tile_gradient(score, Tile{*this, step}, rows, is_partial(step), s, dp, wait_dp);
+      tile_gradient(score, Tile{*this, step}, rows, is_partial(step), s, dp, [&] {
+        wait_dp();
+        if constexpr (C::kDrawsAhead) score.kept_elements = KeptOfStep{*this, use}.load();
+      });
     }
     shared.ready_pipe.release(use);
     round(pt, s);
@@ -288,6 +293,7 @@ struct GradientConsumer {
     if constexpr (C::kSharesDsLate) share_ds(use);   // overlaps with the products
     start_sum<QTile>(dk, dst, shared.q[stage]);      // dK += dSᵀ Q
     allow_issue(1 - consumer);
+    if constexpr (C::kDrawsAhead) draw_next(*this, step, walk);  // overlaps with the products
     if constexpr (!kFirst) {
       ptx::wgmma_wait<2>();
       finish_dq(use - 1, sum_before);
@@ -334,12 +340,13 @@ struct GradientConsumer {
     const int32_t end = step.number + walk.steps();
     const auto sum_of = [&] { return step.head * grid.sums.tiles + step.tile; };
     int32_t listed = 0;
-    run_step<true>(step, 0, listed);
+    if constexpr (C::kDrawsAhead) draw_kept(*this, step);
+    run_step<true>(step, walk, 0, listed);
     int32_t sum_before = sum_of();
     step.advance(walk);
 #pragma unroll 1
     for (; step.number < end; step.advance(walk)) {
-      run_step<false>(step, sum_before, listed);
+      run_step<false>(step, walk, sum_before, listed);
       sum_before = sum_of();
     }
     step_use = ptx::here(step.number);
@@ -370,7 +377,8 @@ struct GradientConsumer {
         for_each(dv, [&](float& x, int, int, int) { x *= factor; });
       }
       store_rows_from_registers(dv, tile().dvalue, key(), tile().work.tile.end);
-      for_each(dk, [&](float& x, int, int, int) { x *= p.spec.scale; });  // dK ← scale · dK
+      const float dk_factor = p.spec.scale * (C::kDividesDs ? dropout_scale(p.spec) : 1);
+      for_each(dk, [&](float& x, int, int, int) { x *= dk_factor; });  // dK ← scale · dK
       store_rows_from_registers(dk, tile().dkey, key(), tile().work.tile.end);
       shared.state_pipe.release(tile_index);
     }

@@ -230,8 +230,8 @@ struct GradientProducer {
           };
           const auto store = [&](int i, float2 x) {
             shared.statistics[stage].lse[i] = row_lse(x.x);
-            const float delta = row_delta(x.x, x.y);
-            shared.statistics[stage].delta[i] = C::kStartsFromDelta ? -delta : delta;
+            const float delta = row_delta(x.x, x.y), kept = C::kDividesDs ? 1 - p.spec.dropout_rate : 1;
+            shared.statistics[stage].delta[i] = C::kStartsFromDelta ? -delta : delta * kept;
             large_lse |= lse_too_large(row_lse(x.x));
             unseen |= x.x == -INFINITY;
           };
@@ -325,10 +325,26 @@ struct GradientProducer {
   // One warp loads bias and mask of a step, for the keys from `key` on.
   __device__ __forceinline__ void load_score_tile(const Tile& tile, const QueryStep& step,
                                                   int32_t key) const {
+    if constexpr (C::kBiasByTma) {
+      if (maps.bias.used) return load_bias(tile, step, key);
+    }
     if (!p.bias && !p.mask) return;
     const ScoreOperands operands = tile.score.template of_head<typename C::Score>(p, tile.work, step.head);
     shared.score_pipe.wait_empty(step.number);
     C::Tiles::load(shared, p, operands, tile.band, step.tile * C::kM, key, step.number);
+  }
+
+  // The same for a bias by TMA. Every lane arrives, as it does after cp.async.
+  __device__ __forceinline__ void load_bias(const Tile& tile, const QueryStep& step, int32_t key) const {
+    using BiasTile = typename C::Tiles::BiasTile;
+    const uint32_t full = shared.score_pipe.full_barrier(step.number);
+    shared.score_pipe.wait_empty(step.number);
+    if (threadIdx.x % 32 != 0) return ptx::barrier_arrive(full);
+    ptx::Coordinates at =
+        shared_coordinates_of(p.bias, tile.work, tile.work.head + step.head, step.tile * C::kM);
+    at.column = key;
+    ptx::barrier_expect(full, BiasTile::kBytes);
+    load_rows<BiasTile>(C::Tiles::stage_of(shared, step.number), 0, maps.bias, full, at);
   }
 
   // One warp loads bias and mask of every step.

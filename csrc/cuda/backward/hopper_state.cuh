@@ -54,7 +54,7 @@ struct KeyGrid {
   // In a deterministic call key tiles add to dQ in ascending order: counts those that have added to a query
   // tile.
   uint32_t* tickets;     // [entries, h, sums.tiles]; nullptr: in any order
-  int32_t ticket_shift;  // if one thread adds dQ, a ticket covers 2^ticket_shift query tiles
+  int32_t ticket_shift;  // a ticket covers 2^ticket_shift query tiles, unless consumers wait for it
   // For kernels of score kind Ranges: the keys that each block of rows sees, and for each key tile the query
   // tiles within its interval of `segments` that see none of its keys (core/visible/row_blocks.h).
   const SeenByBlock* blocks = nullptr;
@@ -75,8 +75,9 @@ template <class C>
 inline constexpr bool kListsSteps = lists_tiles(C::kKind);
 
 // In a deterministic call, the number of key tiles that add to dQ of a query tile of `rows` rows before this
-// one: all key tiles before it, from the first that the rows see. If segments leave each key tile an interval
-// of queries, all lanes of the warp count the intervals that contain the query tile.
+// one: all key tiles before it, from the first that the rows see. If segments or ranges leave each key tile
+// an interval of queries, all lanes of the warp count the intervals that contain the query tile outside of
+// their gaps.
 template <class C, class Tile>
 __device__ __forceinline__ int32_t tiles_before(const KeyGrid& grid, const Problem& p, const Tile& tile,
                                                 int32_t query_tile, int32_t rows = C::kM) {
@@ -92,10 +93,16 @@ __device__ __forceinline__ int32_t tiles_before(const KeyGrid& grid, const Probl
           return seen_of_slot(p, grid.segments, slot + n).any;
         return grid.segments[slot + n];
       };
+      const auto skips = [&](int32_t n) {
+        if constexpr (C::kKind != ScoreKind::kRanges) return false;
+        const Interval gap = grid.gaps[slot + n];
+        return gap.lo * C::kM <= row && row + rows <= gap.hi * C::kM;
+      };
       int32_t before = 0;
       for (int32_t n = first; n < own; n += 32) {
         const int32_t other = n + static_cast<int32_t>(threadIdx.x % 32);
-        const bool adds = other < own && tiles_of(rows_of(other), rows).contains(query_tile);
+        const bool adds =
+            other < own && !intersect(rows_of(other), {row, row + rows}).empty() && !skips(other);
         before += __popc(__ballot_sync(~0u, adds));
       }
       return before;
@@ -236,6 +243,11 @@ struct KeyTileState {
     const int64_t slot = slot_of_tile<Over::kKeys>(p, work, C::kN);
     walk.tiles = tiles_of(grid.segments[slot], C::kM);
     walk.gap = grid.gaps[slot];
+    reload_shared();
+    if (grid.tickets) {  // leaves out whole tickets only, as tiles_before() does
+      const int32_t tiles = 1 << grid.ticket_shift;
+      walk.gap = {(walk.gap.lo + tiles - 1) & -tiles, walk.gap.hi & -tiles};
+    }
     reload_shared();
     score.blocks =
         grid.blocks + first_slot_of(p, work.leading, tile.index, tile.q_begin, p.q_rows, kRowBlock);

@@ -79,21 +79,18 @@ __device__ __forceinline__ void backward_queries(const Problem& p, const typenam
 
   typename C::DQ dq;
   dq.clear();
-  const auto from = [&](int32_t n) {
-    return C::kSkips ? next_shown<C::kN>(p, block.score, tile, block.tiles, block.from(n)) : n;
-  };
+  const auto from = shown_from<C>(p, block);
   const int32_t first = from(block.tiles.lo);
   if (first < block.tiles.hi) {
     load_tile<QTile, C::kThreads>(q, block.query, tile.row, tile.used_queries());
     load_tile<DoTile, C::kThreads>(d_out, block.dout, tile.row, tile.used_queries());
-    vk.start(first);
+    vk.start(first, from);
   }
-  for (int32_t n = first, next; n < block.tiles.hi; n = next) {
-    next = from(n + 1);
+  for (int32_t n = first; n < block.tiles.hi; n = vk.next(n)) {
     const int32_t key = n * C::kN;
     typename C::S s, dp;
-    mma_qk<DoTile, typename C::VTile>(dp, d_out, warp_row, vk.wait_first(n, next));  // dP = dO Vᵀ  [M, N]
-    const uint32_t k = vk.wait_second(n, next);
+    mma_qk<DoTile, typename C::VTile>(dp, d_out, warp_row, vk.wait_first(n, from));  // dP = dO Vᵀ  [M, N]
+    const uint32_t k = vk.wait_second(n);
     mma_qk<QTile, typename C::KTile>(s, q, warp_row, k);  // S = Q Kᵀ  [M, N]
     rows.clear_unseen(s, dp);
     const bool partial =

@@ -137,6 +137,15 @@ struct BiasConsumer : BiasRole<C> {
     waited = false;
   }
 
+  // A bias of −∞ may hide NaN, in S and in the sum. All steps of a tile have the same bias, so its elements
+  // are tested once, after the last step. With other options they are tested at each step.
+  __device__ __forceinline__ void clear_hidden() {
+    if (C::kGeneral || !waited) return;
+    C::Tiles::apply(sum, this->shared, this->p, tile_row(), 0, bias_use, [](float& x, float bias) {
+      if (bias == -INFINITY) x = 0;
+    });
+  }
+
   // Stores the warp's rows of the sum, 16 bytes at a time, through its rows of the bias tile, which no other
   // warp uses until it releases them. Stores zeros if the tile had no step.
   __device__ __forceinline__ void store_chunks(T* to, const BiasTile& tile) {
@@ -195,6 +204,7 @@ struct BiasConsumer : BiasRole<C> {
     this->for_steps([&](const BiasTile& tile, const BiasStep& step) { add_step(tile, step); },
                     [&](const BiasTile& tile) {
                       this->shared.number_pipe.release(this->tile_index);
+                      clear_hidden();
                       store(tile);
                       if (waited) release_score();
                       sum.clear();

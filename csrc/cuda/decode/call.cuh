@@ -127,7 +127,8 @@ DecodeCall make_call(const Problem& p, const DecodeGrid& grid, int32_t block_row
   call.row_max = static_cast<uint32_t*>(words(p.row_max).data);
   if (call.same_lengths) {
     const Band band = make_band(p.spec, {0, 0, 0, 0, p.q_rows, p.k_rows}, 0);
-    const int32_t units = SequenceUnits<kTile>(grid, call.end_tiles, band.rows(0, p.q_rows), true).units;
+    const Interval tiles = tiles_of(band.rows(0, p.q_rows), kTile);
+    const int32_t units = SequenceUnits(grid, call.end_tiles, tiles, true).units;
     call.units = Divisor(units),
     call.partition = Partition(grid, call.sequences, call.sequences * units, units);
   }

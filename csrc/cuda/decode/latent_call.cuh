@@ -79,7 +79,11 @@ struct LatentColumn {
   }
   __device__ __forceinline__ SequenceWork sequence(const DecodeCall&, int32_t number) const {
     const Entry found = entry(number);
-    if (found.first >= found.end) return SequenceWork{};  // there is no such entry
+    if (found.first >= found.end) {  // there is no such entry
+      SequenceWork none{};
+      none.leave();
+      return none;
+    }
     SequenceWork work(call, rows(found), found.sequence);
     if (kOptions && call.ranges) work.keys = seen_by_column(call, rows(found), work).any;
     return work;

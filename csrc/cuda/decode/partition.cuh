@@ -10,6 +10,7 @@
 #include "core/visible/elements.h"
 #include "core/visible/ranges.h"
 #include "cuda/decode/call.cuh"
+#include "cuda/work.cuh"
 
 namespace jax_flash::decode {
 
@@ -18,6 +19,7 @@ struct SequenceWork;
 // The query rows of a column. Row r is at position (first + r) / group, of query head
 // kv_head · group + (first + r) % group. Rows whose position is past the sequence's queries are padding.
 struct ColumnRows {
+  static constexpr bool kGap = false;  // whether ranges may leave a gap between key tiles
   const Divisor& group;
   int32_t kv_head, first, end;
 
@@ -43,8 +45,8 @@ struct SequenceWork {
   int32_t batch_row;       // the batch index of per-token operands
   int32_t q_begin;
   Band band;
-  Interval keys;  // keys that at least one of the rows sees
-  bool served;    // false: the forward kernel attends this sequence
+  Interval keys;          // from the first to the last key that at least one of the rows sees
+  Interval gap = {0, 0};  // between them, where none of the rows sees a key
 
   SequenceWork() = default;
   // `number` counts the sequences of all leading entries.
@@ -52,7 +54,7 @@ struct SequenceWork {
     leading = call.sequences == call.batch.value ? 0 : call.batch.quotient(number);
     index = batch_row = number - leading * call.batch.value;
     q_begin = 0;
-    served = true;
+    bool served = true;
     int32_t q_len = call.q_rows;
     if (call.starts) {
       const int32_t* const start = call.starts + leading * 2 * (call.batch.value + 2) + index;
@@ -70,7 +72,11 @@ struct SequenceWork {
     }
     band = {q_len, k_len, shift, call.left, call.right};
     keys = band.rows(rows.first_position(), rows.end_position());
+    if (!served) leave();
   }
+  // Leaves the sequence to the forward kernel.
+  __device__ __forceinline__ void leave() { keys = {0, -1}; }
+  __device__ __forceinline__ bool served() const { return keys.hi >= 0; }
   __device__ __forceinline__ int32_t end_position(const ColumnRows& rows) const {
     return min(rows.end_position(), band.q_len);
   }
@@ -116,18 +122,36 @@ __device__ __forceinline__ SeenByRows seen_by_column(const DecodeCall& call, con
                       {rows.first_position(), rows.end_position(), rows.group.value}, work.keys);
 }
 
+// Keeps to the keys that ranges leave to the rows.
+__device__ __forceinline__ void skip_hidden_keys(const DecodeCall& call, const ColumnRows& rows,
+                                                 SequenceWork& work) {
+  if (!call.ranges) return;
+  const SeenByRows seen = seen_by_column(call, rows, work);
+  work.keys = seen.any, work.gap = seen.gap;
+}
+
 // The rows of a column in a kernel with score options, which skips tiles that the ranges of all rows hide.
 struct RowsWithOptions : ColumnRows {
+  static constexpr bool kGap = true;
   __device__ __forceinline__ SequenceWork sequence(const DecodeCall& call, int32_t number) const {
     SequenceWork work = ColumnRows::sequence(call, number);
-    if (call.ranges) work.keys = seen_by_column(call, *this, work).any;
+    skip_hidden_keys(call, *this, work);
     return work;
   }
 };
 
+// The gap between the key tiles of a sequence.
+template <int kTile, bool kGap = true>
+__device__ __forceinline__ GapOfTiles<kGap> gap_of(const SequenceWork& work) {
+  GapOfTiles<kGap> gap;
+  gap.set_gap(work.gap, kTile);
+  return gap;
+}
+
 template <int kTile>
-__device__ __forceinline__ SequenceUnits<kTile> units_of(const DecodeCall& call, const SequenceWork& work) {
-  return {call.grid, call.end_tiles, work.keys, work.served};
+__device__ __forceinline__ SequenceUnits units_of(const DecodeCall& call, const SequenceWork& work) {
+  const Interval tiles = gap_of<kTile>(work).close(tiles_of(work.keys, kTile));
+  return {call.grid, call.end_tiles, tiles, work.served()};
 }
 
 // A block's range: its units, the sequence in which it begins, and that sequence's first unit. Empty if begin
@@ -190,7 +214,7 @@ __device__ __forceinline__ Partition find_range_by_warp(const DecodeCall& call, 
                                                         int32_t number, Range& range) {
   const int32_t lane = static_cast<int32_t>(threadIdx.x % 32);
   if (call.sequences == 1) {
-    const SequenceUnits<kTile> own = units_of<kTile>(call, rows.sequence(call, 0));
+    const SequenceUnits own = units_of<kTile>(call, rows.sequence(call, 0));
     const Partition partition(call.grid, 1, own.units, own.units);
     range.begin = partition.begin(number), range.end = partition.begin(number + 1);
     begin_range(range, 0, 0, own.parts, own.units);
@@ -198,7 +222,7 @@ __device__ __forceinline__ Partition find_range_by_warp(const DecodeCall& call, 
   }
   int32_t parts = 0, units = 0;
   if (lane < call.sequences) {
-    const SequenceUnits<kTile> own = units_of<kTile>(call, rows.sequence(call, lane));
+    const SequenceUnits own = units_of<kTile>(call, rows.sequence(call, lane));
     parts = own.parts, units = own.units;
   }
   int32_t through = units, largest = units;
@@ -239,7 +263,7 @@ __device__ __forceinline__ Partition find_range(const DecodeCall& call, const Ro
     int32_t at = base, largest = 0;
 #pragma unroll 1
     for (int32_t i = first; i < last && (pass == 0 || at <= range.begin); ++i) {
-      const SequenceUnits<kTile> units = units_of<kTile>(call, rows.sequence(call, i));
+      const SequenceUnits units = units_of<kTile>(call, rows.sequence(call, i));
       if (pass > 0 && range.begin < at + units.units)
         shared.index = i, shared.base = at, shared.parts = units.parts, shared.units = units.units;
       at += units.units, largest = max(largest, units.units);
@@ -259,7 +283,8 @@ __device__ __forceinline__ Partition find_range(const DecodeCall& call, const Ro
 }
 
 // Iterates over a block's range, segment by segment: a segment is the units of the range that lie in one
-// sequence, or one split where the call fixes them. Within a segment it iterates over key tiles.
+// sequence, or one split where the call fixes them. Within a segment it iterates over key tiles, whose
+// numbers leave out those of the gap (GapOfTiles).
 template <int kTile>
 struct WorkIterator {
   int32_t unit, end;               // the segment's first unit, and the end of the range
@@ -280,7 +305,7 @@ struct WorkIterator {
 #pragma unroll 1
     for (;; ++index) {
       const SequenceWork work = rows.sequence(call, index);
-      const SequenceUnits<kTile> sequence = units_of<kTile>(call, work);
+      const SequenceUnits sequence = units_of<kTile>(call, work);
       if (sequence.units == 0) continue;
       const int32_t before = unit - base;
       all = sequence.parts, next_base = base + sequence.units;

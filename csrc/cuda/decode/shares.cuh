@@ -108,7 +108,8 @@ __device__ __forceinline__ void attend_share(const DecodeCall& call) {
       if (threadIdx.x == 0 && segment->parts.count > 1)
         prepare_counter(PartialResults<C::kRows>(call).counter(segment->parts, column));
     }
-    const int32_t key = tile * C::kTile + warp * Ring::kKeys;
+    const int32_t n = gap_of<C::kTile, C::Rows::kGap>(segment->work).tile(tile);
+    const int32_t key = n * C::kTile + warp * Ring::kKeys;
     state.page_scales.load(call, rows, segment->work, key);
     const uint32_t k = ring.wait();
     if (key < keys.hi && key + Ring::kKeys > keys.lo)

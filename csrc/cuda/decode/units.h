@@ -21,17 +21,16 @@ inline int32_t end_tiles(const DecodeGrid& grid, int32_t sequences) {
 }
 
 // The key tiles of a sequence, and the work units that they form.
-template <int kTile>
 struct SequenceUnits {
   int32_t begin, count;  // tiles. A sequence without keys has one, since its results must be written too.
   int32_t unit_tiles;    // tiles per unit
   int32_t parts;         // units that have tiles: splits if the call fixes them, else tiles
   int32_t units;         // parts, and the units that stand for the sequence's end
 
-  // keys: the keys that the rows see. served: whether decode attends to the sequence.
-  JF_HD SequenceUnits(const DecodeGrid& grid, int32_t end_tiles, Interval keys, bool served) {
-    begin = keys.empty() ? 0 : keys.lo / kTile;
-    count = keys.empty() ? 1 : (keys.hi - 1) / kTile + 1 - begin;
+  // tiles: those that the rows see. served: whether decode attends to the sequence.
+  JF_HD SequenceUnits(const DecodeGrid& grid, int32_t end_tiles, Interval tiles, bool served) {
+    begin = tiles.lo;
+    count = tiles.empty() ? 1 : tiles.size();
     unit_tiles = 1, parts = count, units = count + end_tiles;
     if (grid.fixed_parts()) {
       unit_tiles = grid.part_tiles;

@@ -124,6 +124,7 @@ struct ForwardSm90 {
   using Output = std::conditional_t<kStoresByTma, OutputBuffer<kConsumers, OTile>, NoOutputBuffer>;
   using Score =
       std::conditional_t<kPacksHeads, PackedHeadsScore<S>, HopperScore<Kind, S, kInPages<KeyLoader>>>;
+  static constexpr bool kGap = Score::reads(Operand::kRanges);  // ranges may leave a gap between key tiles
   using Softmax = typename Score::template Softmax<T>;
   using Input = typename Score::template Input<T, kN, kSmallKeyTile ? 2 : kBiasStages, kConsumers>;
   using Loader = KeyLoader<ForwardSm90>;
@@ -135,7 +136,7 @@ struct ForwardSm90 {
       ForwardShared<T, QTile, KTile, VTile, kKeyStages, kValueStages, kConsumers, kOwners, kLoadedParts,
                     kKeyCluster, Input, kMulticast, Output,
                     std::conditional_t<kRanges, RangesOfTile<kConsumers>,
-                                       std::conditional_t<kListed, ListOfTile<kConsumers>, NoRangesOfTile>>,
+                                       std::conditional_t<kListed, ListOfTile<kConsumers>, RowsOfTile<kGap>>>,
                     std::conditional_t<kHasColumns, SliceOfTile, NoSliceOfTile>,
                     std::conditional_t<(kCluster > 1), TileMailbox, NoMailbox>,
                     std::conditional_t<(kSharers > 1), RowExchange<P>, NoRowExchange>>;

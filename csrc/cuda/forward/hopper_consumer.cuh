@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cuda/forward/hopper_gap.cuh"
 #include "cuda/forward/hopper_partner.cuh"
+#include "cuda/forward/hopper_ranges.cuh"
 #include "cuda/forward/hopper_results.cuh"
 #include "cuda/forward/hopper_score_tile.cuh"
 #include "cuda/forward/hopper_state.cuh"
@@ -60,6 +60,8 @@ struct Consumer {
   __device__ __forceinline__ int32_t row() const {
     return uniform(tile->work.tile.row) + rows_before() + ptx::thread_index() % 128 / 32 * 16;
   }
+  // The first key of tile n.
+  __device__ __forceinline__ int32_t key_of(int32_t n) const { return tile->tile(n) * C::kN; }
   __device__ __forceinline__ ConsumerTile<Consumer> score_tile(uint32_t kv_use) const {
     return {*this, kv_use - without_input};
   }
@@ -155,7 +157,7 @@ struct Consumer {
   // the use of K's pipeline for tile n.
   template <bool kMasked, bool kRare, bool kInput, class Scores>
   __device__ __forceinline__ void start_softmax(Scores& s, int32_t n, uint32_t kv_use, Score& score) {
-    const int32_t key = n * C::kN;
+    const int32_t key = key_of(n);
     auto at = score_tile(kv_use);
     if constexpr (Score::kPositional)
       at.key = key;  // without this the compiler would move key into the masked branch
@@ -209,10 +211,10 @@ struct Consumer {
     start_scores<kKeys>(kv_index);  // S = Q Kᵀ
     allow_next_issue();
     Score score;
-    score.template prefetch<kRare>(score_tile(kv_index), n * C::kN);
+    score.template prefetch<kRare>(score_tile(kv_index), key_of(n));
     if constexpr (C::kRanges) {
       if (partial) {
-        score.find_seen(score_tile(kv_index), n * C::kN);
+        score.find_seen(score_tile(kv_index), key_of(n));
       } else {
         score.see_all();
       }
@@ -274,8 +276,8 @@ struct Consumer {
     if (!follows) ptx::wgmma_commit();                                 // an empty group
     allow_next_issue();
     Score score;
-    score.template prefetch<kRare>(score_tile(next), n * C::kN);
-    if constexpr (C::kRanges && kMasked) score.find_seen(score_tile(next), n * C::kN);
+    score.template prefetch<kRare>(score_tile(next), key_of(n));
+    if constexpr (C::kRanges && kMasked) score.find_seen(score_tile(next), key_of(n));
     finish_scores<1>(next);
     publish_scores(*this, next);
     start_softmax<kMasked, kRare, kInput>(s, n, next, score);  // S ← score(S); m, α; P = 2^(S − m)
@@ -313,14 +315,6 @@ struct Consumer {
         shared.input_pipe.release(kv_index - without_input);
       }
     }
-  }
-
-  // The number of key tiles in an interval that are loaded. It contains the whole gap or none of it.
-  __device__ __forceinline__ int32_t loaded(const Interval& tiles) const {
-    if constexpr (!C::kRanges)
-      return tiles.hi - tiles.lo;
-    else
-      return tiles.size() - intersect(uniform(tile->gap), tiles).size();
   }
 
   // All visible key tiles, from the last to the first: masked ones at the band's end, ones that all rows see
@@ -371,7 +365,7 @@ struct Consumer {
       o.clear();
       Interval tiles = uniform(tile->tiles), own = uniform(tile->keys[consumer].tiles);
       if constexpr (C::Input::kSkipsUniformTiles) has_input = !uniform(tile->one_segment);
-      skip(loaded({own.hi, tiles.hi}));
+      skip(tiles.hi - own.hi);
       if (!owns_rows(*this)) {
         if constexpr (C::kSharers > 1) attend_as_partner(*this, own);
         wait_part(shared.epilogue_pipe);
@@ -383,13 +377,13 @@ struct Consumer {
       } else if (C::Input::kSkipsUniformTiles && !has_input) {
         if constexpr (C::Input::kSkipsUniformTiles) attend<false, false>(own);
       } else if constexpr (C::kRanges) {
-        attend_around_gap(*this);
+        attend_to_ranges(*this);
       } else {
         attend(own);
       }
       if constexpr (C::kRanges)  // read again, because the loop needs the registers
         tiles = uniform(tile->tiles), own = uniform(tile->keys[consumer].tiles);
-      skip(loaded({tiles.lo, own.lo}));
+      skip(own.lo - tiles.lo);
       if (C::Input::kSkipsUniformTiles && !has_input) without_input += tiles.size();
       write_rows(*this);
       shared.state_pipe.release(tile_index);

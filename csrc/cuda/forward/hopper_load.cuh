@@ -91,10 +91,15 @@ struct LoadWarp {
   // Loads K, Q, then K, V, K, V … V: the order in which consumers wait for them.
   template <bool kKeys, bool kValues>
   __device__ __forceinline__ void load(const BlockWork& work, const Interval& tiles, uint32_t tile_index) {
+    const auto& tile = shared.tiles[tile_index % kTileStates];
+    const auto key = [&](int32_t n, uint32_t use) {
+      load_key(tile.tile(n), use);
+      loader.find(maps.keys, tile.tile(n - 1));
+    };
     const bool used = !tiles.empty();
-    if (used) loader.begin(maps.keys, work, tiles);
-    if constexpr (C::kHasColumns) loader.begin_columns(shared.tiles[tile_index % kTileStates].column);
-    if (kKeys && used) load_key(tiles.hi - 1, kv_index);
+    if (used) loader.begin(maps.keys, work, tile.tile(tiles.hi - 1));
+    if constexpr (C::kHasColumns) loader.begin_columns(tile.column);
+    if (kKeys && used) key(tiles.hi - 1, kv_index);
     if constexpr (kValues) {
       if constexpr (C::kSharers > 1) {
         load_query(work, used, static_cast<int>(ptx::cluster_rank()), tile_index);
@@ -104,30 +109,15 @@ struct LoadWarp {
       if (used) load_input(work, tiles.hi - 1, kv_index);
       if (!used && leads()) shared.ending_pipe.arrive(tile_index);
     }
-    if constexpr (C::kRanges) return load_around_gap(tiles, tile_index);
     const int32_t takes_next = min(tiles.hi - 1, tiles.lo + kTilesLeft);
     for (int32_t n = tiles.hi - 1; n >= tiles.lo; --n, ++kv_index) {
       if (kValues && n == takes_next && leads()) shared.ending_pipe.arrive(tile_index);
-      if (kKeys && n > tiles.lo) load_key(n - 1, kv_index + 1);
+      if (kKeys && n > tiles.lo) key(n - 1, kv_index + 1);
       if constexpr (kValues) {
-        load_value(n, kv_index);
+        load_value(tile.tile(n), kv_index);
+        loader.find(maps.keys, tile.tile(n - 1));
         if (n > tiles.lo) load_input(work, n - 1, kv_index + 1);
       }
-    }
-  }
-
-  // The rest of load() after K's last tile, for key tiles with a gap.
-  __device__ __forceinline__ void load_around_gap(const Interval& tiles, uint32_t tile_index) {
-    const auto& tile = shared.tiles[tile_index % kTileStates];
-    const Interval gap = tile.gap;
-    int32_t takes_next = min(tiles.hi - 1, tiles.lo + kTilesLeft);
-    if (gap.contains(takes_next)) takes_next = gap.hi;
-    for (int32_t n = tiles.hi - 1; n >= tiles.lo; ++kv_index) {
-      if (n == takes_next) shared.ending_pipe.arrive(tile_index);
-      const int32_t value = n;
-      n = tile.after(n);
-      if (n >= tiles.lo) load_key(n, kv_index + 1);
-      load_value(value, kv_index);
     }
   }
 

@@ -17,7 +17,7 @@
 
 namespace jax_flash {
 
-// The key tiles of one consumer.
+// The key tiles of one consumer. Numbers of tiles leave out those of a gap (GapOfTiles).
 struct ConsumerKeys {
   Interval tiles;  // tiles in which any of its rows sees a key
   Interval whole;  // tiles in which all of its rows see all keys, unless empty
@@ -34,7 +34,7 @@ struct NeighbouringRows {
 
 // Additional state of kernels that go through lists.
 template <int kConsumers>
-struct ListOfTile {
+struct ListOfTile : GapOfTiles<false> {
   static constexpr int32_t kNoRows = 1 << 28;  // rows_before() of a consumer without rows
   const KeyPieces* list;                       // of the key tiles
   int32_t keys_of_piece;
@@ -53,19 +53,17 @@ struct ListOfTile {
 
 // Additional state of kernels of score kind Ranges.
 template <int kConsumers>
-struct RangesOfTile : NeighbouringRows {
+struct RangesOfTile : NeighbouringRows, GapOfTiles<true> {
   int32_t first_key;  // of the sequence, the first that any row sees: the tile's keys begin with it
-  Interval gap;       // the part of `tiles` that no row sees
   Interval in_band;   // the band shows keys [i + lo, i + hi) of the sequence to row i
   // For each consumer, a second interval of tiles in which all its rows see all keys. It lies before the one
   // in ConsumerKeys, because rows may have two ranges.
   Interval first_whole[kConsumers];
   SeenByBlock blocks[kConsumers];  // each consumer's, copied before they are needed
-
-  // The tile after n, in descending order.
-  __device__ __forceinline__ int32_t after(int32_t n) const { return n == gap.hi ? gap.lo - 1 : n - 1; }
 };
-struct NoRangesOfTile : NeighbouringRows {};
+// Additional state of all others. kGap: whether ranges may leave a gap between the key tiles.
+template <bool kGap>
+struct RowsOfTile : NeighbouringRows, GapOfTiles<kGap> {};
 
 // Which columns of V and O a CTA works on, if not on all: those of a slice or, in a cluster whose CTAs share
 // the tile, those of its rank, which are also its columns of Q and K. The slices of a query tile have
@@ -137,21 +135,21 @@ struct TileState : Ranges, Slice {
     for (int i = 0; C::kKind != ScoreKind::kRanges && !C::kListed && i < kConsumers; ++i) {
       const int32_t first = tile.row + i * kConsumerRows;
       const int32_t last = min(first + kConsumerRows, tile.used_queries());
-      Interval own = intersect(tiles_of(band.rows(first, last), C::kN), tiles);
+      Interval own = intersect(this->close(tiles_of(band.rows(first, last), C::kN)), tiles);
       if constexpr (C::Score::reads(Operand::kQSegmentIds))
         if (segments.part_keys && !one_segment && first < last)
-          own = intersect(own, tiles_of(keys_of_part<C>(p, segments, first), C::kN));
+          own = intersect(own, this->close(tiles_of(keys_of_part<C>(p, segments, first), C::kN)));
       keys[i].tiles = own.empty() ? Interval{tiles.lo, tiles.lo} : own;
       reload_shared();
       keys[i].end = band.rows(first, last).hi;
       reload_shared();
       const Interval all = band.common(first, last);
-      keys[i].whole = {(all.lo + C::kN - 1) / C::kN, all.hi / C::kN};
+      keys[i].whole = this->close({(all.lo + C::kN - 1) / C::kN, all.hi / C::kN});
     }
     reload_shared();
     if constexpr (!C::kListed) last_values = C::kN;
     if (!C::kListed && tile.k_begin + tile.k_len < p.k_rows)
-      last_values = min(C::kN, tile.k_len - (tiles.hi - 1) * C::kN);
+      last_values = min(C::kN, tile.k_len - this->tile(tiles.hi - 1) * C::kN);
     reload_shared();
     if constexpr (C::kKind != ScoreKind::kPlain)
       score.template prepare<typename C::Score>(reload(p), work, work.head);
@@ -180,12 +178,15 @@ struct TileState : Ranges, Slice {
   template <class C>
   __device__ __forceinline__ void trim(const Problem& p, const TileSegments& segments) {
     one_segment = false;
+    this->set_gap({0, 0}, C::kN);
     if (!segments.keys) return;
     if constexpr (C::Score::reads(Operand::kRanges)) {  // which packed sequences have, too
       if (work.tile.index == kNoSequence) return;
       const int64_t slot = slot_of_tile<Over::kQueries>(p, work, C::kM);
       reload_shared();
-      tiles = tiles_of(seen_of_slot(p, segments.keys, slot).any, C::kN);
+      const SeenByTile seen = seen_of_slot(p, segments.keys, slot);
+      this->set_gap(seen.gap, C::kN);
+      tiles = this->close(tiles_of(seen.any, C::kN));
       return reload_shared();
     }
     const auto tiles_of_entry = static_cast<int32_t>(ceil_div(p.q_rows, C::kM));
@@ -206,16 +207,16 @@ struct TileState : Ranges, Slice {
   // become a sequence of their own, so that the first key tile has no hidden keys before them.
   template <class C>
   __device__ __forceinline__ void trim_to_ranges(const Problem& p, const TileSegments& segments) {
-    tiles = this->gap = {0, 0};
+    tiles = {0, 0};
     if (work.tile.index == kNoSequence) return;
     copy_blocks(p, segments);
     const int64_t slot = slot_of_rows(p, C::kM);
     reload_shared();
     const SeenByTile& seen = segments.tiles[slot + work.tile.row / C::kM];
     const int32_t first = this->first_key = seen.any.lo;
-    tiles = tiles_of({0, seen.any.hi - first}, C::kN);
+    this->set_gap({seen.gap.lo - first, seen.gap.hi - first}, C::kN);
     reload_shared();
-    this->gap = whole_tiles<C>(seen.gap, first);
+    tiles = this->close(tiles_of({0, seen.any.hi - first}, C::kN));
     reload_shared();
     work.tile.k_begin += first, work.tile.k_len -= first;
     band.shift -= first, band.k_len -= first;
@@ -278,7 +279,7 @@ struct TileState : Ranges, Slice {
       const SeenByBlock& block = this->blocks[i];
       if (block.any.empty()) continue;
       const int32_t first = this->first_key;
-      keys[i].tiles = tiles_of({block.any.lo - first, block.any.hi - first}, C::kN);
+      keys[i].tiles = this->close(tiles_of({block.any.lo - first, block.any.hi - first}, C::kN));
       reload_shared();
       this->first_whole[i] = whole_tiles<C>(block.whole[0], first);
       reload_shared();
@@ -287,9 +288,9 @@ struct TileState : Ranges, Slice {
   }
   // The whole tiles of an interval of keys, with tiles that begin with key `first`.
   template <class C>
-  __device__ __forceinline__ static Interval whole_tiles(const Interval& keys, int32_t first) {
+  __device__ __forceinline__ Interval whole_tiles(const Interval& keys, int32_t first) const {
     const Interval inner{(keys.lo - first + C::kN - 1) / C::kN, (keys.hi - first) / C::kN};
-    return inner.empty() ? Interval{0, 0} : inner;
+    return inner.empty() ? Interval{0, 0} : this->close(inner);
   }
   __device__ __forceinline__ int64_t slot_of_rows(const Problem& p, int32_t block) const {
     return first_slot_of(p, work.leading, work.tile.index, work.tile.q_begin, p.q_rows, block);

@@ -56,9 +56,9 @@ struct ForwardSm80 {
   using O = Accumulator<kWarpRows / 16, kValueDim / 8>;
   using Score = PortableScore<Kind, S, State::kPaged>;
   using Softmax = typename Score::template Softmax<T, volatile float>;
-  static constexpr bool kReadsMasks = Score::reads(Operand::kBlockMask),
-                        kSkips = kReadsMasks && !State::kPaged;
-  using Operands = std::conditional_t<kSkips, TileOperands, ScoreOperands>;
+  static constexpr bool kSkips = Score::reads(Operand::kBlockMask);
+  // Calls over pages have no boolean mask.
+  using Operands = std::conditional_t<kSkips && !State::kPaged, TileOperands, ScoreOperands>;
   using Ring = TileRing<R.stages, kThreads, KTile, VTile, typename State::Source, kSkips>;
   // Q's fragments stay in registers if 32 registers hold all of them. With two stages and 16 rows per warp,
   // the leading ones do.
@@ -157,26 +157,17 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const typename C:
   o.clear();
   typename C::Softmax softmax(C::Score::template start<typename C::Softmax>(p));
 
-  const auto from = [&](int32_t n) {
-    return C::kSkips ? next_shown<C::kN>(p, block.score, tile, block.tiles, block.from(n)) : n;
-  };
+  const auto from = shown_from<C>(p, block);
   const int32_t first = from(block.tiles.lo);
   if (first < block.tiles.hi) {
     load_tile<typename C::QTile, C::kThreads>(q_tile, block.query, tile.row, tile.used_queries());
-    kv.start(first);
+    kv.start(first, from);
   }
-  for (int32_t n = first, next; n < block.tiles.hi; n = next) {
-    next = from(n + 1);
+  for (int32_t n = first; n < block.tiles.hi; n = kv.next(n)) {
     const int32_t key = at.key = n * C::kN;
-    const RowsB<typename C::KTile> k(kv.wait_first(n, next), 0);
+    const RowsB<typename C::KTile> k(kv.wait_first(n, from), 0);
     if constexpr (C::kQSteps > 0) {
       if (n == first) q.read(q_tile, warp_row);
-    }
-    if constexpr (C::kReadsMasks && !C::kSkips) {
-      if (block.score.blocks_hide(p, 0, {tile.row, tile.row + C::kM}, {key, key + C::kN})) {
-        kv.wait_second(n);
-        continue;
-      }
     }
     typename C::Score score;
     score.prefetch(at, key);
@@ -186,7 +177,7 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const typename C:
     S s;
     s.clear();
     multiply_add<T, C::kHeadSteps>(s, q, k);  // S = Q Kᵀ  [M, N]
-    const ColumnsB<typename C::VTile, 16, true> v(kv.wait_second(n, next), 0);
+    const ColumnsB<typename C::VTile, 16, true> v(kv.wait_second(n), 0);
     if constexpr (C::State::kScaled)
       for_each(s, [&](float& x, int, int, int) { x *= block.key_scale; });  // S ← k_scale · S
     score.apply(s, at, softmax);  // softcap, bias, alibi, segments, mask

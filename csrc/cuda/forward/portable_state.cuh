@@ -41,6 +41,7 @@ struct PagedState : BlockState<T, kRanges> {
   float key_scale, value_scale;  // 1 if each page has a scale
   PageScales key_scales, value_scales;
   mutable typename Source::Addresses addresses;
+  mutable int32_t tile_numbers[Source::kAhead];
 
   __device__ void prepare(const Problem& p, const GridTiles& grid, int32_t block_m, int32_t block_n,
                           int32_t column) {
@@ -57,7 +58,7 @@ struct PagedState : BlockState<T, kRanges> {
     value_scales = page_scales_of(p, p.v_scale, work.leading, kv_head);
   }
   __device__ __forceinline__ Source source() const {
-    return {key, value, key_scales, value_scales, table, this->work.tile.k_len, addresses};
+    return {key, value, key_scales, value_scales, table, this->work.tile.k_len, addresses, tile_numbers};
   }
 };
 

@@ -18,6 +18,15 @@ __device__ __forceinline__ ptx::Coordinates coordinates_of(const View& view, con
   return {0, head, row, work.batch_row, view.leading[0] ? static_cast<int32_t>(work.leading) : 0};
 }
 
+// The same for an operand that heads, batch entries or leading entries may share. An operand has stride 0 and
+// size 1 in the dimensions that are shared.
+__device__ __forceinline__ ptx::Coordinates shared_coordinates_of(const View& view, const BlockWork& work,
+                                                                  int32_t head, int32_t row) {
+  ptx::Coordinates at = coordinates_of(view, work, view.head ? head : 0, row);
+  if (!view.batch) at.batch = 0;
+  return at;
+}
+
 // Loads the box of rows at `at` into a Tile, from its row `first` on, by multicast to all CTAs if kCluster
 // > 1. `barrier` counts the bytes.
 template <class Tile, int kCluster = 1>

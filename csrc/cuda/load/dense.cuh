@@ -15,26 +15,28 @@ namespace jax_flash {
 template <class T, bool kRunning = false>
 class RowSource {
  public:
+  static constexpr int kAhead = 1;  // tiles after the current one whose numbers must be known
+
   __device__ __forceinline__ RowSource(const GlobalRows<const T>& first, const GlobalRows<const T>& second,
                                        const int32_t& end)
       : first_(first), second_(second), end_(end) {}
 
   template <class Tile, int kThreads>
-  __device__ __forceinline__ void load_first(uint32_t shared, int32_t n) {
+  __device__ __forceinline__ void load_first(uint32_t shared, int32_t n, int32_t) {
     load<Tile, kThreads>(shared, first_, n, next_first_);
   }
   template <class Tile, int kThreads>
-  __device__ __forceinline__ void load_second(uint32_t shared, int32_t n) {
+  __device__ __forceinline__ void load_second(uint32_t shared, int32_t n, int32_t) {
     load<Tile, kThreads>(shared, second_, n, next_second_);
     rows_left_ -= Tile::kRows;
   }
-  // Called by all threads before the first load; `n` is the first tile.
-  template <class First, class Second, int kThreads>
-  __device__ __forceinline__ void start(int32_t n) {
+  // Called by all threads before the first load, of tile tile_at(0).
+  template <class First, class Second, int kThreads, class TileAt>
+  __device__ __forceinline__ void start(int32_t, TileAt tile_at) {
     using Share = ThreadShare<First, kThreads>;
     static_assert(First::kPanel == Second::kPanel && First::kRows == Second::kRows);
     if constexpr (kRunning) {
-      const int32_t row = n * First::kRows + Share::row();
+      const int32_t row = tile_at(0) * First::kRows + Share::row();
       next_first_ = begin<First, kThreads>(first_, row), next_second_ = begin<Second, kThreads>(second_, row);
       rows_left_ = end_ - row;
       // The shuffle keeps the compiler from computing the offset again for every tile.
@@ -50,8 +52,9 @@ class RowSource {
     next_second_ += uint64_t{static_cast<uint32_t>(rows)} * static_cast<uint32_t>(second_.stride);
     rows_left_ -= rows;
   }
+  __device__ __forceinline__ int32_t* numbers() const { return nullptr; }
   // Only the page loader reads ahead.
-  __device__ __forceinline__ void look_ahead(int32_t) const {}
+  __device__ __forceinline__ void look_ahead(int32_t, int32_t) const {}
 
  private:
   template <class Tile, int kThreads>

@@ -5,6 +5,7 @@
 
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/roles.cuh"
+#include "cuda/hopper/tma.cuh"
 #include "cuda/tensor_map.h"
 #include "cuda/tile/operands.cuh"
 #include "cuda/work.cuh"
@@ -41,9 +42,7 @@ struct BiasInput {
     shared.input_pipe.wait_empty(use);
     const uint32_t full = shared.input_pipe.full_barrier(use);
     ptx::barrier_expect(full, kTileBytes);
-    const View& view = p.bias;
-    ptx::Coordinates at{0, view.head ? work.head : 0, work.tile.row, view.batch ? work.batch_row : 0,
-                        view.leading[0] ? static_cast<int32_t>(work.leading) : 0};
+    ptx::Coordinates at = shared_coordinates_of(p.bias, work, work.head, work.tile.row);
     for (int consumer = 0; consumer < kConsumers; ++consumer, at.row += kConsumerRows) {
       const uint32_t tile = ptx::shared_address(shared.bias[use % kStages][consumer]);
 #pragma unroll

@@ -39,8 +39,9 @@ class DenseLoader {
 
   __device__ __forceinline__ explicit DenseLoader(const Problem& problem) : p(problem) {}
 
-  // Starts the key tiles [tiles.lo, tiles.hi) of a query tile, which are loaded from the last to the first.
-  __device__ __forceinline__ void begin(const Maps&, const BlockWork& work, const Interval&) {
+  // Starts the key tiles of a query tile, which are loaded from the last to the first. `first`: the one that
+  // is loaded first.
+  __device__ __forceinline__ void begin(const Maps&, const BlockWork& work, int32_t /*first*/) {
     const int32_t kv_head = p.kv_head(work.head);
     key = coordinates_of(p.key, work, kv_head, work.tile.k_begin);
     value = coordinates_of(p.value, work, kv_head, work.tile.k_begin);
@@ -54,6 +55,8 @@ class DenseLoader {
   }
   // Called before the wait for the stage of the next load_key() or load_value().
   __device__ __forceinline__ void check() const {}
+  // Called after the last part of a tile with the number of the warp's next tile.
+  __device__ __forceinline__ void find(const Maps&, int32_t) const {}
   // Load keys, or values, [n · kN, (n + 1) · kN); `barrier` counts their bytes. K of a tile is loaded before
   // V of the previous tile.
   __device__ __forceinline__ void load_key(const Maps& maps, uint32_t tile, uint32_t barrier, int32_t n,

@@ -90,12 +90,12 @@ class PageLoader {
 
   __device__ __forceinline__ explicit PageLoader(const Problem& problem) : p(problem) {}
 
-  __device__ __forceinline__ void begin(const Maps& maps, const BlockWork& of_tile, const Interval& tiles) {
+  __device__ __forceinline__ void begin(const Maps& maps, const BlockWork& of_tile, int32_t first) {
     work = &of_tile;
     const View& tables = p.block_tables;  // there is at most one leading dimension
     entries =
         tables.as<const int32_t>() + work->leading * tables.leading[0] + work->tile.index * tables.batch;
-    find(maps, tiles.hi - 1);
+    find(maps, first);
     head = maps.group.quotient(work->head);
   }
   __device__ __forceinline__ void begin_columns(int32_t column) { first_column = column; }
@@ -111,18 +111,15 @@ class PageLoader {
     missing = slot != kNoSlot && !in_pool;
     if (slot == kNoSlot || !in_pool) page = p.pages, slot = 0;
   }
-  __device__ __forceinline__ void load_key(const Maps& maps, uint32_t tile, uint32_t barrier, int32_t n,
-                                           int part, uint32_t) {
+  __device__ __forceinline__ void load_key(const Maps& maps, uint32_t tile, uint32_t barrier, int32_t,
+                                           int part, uint32_t) const {
     load<typename C::KTile, true>(maps, tile, barrier, maps.key, p.key, part * C::KTile::kColumns);
-    if (part == C::kKeyParts - 1) find(maps, n - 1);
   }
-  __device__ __forceinline__ void load_value(const Maps& maps, uint32_t tile, uint32_t barrier, int32_t n) {
+  __device__ __forceinline__ void load_value(const Maps& maps, uint32_t tile, uint32_t barrier,
+                                             int32_t) const {
     load<typename C::VTile, false>(maps, tile, barrier, maps.value, p.value,
                                    C::kHasColumns ? first_column : 0);
-    find(maps, n - 1);
   }
-
- private:
   // Looks up this lane's box of tile n. Nothing waits for its page before check().
   __device__ __forceinline__ void find(const Maps& maps, int32_t n) {
     const auto lane = static_cast<int32_t>(threadIdx.x % 32);
@@ -133,6 +130,7 @@ class PageLoader {
     page = entries[entry], slot = position - entry * p.page_size;
   }
 
+ private:
   template <class Tile, bool kNanIfMissing>
   __device__ __forceinline__ void load(const Maps& maps, uint32_t tile, uint32_t barrier,
                                        const typename Boxes::Map& map, const View& view,

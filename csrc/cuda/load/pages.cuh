@@ -198,12 +198,14 @@ __device__ __forceinline__ void load_pages(uint32_t shared, const GlobalPages<ui
   }
 }
 
-// TileRing's source for pages. The references point to shared memory.
+// TileRing's source for pages. The references point to shared memory. Tiles are numbered in the sequence (n),
+// and in the order in which they are loaded (use).
 template <class T, class Pool, int kRows, int kStages>
 struct PageSource {
+  static constexpr int kAhead = kStages + 1;  // tiles after the current one whose numbers must be known
   static constexpr bool kFloat8 = sizeof(Pool) == 1;
   using Address = std::conditional_t<kFloat8, Float8Address, KeyAddress>;
-  using Addresses = Address[kStages + 1][kRows];  // tile n uses row n % (kStages + 1)
+  using Addresses = Address[kStages + 1][kRows];  // a tile has row use % (kStages + 1)
   static_assert(sizeof(Addresses) == page_address_bytes(kRows, kStages));
 
   const GlobalPages<Pool>&key, &value;
@@ -211,12 +213,13 @@ struct PageSource {
   const PageTable& table;
   const int32_t& end;  // the sequence's number of keys
   Addresses& addresses;
+  int32_t* tiles;                // [kAhead]: the numbers of NextPairs
   PageSlot next = {kNoPage, 0};  // this thread's key in the tile after those in `addresses`
 
   template <class Tile, int kThreads>
-  __device__ __forceinline__ void load_first(uint32_t shared, int32_t n) const {
+  __device__ __forceinline__ void load_first(uint32_t shared, int32_t, int32_t use) const {
     static_assert(Tile::kRows == kRows);
-    const Address* const rows = addresses[n % (kStages + 1)];
+    const Address* const rows = addresses[use % (kStages + 1)];
     if constexpr (kFloat8) {
       load_pages<Tile, kThreads>(shared, key, rows, &Float8Address::key_scale, true,
                                  key_scales.data != nullptr);
@@ -225,8 +228,8 @@ struct PageSource {
     }
   }
   template <class Tile, int kThreads>
-  __device__ __forceinline__ void load_second(uint32_t shared, int32_t n) const {
-    const Address* const rows = addresses[n % (kStages + 1)];
+  __device__ __forceinline__ void load_second(uint32_t shared, int32_t, int32_t use) const {
+    const Address* const rows = addresses[use % (kStages + 1)];
     if constexpr (kFloat8) {
       load_pages<Tile, kThreads>(shared, value, rows, &Float8Address::value_scale, false,
                                  value_scales.data != nullptr);
@@ -235,23 +238,28 @@ struct PageSource {
     }
   }
 
-  // Called by all threads before tiles [n, n + kStages) are loaded.
-  template <class, class, int>
-  __device__ __forceinline__ void start(int32_t n) {
-    for (int i = 0; i < kStages; ++i) store_addresses(n + i, find(n + i));
-    next = find(n + kStages);
+  __device__ __forceinline__ int32_t* numbers() const { return tiles; }
+  // Called by all threads before the first load. tile_at(i): the tile of use `first` + i.
+  template <class, class, int, class TileAt>
+  __device__ __forceinline__ void start(int32_t first, TileAt tile_at) {
+#pragma unroll
+    for (int i = 0; i < kStages; ++i) store_addresses(first + i, find(tile_at(i)));
+    next = find(tile_at(kStages));
     __syncthreads();
   }
-  // Called by all threads before a barrier that precedes the load of tile n.
-  __device__ __forceinline__ void look_ahead(int32_t n) {
-    store_addresses(n, next);
-    next = find(n + 1);
+  // Called by all threads before a barrier that precedes the load of a use. `after`: the tile after its own.
+  __device__ __forceinline__ void look_ahead(int32_t use, int32_t after) {
+    store_addresses(use, next);
+    next = find(after);
   }
+  // Only the dense loader keeps addresses that tiles which are left out move.
+  template <class>
+  __device__ __forceinline__ void skip(int32_t) const {}
 
  private:
-  __device__ __forceinline__ void store_addresses(int32_t n, PageSlot slot) const {
+  __device__ __forceinline__ void store_addresses(int32_t use, PageSlot slot) const {
     if (threadIdx.x >= kRows) return;
-    Address& to = addresses[n % (kStages + 1)][threadIdx.x];
+    Address& to = addresses[use % (kStages + 1)][threadIdx.x];
     if constexpr (kFloat8) {
       to = {slot, key_scales.at(slot.page), value_scales.at(slot.page)};
     } else {

@@ -1,6 +1,6 @@
 // Bias and mask of a tile of scores [M, N] in shared memory, for the sm_90a kernels that compute gradients. A
 // producer warp copies them by cp.async, 8 keys at a time. Elements outside the sequence may hold NaN and are
-// replaced by zeros.
+// replaced by zeros. A kernel may load a bias by TMA instead, and hide such elements itself.
 #pragma once
 
 #include <cstdint>
@@ -64,7 +64,7 @@ struct ScoreTiles {
   __device__ __forceinline__ static void apply(S& s, const Shared& shared, const Problem& p, int row,
                                                int column, uint32_t use, Add add) {
     const uint32_t bias = stage_of(shared, use), mask = bias + kBiasBytes;
-    if (HasBias && p.bias) {
+    if (HasBias && (!HasMask || p.bias)) {  // a kernel without a mask is only for calls with a bias
       if constexpr (S::kTransposed) {
         add_transposed(s, bias, row, column, add);
       } else {
@@ -74,12 +74,12 @@ struct ScoreTiles {
     if (HasMask && p.mask) hide(s, mask, row, column);
   }
 
- private:
   template <class Shared>
   __device__ __forceinline__ static uint32_t stage_of(const Shared& shared, uint32_t use) {
     return ptx::shared_address(shared.score_tiles.stages[use % Stages]);
   }
 
+ private:
   // rows, keys: the numbers of rows and keys, from the tile's first on, that are in use.
   template <class Tile>
   __device__ __forceinline__ static void copy(uint32_t to, const typename Tile::Element* from,

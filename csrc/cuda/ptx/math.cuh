@@ -56,9 +56,26 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t x) {
 __device__ __forceinline__ uint32_t sign_of_low(uint32_t x) { return permute_bytes<0x9999>(x); }
 __device__ __forceinline__ uint32_t sign_of_high(uint32_t x) { return permute_bytes<0xBBBB>(x); }
 
-// For each half, as float16: 0xFFFF where x is greater than or equal to y or either is NaN, else 0.
-__device__ __forceinline__ uint32_t not_below(uint32_t x, uint32_t y) {
-  return __hgeu2_mask(reinterpret_cast<const __half2&>(x), reinterpret_cast<const __half2&>(y));
+// For each half, as float16: 0xFFFF where |x| is greater than or equal to y or either is NaN, else 0. The
+// absolute value is a part of the comparison's instruction.
+__device__ __forceinline__ uint32_t size_not_below(uint32_t x, uint32_t y) {
+  return __hgeu2_mask(__habs2(reinterpret_cast<const __half2&>(x)), reinterpret_cast<const __half2&>(y));
+}
+
+// x, or 0 where `bit` of `word` is 0. ptxas moves several bits of a word to predicates at once, but it does
+// not find this for the same test in C++.
+__device__ __forceinline__ float zero_unless_bit(uint32_t word, uint32_t bit, float x) {
+  float y;
+  asm("{\n"
+      ".reg .pred set;\n"
+      ".reg .b32 own;\n"
+      "and.b32 own, %1, %2;\n"
+      "setp.ne.u32 set, own, 0;\n"
+      "selp.f32 %0, %3, 0f00000000, set;\n"
+      "}"
+      : "=f"(y)
+      : "r"(word), "r"(bit), "f"(x));
+  return y;
 }
 
 // Bytes 0 and 2 (1 and 3) of x in the lower two bytes.

@@ -51,6 +51,10 @@ struct KeptElements {
   __device__ __forceinline__ bool at(int slot, int n, int e) const {
     return bits[index(slot, n, e) / 32] >> index(slot, n, e) % 32 & 1;
   }
+  // x where the element is kept, else 0.
+  __device__ __forceinline__ float keep(int slot, int n, int e, float x) const {
+    return ptx::zero_unless_bit(bits[index(slot, n, e) / 32], 1u << index(slot, n, e) % 32, x);
+  }
 };
 
 // Dropout's numbers for an accumulator that is not permuted, or for kTiles of its column tiles at a time. A
@@ -77,8 +81,8 @@ struct KeptNumbers {
   // Whether the numbers of a pair reach the threshold, as a mask of 16 bits each.
   __device__ __forceinline__ uint32_t mask(int slot, int n) const {
     const uint32_t x = word[slot / 2][n % kTiles];
-    const uint32_t numbers = (slot % 2 ? Dropout::rotated(x) : x) & pair_of(kDropoutNumbers - 1);
-    return ptx::not_below(numbers, threshold);  // NaN, beyond infinity, is not below it either
+    // The highest bit, which is no part of a number, is the sign. NaN, beyond infinity, is not below either.
+    return ptx::size_not_below(slot % 2 ? Dropout::rotated(x) : x, threshold);
   }
 };
 
@@ -220,8 +224,7 @@ struct TileDropout {
           // The even row's half-word goes to the lower half, the odd row's to the upper half; `own` belongs
           // to this lane's row.
           const auto masks = [&](uint32_t halves) {
-            const uint32_t numbers = __byte_perm(own, other, halves) & pair_of(kDropoutNumbers - 1);
-            return ptx::not_below(numbers, threshold);
+            return ptx::size_not_below(__byte_perm(own, other, halves), threshold);
           };
           result.set_rows(slot, n, e, masks(odd ? 0x3276 : 0x5410));
           result.set_rows(slot + 2, n, e, masks(odd ? 0x0347 : 0x6521));  // from the words rotated by a byte
@@ -282,7 +285,7 @@ struct DroppedA {
 };
 
 // The factor by which dropout multiplies the elements that it keeps.
-__device__ __forceinline__ float dropout_scale(const AttentionSpec& spec) {
+JF_HD float dropout_scale(const AttentionSpec& spec) {
   return spec.has(Operand::kDropout) ? 1.0f / (1.0f - spec.dropout_rate) : 1.0f;
 }
 
@@ -323,15 +326,15 @@ struct WithDropout : Score {
     for_each(dp,
              [&](float& x, int slot, int n, int e) { x = kept_elements.at(slot, n, e) ? x * factor : 0; });
   }
-  // Both steps at once for a transposed S, with dS = P ∘ (drop(dP) − delta), which takes fewer registers.
-  template <class Tile, class Rows>
-  __device__ __forceinline__ void drop_all(S& s, S& dp, const Tile& tile, const Rows& rows) const {
-    const float factor = tile.operands().dropout.scale;
+  // Both steps at once for a transposed S: dP ← drop(P) ∘ dP − P ∘ delta, P ← drop(P), with delta · (1 −
+  // rate) in `rows`. This is dS without the factor 1 / (1 − rate), which is left to the scales of dQ and dK.
+  template <class Rows>
+  __device__ __forceinline__ void drop_all(S& s, S& dp, const Rows& rows) const {
     for_each(s, [&](float& x, int slot, int n, int e) {
       float& ds = dp.at(slot, n, e);
-      const bool kept = kept_elements.at(slot, n, e);
-      ds = x * ((kept ? ds : 0) * factor - rows.delta(slot));
-      x = kept ? x : 0;
+      const float of_delta = x * rows.delta(slot);
+      x = kept_elements.keep(slot, n, e, x);
+      ds = fmaf(x, ds, -of_delta);
     });
   }
   template <class Tile>

@@ -60,14 +60,9 @@ struct StagedBiasScore : ScoreVariant<S> {
   __device__ __forceinline__ static float power_scale(const AttentionSpec&) { return kLog2e; }
   template <GradientOf kOf, class Tile>
   __device__ __forceinline__ void differentiate(S& s, S&, const Tile& tile) {
+    // A NaN that a bias of −∞ hides is multiplied by dS = 0 later, or the bias' gradient clears its sum.
     const float scale = tile.p.spec.scale;
-    tile.apply_tiles(s, [scale](float& x, float bias) {
-      if constexpr (kOf == GradientOf::kBias) {
-        scale_and_add_bias(x, scale, bias);
-      } else {  // a hidden NaN is multiplied by dS = 0 later, whatever P is
-        x = fmaf(x, scale, bias);
-      }
-    });
+    tile.apply_tiles(s, [scale](float& x, float bias) { x = fmaf(x, scale, bias); });
   }
 };
 

@@ -51,4 +51,26 @@ __device__ __forceinline__ int32_t next_shown(const Problem& p, const TileOperan
   return tiles.hi;
 }
 
+// The function by which a kernel finds its tiles: from(n) is the first tile from n on that masks and ranges
+// leave to the query tile of `block`, a BlockState or like it; without C::kSkips it is n.
+template <class C, class Block>
+__device__ __forceinline__ auto shown_from(const Problem& p, const Block& block) {
+  return [&](int32_t n) {
+    if constexpr (C::kSkips)
+      n = next_shown<C::kN>(p, block.score, block.work.tile, block.tiles, block.from(n));
+    return n;
+  };
+}
+
+// Leaves out the first of block.tiles until one is shown. All threads of the CTA call it.
+template <class C, class Block>
+__device__ __forceinline__ void begin_at_shown(const Problem& p, Block& block) {
+  if constexpr (C::kSkips) {
+    const int32_t first = shown_from<C>(p, block)(block.tiles.lo);
+    __syncthreads();  // every thread has read the tiles
+    if (threadIdx.x == 0) block.tiles.lo = first;
+    __syncthreads();
+  }
+}
+
 }  // namespace jax_flash

@@ -38,7 +38,8 @@ struct TangentSm80 {
   using S = Accumulator<kWarpRows / 16, kN / 8>;
   using O = Accumulator<kWarpRows / 16, kValueDim / 8>;
   using Score = PortableScore<Kind, S>;
-  using Ring = TangentRing<R.stages, kThreads, KTile, VTile>;
+  static constexpr bool kSkips = Score::reads(Operand::kBlockMask);
+  using Ring = TangentRing<R.stages, kThreads, KTile, VTile, kSkips>;
   // If a warp owns 16 rows, 32 registers hold the leading fragments of Q and tQ.
   static constexpr bool kQInRegisters = kPlain && sizeof(T) == 2 && kWarpRows == 16;
   static constexpr int kQSteps = !kQInRegisters ? 0 : kHeadSteps < 4 ? kHeadSteps : 4;
@@ -240,14 +241,15 @@ __device__ __forceinline__ void tangent_tile(const Problem& p, const Tangents& t
 
   typename C::O o;
   o.clear();
+  const auto from = shown_from<C>(p, block);
   if (!block.tiles.empty()) {
     load_tile<typename C::QTile, C::kThreads>(q_tile, block.query, tile.row, tile.used_queries());
     load_tile<typename C::QTile, C::kThreads>(tq_tile, block.tquery, tile.row, tile.used_queries());
-    ring.start();
+    ring.start(block.tiles.lo, from);
   }
-  for (int32_t n = block.tiles.lo; n < block.tiles.hi; ++n) {
+  for (int32_t n = block.tiles.lo; n < block.tiles.hi; n = ring.next(n)) {
     at.key = n * C::kN;
-    const uint32_t k = ring.wait_k(n);
+    const uint32_t k = ring.wait_k(n, from);
     if constexpr (C::kQSteps > 0) {
       if (n == block.tiles.lo) q.read(q_tile, at.warp_row()), tq.read(tq_tile, at.warp_row());
     }
@@ -275,6 +277,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     if constexpr (!C::kPlain) block.template prepare_score<typename C::Score>(p, t);
   }
   __syncthreads();
+  begin_at_shown<C>(p, block);
   if (block.work.tile.row < block.work.tile.end) tangent_tile<C>(p, t, block, ptx::dynamic_shared());
 }
 

@@ -62,28 +62,36 @@ struct TilePair {
 template <class T>
 class TangentSource {
  public:
+  static constexpr int kAhead = RowSource<T>::kAhead;
+
   template <class State>
   __device__ __forceinline__ explicit TangentSource(const State& block)
       : primal_(block.key, block.value, block.end), tangent_(block.tkey, block.tvalue, block.end) {}
 
   template <class Pair, int kThreads>
-  __device__ __forceinline__ void load_first(uint32_t shared, int32_t n) {
+  __device__ __forceinline__ void load_first(uint32_t shared, int32_t n, int32_t use) {
     using Tile = typename Pair::Tile;
-    primal_.template load_first<Tile, kThreads>(shared, n);
-    tangent_.template load_first<Tile, kThreads>(shared + Tile::kBytes, n);
+    primal_.template load_first<Tile, kThreads>(shared, n, use);
+    tangent_.template load_first<Tile, kThreads>(shared + Tile::kBytes, n, use);
   }
   template <class Pair, int kThreads>
-  __device__ __forceinline__ void load_second(uint32_t shared, int32_t n) {
+  __device__ __forceinline__ void load_second(uint32_t shared, int32_t n, int32_t use) {
     using Tile = typename Pair::Tile;
-    primal_.template load_second<Tile, kThreads>(shared, n);
-    tangent_.template load_second<Tile, kThreads>(shared + Tile::kBytes, n);
+    primal_.template load_second<Tile, kThreads>(shared, n, use);
+    tangent_.template load_second<Tile, kThreads>(shared + Tile::kBytes, n, use);
   }
-  template <class First, class Second, int kThreads>
-  __device__ __forceinline__ void start(int32_t n) {
-    primal_.template start<typename First::Tile, typename Second::Tile, kThreads>(n);
-    tangent_.template start<typename First::Tile, typename Second::Tile, kThreads>(n);
+  template <class First, class Second, int kThreads, class TileAt>
+  __device__ __forceinline__ void start(int32_t use, TileAt tile_at) {
+    primal_.template start<typename First::Tile, typename Second::Tile, kThreads>(use, tile_at);
+    tangent_.template start<typename First::Tile, typename Second::Tile, kThreads>(use, tile_at);
   }
-  __device__ __forceinline__ void look_ahead(int32_t) const {}
+  template <class Tile>
+  __device__ __forceinline__ void skip(int32_t tiles) {
+    primal_.template skip<typename Tile::Tile>(tiles);
+    tangent_.template skip<typename Tile::Tile>(tiles);
+  }
+  __device__ __forceinline__ int32_t* numbers() const { return nullptr; }
+  __device__ __forceinline__ void look_ahead(int32_t, int32_t) const {}
 
  private:
   RowSource<T> primal_, tangent_;
@@ -91,10 +99,10 @@ class TangentSource {
 
 // The tiles of a key tile, in the order of their use. With stages, K and tK arrive together, and so do V and
 // tV.
-template <int kStages, int kThreads, class KTile, class VTile>
+template <int kStages, int kThreads, class KTile, class VTile, bool kSkips>
 class TangentRing {
   using T = typename KTile::Element;
-  using Ring = TileRing<kStages, kThreads, TilePair<KTile>, TilePair<VTile>, TangentSource<T>>;
+  using Ring = TileRing<kStages, kThreads, TilePair<KTile>, TilePair<VTile>, TangentSource<T>, kSkips>;
 
  public:
   static constexpr int kBytes = Ring::kBytes;
@@ -104,21 +112,27 @@ class TangentRing {
   __device__ __forceinline__ TangentRing(uint32_t shared, const State& block)
       : ring_(shared, TangentSource<T>(block), block.tiles) {}
 
-  __device__ __forceinline__ void start() { ring_.start(); }
-  __device__ __forceinline__ uint32_t wait_k(int32_t n) { return k_ = ring_.wait_first(n); }
-  __device__ __forceinline__ uint32_t wait_tk(int32_t) { return k_ + KTile::kBytes; }
+  template <class From>
+  __device__ __forceinline__ void start(int32_t n, From from) {
+    ring_.start(n, from);
+  }
+  __device__ __forceinline__ int32_t next(int32_t n) { return ring_.next(n); }
+  template <class From>
+  __device__ __forceinline__ uint32_t wait_k(int32_t n, From from) {
+    return ring_.wait_first(n, from);
+  }
   __device__ __forceinline__ uint32_t wait_v(int32_t n) { return v_ = ring_.wait_second(n); }
   __device__ __forceinline__ uint32_t wait_tv(int32_t) { return v_ + VTile::kBytes; }
   __device__ __forceinline__ void finish() { ring_.finish(); }
 
  private:
   Ring ring_;
-  uint32_t k_, v_;
+  uint32_t v_;
 };
 
 // Without stages the four tiles share one buffer, one after another.
-template <int kThreads, class KTile, class VTile>
-class TangentRing<0, kThreads, KTile, VTile> {
+template <int kThreads, class KTile, class VTile, bool kSkips>
+class TangentRing<0, kThreads, KTile, VTile, kSkips> {
   using T = typename KTile::Element;
   using Source = RowSource<T>;
 
@@ -131,15 +145,23 @@ class TangentRing<0, kThreads, KTile, VTile> {
       : primal_(shared, Source(block.key, block.value, block.end), block.tiles),
         tangent_(shared, Source(block.tkey, block.tvalue, block.end), block.tiles) {}
 
-  __device__ __forceinline__ void start() {}
-  __device__ __forceinline__ uint32_t wait_k(int32_t n) { return primal_.wait_first(n); }
-  __device__ __forceinline__ uint32_t wait_tk(int32_t n) { return tangent_.wait_first(n); }
+  template <class From>
+  __device__ __forceinline__ void start(int32_t, From) {}
+  __device__ __forceinline__ int32_t next(int32_t n) { return primal_.next(n); }
+  template <class From>
+  __device__ __forceinline__ uint32_t wait_k(int32_t n, From from) {
+    return primal_.wait_first(n, from);
+  }
+  __device__ __forceinline__ uint32_t wait_tk(int32_t n) {
+    return tangent_.wait_first(n, [](int32_t tile) { return tile; });
+  }
   __device__ __forceinline__ uint32_t wait_v(int32_t n) { return primal_.wait_second(n); }
   __device__ __forceinline__ uint32_t wait_tv(int32_t n) { return tangent_.wait_second(n); }
   __device__ __forceinline__ void finish() {}
 
  private:
-  TileRing<0, kThreads, KTile, VTile, Source> primal_, tangent_;
+  TileRing<0, kThreads, KTile, VTile, Source, kSkips> primal_;
+  TileRing<0, kThreads, KTile, VTile, Source> tangent_;  // is told of every tile
 };
 
 // lse and the running r = rowsum(P ∘ dS) of a thread's rows.

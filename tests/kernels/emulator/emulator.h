@@ -108,7 +108,7 @@ T emulated_shuffle(T x, int operand) {
     for (int lane = 0; lane < 32; ++lane) {
       auto* self = static_cast<Argument*>(all[lane]);
       const int below = lane < self->operand ? lane : lane - self->operand;
-      const int from = kKind == 0 ? lane ^ self->operand : kKind == 1 ? self->operand : below;
+      const int from = kKind == 0 ? lane ^ self->operand : kKind == 1 ? self->operand % 32 : below;
       self->out = static_cast<Argument*>(all[from])->in;
     }
   });

@@ -135,8 +135,11 @@ class RandomCase {
   void choose_ranges(Problem& p) {
     p.spec.operands |= bits_of(Operand::kRanges);
     p.limits = one_of({2, 4});
+    in_order_ = chance(0.5);
+    constexpr int32_t kSeveralTiles = 520;  // keys, so that a gap may hold tiles
+    if (in_order_ && !p.paged() && chance(0.4)) p.k_rows = std::max(p.k_rows, kSeveralTiles);
   }
-  // Plausible or arbitrary limits; rows of a tile often have the same.
+  // Plausible or arbitrary limits; rows of a tile often have the same. In order, two ranges leave a gap.
   void make_ranges(Problem& p, const Leading& leading) {
     const Dim row{p.q_rows, &View::row}, column{p.limits, &View::column};
     const Guarded& m = make(p.ranges, leading, 4, dims_by_head(p, !p.packed(), row, column), true);
@@ -146,6 +149,8 @@ class RandomCase {
     for (size_t i = 0; i < m.bytes() / 4; ++i) {
       x[i] = wild ? garbage(p.k_rows) : static_cast<int32_t>(integer(0, p.k_rows));
       if (static_cast<int64_t>(i) % repeat >= p.limits) x[i] = x[i - p.limits];
+      if (in_order_ && static_cast<int64_t>(i + 1) % p.limits == 0)
+        std::sort(x + i + 1 - p.limits, x + i + 1);
     }
     m.make_read_only();
   }
@@ -190,6 +195,7 @@ class RandomCase {
   }
 
   std::mt19937_64 random_;
+  bool in_order_ = false;  // the limits of a row's ranges
   std::list<Guarded> memory_;
   ViewNames names_;  // of the views that make() is called with
 };

@@ -17,17 +17,25 @@ struct Options {
   bool alibi;
 };
 
+// With dropout alone and a transposed S, delta has the factor 1 − rate, and so has dS.
+template <class S, class Score>
+float ds_factor(const Options& options) {
+  return Score::kDropout && !Score::kScalesGradient && S::kTransposed ? 1 - options.rate : 1;
+}
+
 struct RowsOf {
   const float *lses, *deltas;
   const int* row;
+  float factor;
   __device__ float lse(int slot) const { return row_lse(lses[row[slot]]); }
-  __device__ float delta(int slot) const { return deltas[row[slot]]; }
+  __device__ float delta(int slot) const { return deltas[row[slot]] * factor; }
 };
 
 // in: S and dP [16, 64], lse and delta [16]; out: P and dS [16, 64].
 template <class S, class Score, GradientOf kOf>
 struct Gradient {
   Options options;
+  float factor = ds_factor<S, Score>(options);
   __device__ void operator()(const float* in, float* out) const {
     static_assert(S::kRows == kRows && S::kColumns == kKeys);
     Problem p{};
@@ -48,7 +56,7 @@ struct Gradient {
     const auto at = [&](int slot, int n, int e) { return row[slot] * kKeys + S::column(n, e); };
     for_each(s, [&](float& x, int slot, int n, int e) { x = in[at(slot, n, e)]; });
     for_each(dp, [&](float& x, int slot, int n, int e) { x = in[kElements + at(slot, n, e)]; });
-    const RowsOf rows{in + 2 * kElements, in + 2 * kElements + kRows, row};
+    const RowsOf rows{in + 2 * kElements, in + 2 * kElements + kRows, row, factor};
     Score score;
     const ScoreTile<float, ScoreOperands> tile{p, operands, band, kRow, kKey};
     score.prefetch_gradient(tile);
@@ -90,7 +98,7 @@ void test(const std::string& name, const Options& options) {
     const double p = std::isinf(lse) ? 0 : std::exp(e.score - lse);
     if (i < kElements) return kept ? Score::kWeightScale * p : 0;
     const double dp = kept ? in[kElements + at] / (1.0 - options.rate) : 0;
-    return p * (dp - delta) * (kOf == GradientOf::kProduct ? e.slope : 1);
+    return ds_factor<S, Score>(options) * p * (dp - delta) * (kOf == GradientOf::kProduct ? e.slope : 1);
   };
   const auto got = run(Gradient<S, Score, kOf>{options}, 32, in, 2 * kElements);
   double worst = 0;

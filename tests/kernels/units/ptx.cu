@@ -76,7 +76,7 @@ struct Pairs {
 // Two float16: a normal one in the high half, a subnormal one in the low half.
 constexpr uint32_t kHalves = 0x5123u << 16 | 0x0007u;
 
-enum class OnWord { kEvenBytes, kOddBytes, kSignOfLow, kSignOfHigh, kNotBelow };
+enum class OnWord { kEvenBytes, kOddBytes, kSignOfLow, kSignOfHigh, kSizeNotBelow };
 
 // Applies an operation on words; `in` and `out` hold their halves.
 template <OnWord kWhat>
@@ -92,7 +92,7 @@ struct ApplyToWord {
       case OnWord::kSignOfHigh:
         return ptx::sign_of_high(x);
       default:
-        return ptx::not_below(x & 0x7FFF7FFF, kHalves);
+        return ptx::size_not_below(x, kHalves);
     }
   }
   __device__ void operator()(const float* in, float* out) const {
@@ -338,7 +338,7 @@ void test_words() {
   test_word<OnWord::kOddBytes>("odd_bytes", [](uint32_t a, uint32_t b) { return a >> 8 | b >> 8 << 8; });
   test_word<OnWord::kSignOfLow>("sign_of_low", [&](uint32_t a, uint32_t) { return filled(a) * 0x10001u; });
   test_word<OnWord::kSignOfHigh>("sign_of_high", [&](uint32_t, uint32_t b) { return filled(b) * 0x10001u; });
-  test_word<OnWord::kNotBelow>("not_below", [](uint32_t a, uint32_t b) {
+  test_word<OnWord::kSizeNotBelow>("size_not_below", [](uint32_t a, uint32_t b) {
     return ((a & 0x7FFF) >= (kHalves & 0xFFFF) ? 0xFFFFu : 0) |
            ((b & 0x7FFF) >= kHalves >> 16 ? 0xFFFF0000u : 0);
   });
