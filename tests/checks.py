@@ -61,6 +61,12 @@ def runs_cuda_kernels(implementation: str) -> bool:
     return implementation == "cuda" or (implementation == "cpu" and "emulated" in sys.modules)
 
 
+def require_skipped_tiles(implementation: str) -> None:
+    """Skips the test unless CUDA's kernels run, which read no tile that a mask hides from all rows."""
+    if not runs_cuda_kernels(implementation):
+        pytest.skip("the CPU's kernels compute some tiles that masks hide")
+
+
 def runs_portable_kernels(implementation: str) -> bool:
     """Whether a card without kernels of its own, or the emulator, runs CUDA's portable kernels."""
     if not runs_cuda_kernels(implementation):

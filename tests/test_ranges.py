@@ -211,9 +211,6 @@ def documents(packed, heads, joined=False, **options):
     return case, ranges, document, middle
 
 
-COMPUTES_GAPS = "the CPU's kernels compute the keys between two ranges"
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("heads", [1, 2])
@@ -223,8 +220,8 @@ def test_keys_that_no_row_of_a_tile_sees_are_stepped_over(
     joined, packed, heads, deterministic, dtype, kernel
 ):
     """NaN in the middle of a document reaches no row in the middle of another: no product reads both."""
-    if joined and not checks.runs_cuda_kernels(kernel):
-        pytest.skip(COMPUTES_GAPS)
+    if joined:
+        checks.require_skipped_tiles(kernel)
     case, ranges, document, middle = documents(packed, heads, joined, d=32, dv=32, dtype=dtype)
     checks.require(kernel, "forward", "backward", dtype=dtype, d=32, dv=32)
     inputs = make_inputs(case)
@@ -245,8 +242,7 @@ def test_keys_that_no_row_of_a_tile_sees_are_stepped_over(
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("d", [32, *checks.HOPPER_HEAD_DIMS])
 def test_keys_between_two_ranges_are_not_read(d, packed, option, kernel):
-    if not checks.runs_cuda_kernels(kernel):
-        pytest.skip(COMPUTES_GAPS)
+    checks.require_skipped_tiles(kernel)
     case, ranges, document, middle = documents(packed, 1, joined=True, d=d, dv=d, dtype="bfloat16", **option)
     checks.require(kernel, dtype=case.dtype, d=d, dv=d)
     arrays = operands(make_inputs(case)) | {"ranges": ranges}
@@ -265,8 +261,8 @@ def test_keys_between_two_ranges_are_not_read(d, packed, option, kernel):
 @pytest.mark.parametrize("d", [32, 64, 128, 256, 512])
 @pytest.mark.parametrize("size", [16, 64])
 def test_pages_that_no_row_of_a_tile_sees_are_not_read(size, d, packed, joined, kernel):
-    if joined and not checks.runs_cuda_kernels(kernel):
-        pytest.skip(COMPUTES_GAPS)
+    if joined:
+        checks.require_skipped_tiles(kernel)
     case, ranges, document, middle = documents(packed, 1, joined, d=d, dv=d, dtype="bfloat16")
     checks.require(kernel, dtype=case.dtype, d=d, dv=d)
     rng = np.random.default_rng(d)

@@ -131,9 +131,13 @@ struct NoWait {
   __device__ __forceinline__ void operator()() const {}
 };
 
+// Whether tile_gradient() computes dS without dropout's factor 1 / (1 − rate). The caller then passes rows
+// with delta · (1 − rate), and multiplies dQ and dK by dropout_scale().
+template <class S, class Score>
+inline constexpr bool kOmitsDropoutScale = Score::kDropout && !Score::kScalesGradient && S::kTransposed;
+
 // Computes S → P and dP → dS in place, with the object of a Score variant that has prefetched what it needs.
-// P has dropout applied, without its factor 1 / (1 − rate), and is multiplied by Score::kWeightScale. With a
-// transposed S and dropout alone, dS lacks this factor too, and `rows` has delta · (1 − rate).
+// P has dropout applied, without its factor 1 / (1 − rate), and is multiplied by Score::kWeightScale.
 // `partial`: the band hides some of the tile. wait_dp() is called before dP is read.
 template <GradientOf kOf = GradientOf::kProduct, class Score, class Tile, class S, class Rows,
           class Wait = NoWait>
@@ -154,7 +158,7 @@ __device__ __forceinline__ void tile_gradient(Score& score, const Tile& tile, co
   score.template differentiate<kOf>(s, dp, tile);  // S ← score(S); dP ← score'(S) ∘ dP
   if (partial) mask(s, tile.band(), tile.row(), tile.key);
   probabilities(s, rows, Score::power_scale(tile.p.spec));  // P = exp(S − lse)
-  if constexpr (Score::kDropout && !Score::kScalesGradient && S::kTransposed) {
+  if constexpr (kOmitsDropoutScale<S, Score>) {
     wait_dp();
     return score.drop_all(s, dp, rows);
   }

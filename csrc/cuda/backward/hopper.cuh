@@ -34,6 +34,7 @@
 #include "cuda/backward/hopper_single_consumer.cuh"
 #include "cuda/backward/hopper_state.cuh"
 #include "cuda/backward/query_sums.cuh"
+#include "cuda/gradient.cuh"
 #include "cuda/hopper/roles.cuh"
 #include "cuda/hopper/tile_scheduler.cuh"
 #include "cuda/launch.h"
@@ -92,8 +93,7 @@ struct BackwardSm90 {
       (Kind == ScoreKind::kPlain || Kind == ScoreKind::kRanges || lists_tiles(Kind)) && !Ordered &&
       M == kConsumerRows;
   static constexpr bool kStartsFromDelta = kSharesDsLate;
-  // With dropout alone, delta is multiplied by 1 − rate, and dS lacks the factor 1 / (1 − rate).
-  static constexpr bool kDividesDs = Kind == ScoreKind::kDropout;
+  static constexpr bool kOmitsDropoutScale = jax_flash::kOmitsDropoutScale<S, Score>;
   // Whether a step draws dropout's bits for the next step (hopper_dropout.cuh).
   static constexpr bool kDrawsAhead = Kind == ScoreKind::kDropout && M == 2 * kConsumerRows;
   static constexpr bool kRoundsDq = RoundsDq;
@@ -298,7 +298,7 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
   }
   if (plan.rounds_dq) return cudaSuccess;
   Problem scaled = p;
-  if constexpr (C::kDividesDs) scaled.spec.scale *= dropout_scale(p.spec);
+  if constexpr (C::kOmitsDropoutScale) scaled.spec.scale *= dropout_scale(p.spec);
   return convert_sums<T, C::kM>(scaled, sums, grid, workspace, stream);
 }
 

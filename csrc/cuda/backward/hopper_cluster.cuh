@@ -50,7 +50,7 @@ struct BackwardClusterSm90 {
   static constexpr int HeadDim = R.head_dim, ValueDim = R.value_dim, M = R.block_m, N = R.block_n;
   static constexpr ScoreKind kKind = Kind;
   static constexpr bool kOrdered = true;  // tickets may order the additions to dQ
-  static constexpr bool kStartsFromDelta = false, kDividesDs = false, kBiasByTma = false;
+  static constexpr bool kStartsFromDelta = false, kOmitsDropoutScale = false, kBiasByTma = false;
   static constexpr int kCluster = hopper::backward_cluster_ctas(R), kConsumers = 3, kThreads = R.warps * 32;
   // The CTAs of a cluster either share their keys and split the columns (kSharers = 2, kKeyParts = 1), or
   // split the keys (1, 2); (1, 1) is a cluster of one.

@@ -377,7 +377,7 @@ struct GradientConsumer {
         for_each(dv, [&](float& x, int, int, int) { x *= factor; });
       }
       store_rows_from_registers(dv, tile().dvalue, key(), tile().work.tile.end);
-      const float dk_factor = p.spec.scale * (C::kDividesDs ? dropout_scale(p.spec) : 1);
+      const float dk_factor = p.spec.scale * (C::kOmitsDropoutScale ? dropout_scale(p.spec) : 1);
       for_each(dk, [&](float& x, int, int, int) { x *= dk_factor; });  // dK ← scale · dK
       store_rows_from_registers(dk, tile().dkey, key(), tile().work.tile.end);
       shared.state_pipe.release(tile_index);

@@ -48,8 +48,7 @@ struct KeptOfStep {
 
  private:
   // A Philox block has 32 keys, those of two warps. The warp of the lower keys draws the blocks of the lower
-  // half of the rows for both, and the other warp those of the upper half. As in
-  // TileDropout::elements_of_transposed_blocks(), two lanes exchange the words of adjacent rows.
+  // half of the rows for both, and the other warp those of the upper half.
   __device__ __forceinline__ void draw_for_two(const TileDropout& at) const {
     constexpr int kTogether = 2;  // Philox blocks side by side: each is a chain of dependent instructions
     const uint32_t upper = Consumer::warp_row() / kKeys % 2, odd = Consumer::lane() / 4 % 2;
@@ -68,15 +67,11 @@ struct KeptOfStep {
       for (int b = 0; b < kTogether; ++b) {
 #pragma unroll
         for (int word = 0; word < 4; ++word) {
-          const uint32_t own = blocks[b].word[word], other = __shfl_xor_sync(~0u, own, 4);
-          // The bits of two adjacent rows, at `bit` and 16 bits further.
-          const auto set = [&](uint32_t halves, int bit) {
-            bits[word / 2] |=
-                ptx::size_not_below(__byte_perm(own, other, halves), threshold) & pair_of(1u << bit);
-          };
           const int bit = 4 * (group + b) + word % 2;
-          set(odd ? 0x3276 : 0x5410, bit);
-          set(odd ? 0x0347 : 0x6521, bit + 2);  // 8 rows further, from the words rotated by a byte
+          // The bits of two adjacent rows lie 16 bits apart.
+          exchange_rows(blocks[b].word[word], odd, threshold, [&](int pair, uint32_t mask) {
+            bits[word / 2] |= mask & pair_of(1u << (bit + 2 * pair));
+          });
         }
       }
     }

@@ -230,7 +230,8 @@ struct GradientProducer {
           };
           const auto store = [&](int i, float2 x) {
             shared.statistics[stage].lse[i] = row_lse(x.x);
-            const float delta = row_delta(x.x, x.y), kept = C::kDividesDs ? 1 - p.spec.dropout_rate : 1;
+            const float delta = row_delta(x.x, x.y),
+                        kept = C::kOmitsDropoutScale ? 1 - p.spec.dropout_rate : 1;
             shared.statistics[stage].delta[i] = C::kStartsFromDelta ? -delta : delta * kept;
             large_lse |= lse_too_large(row_lse(x.x));
             unseen |= x.x == -INFINITY;

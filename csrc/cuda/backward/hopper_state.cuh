@@ -244,7 +244,7 @@ struct KeyTileState {
     walk.tiles = tiles_of(grid.segments[slot], C::kM);
     walk.gap = grid.gaps[slot];
     reload_shared();
-    if (grid.tickets) {  // leaves out whole tickets only, as tiles_before() does
+    if (grid.tickets) {  // The gap shrinks to whole tickets, because tiles_before() counts by tickets.
       const int32_t tiles = 1 << grid.ticket_shift;
       walk.gap = {(walk.gap.lo + tiles - 1) & -tiles, walk.gap.hi & -tiles};
     }

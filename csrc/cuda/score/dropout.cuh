@@ -90,6 +90,19 @@ struct KeptNumbers {
 template <class S>
 using KeptTile = KeptNumbers<S, S::kColumnTiles>;
 
+// Exchanges a word of a block between two lanes of a transposed S that hold adjacent rows, 4 lanes apart.
+// Calls set(0, mask) with the kept elements of both rows, the even one's in the lower half, and set(1, mask)
+// with those of the rows 8 further. `own`: the word of this lane's row, which is odd or even.
+template <class Set>
+__device__ __forceinline__ void exchange_rows(uint32_t own, uint32_t odd, uint32_t threshold, Set set) {
+  const uint32_t other = __shfl_xor_sync(~0u, own, 4);
+  const auto masks = [&](uint32_t halves) {
+    return ptx::size_not_below(__byte_perm(own, other, halves), threshold);
+  };
+  set(0, masks(odd ? 0x3276 : 0x5410));
+  set(1, masks(odd ? 0x0347 : 0x6521));  // from the words rotated by a byte
+}
+
 // Dropout in a warp's accumulator of one batch entry and head, whose first row is `row` and whose first
 // column is `key`. Only for calls with dropout.
 struct TileDropout {
@@ -219,15 +232,8 @@ struct TileDropout {
         const PhiloxBlock block = philox(dropout.key0, dropout.key1, dropout.counter(batch, head, i, index));
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const uint32_t own = upper ? block.word[2 + e] : block.word[e];
-          const uint32_t other = __shfl_xor_sync(~0u, own, 4);
-          // The even row's half-word goes to the lower half, the odd row's to the upper half; `own` belongs
-          // to this lane's row.
-          const auto masks = [&](uint32_t halves) {
-            return ptx::size_not_below(__byte_perm(own, other, halves), threshold);
-          };
-          result.set_rows(slot, n, e, masks(odd ? 0x3276 : 0x5410));
-          result.set_rows(slot + 2, n, e, masks(odd ? 0x0347 : 0x6521));  // from the words rotated by a byte
+          exchange_rows(upper ? block.word[2 + e] : block.word[e], odd, threshold,
+                        [&](int pair, uint32_t mask) { result.set_rows(slot + 2 * pair, n, e, mask); });
         }
       }
     }

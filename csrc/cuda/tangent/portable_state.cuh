@@ -161,7 +161,8 @@ class TangentRing<0, kThreads, KTile, VTile, kSkips> {
 
  private:
   TileRing<0, kThreads, KTile, VTile, Source, kSkips> primal_;
-  TileRing<0, kThreads, KTile, VTile, Source> tangent_;  // is told of every tile
+  // Each call names the tile that it loads, so this ring does not have to find the next one.
+  TileRing<0, kThreads, KTile, VTile, Source> tangent_;
 };
 
 // lse and the running r = rowsum(P ∘ dS) of a thread's rows.

@@ -17,10 +17,10 @@ struct Options {
   bool alibi;
 };
 
-// With dropout alone and a transposed S, delta has the factor 1 − rate, and so has dS.
+// The factor that delta and dS have.
 template <class S, class Score>
 float ds_factor(const Options& options) {
-  return Score::kDropout && !Score::kScalesGradient && S::kTransposed ? 1 - options.rate : 1;
+  return kOmitsDropoutScale<S, Score> ? 1 - options.rate : 1;
 }
 
 struct RowsOf {
