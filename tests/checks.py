@@ -67,13 +67,6 @@ def require_skipped_tiles(implementation: str) -> None:
         pytest.skip("the CPU's kernels compute some tiles that masks hide")
 
 
-def runs_portable_kernels(implementation: str) -> bool:
-    """Whether a card without kernels of its own, or the emulator, runs CUDA's portable kernels."""
-    if not runs_cuda_kernels(implementation):
-        return False
-    return all(d.platform != "gpu" or compute_capability(d) != 90 for d in jax.devices())
-
-
 def why_no_case(implementation: str, case: Case) -> str | None:
     """What a case needs and the library lacks."""
     return why_not_built(implementation, ("forward",), case.dtype, (case.d, case.dv))

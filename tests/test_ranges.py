@@ -119,9 +119,9 @@ def test_masks_of_models(d, packed, name, deterministic, implementation):
 
 
 WITH_OPTIONS = [
-    Case("softcap, ALiBi, sinks", softcap=3.0, alibi_slopes=(2,), sinks=True),
+    Case("softcap, ALiBi, sinks", softcap=3.0, alibi_slopes=(8,), sinks=True),
     Case("softcap, dropout", softcap=3.0, dropout_rate=0.3),
-    Case("bias, segments", bias=(1, 2, 650, 650), segments=3),
+    Case("bias, segments", bias=(1, 8, 650, 650), segments=3),
 ]
 
 
@@ -132,7 +132,8 @@ WITH_OPTIONS = [
 def test_masks_of_models_with_options(d, options, packed, name, kernel):
     """The general kernels, with lengths that no tile divides."""
     sequences = (30, 650)
-    case = replace(options, name=name, b=1, sq=650, sk=650, hq=2, hk=1, d=d, dv=d, dtype="bfloat16")
+    # The error of plain attention is the measure of a sink's gradient, and by chance it is small for two heads.
+    case = replace(options, name=name, b=1, sq=650, sk=650, hq=8, hk=4, d=d, dv=d, dtype="bfloat16")
     limits = structured(name, case.sq)[None, None]
     if packed:
         if options.segments:

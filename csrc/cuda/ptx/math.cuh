@@ -62,20 +62,20 @@ __device__ __forceinline__ uint32_t size_not_below(uint32_t x, uint32_t y) {
   return __hgeu2_mask(__habs2(reinterpret_cast<const __half2&>(x)), reinterpret_cast<const __half2&>(y));
 }
 
-// x, or 0 where `bit` of `word` is 0. ptxas moves several bits of a word to predicates at once, but it does
-// not find this for the same test in C++.
-__device__ __forceinline__ float zero_unless_bit(uint32_t word, uint32_t bit, float x) {
-  float y;
+// Where `bit` of `word` is set: sum ← x · y + sum. Elsewhere: x ← 0, and y is not read. ptxas moves several
+// bits of a word to predicates at once, but it does not find this for the same test in C++.
+__device__ __forceinline__ void multiply_add_if_bit(uint32_t word, uint32_t bit, float& x, float y,
+                                                    float& sum) {
   asm("{\n"
       ".reg .pred set;\n"
       ".reg .b32 own;\n"
-      "and.b32 own, %1, %2;\n"
+      "and.b32 own, %2, %3;\n"
       "setp.ne.u32 set, own, 0;\n"
-      "selp.f32 %0, %3, 0f00000000, set;\n"
+      "@set fma.rn.f32 %1, %0, %4, %1;\n"
+      "selp.f32 %0, %0, 0f00000000, set;\n"
       "}"
-      : "=f"(y)
-      : "r"(word), "r"(bit), "f"(x));
-  return y;
+      : "+f"(x), "+f"(sum)
+      : "r"(word), "r"(bit), "f"(y));
 }
 
 // Bytes 0 and 2 (1 and 3) of x in the lower two bytes.

@@ -51,9 +51,10 @@ struct KeptElements {
   __device__ __forceinline__ bool at(int slot, int n, int e) const {
     return bits[index(slot, n, e) / 32] >> index(slot, n, e) % 32 & 1;
   }
-  // x where the element is kept, else 0.
-  __device__ __forceinline__ float keep(int slot, int n, int e, float x) const {
-    return ptx::zero_unless_bit(bits[index(slot, n, e) / 32], 1u << index(slot, n, e) % 32, x);
+  // Where the element is kept: sum ← x · y + sum. Elsewhere: x ← 0, and y, which may be infinite, is not read.
+  __device__ __forceinline__ void multiply_add(int slot, int n, int e, float& x, float y, float& sum) const {
+    const int i = index(slot, n, e);
+    ptx::multiply_add_if_bit(bits[i / 32], 1u << i % 32, x, y, sum);
   }
 };
 
@@ -337,10 +338,9 @@ struct WithDropout : Score {
   template <class Rows>
   __device__ __forceinline__ void drop_all(S& s, S& dp, const Rows& rows) const {
     for_each(s, [&](float& x, int slot, int n, int e) {
-      float& ds = dp.at(slot, n, e);
-      const float of_delta = x * rows.delta(slot);
-      x = kept_elements.keep(slot, n, e, x);
-      ds = fmaf(x, ds, -of_delta);
+      float ds = -x * rows.delta(slot);
+      kept_elements.multiply_add(slot, n, e, x, dp.at(slot, n, e), ds);
+      dp.at(slot, n, e) = ds;
     });
   }
   template <class Tile>

@@ -27,7 +27,13 @@ inline uint32_t sign_of_low(uint32_t x) { return x & 0x8000u ? ~0u : 0; }
 inline uint32_t sign_of_high(uint32_t x) { return x & 0x80000000u ? ~0u : 0; }
 inline uint32_t even_bytes(uint32_t x) { return (x & 0xFFu) | (x >> 8 & 0xFF00u); }
 inline uint32_t odd_bytes(uint32_t x) { return even_bytes(x >> 8); }
-inline float zero_unless_bit(uint32_t word, uint32_t bit, float x) { return word & bit ? x : 0; }
+inline void multiply_add_if_bit(uint32_t word, uint32_t bit, float& x, float y, float& sum) {
+  if (word & bit) {
+    sum = std::fma(x, y, sum);
+  } else {
+    x = 0;
+  }
+}
 inline uint32_t size_not_below(uint32_t x, uint32_t y) {
   const auto half = [](uint32_t bits, int shift) {
     const auto upper = static_cast<uint16_t>(bits >> shift);
