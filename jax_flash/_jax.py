@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,6 +60,18 @@ def manual_axes() -> tuple[bool, bool]:
 def varying_axes(x: Any) -> frozenset[str]:
     """The manual mesh axes over which x differs between devices."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def equally_varying(operands: dict[str, jax.Array], also: Sequence[str] = ()) -> dict[str, jax.Array]:
+    """The operands, cast to vary over the union of their manual axes and the axes `also`; the cast's transpose sums
+    gradients."""
+    axes = frozenset(also).union(*map(varying_axes, operands.values()))
+
+    def cast(x: jax.Array) -> jax.Array:
+        missing = tuple(sorted(axes - varying_axes(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return {name: cast(x) for name, x in operands.items()}
 
 
 def sharded_like(x: jax.Array, other: jax.Array) -> jax.Array:

@@ -106,6 +106,19 @@ def test_the_largest_numbers_do_not_wrap_around():
     assert near.picture(2, 3) == ["#..", "..#"]
 
 
+def test_a_search_for_keys_is_a_loop_in_the_program():
+    """Unrolled, XLA of jax 0.12 compiled a search among 64 packed keys for minutes."""
+
+    def gathers(keys):
+        x, offsets = jnp.ones((keys, 1, D)), jnp.array([0, keys], jnp.int32)
+        position = jnp.arange(keys, dtype=jnp.int32)
+        mask = masks.by_position(position, position, window=(3, None))
+        call = jax.jit(lambda x, mask: flash_attention_varlen(x, x, x, offsets, mask=mask))
+        return call.lower(x, mask).as_text().count("stablehlo.gather")
+
+    assert gathers(4096) == gathers(16)
+
+
 RINGS = {
     "segments": lambda x: masks.causal() & masks.segments(x),
     "diffusion": lambda x: masks.block_diffusion(6),
