@@ -89,7 +89,8 @@ def sharded_like(x: jax.Array, other: jax.Array) -> jax.Array:
 
 
 def in_automatic_axes(run: Callable[[Any], Any], operands: Any, shardings: Any) -> Any:
-    """run(operands) with automatic instead of explicit mesh axes inside; `shardings` are those of the results' types.
+    """run(operands) with automatic instead of explicit mesh axes inside; `shardings` are those of the results' types,
+    or a function that makes them from the results' shapes.
 
     Under explicit axes JAX refuses gathers, scatters and padding whose result it does not know how to shard.
     """
@@ -97,6 +98,9 @@ def in_automatic_axes(run: Callable[[Any], Any], operands: Any, shardings: Any) 
     mesh = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
     if mesh is None:
         return run(operands)
+    if callable(shardings):
+        types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), operands)
+        shardings = shardings(jax.eval_shape(run, types))
     whole = NamedSharding(mesh, PartitionSpec())  # for results whose type has no sharding
     on_mesh = jax.tree.map(lambda sharding: whole if sharding.mesh.empty else sharding, shardings)
     axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind is AxisType.Explicit)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import and_
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jax import Array
 
 from . import mask_arrays
 from . import mask_forms as forms
+from ._jax import in_automatic_axes, same_dim
 from .mask_forms import Form, Pair
 from .mask_rows import Rows
 
@@ -314,19 +315,14 @@ def _both_blocks(a: forms.Blocks, b: forms.Blocks) -> forms.Blocks:
 
 
 def both_segments(a: forms.Segments, b: forms.Segments) -> forms.Segments:
-    """Ids that are equal where both ids are equal: the ranks of pairs of ranks."""
+    """Ids that are equal where both ids are equal: numbers of the pairs of ids."""
 
-    def ranks(q: Array, k: Array) -> tuple[Array, Array]:
-        both = jnp.concatenate([q, k], 1)
-        rank = jax.vmap(lambda x: jnp.searchsorted(jnp.sort(x), x, side="left"))(both).astype(jnp.int32)
-        return rank[:, : q.shape[1]], rank[:, q.shape[1] :]
-
-    def pair(x: Array, y: Array) -> Array:
+    def pairs(name: str, x: Array, y: Array) -> Array:
+        if not all(same_dim(m, n) or 1 in (m, n) for m, n in zip(x.shape, y.shape)):
+            raise ValueError(
+                f"masks: segments(…) & segments(…) must have {name} of one shape, got {x.shape} and {y.shape}"
+            )
         return jnp.stack(jnp.broadcast_arrays(x, y), -1)
-
-    (qa, ka), (qb, kb) = ranks(a.q_ids, a.kv_ids), ranks(b.q_ids, b.kv_ids)
-    rows, keys = pair(qa, qb), pair(ka, kb)
-    both = jnp.concatenate([rows, keys], 1)
 
     def number(x: Array) -> Array:
         order = jnp.lexsort((x[:, 1], x[:, 0]))
@@ -334,8 +330,27 @@ def both_segments(a: forms.Segments, b: forms.Segments) -> forms.Segments:
         new = jnp.concatenate([jnp.zeros(1, bool), (sorted_[1:] != sorted_[:-1]).any(-1)])
         return jnp.zeros(x.shape[0], jnp.int32).at[order].set(jnp.cumsum(new, dtype=jnp.int32))
 
-    numbers = jax.vmap(number)(both)
-    return forms.Segments(numbers[:, : rows.shape[1]], numbers[:, rows.shape[1] :])
+    def joined(both: tuple[forms.Segments, forms.Segments]) -> forms.Segments:
+        a, b = both
+        rows, keys = pairs("q_ids", a.q_ids, b.q_ids), pairs("kv_ids", a.kv_ids, b.kv_ids)
+        shapes = rows.shape[:2], keys.shape[:2]
+        if not same_dim(
+            shapes[0][0], shapes[1][0]
+        ):  # rows or keys belong to all entries, which are numbered together
+            rows, keys = rows.reshape(1, -1, 2), keys.reshape(1, -1, 2)
+        numbers = jax.vmap(number)(jnp.concatenate([rows, keys], 1))
+        q, k = numbers[:, : rows.shape[1]], numbers[:, rows.shape[1] :]
+        return forms.Segments(q.reshape(shapes[0]), k.reshape(shapes[1]))
+
+    def shardings(shapes: forms.Segments) -> forms.Segments:
+        found = []
+        for name in ("q_ids", "kv_ids"):
+            arrays, shape = (getattr(a, name), getattr(b, name)), getattr(shapes, name).shape
+            whole = [x for x in arrays if all(map(same_dim, x.shape, shape))] or arrays
+            found.append(jax.typeof(whole[0]).sharding)
+        return forms.Segments(*found)
+
+    return cast("forms.Segments", in_automatic_axes(joined, (a, b), shardings))
 
 
 # --- text ------------------------------------------------------------------------------------------------------------

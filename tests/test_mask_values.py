@@ -55,6 +55,15 @@ def test_a_window_has_two_sides():
     assert masks.window(0, None).picture(3) == ["###", ".##", "..#"]
 
 
+def test_segments_of_all_entries_and_of_each_combine():
+    """Ids of rows that all entries share, and of keys of their own, in either mask."""
+    shared = masks.segments([0, 0, 1], [[0, 1, 1], [0, 0, 0]])
+    own = masks.segments([[2, 3, 2]], [[2, 2, 3]])
+    for both in (shared & own, own & shared):
+        assert both.picture(3) == ["#..", "...", ".#."]
+        assert both.picture(3, entry=1) == ["##.", "..#", "..."]
+
+
 def test_segments_attend_to_their_own():
     assert masks.segments(jnp.array([[0, 0, 1]]), jnp.array([[1, 0, 1, 2]])).picture(3, 4) == [
         ".#..",
@@ -264,6 +273,11 @@ def test_repr_draws_the_corner_of_a_larger_one():
         (lambda: masks.blocks(jnp.zeros((1, 1, 1, 1), jnp.int32), (16, 24)), ValueError, "block has 24"),
         (lambda: masks.dense(jnp.ones((1, 1, 2, 2))), TypeError, "boolean of rank 4"),
         (lambda: masks.segments(jnp.zeros((1, 1, 3), jnp.int32)), ValueError, "q_ids must have rank 1 or 2"),
+        (
+            lambda: masks.segments([0, 1, 2]) & masks.segments([0, 1]),
+            ValueError,
+            r"segments.* & segments.* must have q_ids of one shape, got \(1, 3\) and \(1, 2\)",
+        ),
     ],
 )
 def test_errors_name_the_argument(call, error, message):
