@@ -98,6 +98,10 @@ def test_the_largest_numbers_do_not_wrap_around():
     assert masks.causal(most).picture(2) == ["##", "##"]
     assert masks.causal(-most - 1).picture(2) == ["..", ".."]
     assert masks.first_and_window(most, most).picture(2) == ["#.", "##"]
+    assert masks.window(2**40, 0).picture(2) == masks.chunked(2**40).picture(2) == ["#.", "##"]
+    assert masks.window(0, 2**40).picture(2) == ["##", ".#"]
+    assert masks.prefix_lm(2**40).picture(2) == ["##", "##"]
+    assert masks.block_diffusion(2**40).picture(4) == masks.block_diffusion(2).picture(4)
     far = masks.by_position(
         [[MOST - 1, MOST]], [[MOST - 2, MOST - 1, MOST]], window=(MOST, MOST), causal=False
     )

@@ -269,6 +269,46 @@ def test_repr_draws_the_corner_of_a_larger_one():
             "lo must be int32, got float32",
         ),
         (lambda: masks.ranges([0.5], [1]), TypeError, "lo must hold integers"),
+        (
+            lambda: masks.causal(2**40),
+            ValueError,
+            r"causal: offset must be within ±2147483647, got 1099511627776",
+        ),
+        (
+            lambda: masks.by_position([0], [0], window=5),
+            TypeError,
+            r"window must be None or a pair \(left, right\), got 5",
+        ),
+        (
+            lambda: masks.by_position([0], [0], window=(-1, 0)),
+            ValueError,
+            "window's left must be ≥ 0, or None .* got -1",
+        ),
+        (
+            lambda: masks.by_position([0], [0], window=(1.5, 0)),
+            TypeError,
+            "window's left must hold integers, got float64",
+        ),
+        (
+            lambda: masks.blocks(jnp.zeros((1, 1, 1, 1), jnp.int32), 16),
+            TypeError,
+            r"block must be a pair .* got 16",
+        ),
+        (
+            lambda: masks.from_function(lambda b, h, i, j: j <= i, -3, 3),
+            ValueError,
+            "sq must be an int of at least 0, got -3",
+        ),
+        (
+            lambda: masks.from_function(lambda b, h, i, j: np.ones((3, 3), bool), 4, 4),
+            ValueError,
+            r"f must return booleans that broadcast to \(1, 1, 4, 4\), got shape \(3, 3\)",
+        ),
+        (
+            lambda: jax.jit(lambda n: masks.from_function(lambda b, h, i, j: j <= i + n, 4, 4))(1),
+            TypeError,
+            "f depends on a value that is traced",
+        ),
         (lambda: masks.chunked(0), ValueError, "size must be an int of at least 1, got 0"),
         (lambda: masks.blocks(jnp.zeros((1, 1, 1, 1), jnp.int32), (16, 24)), ValueError, "block has 24"),
         (lambda: masks.dense(jnp.ones((1, 1, 2, 2))), TypeError, "boolean of rank 4"),
