@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,6 +62,18 @@ def varying_axes(x: Any) -> frozenset[str]:
     return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
+def equally_varying(operands: dict[str, jax.Array], also: Sequence[str] = ()) -> dict[str, jax.Array]:
+    """The operands, cast to vary over the union of their manual axes and the axes `also`; the cast's transpose sums
+    gradients."""
+    axes = frozenset(also).union(*map(varying_axes, operands.values()))
+
+    def cast(x: jax.Array) -> jax.Array:
+        missing = tuple(sorted(axes - varying_axes(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return {name: cast(x) for name, x in operands.items()}
+
+
 def sharded_like(x: jax.Array, other: jax.Array) -> jax.Array:
     """x, resharded to the sharding in other's type where explicit mesh axes make them differ.
 
@@ -77,7 +89,8 @@ def sharded_like(x: jax.Array, other: jax.Array) -> jax.Array:
 
 
 def in_automatic_axes(run: Callable[[Any], Any], operands: Any, shardings: Any) -> Any:
-    """run(operands) with automatic instead of explicit mesh axes inside; `shardings` are those of the results' types.
+    """run(operands) with automatic instead of explicit mesh axes inside; `shardings` are those of the results' types,
+    or a function that makes them from the results' shapes.
 
     Under explicit axes JAX refuses gathers, scatters and padding whose result it does not know how to shard.
     """
@@ -85,6 +98,9 @@ def in_automatic_axes(run: Callable[[Any], Any], operands: Any, shardings: Any) 
     mesh = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
     if mesh is None:
         return run(operands)
+    if callable(shardings):
+        types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), operands)
+        shardings = shardings(jax.eval_shape(run, types))
     whole = NamedSharding(mesh, PartitionSpec())  # for results whose type has no sharding
     on_mesh = jax.tree.map(lambda sharding: whole if sharding.mesh.empty else sharding, shardings)
     axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind is AxisType.Explicit)

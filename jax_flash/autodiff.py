@@ -29,7 +29,6 @@ from .primitives import (
     RING,
     bind,
     declare,
-    equally_varying,
     result_shapes,
     result_types,
 )
@@ -55,7 +54,7 @@ def _in_plain_jax(spec: AttentionSpec, operands: Operands) -> Sequence[jax.Array
     if _jax.manual_axes()[0] and is_empty(operands):
         return without_elements(spec, operands)
     if spec.ring is not None:
-        operands = equally_varying(operands, spec.ring.axes)
+        operands = _jax.equally_varying(operands, spec.ring.axes)
         return passes.run(FORWARD, spec, operands, lambda _, *part: reference.attention(*part))
     equations = partial(gather.attention if spec.paged else reference.attention, spec)
     if _jax.manual_axes()[0]:  # JAX cannot differentiate a change of axis types in such a region
@@ -74,7 +73,7 @@ def without_elements(spec: AttentionSpec, operands: Operands) -> Results:
     query = operands["query"]
     shapes = result_shapes(FORWARD, spec, {name: x.shape for name, x in operands.items()})
     made = {name: jnp.zeros(shape, query.dtype) for name, shape in zip(result_names(FORWARD, spec), shapes)}
-    varying = equally_varying(operands | made, spec.ring.axes if spec.ring else ())
+    varying = _jax.equally_varying(operands | made, spec.ring.axes if spec.ring else ())
     wide = jnp.promote_types(query.dtype, jnp.float32)
     return tuple(varying[name].astype(wide if is_float32(name) else query.dtype) for name in made)
 

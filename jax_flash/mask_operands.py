@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec
 
+from . import _jax
 from . import mask_forms as forms
 from ._jax import same_dim
 from .checker import Checker
@@ -22,6 +25,8 @@ from .spec import UNLIMITED, AttentionSpec, Ring, narrower
 from .zigzag import zigzag_unpermute
 
 Operands = dict[str, Array]
+# The arrays of a call that masks read.
+_READ = ("cu_seqlens_q", "cu_seqlens_k", "kv_lengths", "q_segment_ids", "kv_segment_ids")
 
 
 @dataclass(frozen=True)
@@ -68,41 +73,78 @@ def apply(
             NotImplementedError,
         )
     if not (sizes.packed and same_dim(sizes.batch, 0)):  # otherwise no row belongs to a sequence
-        spec = _add(mask, spec, operands, _rows(spec, operands, ring), sizes)
+        spec = _add(mask, spec, operands, ring, sizes)
     return replace(spec, operands=tuple(name for name in OPTIONAL if name in operands))
 
 
-def _add(mask: Mask, spec: AttentionSpec, operands: Operands, rows: Rows, sizes: Sizes) -> AttentionSpec:
-    visible = forms.resolve(mask.conditions, rows)
+def _add(
+    mask: Mask, spec: AttentionSpec, operands: Operands, ring: Ring | None, sizes: Sizes
+) -> AttentionSpec:
+    leaves, tree = jax.tree.flatten(mask.conditions)
+    of_mask = {n: x for n, x in enumerate(leaves) if isinstance(x, Array)}
+    of_call = {name: operands[name] for name in _READ if name in operands}
+
+    def made(arrays: tuple[dict[int, Array], Operands]) -> Operands:
+        of_mask, of_call = arrays
+        conditions = jax.tree.unflatten(tree, [of_mask.get(n, x) for n, x in enumerate(leaves)])
+        return _made(conditions, _rows(spec, operands | of_call, ring), of_call, sizes)
+
+    def shardings(shapes: Any) -> dict[str, NamedSharding]:
+        return {name: _sharding(spec, operands, name, x.shape) for name, x in shapes.items()}
+
+    operands |= _jax.in_automatic_axes(made, (of_mask, of_call), shardings)
+    if "ranges" in operands:
+        spec = replace(spec, reach=forms.reach_of(mask.conditions))
+    blocks = [x.block for x in mask.conditions if isinstance(x, forms.Blocks)]
+    return replace(spec, block=blocks[0]) if blocks else spec
+
+
+def _made(conditions: tuple[Form, ...], rows: Rows, operands: Operands, sizes: Sizes) -> Operands:
+    """The operands by which a mask reaches the call."""
+    found: Operands = {}
+    visible = forms.resolve(conditions, rows)
     if visible.pairs:
         whole = jnp.zeros((1, 1, sizes.rows), jnp.int32)
         limits = jnp.broadcast_arrays(whole, *(x for pair in visible.pairs for x in pair))
         ranges = jnp.stack(limits[1:], -1)
-        operands["ranges"] = ranges[0] if sizes.packed else ranges
-        spec = replace(spec, reach=forms.reach_of(mask.conditions))
+        found["ranges"] = ranges[0] if sizes.packed else ranges
     if visible.segments is not None:
-        _add_segments(operands, visible.segments, sizes)
+        found |= _segments(operands, visible.segments, sizes)
     if visible.dense is not None:
-        operands["mask"] = visible.dense
-    if visible.blocks is None:
-        return spec
-    shown = visible.blocks.shown(-(-sizes.columns // visible.blocks.block[1]))
+        found["mask"] = visible.dense
+    if visible.blocks is not None:
+        found["block_mask"] = _block_mask(visible.blocks, rows, sizes)
+    return found
+
+
+def _block_mask(blocks: forms.Blocks, rows: Rows, sizes: Sizes) -> Array:
+    shown = blocks.shown(-(-sizes.columns // blocks.block[1]))
     if rows.whole is not None:  # a ring's calls select their blocks from those of all devices
         shown = jnp.swapaxes(rows.whole(jnp.swapaxes(shown, 2, 3)), 2, 3)
     if shown.shape[1] == sizes.kv_heads:
         shown = jnp.repeat(shown, sizes.heads // sizes.kv_heads, 1)
-    operands["block_mask"] = shown
-    return replace(spec, block=visible.blocks.block)
+    return shown
 
 
-def _add_segments(operands: Operands, ids: forms.Segments, sizes: Sizes) -> None:
+def _segments(operands: Operands, ids: forms.Segments, sizes: Sizes) -> Operands:
     q = jnp.broadcast_to(ids.q_ids, (sizes.batch, sizes.rows))
     k = jnp.broadcast_to(ids.kv_ids, (sizes.batch, ids.kv_ids.shape[-1]))
     if "q_segment_ids" in operands:
         given = forms.Segments(operands["q_segment_ids"], operands["kv_segment_ids"])
         both = both_segments(given, forms.Segments(q, k))
         q, k = both.q_ids, both.kv_ids
-    operands["q_segment_ids"], operands["kv_segment_ids"] = q, k
+    return {"q_segment_ids": q, "kv_segment_ids": k}
+
+
+def _sharding(spec: AttentionSpec, operands: Operands, name: str, shape: tuple[Any, ...]) -> NamedSharding:
+    """The explicit sharding of a mask's operand: along the dimensions that query and key have, theirs."""
+    of_dim: dict[str, Any] = {}
+    for source in ("key", "query"):
+        sharding = jax.typeof(operands[source]).sharding
+        of_dim |= zip(spec.dims[source], sharding.spec)
+    dims = zip(spec.dims[name], shape)
+    entries = [None if same_dim(size, 1) else of_dim.get(dim.rstrip("*")) for dim, size in dims]
+    return NamedSharding(sharding.mesh, PartitionSpec(*entries))
 
 
 # --- a band --------------------------------------------------------------------------------------------------------

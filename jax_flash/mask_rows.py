@@ -8,7 +8,9 @@ from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
+
+from ._jax import equally_varying
 
 Data = int | Array  # a number, or one for each batch entry, int32 [b]
 MOST = 2**31 - 1
@@ -88,14 +90,18 @@ class SortedKeys:
 
     def first_from(self, wanted: Array, *, above: bool = False) -> Array:
         """The index [b, s] of the first element of each row's list that is ≥ `wanted` (> with `above`)."""
-        lo = jnp.zeros_like(wanted)
-        hi = jnp.broadcast_to(
-            self.count, jnp.broadcast_shapes(wanted.shape, self.count.shape, self.start.shape)
-        )
-        lo = jnp.broadcast_to(lo, hi.shape)
-        for _ in range(self.most.bit_length() if isinstance(self.most, int) else 31):
+        wide = jnp.broadcast_shapes(wanted.shape, self.count.shape, self.start.shape)
+        given = {"lo": jnp.zeros_like(wanted), "hi": self.count, "start": self.start, "wanted": wanted}
+        given = {name: jnp.broadcast_to(x, wide) for name, x in given.items()}
+        lo, hi, start, wanted, elements = equally_varying(given | {"elements": self.elements}).values()
+
+        def step(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+            lo, hi = bounds
             middle = (lo + hi) // 2
-            element = self.elements.at[self.start + middle].get(mode="fill", fill_value=MOST)
+            element = elements.at[start + middle].get(mode="fill", fill_value=MOST)
             before = (element <= wanted if above else element < wanted) & (lo < hi)
-            lo, hi = jnp.where(before, middle + 1, lo), jnp.where(before, hi, middle)
-        return lo
+            return jnp.where(before, middle + 1, lo), jnp.where(before, hi, middle)
+
+        # Unrolled, XLA would fuse the steps on CPUs and compile each twice as often as the next one (jax 0.12).
+        steps = self.most.bit_length() if isinstance(self.most, int) else 31
+        return lax.fori_loop(0, steps, step, (lo, hi))[0]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import and_
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,9 @@ from jax import Array
 
 from . import mask_arrays
 from . import mask_forms as forms
+from ._jax import in_automatic_axes, same_dim
 from .mask_forms import Form, Pair
-from .mask_rows import Rows
+from .mask_rows import MOST, Rows
 
 ArrayLike = Any
 _DRAWN = 16  # the most rows and keys in a picture
@@ -88,7 +89,7 @@ def causal(offset: int | ArrayLike = 0) -> Mask:
     Args:
       offset: an int, or int32 `[b]`: a diagonal that is data.
     """
-    return Mask((forms.Band(None, 0, _data("causal", "offset", offset)),))
+    return Mask((forms.Band(None, 0, _offset("causal", offset)),))
 
 
 def window(
@@ -102,7 +103,7 @@ def window(
     sides = [
         None if x is None else _data("window", name, x) for name, x in (("left", left), ("right", right))
     ]
-    return Mask((forms.Band(sides[0], sides[1], _data("window", "offset", offset)),))
+    return Mask((forms.Band(sides[0], sides[1], _offset("window", offset)),))
 
 
 def segments(q_ids: ArrayLike, kv_ids: ArrayLike | None = None) -> Mask:
@@ -143,7 +144,7 @@ def by_position(
       causal: keys at or before the row's position.
       window: `(left, right)` around it, each an int ≥ 0 or None for unlimited.
     """
-    left, right = (None, None) if window is None else window
+    left, right = _sides("by_position", window)
     return Mask(
         (
             forms.Positions(
@@ -199,6 +200,8 @@ def blocks(chosen: ArrayLike, block: tuple[int, int]) -> Mask:
         rows past the last block see no key.
       block: `(bq, bk)`, multiples of 16 from 16 to 256.
     """
+    if not isinstance(block, (tuple, list)) or len(block) != 2:
+        raise TypeError(f"masks.blocks: block must be a pair (rows, keys), got {block!r}")
     for size in block:
         if _positive("blocks", "block", size) % 16 or size > 256:
             raise ValueError(f"masks.blocks: block has {size}, allowed are multiples of 16 from 16 to 256")
@@ -221,8 +224,22 @@ def from_function(f: Callable[..., Any], sq: int, sk: int, *, batch: int = 1, he
       f: takes `(b, h, i, j)`, integer arrays of NumPy that broadcast against each other, and returns booleans.
       sq, sk, batch, heads: the sizes for which it is evaluated.
     """
-    grid = np.ogrid[:batch, :heads, :sq, :sk]
-    seen = np.broadcast_to(np.asarray(f(*grid), bool), (batch, heads, sq, sk))
+    name, shape = "from_function", (batch, heads, sq, sk)
+    for size, given in zip(("batch", "heads", "sq", "sk"), shape):
+        if isinstance(given, bool) or not isinstance(given, (int, np.integer)) or given < 0:
+            raise ValueError(f"masks.{name}: {size} must be an int of at least 0, got {given!r}")
+    made = f(*np.ogrid[:batch, :heads, :sq, :sk])
+    if isinstance(made, jax.core.Tracer):
+        raise TypeError(
+            f"masks.{name}: f depends on a value that is traced, and is evaluated while tracing; masks.ranges(…) and "
+            "masks.dense(…) take such arrays"
+        )
+    made = np.asarray(made, bool)
+    if made.ndim > 4 or not all(n in (1, size) for n, size in zip(made.shape[::-1], shape[::-1])):
+        raise ValueError(
+            f"masks.{name}: f must return booleans that broadcast to {shape}, got shape {made.shape}"
+        )
+    seen = np.broadcast_to(made, shape)
     if (pairs := mask_arrays.ranges_of(seen)) is not None:
         return Mask((forms.Ranges(tuple(forms.between(*map(jnp.asarray, pair)) for pair in pairs)),))
     if (found := mask_arrays.blocks_of(seen)) is not None:
@@ -261,16 +278,36 @@ def _per_token(function: str, name: str, x: ArrayLike) -> Array:
 
 
 def _data(function: str, name: str, x: int | ArrayLike) -> int | Array:
-    """A number, or one for each batch entry."""
+    """A number, or one for each batch entry. One that int32 does not hold is further than any key."""
     if isinstance(x, int) and not isinstance(x, bool):
-        return x
+        return max(-MOST, min(x, MOST))
     return _int32(function, name, x, (0, 1))
+
+
+def _offset(function: str, x: int | ArrayLike) -> int | Array:
+    """A diagonal. One that int32 does not hold has no other to stand for it, since a window may be as large."""
+    if isinstance(x, int) and not -MOST <= x <= MOST:
+        raise ValueError(f"masks.{function}: offset must be within ±{MOST}, got {x}")
+    return _data(function, "offset", x)
+
+
+def _sides(function: str, window: Any) -> list[int | Array | None]:
+    """The sides of a window around a position."""
+    if window is None:
+        return [None, None]
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"masks.{function}: window must be None or a pair (left, right), got {window!r}")
+    for name, x in zip(("left", "right"), window):
+        if isinstance(x, (int, np.integer)) and x < 0:
+            raise ValueError(f"masks.{function}: window's {name} must be ≥ 0, or None for unlimited, got {x}")
+    sides = zip(("window's left", "window's right"), window)
+    return [None if x is None else _data(function, name, x) for name, x in sides]
 
 
 def _positive(function: str, name: str, x: Any) -> int:
     if isinstance(x, bool) or not isinstance(x, (int, np.integer)) or x < 1:
         raise ValueError(f"masks.{function}: {name} must be an int of at least 1, got {x!r}")
-    return int(x)
+    return min(int(x), MOST)
 
 
 # --- parts of a conjunction ------------------------------------------------------------------------------------------
@@ -314,19 +351,14 @@ def _both_blocks(a: forms.Blocks, b: forms.Blocks) -> forms.Blocks:
 
 
 def both_segments(a: forms.Segments, b: forms.Segments) -> forms.Segments:
-    """Ids that are equal where both ids are equal: the ranks of pairs of ranks."""
+    """Ids that are equal where both ids are equal: numbers of the pairs of ids."""
 
-    def ranks(q: Array, k: Array) -> tuple[Array, Array]:
-        both = jnp.concatenate([q, k], 1)
-        rank = jax.vmap(lambda x: jnp.searchsorted(jnp.sort(x), x, side="left"))(both).astype(jnp.int32)
-        return rank[:, : q.shape[1]], rank[:, q.shape[1] :]
-
-    def pair(x: Array, y: Array) -> Array:
+    def pairs(name: str, x: Array, y: Array) -> Array:
+        if not all(same_dim(m, n) or 1 in (m, n) for m, n in zip(x.shape, y.shape)):
+            raise ValueError(
+                f"masks: segments(…) & segments(…) must have {name} of one shape, got {x.shape} and {y.shape}"
+            )
         return jnp.stack(jnp.broadcast_arrays(x, y), -1)
-
-    (qa, ka), (qb, kb) = ranks(a.q_ids, a.kv_ids), ranks(b.q_ids, b.kv_ids)
-    rows, keys = pair(qa, qb), pair(ka, kb)
-    both = jnp.concatenate([rows, keys], 1)
 
     def number(x: Array) -> Array:
         order = jnp.lexsort((x[:, 1], x[:, 0]))
@@ -334,8 +366,27 @@ def both_segments(a: forms.Segments, b: forms.Segments) -> forms.Segments:
         new = jnp.concatenate([jnp.zeros(1, bool), (sorted_[1:] != sorted_[:-1]).any(-1)])
         return jnp.zeros(x.shape[0], jnp.int32).at[order].set(jnp.cumsum(new, dtype=jnp.int32))
 
-    numbers = jax.vmap(number)(both)
-    return forms.Segments(numbers[:, : rows.shape[1]], numbers[:, rows.shape[1] :])
+    def joined(both: tuple[forms.Segments, forms.Segments]) -> forms.Segments:
+        a, b = both
+        rows, keys = pairs("q_ids", a.q_ids, b.q_ids), pairs("kv_ids", a.kv_ids, b.kv_ids)
+        shapes = rows.shape[:2], keys.shape[:2]
+        if not same_dim(
+            shapes[0][0], shapes[1][0]
+        ):  # rows or keys belong to all entries, which are numbered together
+            rows, keys = rows.reshape(1, -1, 2), keys.reshape(1, -1, 2)
+        numbers = jax.vmap(number)(jnp.concatenate([rows, keys], 1))
+        q, k = numbers[:, : rows.shape[1]], numbers[:, rows.shape[1] :]
+        return forms.Segments(q.reshape(shapes[0]), k.reshape(shapes[1]))
+
+    def shardings(shapes: forms.Segments) -> forms.Segments:
+        found = []
+        for name in ("q_ids", "kv_ids"):
+            arrays, shape = (getattr(a, name), getattr(b, name)), getattr(shapes, name).shape
+            whole = [x for x in arrays if all(map(same_dim, x.shape, shape))] or arrays
+            found.append(jax.typeof(whole[0]).sharding)
+        return forms.Segments(*found)
+
+    return cast("forms.Segments", in_automatic_axes(joined, (a, b), shardings))
 
 
 # --- text ------------------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def bind(pass_: Pass, spec: Spec, operands: dict[str, jax.Array]) -> list[jax.Ar
         _register_roofline()
     ring = spec.ring if isinstance(spec, AttentionSpec) else None
     named = {name: operands[name] for name in operand_names(pass_, spec)}
-    used = equally_varying(named, ring.axes if ring else ())
+    used = _jax.equally_varying(named, ring.axes if ring else ())
     any_manual, all_manual = _jax.manual_axes()
     primitives = RING if ring else LOCAL if all_manual else PARTLY_MANUAL if any_manual else PARTITIONED
     results: list[jax.Array] = primitives[pass_].bind(*used.values(), spec=spec)
@@ -52,18 +52,6 @@ def _register_roofline() -> None:
     from . import roofline
 
     roofline.register((pass_, primitive) for kind in KINDS for pass_, primitive in kind.items())
-
-
-def equally_varying(operands: dict[str, jax.Array], also: Sequence[str] = ()) -> dict[str, jax.Array]:
-    """The operands, cast to vary over the union of their manual axes and the axes `also`; the cast's transpose sums
-    gradients."""
-    axes = frozenset(also).union(*map(_jax.varying_axes, operands.values()))
-
-    def cast(x: jax.Array) -> jax.Array:
-        missing = tuple(sorted(axes - _jax.varying_axes(x)))
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return {name: cast(x) for name, x in operands.items()}
 
 
 # --- abstract evaluation -------------------------------------------------------------------------------------------

@@ -108,6 +108,7 @@ def test_keys_in_pages_have_positions_and_segments(packed, implementation):
     seen = (place[:, None] <= rows[0][..., None]) & (document[:, None] == rows[1][..., None])
     own = [x.reshape(-1) for x in rows] if packed else rows
     mask = masks.by_position(own[0], place) & masks.segments(own[1], document)
+    mask = mask & masks.segments(np.sign(own[1]), np.sign(document))
     offsets = jnp.array([0, 5, 10], jnp.int32) if packed else None
     out = jax_flash.paged_attention(
         q.reshape(10, 4, 16) if packed else q, *pool, tables, lengths[:, 0], cu_seqlens_q=offsets,
@@ -187,6 +188,32 @@ def test_explicit_axes_take_masks(implementation):
         arrays = [jax.device_put(x, NamedSharding(mesh, P("x", None, "y"))) for x in X]
         got = jax.jit(partial(jax.grad(loss), implementation=implementation))(*arrays, mask)
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_masks_with_explicit_sharding(implementation):
+    """JAX refuses their gathers and scatters under explicit axes; the results stay split like rows and keys."""
+    require_devices(4)
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    ids = jnp.asarray(np.random.default_rng(2).integers(0, 5, (2, S)).cumsum(1) // 9, jnp.int32)
+    chosen = jnp.asarray(np.random.default_rng(1).integers(-1, 3, (2, 2, 3, 2)), jnp.int32)
+    spans, position = masks.bidirectional_spans(ids - 1), masks.by_position(ids, ids, window=(2, None))
+    segments = masks.segments(ids // 2) & masks.segments(ids // 3)
+    each = (
+        (masks.blocks(chosen, (16, 16)), P("x", None, "y"), P("x")),
+        (spans & position & segments, P("x", "y"), P("x", "y")),
+        (spans & position & segments, P("x", None, "y"), P("x")),
+    )
+    for mask, of_tokens, of_mask in each:
+        wanted = jax.grad(loss)(*X, mask, implementation)
+        parts, tree = jax.tree.flatten(mask)
+        with jax.set_mesh(mesh):
+            arrays = [jax.device_put(x, NamedSharding(mesh, of_tokens)) for x in X]
+            leaves = (
+                x if isinstance(x, int) else jax.device_put(x, NamedSharding(mesh, of_mask)) for x in parts
+            )
+            split = jax.tree.unflatten(tree, leaves)
+            got = jax.jit(partial(jax.grad(loss), implementation=implementation))(*arrays, split)
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_call_with_a_mask_is_exported(kernel):

@@ -55,6 +55,15 @@ def test_a_window_has_two_sides():
     assert masks.window(0, None).picture(3) == ["###", ".##", "..#"]
 
 
+def test_segments_of_all_entries_and_of_each_combine():
+    """Ids of rows that all entries share, and of keys of their own, in either mask."""
+    shared = masks.segments([0, 0, 1], [[0, 1, 1], [0, 0, 0]])
+    own = masks.segments([[2, 3, 2]], [[2, 2, 3]])
+    for both in (shared & own, own & shared):
+        assert both.picture(3) == ["#..", "...", ".#."]
+        assert both.picture(3, entry=1) == ["##.", "..#", "..."]
+
+
 def test_segments_attend_to_their_own():
     assert masks.segments(jnp.array([[0, 0, 1]]), jnp.array([[1, 0, 1, 2]])).picture(3, 4) == [
         ".#..",
@@ -260,10 +269,55 @@ def test_repr_draws_the_corner_of_a_larger_one():
             "lo must be int32, got float32",
         ),
         (lambda: masks.ranges([0.5], [1]), TypeError, "lo must hold integers"),
+        (
+            lambda: masks.causal(2**40),
+            ValueError,
+            r"causal: offset must be within ±2147483647, got 1099511627776",
+        ),
+        (
+            lambda: masks.by_position([0], [0], window=5),
+            TypeError,
+            r"window must be None or a pair \(left, right\), got 5",
+        ),
+        (
+            lambda: masks.by_position([0], [0], window=(-1, 0)),
+            ValueError,
+            "window's left must be ≥ 0, or None .* got -1",
+        ),
+        (
+            lambda: masks.by_position([0], [0], window=(1.5, 0)),
+            TypeError,
+            "window's left must hold integers, got float64",
+        ),
+        (
+            lambda: masks.blocks(jnp.zeros((1, 1, 1, 1), jnp.int32), 16),
+            TypeError,
+            r"block must be a pair .* got 16",
+        ),
+        (
+            lambda: masks.from_function(lambda b, h, i, j: j <= i, -3, 3),
+            ValueError,
+            "sq must be an int of at least 0, got -3",
+        ),
+        (
+            lambda: masks.from_function(lambda b, h, i, j: np.ones((3, 3), bool), 4, 4),
+            ValueError,
+            r"f must return booleans that broadcast to \(1, 1, 4, 4\), got shape \(3, 3\)",
+        ),
+        (
+            lambda: jax.jit(lambda n: masks.from_function(lambda b, h, i, j: j <= i + n, 4, 4))(1),
+            TypeError,
+            "f depends on a value that is traced",
+        ),
         (lambda: masks.chunked(0), ValueError, "size must be an int of at least 1, got 0"),
         (lambda: masks.blocks(jnp.zeros((1, 1, 1, 1), jnp.int32), (16, 24)), ValueError, "block has 24"),
         (lambda: masks.dense(jnp.ones((1, 1, 2, 2))), TypeError, "boolean of rank 4"),
         (lambda: masks.segments(jnp.zeros((1, 1, 3), jnp.int32)), ValueError, "q_ids must have rank 1 or 2"),
+        (
+            lambda: masks.segments([0, 1, 2]) & masks.segments([0, 1]),
+            ValueError,
+            r"segments.* & segments.* must have q_ids of one shape, got \(1, 3\) and \(1, 2\)",
+        ),
     ],
 )
 def test_errors_name_the_argument(call, error, message):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .._jax import in_automatic_axes
+from .._jax import equally_varying, in_automatic_axes
 from ..operands import APPEND, APPEND_DYNAMIC
 from ..options import (
     AppendArguments,
@@ -22,7 +22,7 @@ from ..options import (
     Scale,
     Scaling,
 )
-from ..primitives import bind, equally_varying
+from ..primitives import bind
 from ..rotary import apply_rotary
 from ..spec import AppendSpec
 from . import gather, quantise, validate
