@@ -147,6 +147,21 @@ def test_masks_of_models_with_options(d, options, packed, name, kernel):
     oracle.assert_result(got, *references(case, static_of(case, inputs, arrays), inputs, arrays), case)
 
 
+@pytest.mark.parametrize("option", [{}, {"softcap": 3.0}], ids=lambda x: str(*x))
+@pytest.mark.parametrize("d", checks.HOPPER_HEAD_DIMS if IMPLEMENTATION == "cuda" else (64,))
+def test_rows_that_see_only_the_keys_after_a_gap(d, option, kernel):
+    """Every second 64 rows. The others of their query tile see keys before the gap too."""
+    case = Case("after a gap", b=1, sq=640, sk=640, hq=2, hk=1, d=d, dv=d, dtype="bfloat16", **option)
+    checks.require(kernel, dtype=case.dtype, d=d, dv=d)
+    both = np.arange(case.sq) % 128 < 64
+    none = np.zeros(case.sq, int)
+    limits = np.stack([none, np.where(both, 64, 0), none + 512, np.where(both, 576, 640)], -1)[None, None]
+    inputs = make_inputs(case)
+    arrays = operands(inputs) | {"ranges": jnp.asarray(limits, jnp.int32)}
+    got = differentiate(case, inputs, arrays, kernel)
+    oracle.assert_result(got, *references(case, static_of(case, inputs, arrays), inputs, arrays), case)
+
+
 @pytest.mark.skipif(
     IMPLEMENTATION != "cuda", reason="only Hopper's kernels order sums by several tiles at once"
 )
