@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ._jax import same_dim
 from .mask_rows import MOST, Data, Rows, SortedKeys
 from .spec import UNLIMITED, Reach, narrower, wider
 
@@ -228,6 +229,8 @@ class Segments(Form):
         if rows.packed_keys is None:
             return None
         keys = rows.of_keys(self.kv_ids)
+        if same_dim(keys.most, 0):
+            return [between(0, 0)]
         place = rows.packed_keys
         order = jnp.lexsort((keys.elements, ~place.used, place.owner)).astype(jnp.int32)
         ids = SortedKeys(keys.elements[order], keys.start, keys.count, keys.most)

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ._jax import equally_varying
+from ._jax import equally_varying, same_dim
 
 Data = int | Array  # a number, or one for each batch entry, int32 [b]
 MOST = 2**31 - 1
@@ -93,6 +93,8 @@ class SortedKeys:
         wide = jnp.broadcast_shapes(wanted.shape, self.count.shape, self.start.shape)
         given = {"lo": jnp.zeros_like(wanted), "hi": self.count, "start": self.start, "wanted": wanted}
         given = {name: jnp.broadcast_to(x, wide) for name, x in given.items()}
+        if same_dim(self.most, 0):
+            return given["lo"]
         lo, hi, start, wanted, elements = equally_varying(given | {"elements": self.elements}).values()
 
         def step(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:

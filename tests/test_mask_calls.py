@@ -121,6 +121,30 @@ def test_keys_in_pages_have_positions_and_segments(packed, implementation):
     np.testing.assert_allclose(out.reshape(q.shape), wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("make", [masks.segments, masks.by_position])
+def test_no_keys_at_all(make, implementation):
+    q, none, starts = jnp.ones((3, 2, 8)), jnp.ones((0, 2, 8)), jnp.array([0, 3], jnp.int32)
+    empty = jnp.zeros(0, jnp.int32)
+    calls = (
+        lambda: flash_attention(
+            q[None], none[None], none[None], mask=make([0, 0, 1], empty), implementation=implementation
+        ),
+        lambda: flash_attention_varlen(
+            q, none, none, starts, 0 * starts, mask=make([0, 0, 1], empty), implementation=implementation
+        ),
+        lambda: jax_flash.paged_attention(
+            q[None],
+            *[jnp.ones((1, 4, 2, 8))] * 2,
+            jnp.zeros((1, 0), jnp.int32),
+            0,
+            mask=make([0, 0, 1], empty),
+            implementation=implementation,
+        ),
+    )
+    for call in calls:
+        np.testing.assert_array_equal(call(), 0)
+
+
 # --- JAX -----------------------------------------------------------------------------------------------------------
 
 B, S, H, D = 2, 48, 4, 16
