@@ -95,15 +95,23 @@ class SortedKeys:
         given = {name: jnp.broadcast_to(x, wide) for name, x in given.items()}
         if same_dim(self.most, 0):
             return given["lo"]
-        lo, hi, start, wanted, elements = equally_varying(given | {"elements": self.elements}).values()
-
-        def step(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-            lo, hi = bounds
-            middle = (lo + hi) // 2
-            element = elements.at[start + middle].get(mode="fill", fill_value=MOST)
-            before = (element <= wanted if above else element < wanted) & (lo < hi)
-            return jnp.where(before, middle + 1, lo), jnp.where(before, hi, middle)
-
-        # Unrolled, XLA would fuse the steps on CPUs and compile each twice as often as the next one (jax 0.12).
         steps = self.most.bit_length() if isinstance(self.most, int) else 31
-        return lax.fori_loop(0, steps, step, (lo, hi))[0]
+
+        def search(given: tuple[Array, ...], unroll: bool) -> Array:
+            lo, hi, start, wanted, elements = given
+
+            def step(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+                lo, hi = bounds
+                middle = (lo + hi) // 2
+                element = elements.at[start + middle].get(mode="fill", fill_value=MOST)
+                before = (element <= wanted if above else element < wanted) & (lo < hi)
+                return jnp.where(before, middle + 1, lo), jnp.where(before, hi, middle)
+
+            return lax.fori_loop(0, steps, step, (lo, hi), unroll=unroll)[0]
+
+        # Unrolled, XLA would fuse the steps on CPUs and compile each twice as often as the next one (jax 0.12). On
+        # GPUs a loop launches several kernels for each step.
+        values = tuple(equally_varying(given | {"elements": self.elements}).values())
+        return lax.platform_dependent(
+            values, cpu=partial(search, unroll=False), default=partial(search, unroll=True)
+        )
