@@ -106,4 +106,5 @@ class SortedKeys:
 
         # Unrolled, XLA would fuse the steps on CPUs and compile each twice as often as the next one (jax 0.12).
         steps = self.most.bit_length() if isinstance(self.most, int) else 31
-        return lax.fori_loop(0, steps, step, (lo, hi))[0]
+        found: Array = lax.fori_loop(0, steps, step, (lo, hi))[0]
+        return found
