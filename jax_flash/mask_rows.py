@@ -97,8 +97,8 @@ class SortedKeys:
             return given["lo"]
         steps = self.most.bit_length() if isinstance(self.most, int) else 31
 
-        def search(given: tuple[Array, ...], unroll: bool) -> Array:
-            lo, hi, start, wanted, elements = given
+        def search(values: tuple[Array, ...], unroll: bool) -> Array:
+            lo, hi, start, wanted, elements = values
 
             def step(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
                 lo, hi = bounds
@@ -107,11 +107,13 @@ class SortedKeys:
                 before = (element <= wanted if above else element < wanted) & (lo < hi)
                 return jnp.where(before, middle + 1, lo), jnp.where(before, hi, middle)
 
-            return lax.fori_loop(0, steps, step, (lo, hi), unroll=unroll)[0]
+            found: Array = lax.fori_loop(0, steps, step, (lo, hi), unroll=unroll)[0]
+            return found
 
         # Unrolled, XLA would fuse the steps on CPUs and compile each twice as often as the next one (jax 0.12). On
         # GPUs a loop launches several kernels for each step.
         values = tuple(equally_varying(given | {"elements": self.elements}).values())
-        return lax.platform_dependent(
+        index: Array = lax.platform_dependent(
             values, cpu=partial(search, unroll=False), default=partial(search, unroll=True)
         )
+        return index

@@ -225,9 +225,9 @@ def from_function(f: Callable[..., Any], sq: int, sk: int, *, batch: int = 1, he
       sq, sk, batch, heads: the sizes for which it is evaluated.
     """
     name, shape = "from_function", (batch, heads, sq, sk)
-    for size, given in zip(("batch", "heads", "sq", "sk"), shape):
+    for which, given in zip(("batch", "heads", "sq", "sk"), shape):
         if isinstance(given, bool) or not isinstance(given, (int, np.integer)) or given < 0:
-            raise ValueError(f"masks.{name}: {size} must be an int of at least 0, got {given!r}")
+            raise ValueError(f"masks.{name}: {which} must be an int of at least 0, got {given!r}")
     made = f(*np.ogrid[:batch, :heads, :sq, :sk])
     if isinstance(made, jax.core.Tracer):
         raise TypeError(

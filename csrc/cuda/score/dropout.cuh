@@ -51,7 +51,8 @@ struct KeptElements {
   __device__ __forceinline__ bool at(int slot, int n, int e) const {
     return bits[index(slot, n, e) / 32] >> index(slot, n, e) % 32 & 1;
   }
-  // Where the element is kept: sum ← x · y + sum. Elsewhere: x ← 0, and y, which may be infinite, is not read.
+  // Where the element is kept: sum ← x · y + sum. Elsewhere: x ← 0, and y, which may be infinite, is not
+  // read.
   __device__ __forceinline__ void multiply_add(int slot, int n, int e, float& x, float y, float& sum) const {
     const int i = index(slot, n, e);
     ptx::multiply_add_if_bit(bits[i / 32], 1u << i % 32, x, y, sum);
