@@ -1,5 +1,8 @@
 """Dropout: Philox4x32-7's published answers, and which weights are dropped for which key, on every implementation."""
 
+from functools import partial
+
+import checks
 import equations
 import jax
 import jax.numpy as jnp
@@ -156,3 +159,24 @@ def test_a_rate_of_zero_drops_nothing_and_needs_no_key(implementation):
 def test_the_mean_is_kept(implementation):
     forward, _ = weights(implementation, jax.random.key(0), 0.2, b=4, hq=4, sq=64, sk=64)
     assert abs(forward.mean() * 64 - 1) < 5 * np.sqrt(0.25 / forward.size)
+
+
+@pytest.mark.parametrize("d", [32, 64, 128, 256])
+def test_a_weight_that_is_dropped_hides_an_infinite_derivative(d, implementation):
+    """dP = dO Vᵀ exceeds float32 where a row with a large dO drops the key of a large V."""
+    checks.require(implementation, "forward", "backward", dtype="bfloat16", d=d, dv=d)
+    key, rate, s = jax.random.key(5), 0.5, 64
+    keeps = kept([*np.asarray(jax.random.key_data(key)), 0, 0, 0, 0], rate, 1, 1, s, s)[0, 0]
+    row, column = np.argwhere(~keeps)[7]
+    draws = np.random.default_rng(0).standard_normal((4, 1, s, 1, d))
+    draws[2, :, column] = draws[3, :, row] = 1e30
+    query, k, value, dout = jnp.asarray(draws, jnp.bfloat16)
+
+    @jax.jit
+    def run(*qkv):
+        attend = partial(flash_attention, dropout_rate=rate, dropout_key=key, implementation=implementation)
+        out, pullback = jax.vjp(attend, *qkv)
+        return out, *pullback(dout)
+
+    for x in run(query, k, value):
+        assert np.isfinite(np.asarray(x, np.float32)).all()

@@ -135,7 +135,7 @@ JF_INLINE Gradient gradient(const GradientRow& row, float softmax_scale, int32_t
     if (row.keep) {
       const Float keep = load(row.keep + c);
       g.p = p * keep;
-      dp = dp * keep;
+      dp = keep > Float{} ? dp * keep : Float{};  // dP of a dropped element may be infinite
     }
   }
   g.ds = p * (dp - row.delta);
