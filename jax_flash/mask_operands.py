@@ -16,8 +16,9 @@ from . import mask_forms as forms
 from ._jax import same_dim
 from .checker import Checker
 from .mask_forms import Form
+from .mask_joins import both_segments
 from .mask_rows import MOST, PackedKeys, Rows
-from .masks import Mask, both_segments
+from .masks import Mask
 from .operands import OPTIONAL
 from .paged import gather
 from .sequence.passes import takes_blocks

@@ -9,18 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from operator import and_
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from . import mask_arrays
+from . import mask_arrays, mask_joins
 from . import mask_forms as forms
-from ._jax import in_automatic_axes, same_dim
 from .mask_forms import Form, Pair
 from .mask_rows import MOST, Rows
 
@@ -39,7 +36,7 @@ class Mask:
     def __and__(self, other: Mask) -> Mask:
         if not isinstance(other, Mask):
             return NotImplemented
-        together = _merged((*self.conditions, *other.conditions))
+        together = mask_joins.merged((*self.conditions, *other.conditions))
         of_ranges = [x for x in together if forms.most_pairs((x,)) is not None]
         if (forms.most_pairs(of_ranges) or 1) > 2:
             raise ValueError(
@@ -52,7 +49,7 @@ class Mask:
         if not isinstance(other, Mask):
             return NotImplemented
         a, b = self.conditions, other.conditions
-        if len(a) == len(b) == 1 and (joined := _joined(a[0], b[0])) is not None:
+        if len(a) == len(b) == 1 and (joined := mask_joins.joined(a[0], b[0])) is not None:
             return Mask((joined,))
         counts = forms.most_pairs(a), forms.most_pairs(b)
         if None in counts or counts[0] + counts[1] > 2:  # type: ignore[operator]
@@ -308,85 +305,6 @@ def _positive(function: str, name: str, x: Any) -> int:
     if isinstance(x, bool) or not isinstance(x, (int, np.integer)) or x < 1:
         raise ValueError(f"masks.{function}: {name} must be an int of at least 1, got {x!r}")
     return min(int(x), MOST)
-
-
-# --- parts of a conjunction ------------------------------------------------------------------------------------------
-
-
-def _merged(conditions: Sequence[Form]) -> tuple[Form, ...]:
-    """A conjunction with at most one condition on segments, one on blocks and one dense array."""
-    rest = [x for x in conditions if not isinstance(x, (forms.Segments, forms.Blocks, forms.Dense))]
-    by_segment = [x for x in conditions if isinstance(x, forms.Segments)]
-    by_block = [x for x in conditions if isinstance(x, forms.Blocks)]
-    arrays = [x for x in conditions if isinstance(x, forms.Dense)]
-    if by_segment:
-        rest.append(reduce(both_segments, by_segment))
-    if by_block:
-        rest.append(reduce(_both_blocks, by_block))
-    if arrays:
-        rest.append(forms.Dense(reduce(and_, (x.seen for x in arrays))))
-    return tuple(rest)
-
-
-def _joined(a: Form, b: Form) -> Form | None:
-    """The keys that either of two conditions shows, if they are not made of ranges; None if there is no such form."""
-    if isinstance(a, forms.Dense) and isinstance(b, forms.Dense):
-        return forms.Dense(a.seen | b.seen)
-    if isinstance(a, forms.Blocks) and isinstance(b, forms.Blocks) and a.block == b.block:
-        lead = jnp.broadcast_shapes(a.chosen.shape[:-1], b.chosen.shape[:-1])
-        both = [jnp.broadcast_to(x.chosen, (*lead, x.chosen.shape[-1])) for x in (a, b)]
-        return forms.Blocks(jnp.concatenate(both, -1), a.block)
-    return None
-
-
-def _both_blocks(a: forms.Blocks, b: forms.Blocks) -> forms.Blocks:
-    """The blocks that both conditions show."""
-    if a.block != b.block:
-        raise ValueError(
-            f"masks: blocks(…) & blocks(…) must have blocks of one size, got {a.block} and {b.block}; "
-            "masks.dense(…) takes any mask"
-        )
-    in_b = (a.chosen[..., :, None] == b.chosen[..., None, :]).any(-1)
-    return forms.Blocks(jnp.where(in_b, a.chosen, -1), a.block)
-
-
-def both_segments(a: forms.Segments, b: forms.Segments) -> forms.Segments:
-    """Ids that are equal where both ids are equal: numbers of the pairs of ids."""
-
-    def pairs(name: str, x: Array, y: Array) -> Array:
-        if not all(same_dim(m, n) or 1 in (m, n) for m, n in zip(x.shape, y.shape)):
-            raise ValueError(
-                f"masks: segments(…) & segments(…) must have {name} of one shape, got {x.shape} and {y.shape}"
-            )
-        return jnp.stack(jnp.broadcast_arrays(x, y), -1)
-
-    def number(x: Array) -> Array:
-        order = jnp.lexsort((x[:, 1], x[:, 0]))
-        sorted_ = x[order]
-        new = jnp.concatenate([jnp.zeros(1, bool), (sorted_[1:] != sorted_[:-1]).any(-1)])
-        return jnp.zeros(x.shape[0], jnp.int32).at[order].set(jnp.cumsum(new, dtype=jnp.int32))
-
-    def joined(both: tuple[forms.Segments, forms.Segments]) -> forms.Segments:
-        a, b = both
-        rows, keys = pairs("q_ids", a.q_ids, b.q_ids), pairs("kv_ids", a.kv_ids, b.kv_ids)
-        shapes = rows.shape[:2], keys.shape[:2]
-        if not same_dim(
-            shapes[0][0], shapes[1][0]
-        ):  # rows or keys belong to all entries, which are numbered together
-            rows, keys = rows.reshape(1, -1, 2), keys.reshape(1, -1, 2)
-        numbers = jax.vmap(number)(jnp.concatenate([rows, keys], 1))
-        q, k = numbers[:, : rows.shape[1]], numbers[:, rows.shape[1] :]
-        return forms.Segments(q.reshape(shapes[0]), k.reshape(shapes[1]))
-
-    def shardings(shapes: forms.Segments) -> forms.Segments:
-        found = []
-        for name in ("q_ids", "kv_ids"):
-            arrays, shape = (getattr(a, name), getattr(b, name)), getattr(shapes, name).shape
-            whole = [x for x in arrays if all(map(same_dim, x.shape, shape))] or arrays
-            found.append(jax.typeof(whole[0]).sharding)
-        return forms.Segments(*found)
-
-    return cast("forms.Segments", in_automatic_axes(joined, (a, b), shardings))
 
 
 # --- text ------------------------------------------------------------------------------------------------------------

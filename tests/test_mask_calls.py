@@ -121,30 +121,6 @@ def test_keys_in_pages_have_positions_and_segments(packed, implementation):
     np.testing.assert_allclose(out.reshape(q.shape), wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [masks.segments, masks.by_position])
-def test_no_keys_at_all(make, implementation):
-    q, none, starts = jnp.ones((3, 2, 8)), jnp.ones((0, 2, 8)), jnp.array([0, 3], jnp.int32)
-    empty = jnp.zeros(0, jnp.int32)
-    calls = (
-        lambda: flash_attention(
-            q[None], none[None], none[None], mask=make([0, 0, 1], empty), implementation=implementation
-        ),
-        lambda: flash_attention_varlen(
-            q, none, none, starts, 0 * starts, mask=make([0, 0, 1], empty), implementation=implementation
-        ),
-        lambda: jax_flash.paged_attention(
-            q[None],
-            *[jnp.ones((1, 4, 2, 8))] * 2,
-            jnp.zeros((1, 0), jnp.int32),
-            0,
-            mask=make([0, 0, 1], empty),
-            implementation=implementation,
-        ),
-    )
-    for call in calls:
-        np.testing.assert_array_equal(call(), 0)
-
-
 # --- JAX -----------------------------------------------------------------------------------------------------------
 
 B, S, H, D = 2, 48, 4, 16
@@ -238,13 +214,6 @@ def test_masks_with_explicit_sharding(implementation):
             split = jax.tree.unflatten(tree, leaves)
             got = jax.jit(partial(jax.grad(loss), implementation=implementation))(*arrays, split)
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
-
-
-def test_a_call_with_a_mask_is_exported(kernel):
-    run = jax.jit(partial(loss, implementation=kernel))
-    mask = masks.first_and_window(3, 11)
-    exported = jax.export.export(run, disabled_checks=jax_flash.export_checks())(*X, mask)
-    np.testing.assert_allclose(exported.call(*X, mask), run(*X, mask), rtol=1e-6)
 
 
 RINGED = {

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from programs import require_devices
 
 from jax_flash import (
+    export_checks,
     flash_attention,
     flash_attention_varlen,
     masks,
@@ -108,6 +109,37 @@ def test_the_largest_numbers_do_not_wrap_around():
     assert far.picture(2, 3) == ["###", "###"]
     near = masks.by_position([[-MOST, MOST]], [[-MOST, 0, MOST]], window=(1, 0))
     assert near.picture(2, 3) == ["#..", "..#"]
+
+
+def test_a_call_with_a_mask_is_exported(kernel):
+    run = jax.jit(lambda q, k, v, mask: flash_attention(q, k, v, mask=mask, implementation=kernel))
+    mask = masks.first_and_window(3, 11)
+    exported = jax.export.export(run, disabled_checks=export_checks())(*X, mask)
+    np.testing.assert_allclose(exported.call(*X, mask), run(*X, mask), rtol=1e-6)
+
+
+@pytest.mark.parametrize("make", [masks.segments, masks.by_position])
+def test_no_keys_at_all(make, implementation):
+    q, none, starts = jnp.ones((3, 2, 8)), jnp.ones((0, 2, 8)), jnp.array([0, 3], jnp.int32)
+    empty = jnp.zeros(0, jnp.int32)
+    calls = (
+        lambda: flash_attention(
+            q[None], none[None], none[None], mask=make([0, 0, 1], empty), implementation=implementation
+        ),
+        lambda: flash_attention_varlen(
+            q, none, none, starts, 0 * starts, mask=make([0, 0, 1], empty), implementation=implementation
+        ),
+        lambda: paged_attention(
+            q[None],
+            *[jnp.ones((1, 4, 2, 8))] * 2,
+            jnp.zeros((1, 0), jnp.int32),
+            0,
+            mask=make([0, 0, 1], empty),
+            implementation=implementation,
+        ),
+    )
+    for call in calls:
+        np.testing.assert_array_equal(call(), 0)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="programs for GPUs unroll the search")
