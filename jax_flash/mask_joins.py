@@ -25,7 +25,7 @@ def merged(conditions: Sequence[Form]) -> tuple[Form, ...]:
     if by_segment:
         rest.append(reduce(both_segments, by_segment))
     if by_block:
-        rest.append(reduce(both_blocks, by_block))
+        rest.append(reduce(_both_blocks, by_block))
     if arrays:
         rest.append(forms.Dense(reduce(and_, (x.seen for x in arrays))))
     return tuple(rest)
@@ -42,7 +42,7 @@ def joined(a: Form, b: Form) -> Form | None:
     return None
 
 
-def both_blocks(a: forms.Blocks, b: forms.Blocks) -> forms.Blocks:
+def _both_blocks(a: forms.Blocks, b: forms.Blocks) -> forms.Blocks:
     """The blocks that both conditions show."""
     if a.block != b.block:
         raise ValueError(
