@@ -75,11 +75,11 @@ def _by_sequence(operands: dict[str, Array]) -> Array:
 
     def of_block(block: Array) -> Array:
         """The largest number of the rows that a sequence has in one block, `[hq, n]`."""
-        row = block[:, None] * _BLOCK + jnp.arange(_BLOCK, dtype=jnp.int32)
-        return jnp.where((lo[:, None] <= row) & (row < hi[:, None]), blocks[:, block], -_INF).max(-1)
+        row = block[:, None] * _BLOCK + jnp.arange(_BLOCK, dtype=jnp.int32)[None]
+        return jnp.where(((lo[:, None] <= row) & (row < hi[:, None]))[None], blocks[:, block], -_INF).max(-1)
 
     first, last = lo // _BLOCK, hi // _BLOCK
-    block = jnp.arange(count, dtype=jnp.int32)
+    block = jnp.arange(count, dtype=jnp.int32)[None]
     between = (first[:, None] < block) & (block < last[:, None])
-    whole = jnp.where(between, blocks.max(-1)[:, None], -_INF).max(-1)
+    whole = jnp.where(between[None], blocks.max(-1)[:, None], -_INF).max(-1)
     return jnp.maximum(whole, jnp.maximum(of_block(first), of_block(last))).T

@@ -96,7 +96,10 @@ class Ranges(Form):
     limits: tuple[Pair, ...]
 
     def pairs(self, rows: Rows) -> list[Pair]:
-        return [between(lo, hi) for lo, hi in self.limits]
+        def in_full(x: Array) -> Array:
+            return jnp.expand_dims(x, range(3 - x.ndim))
+
+        return [between(in_full(lo), in_full(hi)) for lo, hi in self.limits]
 
 
 @_form("lengths")

@@ -265,7 +265,7 @@ def _paged_rows(operands: Operands, capacity: Any) -> Rows:
     keys = jnp.clip(operands["kv_lengths"], 0, capacity)
     owner = jnp.arange(keys.shape[0], dtype=jnp.int32)[:, None]
     place = jnp.arange(capacity, dtype=jnp.int32)
-    used, owners = (place < keys[:, None]).reshape(-1), jnp.repeat(owner, capacity, 1).reshape(-1)
+    used, owners = (place[None] < keys[:, None]).reshape(-1), jnp.repeat(owner, capacity, 1).reshape(-1)
     if "cu_seqlens_q" in operands:
         rows = _packed_rows(operands, keys)
         assert rows.sequence is not None

@@ -240,3 +240,29 @@ def test_packed_and_paged_calls_name_the_way_out_of_a_dense_array():
     ):
         with pytest.raises(NotImplementedError, match=r"masks\.dense.*from_function.*blocks"):
             call()
+
+
+def test_arrays_of_any_rank_without_rank_promotion(implementation):
+    """With jax_numpy_rank_promotion="raise" JAX refuses operands of different ranks."""
+    q, starts, zeros = (
+        jnp.ones((8, 2, 8)),
+        jnp.array([0, 3, 8], jnp.int32),
+        jnp.zeros((2, 1, 1, 1), jnp.int32),
+    )
+    pages = (
+        *[jnp.ones((4, 8, 2, 8))] * 2,
+        jnp.array([[0, 1], [2, 9]], jnp.int32),
+        jnp.array([8, 16], jnp.int32),
+    )
+    segments = masks.segments(starts[:2, None] * jnp.ones((1, 4), jnp.int32), jnp.zeros((2, 16), jnp.int32))
+    run = partial(paged_attention, implementation=implementation)
+    with jax.numpy_rank_promotion("raise"):
+        whole, ranges = [q[None]] * 3, masks.ranges(jnp.full(8, 3, jnp.int32), 8)
+        out = flash_attention(*whole, mask=ranges, implementation=implementation)
+        np.testing.assert_allclose(out, 1, rtol=1e-6)
+        _, largest = flash_attention_varlen(q, q, q, starts, return_max=True, implementation=implementation)
+        np.testing.assert_allclose(largest, 8**0.5, rtol=1e-6)
+        missing = run(q.reshape(2, 4, 2, 8), *pages, mask=masks.blocks(zeros, (16, 16)))
+        np.testing.assert_allclose(missing[:, 0, 0, 0], [1, jnp.nan], rtol=1e-6)
+        out = run(q.reshape(2, 4, 2, 8), *pages, mask=segments)
+        np.testing.assert_allclose(out[0, 0], 1, rtol=1e-6)

@@ -151,6 +151,7 @@ def _missing_in_blocks(
     page_size = tokens_first(operands["key"], spec.page_layout).shape[1]
     key = jnp.arange(table_capacity(operands["block_tables"], page_size), dtype=jnp.int32)
     visible = reference.seen_blocks(spec, operands["block_mask"], row[..., 0], key, sequence[..., 0])
+    key = key.reshape((1,) * sequence.ndim + (-1,))
     inside = [(first[..., None] <= key) & (key <= last[..., None]) for first, last in seen]
     missing = jnp.pad(outside, ((0, 1), (0, 0)))[sequence[..., None], key // page_size]
     return (visible & reduce(or_, inside) & missing).any(-1)
