@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cuda/backward/hopper_block_steps.cuh"
 #include "cuda/backward/hopper_dropout.cuh"
 #include "cuda/backward/hopper_state.cuh"
 #include "cuda/backward/hopper_step.cuh"
@@ -70,12 +71,12 @@ struct GradientConsumer {
   }
 
   // Issues Sᵀ = K Qᵀ or dPᵀ = V dOᵀ  [64, M]; with kAdds, adds the product to `to`.
-  template <class RowTile, class ColumnTile, bool kAdds = false>
-  __device__ __forceinline__ void start_scores(S& to, const uint8_t* rows, const uint8_t* columns) {
+  template <class RowTile, class ColumnTile, bool kAdds = false, class Scores>
+  __device__ __forceinline__ void start_scores(Scores& to, const uint8_t* rows, const uint8_t* columns) {
     const RowsDescriptor<RowTile> a(
         ptx::here(ptx::shared_address(rows) + consumer * kConsumerRows * RowTile::kPitch));
     const RowsDescriptor<ColumnTile> b(ptx::here(ptx::shared_address(columns)));
-    using Product = ptx::Wgmma<T, C::kM>;
+    using Product = ptx::Wgmma<T, Scores::kRows>;
     ptx::wgmma_fence();
     Product::template multiply<!kAdds>(to.x[0], a.at(0), b.at(0));
 #pragma unroll
@@ -84,12 +85,12 @@ struct GradientConsumer {
     ptx::wgmma_commit();
   }
 
-  // Issues dV += Pᵀ dO or dK += dSᵀ Q
-  template <class Tile, class Sum>
+  // Issues dV += Pᵀ dO or dK += dSᵀ Q, with kRows query rows.
+  template <class Tile, int kRows = C::kM, class Sum>
   __device__ __forceinline__ void start_sum(Sum& sum, const typename C::Fragments& a, const uint8_t* tile) {
     const ColumnsDescriptor<Tile> b(ptx::here(ptx::shared_address(tile)));
 #pragma unroll
-    for (int step = 0; step < C::kM / 16; ++step)
+    for (int step = 0; step < kRows / 16; ++step)
       ptx::Wgmma<T, Tile::kColumns>::template multiply<false, 1>(sum.x[0], a.x[0][step], b.at(step));
     ptx::wgmma_commit();
   }
@@ -126,9 +127,10 @@ struct GradientConsumer {
   template <bool kFirst>
   __device__ __forceinline__ void skip_step(uint32_t use, int32_t sum_before, int32_t listed_before) {
     shared.ready_pipe.release(use);
-    shared.ds_pipe.arrive_by_warp(use);
+    if constexpr (!kSkipsBlocks<C>) shared.ds_pipe.arrive_by_warp(use);
     if constexpr (C::kAlternates) ptx::sync_group(kIssueBarrier + consumer, C::kConsumers * kWarpgroup);
     if constexpr (!kFirst) start_dq(use - 1, listed_before);
+    if constexpr (kSkipsBlocks<C>) dst = {}, share_ds(use);  // dQ has the dS of both consumers
     allow_issue(1 - consumer);
     shared.do_pipe.release(use);
     shared.q_pipe.release(use);
@@ -154,22 +156,25 @@ struct GradientConsumer {
     ptx::barrier_arrive_by_warp(pipe.full_barrier(use));
   }
 
-  // Pᵀ = exp(Sᵀ − lse)
-  __device__ __forceinline__ void exponentiate(uint32_t stage) {
-    probabilities_of_keys<kLargeLseMask<C>>(s, shared.statistics[stage].lse, shared.large_lse[stage],
-                                            p.spec.scale * kLog2e);
+  // Pᵀ = exp(Sᵀ − lse), from a row of the step on.
+  template <class Scores>
+  __device__ __forceinline__ void exponentiate(Scores& s, uint32_t stage, int first_row = 0) {
+    probabilities_of_keys<kLargeLseMask<C>>(s, shared.statistics[stage].lse + first_row,
+                                            shared.large_lse[stage], p.spec.scale * kLog2e);
   }
 
   // dSᵀ = Pᵀ ∘ (dPᵀ − delta)
-  __device__ __forceinline__ void differentiate(uint32_t stage) {
+  template <class Scores>
+  __device__ __forceinline__ void differentiate(const Scores& s, Scores& dp, uint32_t stage,
+                                                int first_row = 0) {
     if constexpr (C::kStartsFromDelta) {
       for_each(dp, [&](float& x, int slot, int n, int e) { x *= s.at(slot, n, e); });
       return;
     }
     const auto* delta =
-        reinterpret_cast<const float2*>(shared.statistics[stage].delta) + ptx::lane_index() % 4;
+        reinterpret_cast<const float2*>(shared.statistics[stage].delta + first_row) + ptx::lane_index() % 4;
 #pragma unroll
-    for (int slot = 0; slot < S::kSlots; slot += 2) {
+    for (int slot = 0; slot < Scores::kSlots; slot += 2) {
       const float2 d = delta[2 * slot];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
@@ -179,10 +184,11 @@ struct GradientConsumer {
     }
   }
 
-  __device__ __forceinline__ void round(typename C::Fragments& to, const S& from) {
-    const RegistersA<T, S> rounded{from};
+  template <class Scores>
+  __device__ __forceinline__ void round(typename C::Fragments& to, const Scores& from) {
+    const RegistersA<T, Scores> rounded{from};
 #pragma unroll
-    for (int k = 0; k < C::kM / 16; ++k) rounded.load(to.x[0][k], 0, k);
+    for (int k = 0; k < Scores::kRows / 16; ++k) rounded.load(to.x[0][k], 0, k);
   }
 
   // Stores dSᵀ in shared memory, for both consumers' dQ.
@@ -263,9 +269,9 @@ struct GradientConsumer {
       ptx::wgmma_wait<1>();
       ptx::hold(s.x[0]);
       if (is_partial(step)) hide_unseen_keys<C>(s, p, tile(), step, key(), seen);
-      exponentiate(stage);  // Pᵀ = exp(Sᵀ − lse)
+      exponentiate(s, stage);  // Pᵀ = exp(Sᵀ − lse)
       wait_dp();
-      differentiate(stage);  // dSᵀ = Pᵀ ∘ (dPᵀ − delta)
+      differentiate(s, dp, stage);  // dSᵀ = Pᵀ ∘ (dPᵀ − delta)
     } else {
       using Tile = StepTile<GradientConsumer>;
       typename C::Score score;
@@ -341,13 +347,17 @@ struct GradientConsumer {
     const auto sum_of = [&] { return step.head * grid.sums.tiles + step.tile; };
     int32_t listed = 0;
     if constexpr (C::kDrawsAhead) draw_kept(*this, step);
-    run_step<true>(step, walk, 0, listed);
     int32_t sum_before = sum_of();
-    step.advance(walk);
+    if constexpr (kSkipsBlocks<C>) {
+      run_steps_by_blocks(*this, walk, step, sum_before, sum_of);
+    } else {
+      run_step<true>(step, walk, 0, listed);
+      step.advance(walk);
 #pragma unroll 1
-    for (; step.number < end; step.advance(walk)) {
-      run_step<false>(step, walk, sum_before, listed);
-      sum_before = sum_of();
+      for (; step.number < end; step.advance(walk)) {
+        run_step<false>(step, walk, sum_before, listed);
+        sum_before = sum_of();
+      }
     }
     step_use = ptx::here(step.number);
     start_dq(step_use - 1, listed);

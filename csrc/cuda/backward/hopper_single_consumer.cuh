@@ -54,10 +54,10 @@ struct SingleConsumer : GradientConsumer<C> {
     ptx::wgmma_wait<1>();
     ptx::hold(s.x[0]);
     if (this->is_partial(step)) hide_unseen_keys<C>(s, p, tile(), step, this->key(), SeenByStep<C>{});
-    this->exponentiate(stage);  // Pᵀ = exp(Sᵀ − lse)
+    this->exponentiate(s, stage);  // Pᵀ = exp(Sᵀ − lse)
     ptx::wgmma_wait<0>();
     ptx::hold(dp.x[0]);
-    this->differentiate(stage);  // dSᵀ = Pᵀ ∘ (dPᵀ − delta)
+    this->differentiate(s, dp, stage);  // dSᵀ = Pᵀ ∘ (dPᵀ − delta)
     shared.ready_pipe.release(step.number);
     this->round(pt, s);
     this->round(dst, dp);

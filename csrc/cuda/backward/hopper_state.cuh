@@ -70,6 +70,11 @@ inline constexpr bool kMarksSteps = C::kKind == ScoreKind::kRanges || lists_tile
 template <class C>
 inline constexpr bool kTrimsSteps = C::Score::reads(Operand::kQSegmentIds) || C::kKind == ScoreKind::kRanges;
 
+// Whether a consumer multiplies only the blocks of kConsumerRows rows of a step that see some of its keys
+// (hopper_block_steps.cuh).
+template <class C>
+inline constexpr bool kSkipsBlocks = C::kKind == ScoreKind::kPlain && C::kCluster == 1;
+
 // Whether the steps of a key tile are listed, so that consumers learn them from the statistics warp.
 template <class C>
 inline constexpr bool kListsSteps = lists_tiles(C::kKind);
@@ -162,6 +167,7 @@ struct KeyTileState {
   Band band;
   WalkOf<Operands> walk;       // the query tiles in which some row sees one of the keys
   Interval whole[kConsumers];  // query tiles in which every row sees all keys of a consumer
+  Interval any[kConsumers];    // with kSkipsBlocks, the blocks of rows that see some key of a consumer
   Interval seen;               // query rows that see a key of the sequence
   Interval clean;              // query rows whose Q and dO may be multiplied, because they are seen or zero
   int32_t clean_keys;          // rows of K and V that may be multiplied, because they are in use or zero
@@ -203,6 +209,8 @@ struct KeyTileState {
       const int32_t key = tile.row + i * kConsumerRows;
       const Interval all = band.common_queries(key, key + kConsumerRows);
       whole[i] = {(all.lo + C::kM - 1) / C::kM, all.hi / C::kM};
+      reload_shared();
+      if constexpr (kSkipsBlocks<C>) any[i] = tiles_of(band.queries(key, key + kConsumerRows), kConsumerRows);
     }
     reload_shared();
     // Rows past the operand's end are loaded as zeros. Rows of other sequences, and unused rows, may hold

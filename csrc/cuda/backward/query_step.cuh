@@ -17,6 +17,10 @@ struct QueryWalk {
 
   __device__ __forceinline__ int32_t steps() const { return tiles.size() * heads; }
   __device__ __forceinline__ int32_t first_tile() const { return direction > 0 ? tiles.lo : tiles.hi - 1; }
+  // How many tiles of an interval come from `tile`, which is one of them, on.
+  __device__ __forceinline__ int32_t tiles_left(const Interval& of, int32_t tile) const {
+    return direction > 0 ? of.hi - tile : tile - of.lo + 1;
+  }
 };
 
 // The same order, without the tiles in a gap.
