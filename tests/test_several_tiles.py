@@ -5,8 +5,10 @@ The CPU kernels have tests of their own (test_cpu_forward.py, test_cpu_backward.
 """
 
 import sys
+from functools import partial
 
 import checks
+import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
@@ -14,6 +16,8 @@ import pytest
 from cases import CASES, DTYPES, Case, make_inputs, poisoned, varlen
 from conftest import IMPLEMENTATION
 from plans import HEAD_DIMS
+
+from jax_flash import flash_attention
 
 EMULATED = "emulated" in sys.modules  # the pytest plugin of tests/kernels/emulator
 if not EMULATED and IMPLEMENTATION != "cuda":
@@ -78,6 +82,27 @@ EACH_MASK = [
     varlen("packed, some keys", (130, 1, 0, 200, 64), kv_lengths=(149, 0, 3, 9, 64), **OTHER_KEYS, **PACKED),
     varlen("many sequences", tuple(i % 5 for i in range(60 if EMULATED else 600)), **PACKED),
     varlen("no sequence", (), padding=(140, 20), **PACKED),
+]
+
+# On Hopper each half of a tile of 128 keys skips the blocks of 64 rows beyond the edges of its band.
+BAND_EDGES = [
+    case.replace(name=f"{case.name} d{d}", d=d, dv=d, hq=4, hk=2, sk=case.sk)
+    for d in (32, 64, 128)
+    for case in (
+        *(
+            Case(f"window {window}", window=window, **SIZES | {"sq": 330, "sk": 330})
+            for window in ((63, 0), (64, 64), (127, 0), (129, 65), (0, 200), (1, 1))
+        ),
+        Case("causal", causal=True, **SIZES | {"sq": 330, "sk": 330}),
+        Case("causal, more keys", causal=True, window=(100, 0), **SIZES | {"sk": SQ + 97}),
+        Case(
+            "window, lengths",
+            q_lengths=(SQ - 7,),
+            kv_lengths=(SQ + 35,),
+            window=(90, 30),
+            **SIZES | {"sk": SQ + 60},
+        ),
+    )
 ]
 
 # On Hopper a cluster has all key tiles of a KV head, if they are at most 4 and all clusters run at once.
@@ -189,6 +214,38 @@ def test_every_head_dim(case):
 @pytest.mark.parametrize("case", in_dtypes(EACH_MASK), ids=lambda case: case.name)
 def test_each_mask(case):
     check(case)
+
+
+@pytest.mark.skipif(EMULATED, reason="the emulator has none of Hopper's kernels")
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("case", in_dtypes(BAND_EDGES, ("bfloat16",)), ids=lambda case: case.name)
+def test_edges_of_a_band(case, deterministic):
+    check(case, deterministic)
+
+
+@pytest.mark.skipif(EMULATED, reason="the emulator has none of Hopper's kernels")
+@pytest.mark.parametrize("window", [None, (700, 0)])
+@pytest.mark.parametrize("d", [64, 128])
+def test_long_groups_of_heads(d, window):
+    """On Hopper, without a window, such calls take all heads of a group at each query tile, back and forth over the
+    tiles, unless they are deterministic. Both add the same numbers in float32, in another order, and round once."""
+    q, k, v, dout = (
+        jax.random.normal(jax.random.key(n), (1, 4096, 8 if 0 < n < 3 else 64, d), jnp.bfloat16)
+        for n in range(4)
+    )
+
+    def gradients(deterministic):
+        attend = partial(
+            flash_attention,
+            causal=True,
+            window=window,
+            deterministic=deterministic,
+            implementation=IMPLEMENTATION,
+        )
+        return [np.asarray(x, np.float32) for x in jax.vjp(attend, q, k, v)[1](dout)]
+
+    for got, wanted in zip(gradients(False), gradients(True), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=2**-6, atol=1e-4 * np.abs(wanted).max())
 
 
 @pytest.mark.skipif(EMULATED, reason="the emulator has none of Hopper's kernels")
