@@ -347,11 +347,13 @@ struct GradientConsumer {
     const auto sum_of = [&] { return step.head * grid.sums.tiles + step.tile; };
     int32_t listed = 0;
     if constexpr (C::kDrawsAhead) draw_kept(*this, step);
-    int32_t sum_before = sum_of();
+    int32_t sum_before;
     if constexpr (kSkipsBlocks<C>) {
+      sum_before = sum_of();
       run_steps_by_blocks(*this, walk, step, sum_before, sum_of);
     } else {
       run_step<true>(step, walk, 0, listed);
+      sum_before = sum_of();  // of the step that a list gives
       step.advance(walk);
 #pragma unroll 1
       for (; step.number < end; step.advance(walk)) {
