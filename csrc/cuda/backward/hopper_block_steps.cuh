@@ -25,7 +25,7 @@ template <class Consumer>
 __device__ __forceinline__ int32_t whole_steps(const Consumer& of, const QueryWalk& walk,
                                                const QueryStep& step) {
   constexpr int kBlocks = jax_flash::kBlocks<typename Consumer::Config>;
-  const Interval blocks = uniform(of.tile().any[of.consumer]);
+  const Interval blocks = uniform(of.tile().blocks.seen[of.consumer]);
   const Interval seen{(blocks.lo + kBlocks - 1) / kBlocks, blocks.hi / kBlocks};
   if (!seen.contains(step.tile)) return 0;
   if (seen.lo <= walk.tiles.lo && walk.tiles.hi <= seen.hi) return walk.steps();
@@ -107,7 +107,8 @@ template <bool kFirst, class Consumer>
 __device__ __forceinline__ void run_block_step(Consumer& of, const QueryStep& step, int32_t sum_before) {
   of.shared.ready_pipe.wait_full(step.number);
   if constexpr (kBlocks<typename Consumer::Config> == 2) {
-    const Interval seen = intersect(uniform(of.tile().any[of.consumer]), {step.tile * 2, step.tile * 2 + 2});
+    const Interval seen =
+        intersect(uniform(of.tile().blocks.seen[of.consumer]), {step.tile * 2, step.tile * 2 + 2});
     if (!seen.empty()) return multiply_block<kFirst>(of, step, seen.lo % 2, sum_before);
   }
   of.template skip_step<kFirst>(step.number, sum_before, 0);

@@ -129,6 +129,17 @@ using ScoreOperandsOf = std::conditional_t<
                                               std::conditional_t<kKind == ScoreKind::kListedMask,
                                                                  MaskOperands, ScoreOperands>>>>>;
 
+// For plain scores: the blocks of kConsumerRows query rows that see some key of a consumer (kSkipsBlocks).
+// Other kernels have no register left for a larger state.
+template <int kConsumers>
+struct SeenBlocks {
+  Interval seen[kConsumers];
+};
+struct NoSeenBlocks {};
+template <class Operands, int kConsumers>
+using BlocksOf =
+    std::conditional_t<std::is_same_v<Operands, NoScoreOperands>, SeenBlocks<kConsumers>, NoSeenBlocks>;
+
 // The order of a key tile's steps.
 template <class Operands>
 using WalkOf = std::conditional_t<
@@ -167,10 +178,10 @@ struct KeyTileState {
   Band band;
   WalkOf<Operands> walk;       // the query tiles in which some row sees one of the keys
   Interval whole[kConsumers];  // query tiles in which every row sees all keys of a consumer
-  Interval any[kConsumers];    // with kSkipsBlocks, the blocks of rows that see some key of a consumer
-  Interval seen;               // query rows that see a key of the sequence
-  Interval clean;              // query rows whose Q and dO may be multiplied, because they are seen or zero
-  int32_t clean_keys;          // rows of K and V that may be multiplied, because they are in use or zero
+  [[no_unique_address]] BlocksOf<Operands, kConsumers> blocks;
+  Interval seen;       // query rows that see a key of the sequence
+  Interval clean;      // query rows whose Q and dO may be multiplied, because they are seen or zero
+  int32_t clean_keys;  // rows of K and V that may be multiplied, because they are in use or zero
   int32_t kv_head;
   const float *lse, *delta;  // at the first head
   float* sums;               // dQ's accumulator, at the first head and query tile
@@ -209,8 +220,10 @@ struct KeyTileState {
       const int32_t key = tile.row + i * kConsumerRows;
       const Interval all = band.common_queries(key, key + kConsumerRows);
       whole[i] = {(all.lo + C::kM - 1) / C::kM, all.hi / C::kM};
-      reload_shared();
-      if constexpr (kSkipsBlocks<C>) any[i] = tiles_of(band.queries(key, key + kConsumerRows), kConsumerRows);
+      if constexpr (kSkipsBlocks<C>) {
+        reload_shared();
+        blocks.seen[i] = tiles_of(band.queries(key, key + kConsumerRows), kConsumerRows);
+      }
     }
     reload_shared();
     // Rows past the operand's end are loaded as zeros. Rows of other sequences, and unused rows, may hold
