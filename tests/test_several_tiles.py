@@ -228,7 +228,8 @@ def test_edges_of_a_band(case, deterministic):
 @pytest.mark.parametrize("d", [64, 128])
 def test_long_groups_of_heads(d, window):
     """On Hopper, without a window, such calls take all heads of a group at each query tile, back and forth over the
-    tiles, unless they are deterministic. Both add the same numbers in float32, in another order, and round once."""
+    tiles, unless they are deterministic. Those add dQ in another order, and at d 128 subtract delta after the product,
+    so that some dS are rounded to the other of two neighbours: 2^-8 of an element of dS."""
     q, k, v, dout = (
         jax.random.normal(jax.random.key(n), (1, 4096, 8 if 0 < n < 3 else 64, d), jnp.bfloat16)
         for n in range(4)
@@ -245,7 +246,7 @@ def test_long_groups_of_heads(d, window):
         return [np.asarray(x, np.float32) for x in jax.vjp(attend, q, k, v)[1](dout)]
 
     for got, wanted in zip(gradients(False), gradients(True), strict=True):
-        np.testing.assert_allclose(got, wanted, rtol=2**-6, atol=1e-4 * np.abs(wanted).max())
+        np.testing.assert_allclose(got, wanted, rtol=2**-6, atol=2**-10 * np.abs(wanted).max())
 
 
 @pytest.mark.skipif(EMULATED, reason="the emulator has none of Hopper's kernels")
