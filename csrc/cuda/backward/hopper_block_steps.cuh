@@ -1,6 +1,6 @@
 // Steps of cuda/backward/hopper.cuh in which some block of 64 rows sees none of a consumer's keys. A step has
 // one or two blocks. Beside the edge of a band, every consumer has such a step. The loop of the other steps
-// has no branch for these: with one it would be 2 to 3 % slower.
+// has no branch for these: with one it would be 2 to 7 % slower.
 #pragma once
 
 #include <cstdint>
@@ -24,9 +24,9 @@ inline constexpr int kBlocks = C::kM / kConsumerRows;
 template <class Consumer>
 __device__ __forceinline__ int32_t whole_steps(const Consumer& of, const QueryWalk& walk,
                                                const QueryStep& step) {
-  constexpr int kBlocks = jax_flash::kBlocks<typename Consumer::Config>;
+  constexpr int kOfStep = kBlocks<typename Consumer::Config>;
   const Interval blocks = uniform(of.tile().blocks.seen[of.consumer]);
-  const Interval seen{(blocks.lo + kBlocks - 1) / kBlocks, blocks.hi / kBlocks};
+  const Interval seen{(blocks.lo + kOfStep - 1) / kOfStep, blocks.hi / kOfStep};
   if (!seen.contains(step.tile)) return 0;
   if (seen.lo <= walk.tiles.lo && walk.tiles.hi <= seen.hi) return walk.steps();
   const int32_t tiles = walk.tiles_left(seen, step.tile);
@@ -40,17 +40,14 @@ __device__ __forceinline__ void share_block(Consumer& of, uint32_t use, int bloc
   using DsTile = typename C::DsTile;
   constexpr uint32_t kZeros[4] = {};
   static_assert(DsTile::kPanel * 8 == kConsumerRows);  // a panel has the rows of a block
-  auto& shared = of.shared;
-  if constexpr (C::kReleasesDs) shared.ds_pipe.wait_empty(use);
-  const LaneAddress<DsTile> to(ptx::shared_address(shared.ds[use % C::kDsStages]),
-                               of.consumer * kConsumerRows + of.warp_row() + of.lane() % 16, of.lane() / 16);
+  const LaneAddress<DsTile> to = empty_ds(of, use);
 #pragma unroll
   for (int k = 0; k < kConsumerRows / 16; ++k) {
     ptx::stmatrix_x4(to.at(0, 2 * k) + block * DsTile::kPanelBytes, of.dst.x[0][k]);
     ptx::stmatrix_x4(to.at(0, 2 * k) + (1 - block) * DsTile::kPanelBytes, kZeros);
   }
   ptx::fence_async_shared();
-  shared.ds_pipe.arrive_by_warp(use);
+  of.shared.ds_pipe.arrive_by_warp(use);
 }
 
 // A step of two blocks, of which one sees some of the consumer's keys. The equations are those of run_step().
@@ -114,13 +111,13 @@ __device__ __forceinline__ void run_block_step(Consumer& of, const QueryStep& st
   of.template skip_step<kFirst>(step.number, sum_before, 0);
 }
 
-// All steps of a key tile. `sum_of` gives the index of a step's query tile among the sums, and `sum_before`
-// is that of the step before. Between the loops the walk is read again from shared memory, because the loops
-// have no registers left.
+// All steps of a key tile. `sum_of` gives the index of a step's query tile among the sums; returns that of
+// the last step. Between the loops the walk is read again from shared memory, because the loops have no
+// registers left.
 template <class Consumer, class SumOf>
-__device__ __forceinline__ void run_steps_by_blocks(Consumer& of, const QueryWalk& walk, QueryStep& step,
-                                                    int32_t& sum_before, SumOf sum_of) {
-  int32_t none = 0;
+__device__ __forceinline__ int32_t run_steps_by_blocks(Consumer& of, const QueryWalk& walk, QueryStep& step,
+                                                       SumOf sum_of) {
+  int32_t sum_before = sum_of(), none = 0;
   const bool first_is_whole = whole_steps(of, walk, step) > 0;
   if (!first_is_whole) run_block_step<true>(of, step, 0);
   if (first_is_whole) of.template run_step<true>(step, walk, 0, none);
@@ -135,7 +132,7 @@ __device__ __forceinline__ void run_steps_by_blocks(Consumer& of, const QueryWal
       of.template run_step<false>(step, walk, sum_before, none);
       sum_before = sum_of();
     }
-    if (stop == end()) return;
+    if (stop == end()) return sum_before;
     run_block_step<false>(of, step, sum_before);
     sum_before = sum_of();
     step.advance(walk);

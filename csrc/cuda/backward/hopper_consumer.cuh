@@ -193,9 +193,7 @@ struct GradientConsumer {
 
   // Stores dSᵀ in shared memory, for both consumers' dQ.
   __device__ __forceinline__ void share_ds(uint32_t use) {
-    if constexpr (C::kReleasesDs) shared.ds_pipe.wait_empty(use);
-    const LaneAddress<DsTile> to(ptx::shared_address(shared.ds[use % C::kDsStages]),
-                                 consumer * kConsumerRows + warp_row() + lane() % 16, lane() / 16);
+    const LaneAddress<DsTile> to = empty_ds(*this, use);
 #pragma unroll
     for (int k = 0; k < C::kM / 16; ++k) ptx::stmatrix_x4(to.at(0, 2 * k), dst.x[0][k]);
     ptx::fence_async_shared();
@@ -349,8 +347,7 @@ struct GradientConsumer {
     if constexpr (C::kDrawsAhead) draw_kept(*this, step);
     int32_t sum_before;
     if constexpr (kSkipsBlocks<C>) {
-      sum_before = sum_of();
-      run_steps_by_blocks(*this, walk, step, sum_before, sum_of);
+      sum_before = run_steps_by_blocks(*this, walk, step, sum_of);
     } else {
       run_step<true>(step, walk, 0, listed);
       sum_before = sum_of();  // of the step that a list gives

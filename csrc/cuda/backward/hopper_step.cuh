@@ -12,6 +12,7 @@
 #include "cuda/ptx/math.cuh"
 #include "cuda/score/ranges.cuh"
 #include "cuda/tile/accumulator.cuh"
+#include "cuda/tile/shared_tile.cuh"
 
 namespace jax_flash {
 
@@ -186,6 +187,16 @@ __device__ __forceinline__ void start_from_delta(S& dp, const float* negative_de
 #pragma unroll
     for (int e = 0; e < 2; ++e) dp.at(slot, 0, e) = d.x, dp.at(slot + 1, 0, e) = d.y;
   }
+}
+
+// Where a lane of a consumer stores dSᵀ of a step. Waits until no product reads the stage.
+template <class Consumer>
+__device__ __forceinline__ auto empty_ds(const Consumer& of, uint32_t use) {
+  using C = typename Consumer::Config;
+  if constexpr (C::kReleasesDs) of.shared.ds_pipe.wait_empty(use);
+  return LaneAddress<typename C::DsTile>(ptx::shared_address(of.shared.ds[use % C::kDsStages]),
+                                         of.consumer * kConsumerRows + of.warp_row() + of.lane() % 16,
+                                         of.lane() / 16);
 }
 
 }  // namespace jax_flash
