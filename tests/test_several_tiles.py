@@ -227,9 +227,10 @@ def test_edges_of_a_band(case, deterministic):
 @pytest.mark.parametrize("window", [None, (700, 0)])
 @pytest.mark.parametrize("d", [64, 128])
 def test_long_groups_of_heads(d, window):
-    """On Hopper, without a window, such calls take all heads of a group at each query tile, back and forth over the
-    tiles, unless they are deterministic. Those add dQ in another order, and at d 128 subtract delta after the product,
-    so that some dS are rounded to the other of two neighbours: 2^-8 of an element of dS."""
+    """A long causal call is compared with the deterministic call. On Hopper, without a window, the first takes all
+    heads of a group at each query tile, and the second takes one head after the other. They add dQ in different orders.
+    At d 128 they also subtract delta at different times. An element of dS may then be rounded to different numbers of
+    bfloat16, which are 2^-8 of the element apart."""
     q, k, v, dout = (
         jax.random.normal(jax.random.key(n), (1, 4096, 8 if 0 < n < 3 else 64, d), jnp.bfloat16)
         for n in range(4)
