@@ -35,12 +35,10 @@ struct ConsumerTile {
 
   __device__ __forceinline__ const ScoreOperands& operands() const { return of.tile->score; }
   __device__ __forceinline__ const Band& band() const { return of.tile->band; }
-  // The keys among `keys` that the band shows to row i.
-  __device__ __forceinline__ Interval in_band(int32_t i, const Interval& keys) const {
-    const Band& band = of.tile->band;
+  // With ranges: the keys that the band shows to row i.
+  __device__ __forceinline__ Interval in_band(int32_t i) const {
     const Interval& apart = of.tile->in_band;
-    const Interval seen{max(keys.lo, i + apart.lo), min(min(keys.hi, band.k_len), i + apart.hi)};
-    return i < band.q_len ? seen : Interval{0, 0};
+    return {i + apart.lo, min(i + apart.hi, of.tile->band.k_len)};
   }
   // With ranges: the number of the sequence's keys before those of the query tile.
   __device__ __forceinline__ int32_t keys_before() const { return of.tile->first_key; }

@@ -43,6 +43,13 @@ __device__ __forceinline__ int max3(int x, int y, int z) { return __vimax3_s32(x
 __device__ __forceinline__ int min3(int x, int y, int z) { return __vimin3_s32(x, y, z); }
 __device__ __forceinline__ uint32_t min3(uint32_t x, uint32_t y, uint32_t z) { return __vimin3_u32(x, y, z); }
 
+// x shifted by n bits; 0 if n is 32 or more, where C++ defines no result.
+__device__ __forceinline__ uint32_t shift_left(uint32_t x, uint32_t n) {
+  uint32_t y;
+  asm("shl.b32 %0, %1, %2;" : "=r"(y) : "r"(x), "r"(n));
+  return y;
+}
+
 // prmt: hex digit i of kSelector says what byte i of the result is. A digit b copies byte b of x; a digit 8 +
 // b repeats the sign bit of byte b, for which __byte_perm has no code.
 template <uint32_t kSelector>

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "cuda/ptx/math.cuh"
 #include "cuda/score/ranges.cuh"
 #include "cuda/score/variant.cuh"
 
@@ -27,19 +28,22 @@ struct RangesScore : ScoreVariant<S> {
 #pragma unroll
     for (int slot = 0; slot < S::kSlots; ++slot)  // limits of rows past the sequence must not be read
       limits[slot].load(ranges, min(tile.row() + S::row(slot), tile.band().q_len - 1));
+    const int32_t first = key + S::column(0), in_sequence = first + tile.keys_before();
 #pragma unroll
     for (int slot = 0; slot < S::kSlots; ++slot) {
-      const Interval band = tile.in_band(tile.row() + S::row(slot), {key, key + S::kColumns});
-      const int2 first = limits[slot].first, second = limits[slot].second;
-      const int32_t at = key + tile.keys_before();
-      seen[slot] = bits(band, key) & (bits({first.x, first.y}, at) | bits({second.x, second.y}, at));
+      const Interval band = columns(tile.in_band(tile.row() + S::row(slot)), first);
+      const auto bits_of = [&](const int2& range) {
+        return bits(intersect(columns({range.x, range.y}, in_sequence), band));
+      };
+      seen[slot] = bits_of(limits[slot].first);
+      if (ranges.two) seen[slot] |= bits_of(limits[slot].second);
     }
   }
 
   // The same for a tile in which all rows see all keys.
   __device__ __forceinline__ void see_all() {
 #pragma unroll
-    for (uint32_t& own : seen) own = before(S::kColumns);
+    for (uint32_t& own : seen) own = kAll;
   }
 
   // S ← −inf outside of the band and the ranges. Unused rows may keep any score. The vote tells the compiler
@@ -48,7 +52,7 @@ struct RangesScore : ScoreVariant<S> {
   __device__ __forceinline__ void hide(Scores& s) const {
     bool all = true;
 #pragma unroll
-    for (uint32_t own : seen) all &= own == before(S::kColumns);
+    for (uint32_t own : seen) all &= (own & kAll) == kAll;
     if (__all_sync(~0u, all)) return;
 #pragma unroll
     for (int slot = 0; slot < Scores::kSlots; ++slot) {
@@ -62,17 +66,22 @@ struct RangesScore : ScoreVariant<S> {
   }
 
  private:
-  // The bits of the lane's elements in columns before `column`, which the lane's first column is subtracted
-  // from. A lane has two of eight columns.
-  __device__ __forceinline__ static uint32_t before(int32_t column) {
-    const int32_t x = max(column, 0), count = x / 8 * 2 + min(x % 8, 2);
-    return count < 32 ? (1u << count) - 1 : ~0u;
+  // Where keys are, counted from `first` on, the lane's first column; 0 for those before it. Limits may be any
+  // numbers.
+  __device__ __forceinline__ static Interval columns(const Interval& keys, int32_t first) {
+    return {max(keys.lo, first) - first, max(keys.hi, first) - first};
   }
-  // The bits of the lane's elements in a tile that starts with `key`. Limits may be any numbers.
-  __device__ __forceinline__ static uint32_t bits(const Interval& keys, int32_t key) {
-    const int32_t end = key + S::kColumns, first = key + S::column(0);
-    return before(max(key, min(keys.hi, end)) - first) & ~before(max(key, min(keys.lo, end)) - first);
+  // How many of the lane's elements are in columns before `column`. A lane has two of eight columns.
+  __device__ __forceinline__ static uint32_t count_before(int32_t column) {
+    const auto x = static_cast<uint32_t>(column);
+    return x / 8 * 2 + min(x % 8, 2u);
   }
+  // The bits of the lane's elements in an interval of columns.
+  __device__ __forceinline__ static uint32_t bits(const Interval& columns) {
+    return ptx::shift_left(~0u, count_before(columns.lo)) & ~ptx::shift_left(~0u, count_before(columns.hi));
+  }
+  // The bits of all elements.
+  static constexpr uint32_t kAll = ~0u >> (32 - 2 * S::kColumnTiles);
 };
 
 }  // namespace jax_flash
