@@ -7,7 +7,8 @@
 
 A rate is the FLOP per second over visible pairs, relative to a call without a mask value: to causal=True or, for masks
 whose rows see few keys, to the same band (chunks as sequences of their own, a static window). An eighth of all blocks
-is visible, chosen at random for each KV head, which one or four query heads share. "array" is a mask as booleans
+is visible, chosen at random for each KV head, which one or four query heads share; they are also compared with causal
+sequences of a quarter of the length, which have as many tokens and FLOP. "array" is a mask as booleans
 [1, 1, s, s], for jax_flash and for jax.nn's cuDNN. Arrays, and documents by segment ids or as packed sequences, are
 relative to the same mask as ranges. Times are medians of alternating bursts at settled power (measure.py).
 """
@@ -89,8 +90,8 @@ def array_of(mask: Any, size: int) -> Any:
     return jnp.broadcast_to(seen[:1, :1], (1, 1, size, size))
 
 
-def cases(size: int, heads: int) -> dict[str, tuple[Options, str]]:
-    """Options of each call by its name, and the call that its rate is compared with."""
+def cases(size: int, heads: int) -> dict[str, tuple[Options, tuple[str, ...]]]:
+    """Options of each call by its name, and the calls that its rate is compared with."""
     row = jnp.arange(size, dtype=jnp.int32)[None, None]
     values = {
         "causal as ranges": masks.ranges(jnp.zeros_like(row), row + 1),
@@ -103,28 +104,32 @@ def cases(size: int, heads: int) -> dict[str, tuple[Options, str]]:
     }
     compared = {"chunks": "causal chunks", "first and window": "window"}
     grouped: Options = {"group": GROUP}
-    of_blocks: dict[str, tuple[Options, str]] = {
-        "grouped causal": (grouped | {"causal": True}, "grouped causal")
+    quarter: Options = {"causal": True, "parts": CHOSEN // 2}
+    plain: dict[str, Options] = {
+        "causal": {"causal": True},
+        "causal chunks": {"causal": True, "parts": PART},
+        "window": {"causal": True, "window": (size // PART, None)},
+        "causal quarters": quarter,
+        "grouped causal": grouped | {"causal": True},
+        "grouped causal quarters": grouped | quarter,
     }
+    of_blocks: dict[str, tuple[Options, tuple[str, ...]]] = {}
     for block in (128, 64):
         shared = grouped | {"mask": blocks(size, block, heads // GROUP)}
-        of_blocks[f"blocks of {block}"] = shared, "grouped causal"
-        of_blocks[f"own blocks of {block}"] = {"mask": blocks(size, block, heads)}, "causal"
-    arrays: dict[str, tuple[Options, str]] = {
-        f"{name}, {how}": ({"mask": values[name], "array": how}, name)
+        of_blocks[f"blocks of {block}"] = shared, ("grouped causal", "grouped causal quarters")
+        own: Options = {"mask": blocks(size, block, heads)}
+        of_blocks[f"own blocks of {block}"] = own, ("causal", "causal quarters")
+    arrays: dict[str, tuple[Options, tuple[str, ...]]] = {
+        f"{name}, {how}": ({"mask": values[name], "array": how}, (name,))
         for name in AS_ARRAYS
         for how in ("array", "cuDNN")
     } | {
-        f"documents, {how}": ({"mask": values["documents"], "array": how}, "documents")
+        f"documents, {how}": ({"mask": values["documents"], "array": how}, ("documents",))
         for how in ("segments", "packed")
     }
     return (
-        {
-            "causal": ({"causal": True}, "causal"),
-            "causal chunks": ({"causal": True, "parts": PART}, "causal chunks"),
-            "window": ({"causal": True, "window": (size // PART, None)}, "window"),
-        }
-        | {name: ({"mask": value}, compared.get(name, "causal")) for name, value in values.items()}
+        {name: (options, (name,)) for name, options in plain.items()}
+        | {name: ({"mask": value}, (compared.get(name, "causal"),)) for name, value in values.items()}
         | of_blocks
         | arrays
     )
@@ -173,7 +178,7 @@ def run(size: int, d: int, wanted: str) -> None:
     named = cases(size, WIDTH // d)
     chosen = {name for name in named if wanted in name}
     for _ in range(2):  # adds what these are compared with, then what the added calls are compared with
-        chosen |= {named[name][1] for name in chosen}
+        chosen |= {other for name in chosen for other in named[name][1]}
     names = [name for name in named if name in chosen]
     with ThreadPoolExecutor(8) as pool:
         found = dict(zip(names, pool.map(lambda name: calls_or_reason(named[name][0], arrays), names)))
@@ -187,10 +192,10 @@ def run(size: int, d: int, wanted: str) -> None:
             {name: calls[index] for name, calls in made.items()}, repeats=5, settle=measure.SETTLED
         )
         rates = {name: made[name][2] / times[name]["median"] for name in made}
-        for name, (_, other) in named.items():
+        for name, (_, others) in named.items():
             median, spread = 1e3 * times[name]["median"], 100 * times[name]["spread"]
-            print(f"d{d} s{size} {pass_:8} {name:17} {median:9.4f} ms ±{spread:.1f}%, "
-                  f"{rates[name] / rates[other]:.3f} of {other}", flush=True)  # fmt: skip
+            relative = ", ".join(f"{rates[name] / rates[other]:.3f} of {other}" for other in others)
+            print(f"d{d} s{size} {pass_:8} {name:17} {median:9.4f} ms ±{spread:.1f}%, {relative}", flush=True)
 
 
 # --- decode ----------------------------------------------------------------------------------------------------------

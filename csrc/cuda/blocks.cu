@@ -1,11 +1,13 @@
 // Builds the lists of core/visible/key_tiles.h, of the tiles in which a block mask or a boolean mask leaves
 // some key visible.
 #include <algorithm>
+#include <type_traits>
 
 #include "core/sequence.h"
 #include "core/visible/key_tiles.h"
 #include "core/visible/mask_tiles.h"
 #include "cuda/launch.h"
+#include "cuda/ptx/dependent.cuh"
 #include "cuda/registry.h"
 #include "cuda/work.cuh"
 
@@ -46,17 +48,19 @@ template <class Source>
 __global__ void __launch_bounds__(32)
     list_key_tiles(const __grid_constant__ Problem p, const __grid_constant__ Source source,
                    const __grid_constant__ KeyLists to, int32_t keys, uint32_t* counter) {
+  ptx::let_next_kernel_start();
+  ptx::wait_for_kernel_before();  // it classifies the tiles of a boolean mask
   const auto lane = static_cast<int32_t>(threadIdx.x);
   if (counter && blockIdx.x == 0 && lane == 0) *counter = 0;
   // Unsigned 32-bit divisions are the shortest.
-  const uint32_t list = blockIdx.x, tiles = to.query_tiles, slots = to.of_group, heads = list / tiles / slots,
-                 kv_heads = p.kv_heads, entry = heads / kv_heads;
-  const auto slot = static_cast<int32_t>(list / tiles % slots);
+  const uint32_t list = blockIdx.x, tiles = to.query_tiles, listed = to.listed, entry = list / tiles / listed,
+                 number = list / tiles % listed, kv_head = number / static_cast<uint32_t>(to.of_group);
+  const auto slot = static_cast<int32_t>(number - kv_head * to.of_group);
   const int32_t row = static_cast<int32_t>(list % tiles) * to.rows;
   const uint32_t batches = p.batch, leading = entry / batches;
   const Sequence s = fixed_sequence(p, leading, static_cast<int32_t>(entry % batches));
   const Band band = make_band(p, leading, s);
-  const auto blocks = source.at(p, leading, s, static_cast<int32_t>(heads % kv_heads) * to.group);
+  const auto blocks = source.at(p, leading, s, static_cast<int32_t>(kv_head) * to.group);
   const int32_t end = min(row + to.rows, s.q_len);
   const Interval seen = band.rows(row, end);
   const int32_t pieces = keys / to.keys;  // pieces per tile
@@ -247,8 +251,10 @@ cudaError_t launch_lists(const Problem& p, const Source& source, const LaunchPla
   }
   if (plan.queries.lists < 0) return cudaSuccess;
   const KeyLists lists = key_lists(p, plan.queries, workspace);
-  return launch(list_key_tiles<Source>, p.leading.count() * p.batch * lists.slots * plan.queries.tiles, 32, 0,
-                stream, p, source, lists, plan.queries.other_block, tile_counter(plan, workspace));
+  constexpr bool kEarly = std::is_same_v<Source, MaskTileBlocks>;
+  return launch_clusters<kEarly>(list_key_tiles<Source>, 1,
+                                 p.leading.count() * p.batch * lists.listed * plan.queries.tiles, 32, 0, stream,
+                                 p, source, lists, plan.queries.other_block, tile_counter(plan, workspace));
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include "core/visible/mask_tiles.h"
 
 #include "cuda/launch.h"
+#include "cuda/ptx/dependent.cuh"
 #include "cuda/registry.h"
 #include "cuda/score/mask_bits.cuh"
 
@@ -85,6 +86,7 @@ __global__ void __launch_bounds__(32 * kWarps)
     find_mask_tiles(const __grid_constant__ Problem p, const __grid_constant__ MaskTiles to,
                     uint32_t groups) {
   __shared__ TileBits of_warp[kWarps];
+  ptx::let_next_kernel_start();
   const auto thread = static_cast<int32_t>(threadIdx.x), warp = thread / 32;
   const uint32_t group = blockIdx.x % groups, rows_before = blockIdx.x / groups;
   const uint32_t entry = rows_before / to.rows, tile_row = rows_before % to.rows;

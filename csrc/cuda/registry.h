@@ -144,14 +144,19 @@ inline int32_t keys_of_piece(const Problem& p, int32_t tile_keys) {
 inline KeyLists key_lists(const Problem& p, const TileGrid& grid, void* workspace) {
   const int32_t group = p.heads / p.kv_heads, of_group = slots_of_group(group, grid.block, grid.consumers),
                 slots = p.kv_heads * of_group;
+  // All consumers of the slots have rows, and the heads share the mask.
+  const bool same = (p.block_mask ? p.block_mask : p.mask).head == 0 &&
+                    of_group * grid.consumers == group * (grid.block / kRowBlock);
+  const int32_t listed = same ? std::min(slots, 1) : slots;
   const auto most = static_cast<int32_t>(ceil_div(p.k_rows, grid.other_block));
-  const int64_t lists = p.leading.count() * p.batch * slots * grid.tiles;
+  const int64_t lists = p.leading.count() * p.batch * listed * grid.tiles;
   auto* tiles = reinterpret_cast<KeyPieces*>(static_cast<char*>(workspace) + grid.lists);
   return {tiles,      reinterpret_cast<KeyList*>(tiles + lists * most),
           most,       keys_of_piece(p, grid.other_block),
           grid.block, grid.consumers,
           group,      of_group,
-          slots,      static_cast<int32_t>(grid.tiles)};
+          slots,      listed,
+          static_cast<int32_t>(grid.tiles)};
 }
 
 // The lists of visible steps for the key tiles of a grid.

@@ -5,8 +5,8 @@
 // that of its tile.
 #include "core/segments.h"
 #include "core/visible/row_blocks.h"
-
 #include "cuda/launch.h"
+#include "cuda/ptx/dependent.cuh"
 #include "cuda/registry.h"
 #include "cuda/slots.cuh"
 
@@ -145,11 +145,14 @@ struct SegmentTables {
   Slots slots;
 };
 
-// One CTA per slot of a tile, followed by one per slot of a part.
+// One CTA per slot of a tile, followed by one per slot of a part. `counter`: the tile counter of the next
+// kernel, which this kernel clears, or null.
 template <Over over>
 __global__ void __launch_bounds__(kThreads)
     find_segments(const __grid_constant__ Problem p, const SequenceStarts starts, const SegmentTables tiles,
-                  const SegmentTables parts, uint32_t first_part) {
+                  const SegmentTables parts, uint32_t first_part, uint32_t* counter) {
+  ptx::let_next_kernel_start();
+  if (counter && blockIdx.x == 0 && threadIdx.x == 0) *counter = 0;
   constexpr bool kQueries = over == Over::kQueries;
   const bool part = blockIdx.x >= first_part;
   const SegmentTables& found = part ? parts : tiles;
@@ -204,7 +207,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <Over over>
-cudaError_t trim_grid(const Problem& p, const TileGrid& grid, void* workspace, cudaStream_t stream) {
+cudaError_t trim_grid(const Problem& p, const TileGrid& grid, uint32_t* counter, void* workspace,
+                      cudaStream_t stream) {
   if (grid.segments < 0 || p.batch == 0) return cudaSuccess;
   const int32_t rows = over == Over::kQueries ? p.q_rows : p.k_rows;
   char* free = static_cast<char*>(workspace) + grid.segments;
@@ -219,15 +223,16 @@ cudaError_t trim_grid(const Problem& p, const TileGrid& grid, void* workspace, c
   const int64_t all = segment_slots(p, rows, grid.block),
                 all_parts = grid.segment_parts ? segment_slots(p, rows, kSegmentPart) : 0;
   return launch(find_segments<over>, all + all_parts, kThreads, 0, stream, p,
-                starts_of(p, grid, over, workspace), tiles, parts, static_cast<uint32_t>(all));
+                starts_of(p, grid, over, workspace), tiles, parts, static_cast<uint32_t>(all), counter);
 }
 
 }  // namespace
 
 cudaError_t launch_segments(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
-  const cudaError_t e = trim_grid<Over::kQueries>(p, plan.queries, workspace, stream);
+  const cudaError_t e =
+      trim_grid<Over::kQueries>(p, plan.queries, tile_counter(plan, workspace), workspace, stream);
   if (e != cudaSuccess) return e;
-  return trim_grid<Over::kKeys>(p, plan.keys, workspace, stream);
+  return trim_grid<Over::kKeys>(p, plan.keys, nullptr, workspace, stream);
 }
 
 }  // namespace jax_flash

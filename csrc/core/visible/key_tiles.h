@@ -54,6 +54,7 @@ struct KeyLists {
   int32_t group = 0;        // heads of a KV head
   int32_t of_group = 0;     // query tiles of the same rows, of these heads
   int32_t slots = 0;        // of all heads
+  int32_t listed = 0;       // slots that have lists: all, or the first if the lists of all heads are the same
   int32_t query_tiles = 0;  // strides of rows
 
   // Part i of the query tile in a slot of a KV head. Parts past the last head of a KV head do not exist.

@@ -107,7 +107,9 @@ struct ForwardSm90 {
   static constexpr int kQuerySteps = kQueryInRegisters ? kHeadSteps : kSharers > 1 && kPlainLoop ? 4 : 0;
   // Multiplies only the visible tail of a consumer's last key tile, where it is no longer than this.
   static constexpr int kTailKeys =
-      kSharers == 1 && (Kind == ScoreKind::kPlain || Kind == ScoreKind::kSegments) ? 32 : 0;
+      kSharers == 1 && (Kind == ScoreKind::kPlain || Kind == ScoreKind::kSegments || (kRanges && kHeadDim <= 64))
+          ? 32
+          : 0;
   using QTile = SharedTile<T, kConsumerRows, kHeadDim>;  // of a consumer
   template <int kColumns>
   using KeyTile =
@@ -125,6 +127,8 @@ struct ForwardSm90 {
   using Score =
       std::conditional_t<kPacksHeads, PackedHeadsScore<S>, HopperScore<Kind, S, kInPages<KeyLoader>>>;
   static constexpr bool kGap = Score::reads(Operand::kRanges);  // ranges may leave a gap between key tiles
+  // Whether another kernel may find the keys that tiles see (TileSegments).
+  static constexpr bool kHasTables = kRanges || kListed || Score::reads(Operand::kQSegmentIds);
   using Softmax = typename Score::template Softmax<T>;
   using Input = typename Score::template Input<T, kN, kSmallKeyTile ? 2 : kBiasStages, kConsumers>;
   using Loader = KeyLoader<ForwardSm90>;
@@ -195,6 +199,11 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   }
 }
 
+// Whether a kernel before this one finds what query tiles see. It clears the tile counter, too.
+inline bool has_tables(const TileGrid& grid) {
+  return grid.segments >= 0 || grid.ranges >= 0 || grid.lists >= 0;
+}
+
 template <class C>
 cudaError_t launch_forward_sm90(const Problem& p, const LaunchPlan& plan, void* workspace,
                                 cudaStream_t stream) {
@@ -225,14 +234,18 @@ cudaError_t launch_forward_sm90(const Problem& p, const LaunchPlan& plan, void* 
   PersistentTiles tiles{schedule_of(grid, workspace), static_cast<int32_t>(cluster_tiles),
                         static_cast<uint32_t>(heads * cluster_tiles), nullptr,
                         heads_together(p, static_cast<uint32_t>(heads))};
-  if constexpr (C::kRanges) {
-    tiles.counter = tile_counter(plan, workspace);  // which the kernel that makes the tables has cleared
-  } else if (cudaError_t e = clear_tile_counter(tiles, plan, workspace, stream); e != cudaSuccess) {
-    return e;
+  const auto run = [&]<bool kEarly>() {
+    return launch_clusters<kEarly>(forward_sm90<C>, C::kCluster, plan.persistent_ctas, C::kThreads,
+                                   C::kTeams * sizeof(typename C::Shared), stream, p, maps, tiles, segments);
+  };
+  if constexpr (C::kHasTables) {
+    if (has_tables(grid)) {
+      tiles.counter = tile_counter(plan, workspace);
+      return run.template operator()<true>();
+    }
   }
-  return launch_clusters<C::kRanges>(forward_sm90<C>, C::kCluster, plan.persistent_ctas, C::kThreads,
-                                     C::kTeams * sizeof(typename C::Shared), stream, p, maps, tiles,
-                                     segments);
+  if (cudaError_t e = clear_tile_counter(tiles, plan, workspace, stream); e != cudaSuccess) return e;
+  return run.template operator()<false>();
 }
 
 template <class T, Row R>

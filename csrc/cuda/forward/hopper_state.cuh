@@ -231,7 +231,8 @@ struct TileState : Ranges, Slice {
   __device__ __forceinline__ void take_list(const Problem& p, const KeyLists& lists) {
     const uint32_t number = work.head, kv_head = number / lists.of_group;
     const uint32_t entry = static_cast<uint32_t>(work.leading) * p.batch + work.batch_row;
-    const int64_t at = (entry * lists.slots + number) * lists.query_tiles +
+    const uint32_t listed = min(number, static_cast<uint32_t>(lists.listed - 1));
+    const int64_t at = (entry * static_cast<uint32_t>(lists.listed) + listed) * lists.query_tiles +
                        static_cast<uint32_t>(work.tile.row) / lists.rows;
     reload_shared();
     const KeyList& own = lists.lists[at];
@@ -280,6 +281,7 @@ struct TileState : Ranges, Slice {
       if (block.any.empty()) continue;
       const int32_t first = this->first_key;
       keys[i].tiles = this->close(tiles_of({block.any.lo - first, block.any.hi - first}, C::kN));
+      keys[i].end = block.any.hi - first;
       reload_shared();
       this->first_whole[i] = whole_tiles<C>(block.whole[0], first);
       reload_shared();

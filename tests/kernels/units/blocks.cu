@@ -174,14 +174,14 @@ int wrong_key_lists(bool boolean) {
   check(cudaDeviceSynchronize());
   const KeyLists to = key_lists(p, grid, workspace);
   const int32_t pieces = grid.other_block / to.keys;
-  const int64_t count = static_cast<int64_t>(p.batch) * to.slots * to.query_tiles;
+  const int64_t count = static_cast<int64_t>(p.batch) * to.listed * to.query_tiles;
   const std::vector<KeyList> lists = read(to.lists, count);
   const std::vector<KeyPieces> tiles = read(to.tiles, count * to.most);
   int wrong = 0;
   for (int64_t at = 0; at < count; ++at) {
     const auto tile = static_cast<int32_t>(at % to.query_tiles);
-    const auto b = static_cast<int32_t>(at / to.query_tiles / to.slots),
-               slot = static_cast<int32_t>(at / to.query_tiles % to.slots);
+    const auto b = static_cast<int32_t>(at / to.query_tiles / to.listed),
+               slot = static_cast<int32_t>(at / to.query_tiles % to.listed);
     // The head of a consumer and its first row; the consumer has none past the last head of its KV head.
     const auto place = [&](int32_t i) {
       const int32_t part = slot % to.of_group * to.consumers + i, parts = grid.block / kRowBlock;

@@ -21,6 +21,7 @@ inline float log2(float x) { return std::log2(x); }
 inline float reciprocal(float x) { return 1 / x; }
 inline int max3(int x, int y, int z) { return std::max({x, y, z}); }
 inline int min3(int x, int y, int z) { return std::min({x, y, z}); }
+inline uint32_t shift_left(uint32_t x, uint32_t n) { return n < 32 ? x << n : 0; }
 inline float max_nan(float x, float y) { return x > y || x != x ? x : y; }
 
 inline uint32_t sign_of_low(uint32_t x) { return x & 0x8000u ? ~0u : 0; }
