@@ -252,9 +252,9 @@ cudaError_t launch_lists(const Problem& p, const Source& source, const LaunchPla
   if (plan.queries.lists < 0) return cudaSuccess;
   const KeyLists lists = key_lists(p, plan.queries, workspace);
   constexpr bool kEarly = std::is_same_v<Source, MaskTileBlocks>;
-  return launch_clusters<kEarly>(list_key_tiles<Source>, 1,
-                                 p.leading.count() * p.batch * lists.listed * plan.queries.tiles, 32, 0, stream,
-                                 p, source, lists, plan.queries.other_block, tile_counter(plan, workspace));
+  return launch_clusters<kEarly>(
+      list_key_tiles<Source>, 1, p.leading.count() * p.batch * lists.listed * plan.queries.tiles, 32, 0,
+      stream, p, source, lists, plan.queries.other_block, tile_counter(plan, workspace));
 }
 
 }  // namespace

@@ -151,11 +151,16 @@ inline KeyLists key_lists(const Problem& p, const TileGrid& grid, void* workspac
   const auto most = static_cast<int32_t>(ceil_div(p.k_rows, grid.other_block));
   const int64_t lists = p.leading.count() * p.batch * listed * grid.tiles;
   auto* tiles = reinterpret_cast<KeyPieces*>(static_cast<char*>(workspace) + grid.lists);
-  return {tiles,      reinterpret_cast<KeyList*>(tiles + lists * most),
-          most,       keys_of_piece(p, grid.other_block),
-          grid.block, grid.consumers,
-          group,      of_group,
-          slots,      listed,
+  return {tiles,
+          reinterpret_cast<KeyList*>(tiles + lists * most),
+          most,
+          keys_of_piece(p, grid.other_block),
+          grid.block,
+          grid.consumers,
+          group,
+          of_group,
+          slots,
+          listed,
           static_cast<int32_t>(grid.tiles)};
 }
 

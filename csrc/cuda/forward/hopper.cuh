@@ -107,7 +107,8 @@ struct ForwardSm90 {
   static constexpr int kQuerySteps = kQueryInRegisters ? kHeadSteps : kSharers > 1 && kPlainLoop ? 4 : 0;
   // Multiplies only the visible tail of a consumer's last key tile, where it is no longer than this.
   static constexpr int kTailKeys =
-      kSharers == 1 && (Kind == ScoreKind::kPlain || Kind == ScoreKind::kSegments || (kRanges && kHeadDim <= 64))
+      kSharers == 1 &&
+              (Kind == ScoreKind::kPlain || Kind == ScoreKind::kSegments || (kRanges && kHeadDim <= 64))
           ? 32
           : 0;
   using QTile = SharedTile<T, kConsumerRows, kHeadDim>;  // of a consumer

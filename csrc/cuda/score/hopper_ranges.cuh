@@ -66,8 +66,8 @@ struct RangesScore : ScoreVariant<S> {
   }
 
  private:
-  // Where keys are, counted from `first` on, the lane's first column; 0 for those before it. Limits may be any
-  // numbers.
+  // Where keys are, counted from `first` on, the lane's first column; 0 for those before it. Limits may be
+  // any numbers.
   __device__ __forceinline__ static Interval columns(const Interval& keys, int32_t first) {
     return {max(keys.lo, first) - first, max(keys.hi, first) - first};
   }
