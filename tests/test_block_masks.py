@@ -75,6 +75,13 @@ def test_heads_of_a_kv_head_in_tiles_of_three_consumers(heads, block, of_query_h
     check(case, block, case.hq if of_query_heads else case.hk, implementation)
 
 
+@pytest.mark.parametrize("block", [(128, 128), (64, 64)], ids=str)
+def test_one_mask_for_the_heads_of_tiles_of_three_consumers(block, implementation):
+    """With 128 rows the parts of a head lie in two query tiles, so neighbouring ones have other rows."""
+    sizes = {"b": 1, "sq": 450, "sk": 450, "hq": 6, "hk": 2, "d": 64, "dv": 64}
+    check(Case("causal", causal=True, dtype="bfloat16", **sizes), block, 1, implementation)
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("block", [(128, 128), (64, 64)], ids=str)

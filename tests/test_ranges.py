@@ -16,7 +16,7 @@ from conftest import IMPLEMENTATION
 from operand_calls import differentiate, references, static_of
 from pages import paged
 
-from jax_flash import masks, paged_attention
+from jax_flash import flash_attention_varlen, masks, paged_attention
 from jax_flash.autodiff import attend
 from jax_flash.operands import OPTIONAL
 
@@ -195,6 +195,19 @@ def test_halves_of_key_tiles(d, implementation):
     arrays = operands(inputs) | {"ranges": jnp.asarray(limits.repeat(64, 0)[None, None], jnp.int32)}
     got = differentiate(case, inputs, arrays, implementation)
     oracle.assert_result(got, *references(case, static_of(case, inputs, arrays), inputs, arrays), case)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}], ids=lambda x: str(*x))
+def test_rows_of_no_sequence(options, implementation):
+    """More query tiles than SMs, and no sequence, so that no kernel looks for the keys that they see."""
+    checks.require(implementation, dtype="bfloat16", d=64, dv=64)
+    x = jnp.ones((4096, 16, 64), jnp.bfloat16)
+    mask = masks.ranges(jnp.zeros((1, 4096), jnp.int32), jnp.full((1, 4096), 4096, jnp.int32))
+    out, lse = flash_attention_varlen(
+        x, x, x, jnp.zeros(1, jnp.int32), mask=mask, return_lse=True, implementation=implementation, **options
+    )
+    assert not out.any()
+    assert (lse == -jnp.inf).all()
 
 
 # In rows. Every query tile lies in one document. A key tile that holds two documents reaches into the BORDER of each,

@@ -144,9 +144,10 @@ inline int32_t keys_of_piece(const Problem& p, int32_t tile_keys) {
 inline KeyLists key_lists(const Problem& p, const TileGrid& grid, void* workspace) {
   const int32_t group = p.heads / p.kv_heads, of_group = slots_of_group(group, grid.block, grid.consumers),
                 slots = p.kv_heads * of_group;
-  // All consumers of the slots have rows, and the heads share the mask.
-  const bool same = (p.block_mask ? p.block_mask : p.mask).head == 0 &&
-                    of_group * grid.consumers == group * (grid.block / kRowBlock);
+  // The heads share the mask, and the consumers have the same rows in all slots.
+  const int32_t parts = grid.block / kRowBlock;
+  const bool same = (p.block_mask ? p.block_mask : p.mask).head == 0 && grid.consumers % parts == 0 &&
+                    of_group * grid.consumers == group * parts;
   const int32_t listed = same ? std::min(slots, 1) : slots;
   const auto most = static_cast<int32_t>(ceil_div(p.k_rows, grid.other_block));
   const int64_t lists = p.leading.count() * p.batch * listed * grid.tiles;

@@ -200,9 +200,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   }
 }
 
-// Whether a kernel before this one finds what query tiles see. It clears the tile counter, too.
-inline bool has_tables(const TileGrid& grid) {
-  return grid.segments >= 0 || grid.ranges >= 0 || grid.lists >= 0;
+// Whether a kernel before this one finds what query tiles see, and clears the tile counter. None does if
+// there is no sequence.
+inline bool has_tables(const Problem& p, const TileGrid& grid) {
+  return p.batch > 0 && (grid.segments >= 0 || grid.ranges >= 0 || grid.lists >= 0);
 }
 
 template <class C>
@@ -240,7 +241,7 @@ cudaError_t launch_forward_sm90(const Problem& p, const LaunchPlan& plan, void* 
                                    C::kTeams * sizeof(typename C::Shared), stream, p, maps, tiles, segments);
   };
   if constexpr (C::kHasTables) {
-    if (has_tables(grid)) {
+    if (has_tables(p, grid)) {
       tiles.counter = tile_counter(plan, workspace);
       return run.template operator()<true>();
     }

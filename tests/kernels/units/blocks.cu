@@ -178,10 +178,11 @@ int wrong_key_lists(bool boolean) {
   const std::vector<KeyList> lists = read(to.lists, count);
   const std::vector<KeyPieces> tiles = read(to.tiles, count * to.most);
   int wrong = 0;
-  for (int64_t at = 0; at < count; ++at) {
-    const auto tile = static_cast<int32_t>(at % to.query_tiles);
-    const auto b = static_cast<int32_t>(at / to.query_tiles / to.listed),
-               slot = static_cast<int32_t>(at / to.query_tiles % to.listed);
+  for (int32_t number = 0; number < p.batch * to.slots * to.query_tiles; ++number) {
+    const int32_t tile = number % to.query_tiles, b = number / to.query_tiles / to.slots,
+                  slot = number / to.query_tiles % to.slots;
+    const int64_t at =
+        (int64_t{b} * to.listed + std::min(slot, to.listed - 1)) * to.query_tiles + tile;  // take_list()
     // The head of a consumer and its first row; the consumer has none past the last head of its KV head.
     const auto place = [&](int32_t i) {
       const int32_t part = slot % to.of_group * to.consumers + i, parts = grid.block / kRowBlock;
