@@ -38,6 +38,7 @@ from . import decode_calls, measure
 
 BATCH, WIDTH, PART = 2, 2048, 8  # heads · head dim; a chunk, and a window, is 1 / PART of the length
 Options = dict[str, Any]
+Case = tuple[Options, tuple[str, ...]]  # of a call, and the calls that its rate is compared with
 GROUP, CHOSEN = 4, 8  # query heads of a KV head; one in CHOSEN blocks is visible
 AS_ARRAYS = ("prefix", "documents", "spans", "block diffusion")
 
@@ -90,8 +91,8 @@ def array_of(mask: Any, size: int) -> Any:
     return jnp.broadcast_to(seen[:1, :1], (1, 1, size, size))
 
 
-def cases(size: int, heads: int) -> dict[str, tuple[Options, tuple[str, ...]]]:
-    """Options of each call by its name, and the calls that its rate is compared with."""
+def cases(size: int, heads: int) -> dict[str, Case]:
+    """The calls by name."""
     row = jnp.arange(size, dtype=jnp.int32)[None, None]
     values = {
         "causal as ranges": masks.ranges(jnp.zeros_like(row), row + 1),
@@ -113,13 +114,13 @@ def cases(size: int, heads: int) -> dict[str, tuple[Options, tuple[str, ...]]]:
         "grouped causal": grouped | {"causal": True},
         "grouped causal quarters": grouped | quarter,
     }
-    of_blocks: dict[str, tuple[Options, tuple[str, ...]]] = {}
+    of_blocks: dict[str, Case] = {}
     for block in (128, 64):
         shared = grouped | {"mask": blocks(size, block, heads // GROUP)}
         of_blocks[f"blocks of {block}"] = shared, ("grouped causal", "grouped causal quarters")
         own: Options = {"mask": blocks(size, block, heads)}
         of_blocks[f"own blocks of {block}"] = own, ("causal", "causal quarters")
-    arrays: dict[str, tuple[Options, tuple[str, ...]]] = {
+    arrays: dict[str, Case] = {
         f"{name}, {how}": ({"mask": values[name], "array": how}, (name,))
         for name in AS_ARRAYS
         for how in ("array", "cuDNN")

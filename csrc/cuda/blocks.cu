@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(32)
   ptx::let_next_kernel_start();
   ptx::wait_for_kernel_before();  // it classifies the tiles of a boolean mask
   const auto lane = static_cast<int32_t>(threadIdx.x);
-  if (counter && blockIdx.x == 0 && lane == 0) *counter = 0;
+  clear_counter(counter);
   // Unsigned 32-bit divisions are the shortest.
   const uint32_t list = blockIdx.x, tiles = to.query_tiles, listed = to.listed, entry = list / tiles / listed,
                  number = list / tiles % listed, kv_head = number / static_cast<uint32_t>(to.of_group);
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(32 * kStepWarps)
   __shared__ int32_t of_warp[kStepKinds][kStepWarps], kept[kKeptSteps];
   const auto thread = static_cast<int32_t>(threadIdx.x), warp = thread / 32,
              threads = static_cast<int32_t>(blockDim.x);
-  if (counter && blockIdx.x == 0 && thread == 0) *counter = 0;
+  clear_counter(counter);
   const uint32_t list = blockIdx.x, kv_heads = p.kv_heads, batches = p.batch, head_slot = list / tiles,
                  entry = head_slot / kv_heads, leading = entry / batches;
   const int32_t key = static_cast<int32_t>(list % tiles) * parts * kRowBlock;

@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(32 * kMostWarps)
     find_seen_keys(const __grid_constant__ Problem p, const SequenceStarts starts, const Slots slots,
                    SeenByBlock* blocks, SeenByTile* tiles, uint32_t* counter) {
   ptx::let_next_kernel_start();
-  if (counter && blockIdx.x == 0 && threadIdx.x == 0) *counter = 0;
+  clear_counter(counter);
   __shared__ SeenByBlock of_warp[kMostWarps];
   const auto warp = static_cast<int32_t>(threadIdx.x / 32);
   const SlotRows at = starts.rows_of_slot<Over::kQueries>(p, slots, blockIdx.x);

@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kThreads)
     find_segments(const __grid_constant__ Problem p, const SequenceStarts starts, const SegmentTables tiles,
                   const SegmentTables parts, uint32_t first_part, uint32_t* counter) {
   ptx::let_next_kernel_start();
-  if (counter && blockIdx.x == 0 && threadIdx.x == 0) *counter = 0;
+  clear_counter(counter);
   constexpr bool kQueries = over == Over::kQueries;
   const bool part = blockIdx.x >= first_part;
   const SegmentTables& found = part ? parts : tiles;

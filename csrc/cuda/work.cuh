@@ -113,6 +113,11 @@ __device__ __forceinline__ BlockWork find_work(const Problem& p, const GridTiles
   return find_work<over>(p, tiles.schedule, tiles.count, block, {blockIdx.x, gridDim.x});
 }
 
+// The first thread of a kernel clears the tile counter of the next one, if there is one.
+__device__ __forceinline__ void clear_counter(uint32_t* counter) {
+  if (counter && blockIdx.x == 0 && threadIdx.x == 0) *counter = 0;
+}
+
 // The slot of a tile in the tables that segments.cu makes for a grid of tiles of `block` rows.
 template <Over over>
 __device__ __forceinline__ int64_t slot_of_tile(const Problem& p, const BlockWork& work, int32_t block) {

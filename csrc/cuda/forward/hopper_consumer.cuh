@@ -249,6 +249,17 @@ struct Consumer {
     multiply_values<C::kTailKeys, false>();
   }
 
+  // tail_step() for tile n, if the consumer's rows see no key behind its tail and it is not their only tile.
+  template <bool kRare, bool kInput>
+  __device__ __forceinline__ bool take_tail(int32_t& n, int32_t first) {
+    if constexpr (C::kTailKeys > 0) {
+      const bool tail = n > first && uniform(tile->keys[consumer].end) - key_of(n) <= C::kTailKeys;
+      if (tail) tail_step<kRare, kInput>(n--);
+      return tail;
+    }
+    return false;
+  }
+
   // The first whole key tile, whose P V is left to the next step.
   template <bool kRare, bool kInput>
   __device__ __forceinline__ void first_step(int32_t n, bool after_tail, bool partial = true) {
@@ -325,10 +336,7 @@ struct Consumer {
     if constexpr (C::kQuerySteps > 0) load_query();
     int32_t n = tiles.hi - 1;
     bool has_tail = false;
-    if constexpr (C::kTailKeys > 0 && kInput == (C::Input::kStages == 0)) {
-      has_tail = n > tiles.lo && uniform(tile->keys[consumer].end) - n * C::kN <= C::kTailKeys;
-      if (has_tail) tail_step<kRare, kInput>(n--);
-    }
+    if constexpr (kInput == (C::Input::kStages == 0)) has_tail = take_tail<kRare, kInput>(n, tiles.lo);
     if constexpr (!kOneStep) first_step<kRare, kInput>(n--, has_tail);
     if constexpr (kOneStep) {
 #pragma unroll 1

@@ -18,11 +18,7 @@ __device__ __forceinline__ void attend_to_ranges(Consumer& of) {
   if constexpr (C::kQuerySteps > 0) of.load_query();
   int32_t n = uniform(keys.tiles.hi) - 1;
   // At d64 the tail gains up to 3 %; at d128 it would lose up to 5 %.
-  bool has_tail = false;
-  if constexpr (C::kTailKeys > 0) {
-    has_tail = n > uniform(keys.tiles.lo) && uniform(keys.end) - of.key_of(n) <= C::kTailKeys;
-    if (has_tail) of.template tail_step<false, true>(n--);
-  }
+  const bool has_tail = of.template take_tail<false, true>(n, uniform(keys.tiles.lo));
   // Up to d 128 this test gains nothing.
   const bool sees_all = C::kHeadDim > 128 && (uniform(keys.whole).contains(n) ||
                                               uniform(tile.first_whole[of.consumer]).contains(n));

@@ -77,8 +77,8 @@ struct RangesScore : ScoreVariant<S> {
     return x / 8 * 2 + min(x % 8, 2u);
   }
   // The bits of the lane's elements in an interval of columns.
-  __device__ __forceinline__ static uint32_t bits(const Interval& columns) {
-    return ptx::shift_left(~0u, count_before(columns.lo)) & ~ptx::shift_left(~0u, count_before(columns.hi));
+  __device__ __forceinline__ static uint32_t bits(const Interval& of) {
+    return ptx::shift_left(~0u, count_before(of.lo)) & ~ptx::shift_left(~0u, count_before(of.hi));
   }
   // The bits of all elements.
   static constexpr uint32_t kAll = ~0u >> (32 - 2 * S::kColumnTiles);
