@@ -356,6 +356,15 @@ def test_a_wrong_call_is_an_exception_and_the_next_call_is_right(implementation)
     jax.tree.map(np.testing.assert_array_equal, attend(implementation, q, k, v), before)
 
 
+def test_calls_of_many_sizes_in_turn(implementation):
+    """The plans of a thread's last calls are kept: each size has its own, and it is made again after many others."""
+    dtype = checks.usual_dtype(implementation)
+    checks.require(implementation, "forward", "backward", dtype=dtype, d=64, dv=64)
+    for s in (*range(20, 220, 20), 20, 200):
+        case = Case(f"{s} rows", sq=s, sk=s + 9, d=64, dv=64, causal=True, dtype=dtype)
+        checks.check(case, implementation)
+
+
 # Segments.
 
 

@@ -11,6 +11,8 @@ struct Sizes {
 #define JF_SIZE(name) T name{};
 #include "../operands.def"
 
+  bool operator==(const Sizes&) const = default;
+
   // The same sizes in another type.
   template <class U>
   Sizes<U> as() const {

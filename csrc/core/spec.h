@@ -75,6 +75,7 @@ inline constexpr int32_t kUnlimited = -1;
 struct AttentionSpec {
   JF_ATTENTION_FIELDS(JF_MEMBER)
 
+  bool operator==(const AttentionSpec&) const = default;
   JF_HD bool has(Operand operand) const { return operands >> static_cast<int32_t>(operand) & 1; }
   // Whether K and V are one array. Its gradient, dkey, is the sum of both gradients.
   JF_HD bool shared_kv() const { return value_dim > 0; }

@@ -16,6 +16,24 @@ struct Blocks {
   Blocks(int64_t count, int32_t slices = 1) : count(count), slices(slices) {}
 };
 
+// Allows a kernel more than the 48 KB of dynamic shared memory that it may use without. Each thread remembers
+// what it has allowed, since asking CUDA takes .3 µs.
+inline cudaError_t allow_shared(const void* kernel, int bytes) {
+  constexpr size_t kRemembered = 256;
+  struct Allowed {
+    const void* kernel = nullptr;
+    int device = 0, bytes = 0;
+  };
+  thread_local Allowed all[kRemembered];
+  int device = 0;
+  if (cudaError_t e = cudaGetDevice(&device); e != cudaSuccess) return e;
+  Allowed& known = all[reinterpret_cast<uintptr_t>(kernel) / 16 % kRemembered];
+  if (known.kernel == kernel && known.device == device && known.bytes == bytes) return cudaSuccess;
+  const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (e == cudaSuccess) known = {kernel, device, bytes};
+  return e;
+}
+
 // Launches `blocks` thread blocks in clusters of size `cluster`, or nothing if there are none. `shared`:
 // bytes of dynamic shared memory. kEarly: the kernel may start before the one before it has ended, and waits
 // for it itself (ptx/dependent.cuh).
@@ -24,11 +42,9 @@ cudaError_t launch_clusters(void (*kernel)(Parameters...), uint32_t cluster, Blo
                             size_t shared, cudaStream_t stream,
                             std::type_identity_t<Parameters>... arguments) {
   if (blocks.count == 0 || blocks.slices == 0) return cudaSuccess;
-  // 48 KB of shared memory need no opt-in; 8 KB of them are left for what a kernel declares statically.
-  constexpr size_t kDefaultShared = 40 << 10;
+  constexpr size_t kDefaultShared = 40 << 10;  // 8 KB are left for what a kernel declares statically
   if (shared > kDefaultShared) {
-    const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
-    const cudaError_t e = cudaFuncSetAttribute(kernel, attribute, static_cast<int>(shared));
+    const cudaError_t e = allow_shared(reinterpret_cast<const void*>(kernel), static_cast<int>(shared));
     if (e != cudaSuccess) return e;
   }
   cudaLaunchConfig_t config{};

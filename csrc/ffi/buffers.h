@@ -45,6 +45,8 @@ class BufferDecoder {
                            std::to_string(rets.size()) + " results, its spec asks for " +
                            std::to_string(inputs.size()) + " and " + std::to_string(outputs.size()));
     }
+    const size_t count = inputs.size() + outputs.size();
+    views_.reserve(count), strides_.reserve(count), decided_.reserve(schema::Dims::kMost * count);
     auto full = rets.get<ffi::AnyBuffer>(0);
     if (!full) return full.error();
     const size_t inner = outputs[0].rank();

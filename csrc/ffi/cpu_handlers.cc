@@ -53,8 +53,8 @@ void prefer_large_results(ffi::RemainingRets rets) {
 template <Pass pass, auto compute>
 ffi::Error handle(ffi::ThreadPool threads, AttentionSpec spec, ffi::RemainingArgs args,
                   ffi::RemainingRets rets) {
-  Problem problem;
-  Tangents tangents;
+  Problem problem{};
+  Tangents tangents{};
   if (ffi::Error e = decode_operands(pass, spec, args, rets, problem, tangents); e.failure()) return e;
   prefer_large_results(rets);
   return guarded(threads, {problem.head_dim, problem.value_dim},

@@ -2,6 +2,8 @@
 #include <cuda_runtime_api.h>
 
 #include <map>
+#include <utility>
+#include <vector>
 
 #include "core/plan/plan.h"
 #include "core/plan/text.h"
@@ -37,18 +39,37 @@ cudaError_t current_device(Device& device) {
   return cudaSuccess;
 }
 
+// Programs make the same few calls again and again, so each thread keeps the plans of its last ones.
+template <Pass pass>
+const PlannedCall& plan_of(const AttentionSpec& spec, const Shapes& shapes, const Device& device) {
+  constexpr size_t kMost = 8;
+  struct Kept {
+    AttentionSpec spec;
+    Shapes shapes;
+    Device device;
+    PlannedCall plan;
+  };
+  thread_local std::vector<Kept> last;
+  thread_local size_t oldest = 0;
+  for (const Kept& kept : last) {
+    if (kept.shapes == shapes && kept.spec == spec && kept.device == device) return kept.plan;
+  }
+  Kept planned{spec, shapes, device, plan({pass, spec, shapes, device}, built_kernels())};
+  if (last.size() < kMost) return last.emplace_back(std::move(planned)).plan;
+  return (last[oldest++ % kMost] = std::move(planned)).plan;
+}
+
 // Plans a call and launches its kernels. The workspace is the last result.
 template <Pass pass>
 ffi::Error run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets, AttentionSpec spec) {
-  Problem p;
-  Tangents tangents;
+  Problem p{};
+  Tangents tangents{};
   if (ffi::Error e = decode_operands(pass, spec, args, rets, p, tangents); e.failure()) return e;
   auto workspace = rets.get<ffi::AnyBuffer>(schema::count_results(pass, spec));
   if (!workspace) return workspace.error();
   Device device;
   if (cudaError_t e = current_device(device); e != cudaSuccess) return cuda_error("device", e);
-  const Shapes shapes = shapes_of(p);
-  const PlannedCall chosen = plan({pass, p.spec, shapes, device}, built_kernels());
+  const PlannedCall& chosen = plan_of<pass>(p.spec, shapes_of(p), device);
   if (chosen.kernel < 0) return ffi::Error::InvalidArgument(chosen.error);
   if (static_cast<int64_t>((*workspace)->size_bytes()) < chosen.workspace) {
     return ffi::Error::InvalidArgument("jax_flash: the call's workspace is smaller than its plan's");

@@ -37,8 +37,6 @@ class OperandDecoder {
  public:
   OperandDecoder(Pass pass, const AttentionSpec& spec, Problem& problem, Tangents& tangents)
       : pass_(pass), problem_(problem), tangents_(tangents) {
-    problem_ = Problem{};
-    tangents_ = Tangents{};
     problem_.spec = spec;
     if (spec.shared_kv()) buffers_.set_value_dim(spec.value_dim);
   }
@@ -51,6 +49,7 @@ class OperandDecoder {
     if (ffi::Error e = check_layout(); e.failure()) return e;
     std::vector<Buffer> inputs, outputs;
     const auto& arrays = schema::arrays_of(pass_);
+    inputs.reserve(args.size()), outputs.reserve(rets.size());
     for (int32_t i = 0; i < arrays.operand_count; ++i) inputs.push_back(buffer_of(*arrays.operands[i]));
     for (int32_t i = 0; i < static_cast<int32_t>(Operand::kCount); ++i) {
       if (p.spec.has(static_cast<Operand>(i))) inputs.push_back(buffer_of(*schema::kOptional[i]));
@@ -154,7 +153,7 @@ class OperandDecoder {
   BufferDecoder buffers_;
 };
 
-// Only the tangent pass fills `tangents`.
+// `problem` and `tangents` are new ones; only the tangent pass fills `tangents`.
 inline ffi::Error decode_operands(Pass pass, const AttentionSpec& spec, ffi::RemainingArgs args,
                                   ffi::RemainingRets rets, Problem& problem, Tangents& tangents) {
   return OperandDecoder(pass, spec, problem, tangents).decode(args, rets);

@@ -14,6 +14,8 @@ struct Device {
   int32_t sm_count;
   int32_t shared_memory;        // bytes that one CTA may use
   bool always_cluster = false;  // for tests: clusters wherever a row has a kernel for them
+
+  bool operator==(const Device&) const = default;
 };
 
 // The part of a Problem that a plan depends on.
@@ -27,6 +29,8 @@ struct Shapes : Sizes<int64_t> {  // page_size and draft_rows are 0 without page
   // Whether the bias, and the mask, can be copied 8 keys at a time; a bias must also have query's 16-bit
   // dtype.
   bool bias_in_chunks = false, mask_in_chunks = false;
+
+  bool operator==(const Shapes&) const = default;
 };
 
 Shapes shapes_of(const Problem& problem);
