@@ -1,4 +1,4 @@
-"""CUDA graphs: XLA captures a training step as it is, and a decode loop with the flags that docs/serving.md names."""
+"""CUDA graphs: XLA captures steps of each form as they are, and a decode loop with the flags of docs/serving.md."""
 
 import checks
 import pytest
@@ -6,8 +6,8 @@ from programs import report, start_python
 
 LOOPS = "--xla_gpu_graph_min_graph_size=1 --xla_gpu_enable_command_buffer=+WHILE"
 
-# Runs a program a few times with different inputs. Reports which of its operations lie in command buffers, and how
-# far each run is from plain JAX.
+# Runs a program with a form of attention a few times with different inputs. Reports which of its operations lie in
+# command buffers, and how far each run is from plain JAX, relative to its largest number.
 PROGRAM = """
 import json, os, pathlib, sys, tempfile
 
@@ -18,10 +18,33 @@ import jax, jax.numpy as jnp
 import jax_flash
 
 def distance(x, y):
-    return abs(x.astype(jnp.float32) - y.astype(jnp.float32)).max()
+    y = y.astype(jnp.float32)
+    return abs(x.astype(jnp.float32) - y).max() / abs(y).max()
+
+form, tokens, heads = sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
+rows = jnp.arange(tokens, dtype=jnp.int32)
+first = rows // 30 * 30  # of the row's document
+options = {
+    "causal": dict(causal=True),
+    "packed": dict(causal=True),
+    "segments": dict(causal=True, segment_ids=jnp.broadcast_to(rows // 30, (2, tokens))),
+    "ranges": dict(mask=jax_flash.masks.ranges(first[None, None], rows[None, None] + 1)),
+    "boolean array": dict(mask=(first[:, None] <= rows) & (rows <= rows[:, None])),
+    "blocks": dict(mask=jax_flash.masks.blocks(jnp.arange(-(-tokens // 64))[None, None, :, None], (64, 64))),
+}[form]
+options |= {"mask": options["mask"][None, None]} if form == "boolean array" else {}
 
 def attention(implementation):
-    return lambda q, k, v: jax_flash.flash_attention(q, k, v, causal=True, implementation=implementation)
+    def packed(*operands):
+        starts = jnp.arange(3, dtype=jnp.int32) * operands[0].shape[1]
+        flat = [x.reshape(-1, *x.shape[2:]) for x in operands]
+        out = jax_flash.flash_attention_varlen(*flat, starts, implementation=implementation, **options)
+        return out.reshape(operands[0].shape)
+
+    def fixed(*operands):
+        return jax_flash.flash_attention(*operands, implementation=implementation, **options)
+
+    return packed if form == "packed" else fixed
 
 def step(implementation):
     def loss(weights, x):
@@ -37,13 +60,14 @@ def decode(implementation):
 def normal(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
 
-keys_values = normal(8, 2, 100, 4, 64), normal(9, 2, 100, 4, 64)
+keys_values = normal(8, 2, tokens, heads, 64), normal(9, 2, tokens, heads, 64)
 if sys.argv[1] == "step":
     program = step
-    inputs = [([normal(seed + i, 64, 64) / 8 for i in range(3)], normal(seed, 2, 100, 4, 64)) for seed in range(3)]
+    weights = [[normal(seed + i, 64, 64) / 8 for i in range(3)] for seed in range(3)]
+    inputs = [(w, normal(seed, 2, tokens, heads, 64)) for seed, w in enumerate(weights)]
 else:
     program = decode
-    inputs = [(normal(seed, 2, 1, 4, 64),) for seed in range(3)]
+    inputs = [(normal(seed, 2, 1, heads, 64),) for seed in range(3)]
 
 call = program("cuda")
 call.__name__ = program.__name__
@@ -72,11 +96,19 @@ print(json.dumps({"captured": captured, "outside": outside, "errors": errors}))
 """
 
 
-@pytest.mark.parametrize(("program", "flags", "calls"), [("step", "", 2), ("decode", LOOPS, 1)])
-def test_every_call_is_captured_and_replayed(program, flags, calls, kernel):
+FORMS = ("causal", "packed", "segments", "ranges", "boolean array", "blocks")
+
+
+# 1,024 tokens make more tiles than an H200 has SMs, so that a counter gives them to CTAs.
+@pytest.mark.parametrize(
+    ("program", "flags", "form", "tokens", "heads", "calls"),
+    [("step", "", "causal", 100, 4, 2), ("decode", LOOPS, "causal", 100, 4, 1)]
+    + [("step", "", form, 1024, 16, 2) for form in FORMS],
+)
+def test_every_call_is_captured_and_replayed(program, flags, form, tokens, heads, calls, kernel):
     if kernel != "cuda":
         pytest.skip("CUDA graphs are CUDA's")
     checks.require(kernel, "forward", "backward", dtype="bfloat16", d=64, dv=64)
-    found = report(start_python(PROGRAM, program, flags))
+    found = report(start_python(PROGRAM, program, flags, form, str(tokens), str(heads)))
     assert (found["captured"], found["outside"]) == (calls, 0)
     assert max(found["errors"]) < 0.05  # captured calls read their own inputs: a stale one is off by about 1

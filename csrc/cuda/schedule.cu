@@ -8,6 +8,7 @@
 // stay in their original order, and the slots of sequence z begin at first_slot(). Unused slots are empty.
 #include "core/sequence.h"
 #include "cuda/launch.h"
+#include "cuda/ptx/dependent.cuh"
 #include "cuda/registry.h"
 #include "cuda/work.cuh"
 
@@ -92,11 +93,14 @@ __device__ void sort_sequences(const Problem& p, int64_t leading, const Starts& 
   __syncthreads();
 }
 
-// One thread block per leading entry.
+// One thread block per leading entry. `counter`: the tile counter of the next kernel, which this kernel
+// clears, or null.
 template <Over over>
 __global__ void __launch_bounds__(kThreads)
     build_schedule(const __grid_constant__ Problem p, TileWork* schedule, int32_t* starts, int64_t tiles,
-                   int32_t block, const __grid_constant__ DecodeGrid decode) {
+                   int32_t block, const __grid_constant__ DecodeGrid decode, uint32_t* counter) {
+  ptx::let_next_kernel_start();
+  clear_counter(counter);
   const int64_t leading = blockIdx.x;
   const int32_t n = p.batch;
   int32_t* padded = starts + leading * 2 * (n + 2);
@@ -136,7 +140,7 @@ cudaError_t launch_schedule(const Problem& p, const LaunchPlan& plan, const Tile
   auto* schedule = reinterpret_cast<TileWork*>(static_cast<char*>(workspace) + grid.schedule);
   auto* starts = reinterpret_cast<int32_t*>(schedule + leading * grid.tiles);
   return launch(build_schedule<over>, leading, kThreads, 0, stream, p, schedule, starts, grid.tiles,
-                grid.block, plan.decode);
+                grid.block, plan.decode, tile_counter(plan, workspace));
 }
 
 }  // namespace

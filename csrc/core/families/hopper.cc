@@ -246,7 +246,6 @@ class Backward final : public PassTraits {
     } else {
       add_segments(call, s.k_rows, plan.keys, workspace);
     }
-    plan.dq_sums = workspace.add(dq_sums_bytes(call.spec, dims_of(s), row.block_m).value());
     const bool unequal = call.tiles_differ() || lists_tiles(plan.score) || s.k_rows % row.block_n;
     plan.cluster_size = cluster_of(row);
     plan_persistent(plan.keys.blocks * plan.cluster_size, unequal, s.q_rows, row, call, workspace, plan);
@@ -254,6 +253,8 @@ class Backward final : public PassTraits {
       plan.dq_tickets = workspace.add(dq_tickets_bytes(call.spec, dims_of(s), row.block_m).value());
       if (plan.tile_counter < 0) plan.tile_counter = workspace.add(kCounterBytes);
     }
+    // The sums come last, so that one memset clears them and what lies between them and the counter.
+    plan.dq_sums = workspace.add(dq_sums_bytes(call.spec, dims_of(s), row.block_m).value());
     plan.rounds_dq = heads_fit_clusters(row, call, plan);
     if (plan.rounds_dq) plan.cluster_size = static_cast<int32_t>(plan.keys.tiles);
   }

@@ -234,20 +234,32 @@ inline int32_t query_ticket_shift(const Problem& p, int32_t block_m) {
   return shift;
 }
 
-// Finds the key grid's tables in the workspace, as the plan placed them, and clears the counters among them.
-inline cudaError_t make_key_grid(KeyGrid& grid, const Problem& p, const LaunchPlan& plan, void* workspace,
-                                 const QuerySums& sums, int32_t ticket_shift, cudaStream_t stream) {
-  grid = {segments_of(plan.keys, workspace), static_cast<int32_t>(plan.keys.tiles), sums, nullptr,
-          ticket_shift};
+// Clears the tile counter, the tickets and, unless the kernel does, the sums of dQ. They lie one after
+// another.
+template <int kM>
+cudaError_t clear_sums_and_counters(const Problem& p, const LaunchPlan& plan, void* workspace,
+                                    const QuerySums& sums, cudaStream_t stream) {
+  int64_t begin = plan.dq_sums;
+  for (int64_t counters : {plan.tile_counter, plan.dq_tickets})
+    if (counters >= 0) begin = std::min(begin, counters);
+  const int64_t end = plan.dq_sums + (plan.rounds_dq ? 0 : sums_bytes<kM>(p, sums));
+  if (begin == end) return cudaSuccess;
+  return cudaMemsetAsync(static_cast<char*>(workspace) + begin, 0, end - begin, stream);
+}
+
+// Finds the key grid's tables in the workspace, as the plan placed them.
+inline KeyGrid make_key_grid(const Problem& p, const LaunchPlan& plan, void* workspace, const QuerySums& sums,
+                             int32_t ticket_shift) {
+  KeyGrid grid = {segments_of(plan.keys, workspace), static_cast<int32_t>(plan.keys.tiles), sums, nullptr,
+                  ticket_shift};
   if (plan.score == ScoreKind::kRanges) {
     const RangeTables tables = range_tables(p, plan.keys, workspace);
     grid.segments = tables.rows, grid.gaps = tables.gaps, grid.blocks = tables.blocks;
   }
   if (lists_tiles(plan.score)) grid.lists = step_lists(p, plan.keys, workspace);
-  if (plan.dq_tickets < 0) return cudaSuccess;
-  grid.tickets = reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + plan.dq_tickets);
-  const int64_t tickets = sum_entries(p) * p.heads * sums.tiles;
-  return cudaMemsetAsync(grid.tickets, 0, tickets * sizeof(uint32_t), stream);
+  if (plan.dq_tickets >= 0)
+    grid.tickets = reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + plan.dq_tickets);
+  return grid;
 }
 
 template <class C>
@@ -257,9 +269,8 @@ template <class C, class T>
 cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void* workspace,
                                  cudaStream_t stream) {
   const auto sums = query_sums<C::kM>(p, plan, workspace);
-  if (!plan.rounds_dq) {
-    if (cudaError_t e = clear_sums<C::kM>(p, sums, stream); e != cudaSuccess) return e;
-  }
+  if (cudaError_t e = clear_sums_and_counters<C::kM>(p, plan, workspace, sums, stream); e != cudaSuccess)
+    return e;
   const TileGrid& grid = plan.keys;
   if (grid.blocks > 0) {
     typename C::Maps maps;
@@ -271,14 +282,11 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
     }
     if (e != cudaSuccess) return e;
     PersistentTiles tiles{schedule_of(grid, workspace), static_cast<int32_t>(grid.tiles),
-                          static_cast<uint32_t>(grid.blocks), nullptr,
+                          static_cast<uint32_t>(grid.blocks), tile_counter(plan, workspace),
                           plan.rounds_dq ? 1 : backward_heads_together(p, plan.score, C::kCluster)};
     if (!plan.rounds_dq) keep_in_step(tiles, p, plan.persistent_ctas / C::kCluster);
-    if (e = clear_tile_counter(tiles, plan, workspace, stream); e != cudaSuccess) return e;
-    KeyGrid key_grid;
     constexpr auto kTicketShift = kInClusters<C> ? cluster_ticket_shift : query_ticket_shift;
-    e = make_key_grid(key_grid, p, plan, workspace, sums, kTicketShift(p, C::kM), stream);
-    if (e != cudaSuccess) return e;
+    const KeyGrid key_grid = make_key_grid(p, plan, workspace, sums, kTicketShift(p, C::kM));
     if constexpr (kListsSteps<C>) {
       const uint32_t heads = tiles.count / tiles.tiles_per_head;
       tiles.heads_together = listed_heads_together(tiles, heads, plan.persistent_ctas / C::kCluster);

@@ -80,10 +80,13 @@ QuerySums query_sums(const Problem& p, const LaunchPlan& plan, void* workspace) 
 }
 
 template <int kM>
+int64_t sums_bytes(const Problem& p, const QuerySums& sums) {
+  return sum_entries(p) * p.heads * sums.tiles * kM * p.head_dim * int64_t{sizeof(float)};
+}
+template <int kM>
 cudaError_t clear_sums(const Problem& p, const QuerySums& sums, cudaStream_t stream) {
-  const int64_t count = sum_entries(p) * p.heads * sums.tiles * kM * p.head_dim;
-  if (count == 0) return cudaSuccess;
-  return cudaMemsetAsync(sums.data, 0, count * sizeof(float), stream);
+  const int64_t bytes = sums_bytes<kM>(p, sums);
+  return bytes == 0 ? cudaSuccess : cudaMemsetAsync(sums.data, 0, bytes, stream);
 }
 
 // The first query rows of packed sequences, [n + 1] for each entry with a stride of 2 · (n + 2), in the

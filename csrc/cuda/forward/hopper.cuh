@@ -128,8 +128,6 @@ struct ForwardSm90 {
   using Score =
       std::conditional_t<kPacksHeads, PackedHeadsScore<S>, HopperScore<Kind, S, kInPages<KeyLoader>>>;
   static constexpr bool kGap = Score::reads(Operand::kRanges);  // ranges may leave a gap between key tiles
-  // Whether another kernel may find the keys that tiles see (TileSegments).
-  static constexpr bool kHasTables = kRanges || kListed || Score::reads(Operand::kQSegmentIds);
   using Softmax = typename Score::template Softmax<T>;
   using Input = typename Score::template Input<T, kN, kSmallKeyTile ? 2 : kBiasStages, kConsumers>;
   using Loader = KeyLoader<ForwardSm90>;
@@ -200,10 +198,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   }
 }
 
-// Whether a kernel before this one finds what query tiles see, and clears the tile counter. None does if
-// there is no sequence.
-inline bool has_tables(const Problem& p, const TileGrid& grid) {
-  return p.batch > 0 && (grid.segments >= 0 || grid.ranges >= 0 || grid.lists >= 0);
+// Whether a kernel before this one makes the schedule, or finds what query tiles see, and clears the tile
+// counter. Without a sequence none does the latter.
+inline bool follows_kernel(const Problem& p, const TileGrid& grid) {
+  return grid.schedule >= 0 || (p.batch > 0 && (grid.segments >= 0 || grid.ranges >= 0 || grid.lists >= 0));
 }
 
 template <class C>
@@ -234,19 +232,16 @@ cudaError_t launch_forward_sm90(const Problem& p, const LaunchPlan& plan, void* 
   if (cudaError_t e = C::Input::make_map(maps.input, p); e != cudaSuccess) return e;
   const int64_t heads = grid.blocks / grid.tiles, cluster_tiles = ceil_div(grid.tiles, C::kMulticast);
   PersistentTiles tiles{schedule_of(grid, workspace), static_cast<int32_t>(cluster_tiles),
-                        static_cast<uint32_t>(heads * cluster_tiles), nullptr,
+                        static_cast<uint32_t>(heads * cluster_tiles), tile_counter(plan, workspace),
                         heads_together(p, static_cast<uint32_t>(heads))};
   const auto run = [&]<bool kEarly>() {
     return launch_clusters<kEarly>(forward_sm90<C>, C::kCluster, plan.persistent_ctas, C::kThreads,
                                    C::kTeams * sizeof(typename C::Shared), stream, p, maps, tiles, segments);
   };
-  if constexpr (C::kHasTables) {
-    if (has_tables(p, grid)) {
-      tiles.counter = tile_counter(plan, workspace);
-      return run.template operator()<true>();
-    }
-  }
-  if (cudaError_t e = clear_tile_counter(tiles, plan, workspace, stream); e != cudaSuccess) return e;
+  if (follows_kernel(p, grid)) return run.template operator()<true>();
+  if (tiles.counter)
+    if (cudaError_t e = cudaMemsetAsync(tiles.counter, 0, sizeof(uint32_t), stream); e != cudaSuccess)
+      return e;
   return run.template operator()<false>();
 }
 

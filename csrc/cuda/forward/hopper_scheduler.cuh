@@ -41,7 +41,7 @@ struct SchedulerThread {
     uint32_t tile_index = 0;
     Scheduler scheduler{all, shared.mailbox};
     uint32_t number = Scheduler::first(team);
-    if constexpr (C::kHasTables) ptx::wait_for_kernel_before();  // it makes them
+    ptx::wait_for_kernel_before();  // it may make the schedule, or tables of what tiles see
     const uint32_t count = all.count * slice_count<C>(p.value_dim);
     while (number < count) {
       shared.state_pipe.wait_empty(tile_index);

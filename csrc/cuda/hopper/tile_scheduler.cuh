@@ -31,15 +31,6 @@ struct PersistentTiles {
   bool back_and_forth = false;  // in the backward, every other group of heads has its steps in reverse
 };
 
-// Finds the counter in the workspace, if the plan has one, and clears it, unless the kernel that makes lists
-// of tiles has.
-inline cudaError_t clear_tile_counter(PersistentTiles& tiles, const LaunchPlan& plan, void* workspace,
-                                      cudaStream_t stream) {
-  tiles.counter = tile_counter(plan, workspace);
-  if (!tiles.counter || lists_tiles(plan.score)) return cudaSuccess;
-  return cudaMemsetAsync(tiles.counter, 0, sizeof(uint32_t), stream);
-}
-
 // The number of heads whose tiles run together: those whose K and V take 32 MB, so that they stay in L2, but
 // at least 8, so that the last tiles are short.
 inline uint32_t heads_together(const Problem& p, uint32_t heads) {
