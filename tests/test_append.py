@@ -1,5 +1,7 @@
 """append_kv writes every new token to its slot, bit for bit, and nothing else: against numpy, token by token."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -166,6 +168,14 @@ def test_many_tokens_of_many_bytes(new, dtype, layout):
     require(IMPLEMENTATION)
     heads = 12 if dtype == "float32" else 24
     check(arguments(**WIDE | {"heads": heads}, dtype=dtype, new=new, layout=layout), IMPLEMENTATION)
+
+
+def test_threads_append_tokens_of_other_sizes_in_turn():
+    """How much shared memory a kernel may use holds for all threads, and on Hopper a token's size decides it."""
+    large, small = (arguments(**WIDE | {"heads": heads}, new=MANY[1], dtype="bfloat16") for heads in (24, 8))
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        for thread, call in ((one, large), (other, small), (one, large)):
+            thread.submit(check, call, IMPLEMENTATION).result()
 
 
 def test_many_tokens_of_a_latent_pool():

@@ -4,7 +4,10 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <type_traits>
+#include <utility>
 
 namespace jax_flash {
 
@@ -16,21 +19,19 @@ struct Blocks {
   Blocks(int64_t count, int32_t slices = 1) : count(count), slices(slices) {}
 };
 
-// Allows a kernel more than the 48 KB of dynamic shared memory that it may use without. Each thread remembers
-// what it has allowed, since asking CUDA takes .3 µs.
+// Allows a kernel more dynamic shared memory than the 48 KB that it may use without. What was allowed is
+// remembered, since asking CUDA takes .3 µs, and only raised, because the kernels of append take different
+// sizes and all threads of the process share it.
 inline cudaError_t allow_shared(const void* kernel, int bytes) {
-  constexpr size_t kRemembered = 256;
-  struct Allowed {
-    const void* kernel = nullptr;
-    int device = 0, bytes = 0;
-  };
-  thread_local Allowed all[kRemembered];
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, int> allowed;
   int device = 0;
   if (cudaError_t e = cudaGetDevice(&device); e != cudaSuccess) return e;
-  Allowed& known = all[reinterpret_cast<uintptr_t>(kernel) / 16 % kRemembered];
-  if (known.kernel == kernel && known.device == device && known.bytes == bytes) return cudaSuccess;
+  const std::lock_guard lock(mutex);
+  int& most = allowed[{device, kernel}];
+  if (bytes <= most) return cudaSuccess;
   const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (e == cudaSuccess) known = {kernel, device, bytes};
+  if (e == cudaSuccess) most = bytes;
   return e;
 }
 

@@ -4,18 +4,20 @@
 // The padded list consists of the tokens before the first sequence, the n sequences, and the tokens after the
 // last. Its sequences are sorted so that those with the longest loops (the most rows on the other side) come
 // first: thread blocks start in that order, and the last ones to run are short. Each thread places one
-// sequence by counting the tiles of all sequences before it. With more sequences than threads the sequences
+// sequence by counting the tiles of all sequences before it. With more than kMostSorted sequences they
 // stay in their original order, and the slots of sequence z begin at first_slot(). Unused slots are empty.
 #include "core/sequence.h"
 #include "cuda/launch.h"
 #include "cuda/ptx/dependent.cuh"
 #include "cuda/registry.h"
+#include "cuda/schedule.h"
 #include "cuda/work.cuh"
 
 namespace jax_flash {
 namespace {
 
 constexpr int kThreads = 512;
+static_assert(kMostSorted + 2 <= kThreads);
 
 // starts[i] ← the running maximum of cu_seqlens [n + 1], clamped to [0, rows]. One block scans kThreads
 // values at a time.
@@ -93,8 +95,8 @@ __device__ void sort_sequences(const Problem& p, int64_t leading, const Starts& 
   __syncthreads();
 }
 
-// One thread block per leading entry. `counter`: the tile counter of the next kernel, which this kernel
-// clears, or null.
+// One thread block per leading entry. `counter`: the tile counter of the forward, which this kernel clears,
+// or null.
 template <Over over>
 __global__ void __launch_bounds__(kThreads)
     build_schedule(const __grid_constant__ Problem p, TileWork* schedule, int32_t* starts, int64_t tiles,
@@ -113,7 +115,7 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) padded[0] = 0, padded[n + 2] = over == Over::kQueries ? p.q_rows : p.k_rows;
   __syncthreads();
   const Starts list{padded, others, n + 2};
-  const bool sorted = n + 2 <= kThreads;
+  const bool sorted = n <= kMostSorted;
   __shared__ int32_t first[kThreads + 1];
   if (sorted) sort_sequences<over>(p, leading, list, block, decode, first);
   schedule += leading * tiles;
@@ -139,8 +141,9 @@ cudaError_t launch_schedule(const Problem& p, const LaunchPlan& plan, const Tile
   const int64_t leading = p.leading.count();
   auto* schedule = reinterpret_cast<TileWork*>(static_cast<char*>(workspace) + grid.schedule);
   auto* starts = reinterpret_cast<int32_t*>(schedule + leading * grid.tiles);
+  uint32_t* const counter = over == Over::kQueries ? tile_counter(plan, workspace) : nullptr;
   return launch(build_schedule<over>, leading, kThreads, 0, stream, p, schedule, starts, grid.tiles,
-                grid.block, plan.decode, tile_counter(plan, workspace));
+                grid.block, plan.decode, counter);
 }
 
 }  // namespace

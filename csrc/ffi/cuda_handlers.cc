@@ -42,7 +42,7 @@ cudaError_t current_device(Device& device) {
 // Programs make the same few calls again and again, so each thread keeps the plans of its last ones.
 template <Pass pass>
 const PlannedCall& plan_of(const AttentionSpec& spec, const Shapes& shapes, const Device& device) {
-  constexpr size_t kMost = 8;
+  constexpr size_t kMost = 16;
   struct Kept {
     AttentionSpec spec;
     Shapes shapes;

@@ -62,7 +62,7 @@ struct LaunchPlan {
   // columns.
   int32_t cluster_size = 1;
   int32_t persistent_ctas = 0;  // CTAs among which the tiles are distributed; 0: one CTA per tile
-  int64_t tile_counter = -1;    // offset of the tile counter (4 bytes, cleared by the launch) in the
+  int64_t tile_counter = -1;    // offset of the tile counter (4 bytes, cleared before the kernel runs) in the
                                 // workspace; -1: CTA i takes tiles i, i + CTAs, …
   int64_t dq_sums = -1;         // offset of dQ in float32; -1: none
   int64_t dq_tickets = -1;      // offset of the tickets that order the additions to dQ; -1: no order

@@ -74,6 +74,7 @@ struct GradientProducer {
         tile.work = scheduler.work(reload(p), number);
         set_order(tile.walk, all, number);
       }
+      if (ends_schedule(reload(p), tile.work.tile)) break;
       if (tile.template prepare<C>(reload(p), grid)) shared.state_pipe.arrive(tile_index++);
       if (tile_index > 0) shared.ending_pipe.wait_full(tile_index - 1);
       number = in_order ? scheduler.take() : scheduler.next(number);

@@ -6,6 +6,7 @@
 #include "cuda/decode/latent_portable.cuh"
 #include "cuda/decode/shares.cuh"
 #include "cuda/launch.h"
+#include "cuda/ptx/dependent.cuh"
 #include "cuda/registry.h"
 
 namespace jax_flash {
@@ -14,6 +15,7 @@ namespace decode::inline JF_ARCH_NAMESPACE {
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     decode_sm80(const __grid_constant__ DecodeCall call) {
+  ptx::let_next_kernel_start();  // the forward, for packed sequences with more rows
   attend_share<C>(call);
 }
 

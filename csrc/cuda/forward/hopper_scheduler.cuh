@@ -53,6 +53,7 @@ struct SchedulerThread {
       } else {
         tile.work = scheduler.work(reload(p), wanted, C::kMulticast * C::kM);
       }
+      if (ends_schedule(reload(p), tile.work.tile)) break;
       if (tile.template begin<C>(reload(p), segments)) publish(tile, tile_index++);
       // Waits until the load warp is near the end of the previous tile.
       if (tile_index > 0) shared.ending_pipe.wait_full(tile_index - 1);

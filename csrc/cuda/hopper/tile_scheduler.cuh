@@ -14,6 +14,7 @@
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/roles.cuh"
 #include "cuda/registry.h"
+#include "cuda/schedule.h"
 #include "cuda/work.cuh"
 
 namespace jax_flash {
@@ -66,6 +67,12 @@ struct TileMailbox {
 struct NoMailbox {
   __device__ __forceinline__ void init() {}
 };
+
+// Whether a slot of the schedule is empty, and so are all tiles with larger numbers: these are numbered slot
+// by slot (find_packed_work), sorted sequences have the first slots, and no other entry's schedule follows.
+__device__ __forceinline__ bool ends_schedule(const Problem& p, const TileWork& slot) {
+  return p.packed() && slot.tiles == 0 && p.batch <= kMostSorted && p.leading.rank == 0;
+}
 
 // One thread of a worker runs the scheduler. kRows: rows of a CTA's tile; kUneven: see find_work().
 template <Over over, int kRows, int kCluster, int kTeams, class Mailbox, bool kUneven = false>
