@@ -29,10 +29,9 @@ options = {
     "packed": dict(causal=True),
     "segments": dict(causal=True, segment_ids=jnp.broadcast_to(rows // 30, (2, tokens))),
     "ranges": dict(mask=jax_flash.masks.ranges(first[None, None], rows[None, None] + 1)),
-    "boolean array": dict(mask=(first[:, None] <= rows) & (rows <= rows[:, None])),
+    "boolean array": dict(mask=((first[:, None] <= rows) & (rows <= rows[:, None]))[None, None]),
     "blocks": dict(mask=jax_flash.masks.blocks(jnp.arange(-(-tokens // 64))[None, None, :, None], (64, 64))),
 }[form]
-options |= {"mask": options["mask"][None, None]} if form == "boolean array" else {}
 
 def attention(implementation):
     def packed(*operands):

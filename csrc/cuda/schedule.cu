@@ -10,7 +10,6 @@
 #include "cuda/launch.h"
 #include "cuda/ptx/dependent.cuh"
 #include "cuda/registry.h"
-#include "cuda/schedule.h"
 #include "cuda/work.cuh"
 
 namespace jax_flash {

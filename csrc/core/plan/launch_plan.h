@@ -74,6 +74,9 @@ struct LaunchPlan {
 };
 
 inline constexpr int32_t kNoSequence = -1;
+// The most packed sequences that the schedule sorts. Their slots come first; those after an empty one are
+// empty, too.
+inline constexpr int32_t kMostSorted = 510;
 
 // One tile of query or key rows of one sequence: an entry of the varlen schedule, which the device builds
 // from cu_seqlens. Rows [row, end) of the tile are written; those from q_len or k_len on are padding.

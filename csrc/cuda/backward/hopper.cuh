@@ -234,19 +234,6 @@ inline int32_t query_ticket_shift(const Problem& p, int32_t block_m) {
   return shift;
 }
 
-// Clears the tile counter, the tickets and, unless the kernel does, the sums of dQ. They lie one after
-// another.
-template <int kM>
-cudaError_t clear_sums_and_counters(const Problem& p, const LaunchPlan& plan, void* workspace,
-                                    const QuerySums& sums, cudaStream_t stream) {
-  int64_t begin = plan.dq_sums;
-  for (int64_t counters : {plan.tile_counter, plan.dq_tickets})
-    if (counters >= 0) begin = std::min(begin, counters);
-  const int64_t end = plan.dq_sums + (plan.rounds_dq ? 0 : sums_bytes<kM>(p, sums));
-  if (begin == end) return cudaSuccess;
-  return cudaMemsetAsync(static_cast<char*>(workspace) + begin, 0, end - begin, stream);
-}
-
 // Finds the key grid's tables in the workspace, as the plan placed them.
 inline KeyGrid make_key_grid(const Problem& p, const LaunchPlan& plan, void* workspace, const QuerySums& sums,
                              int32_t ticket_shift) {
@@ -269,8 +256,7 @@ template <class C, class T>
 cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void* workspace,
                                  cudaStream_t stream) {
   const auto sums = query_sums<C::kM>(p, plan, workspace);
-  if (cudaError_t e = clear_sums_and_counters<C::kM>(p, plan, workspace, sums, stream); e != cudaSuccess)
-    return e;
+  if (cudaError_t e = clear_sums<C::kM>(p, plan, workspace, sums, stream); e != cudaSuccess) return e;
   const TileGrid& grid = plan.keys;
   if (grid.blocks > 0) {
     typename C::Maps maps;

@@ -20,7 +20,7 @@ cudaError_t launch_backward_sm80(const Problem& p, const LaunchPlan& plan, void*
   // The host counts the shared memory of the plain kernel over key tiles (backward_shared_bytes).
   static_assert(Queries::kSharedBytes <= Plain::kSharedBytes && Keys::kSharedBytes <= Plain::kSharedBytes);
   const auto sums = query_sums<Keys::kM>(p, plan, workspace);
-  if (cudaError_t e = clear_sums<Keys::kM>(p, sums, stream); e != cudaSuccess) return e;
+  if (cudaError_t e = clear_sums<Keys::kM>(p, plan, workspace, sums, stream); e != cudaSuccess) return e;
   if (cudaError_t e = launch_backward_keys<Keys>(p, plan.keys, workspace, sums, stream); e != cudaSuccess)
     return e;
   if (sums.data) return convert_sums<T, Keys::kM>(p, sums, plan.keys, workspace, stream);

@@ -6,6 +6,8 @@
 // memory, and a consumer warpgroup's columns of 64 rows are contiguous, so TMA adds them at once.
 #pragma once
 
+#include <algorithm>
+
 #include "core/families/hopper_layout.h"
 #include "core/plan/workspace.h"
 #include "core/problem.h"
@@ -79,14 +81,17 @@ QuerySums query_sums(const Problem& p, const LaunchPlan& plan, void* workspace) 
           static_cast<int32_t>(dq_tiles(p.spec, p.q_rows, p.batch, kM).value())};
 }
 
+// Clears the sums of dQ, unless the kernel does, and the tile counter and the tickets, which lie before them.
 template <int kM>
-int64_t sums_bytes(const Problem& p, const QuerySums& sums) {
-  return sum_entries(p) * p.heads * sums.tiles * kM * p.head_dim * int64_t{sizeof(float)};
-}
-template <int kM>
-cudaError_t clear_sums(const Problem& p, const QuerySums& sums, cudaStream_t stream) {
-  const int64_t bytes = sums_bytes<kM>(p, sums);
-  return bytes == 0 ? cudaSuccess : cudaMemsetAsync(sums.data, 0, bytes, stream);
+cudaError_t clear_sums(const Problem& p, const LaunchPlan& plan, void* workspace, const QuerySums& sums,
+                       cudaStream_t stream) {
+  int64_t begin = plan.dq_sums, end = plan.dq_sums;
+  for (int64_t counters : {plan.tile_counter, plan.dq_tickets})
+    if (counters >= 0) begin = std::min(begin, counters);
+  if (!plan.rounds_dq)
+    end += sum_entries(p) * p.heads * sums.tiles * kM * p.head_dim * int64_t{sizeof(float)};
+  if (begin == end) return cudaSuccess;
+  return cudaMemsetAsync(static_cast<char*>(workspace) + begin, 0, end - begin, stream);
 }
 
 // The first query rows of packed sequences, [n + 1] for each entry with a stride of 2 · (n + 2), in the

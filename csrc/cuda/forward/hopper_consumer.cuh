@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cuda/forward/hopper_loops.cuh"
 #include "cuda/forward/hopper_partner.cuh"
-#include "cuda/forward/hopper_ranges.cuh"
 #include "cuda/forward/hopper_results.cuh"
 #include "cuda/forward/hopper_score_tile.cuh"
 #include "cuda/forward/hopper_state.cuh"
@@ -328,34 +328,6 @@ struct Consumer {
     }
   }
 
-  // All visible key tiles, from the last to the first: masked ones at the band's end, ones that all rows see
-  // whole, masked ones at the band's beginning. kInput: whether the score's input has stages for them.
-  template <bool kRare = false, bool kInput = true>
-  __device__ __forceinline__ void attend(const Interval& tiles) {
-    whole = uniform(tile->keys[consumer].whole);
-    if constexpr (C::kQuerySteps > 0) load_query();
-    int32_t n = tiles.hi - 1;
-    bool has_tail = false;
-    if constexpr (kInput == (C::Input::kStages == 0)) has_tail = take_tail<kRare, kInput>(n, tiles.lo);
-    if constexpr (!kOneStep) first_step<kRare, kInput>(n--, has_tail);
-    if constexpr (kOneStep) {
-#pragma unroll 1
-      for (bool first = true; n >= tiles.lo; --n, first = false) step<true, kRare, kInput>(n, first);
-    } else if constexpr (Score::kGeneral || C::kListed || kRare) {  // one loop: long steps, or a list
-      for (; n >= tiles.lo; --n) step<true, kRare, kInput>(n);
-    } else {
-      const int32_t lo = max(tiles.lo, whole.lo);
-#pragma unroll 1
-      for (int32_t end = max(tiles.lo, whole.hi); n >= tiles.lo; end = tiles.lo) {
-        for (; n >= end; --n) step<true, false, kInput>(n);
-        for (; n >= lo; --n) step<false, false, kInput>(n);
-      }
-    }
-    if constexpr (!C::kQueryInRegisters) shared.q_pipe[q_slot()].release(tile_index);
-    if constexpr (C::kSharers > 1) publish_scores(*this, shared.exchange.kNoScores);
-    multiply_values<C::kN, true>();
-  }
-
   // Waits for a part of the tile's state that the scheduler publishes separately.
   template <class Pipe>
   __device__ __forceinline__ void wait_part(const Pipe& part) const {
@@ -381,13 +353,13 @@ struct Consumer {
         shared.q_pipe[q_slot()].release(tile_index);
         finish_softmax(*this), send_factors(*this);
       } else if (is_rare()) {
-        if constexpr (kHasRareLoop) attend<true>(own);
+        if constexpr (kHasRareLoop) attend<true>(*this, own);
       } else if (C::Input::kSkipsUniformTiles && !has_input) {
-        if constexpr (C::Input::kSkipsUniformTiles) attend<false, false>(own);
+        if constexpr (C::Input::kSkipsUniformTiles) attend<false, false>(*this, own);
       } else if constexpr (C::kRanges) {
         attend_to_ranges(*this);
       } else {
-        attend(own);
+        attend(*this, own);
       }
       if constexpr (C::kRanges)  // read again, because the loop needs the registers
         tiles = uniform(tile->tiles), own = uniform(tile->keys[consumer].tiles);

@@ -14,7 +14,6 @@
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/roles.cuh"
 #include "cuda/registry.h"
-#include "cuda/schedule.h"
 #include "cuda/work.cuh"
 
 namespace jax_flash {
