@@ -94,12 +94,22 @@ __device__ void sort_sequences(const Problem& p, int64_t leading, const Starts& 
   __syncthreads();
 }
 
+// in_order() for the queries of all leading entries that one launch of decode takes.
+__device__ bool all_in_order(const Problem& p, int64_t leading) {
+  const View& q = p.cu_seqlens_q;
+  const int32_t last = p.leading.rank - 1;
+  const int64_t entries = last < 0 ? 1 : p.leading.size[last];
+  const int64_t first = q.leading_offset(p.leading, leading / entries * entries);
+  return in_order(q.as<const int32_t>() + first, q.batch, p.batch, p.q_rows, entries,
+                  last < 0 ? 0 : q.leading[last]);
+}
+
 // One thread block per leading entry. `counter`: the tile counter of the forward, which this kernel clears,
 // or null.
 template <Over over>
 __global__ void __launch_bounds__(kThreads)
     build_schedule(const __grid_constant__ Problem p, TileWork* schedule, int32_t* starts, int64_t tiles,
-                   int32_t block, const __grid_constant__ DecodeGrid decode, uint32_t* counter) {
+                   int32_t block, DecodeGrid decode, uint32_t* counter) {
   ptx::let_next_kernel_start();
   clear_counter(counter);
   const int64_t leading = blockIdx.x;
@@ -113,6 +123,7 @@ __global__ void __launch_bounds__(kThreads)
   if (!p.paged()) running_maximum(k, k.leading_offset(p.leading, leading), n, p.k_rows, k_starts);
   if (threadIdx.x == 0) padded[0] = 0, padded[n + 2] = over == Over::kQueries ? p.q_rows : p.k_rows;
   __syncthreads();
+  if (decode.packed_rows > 0 && !all_in_order(p, leading)) decode.packed_rows = 0;
   const Starts list{padded, others, n + 2};
   const bool sorted = n <= kMostSorted;
   __shared__ int32_t first[kThreads + 1];

@@ -35,6 +35,23 @@ struct BlockWork {
   }
 };
 
+// Whether packed sequences lie in order, in each of the entries: their first rows [n + 1] never decrease and
+// are within [0, rows]. Decode reads them as they are, and so that it need not wait for their running
+// maximum, it leaves the sequences of calls without this order to the forward. All threads of a CTA call
+// this.
+__device__ inline bool in_order(const int32_t* starts, int64_t stride, int32_t n, int32_t rows,
+                                int64_t entries, int64_t entry_stride) {
+  bool good = true;
+  for (int64_t entry = 0; entry < (entry_stride == 0 ? 1 : entries); ++entry) {
+    const int32_t* const own = starts + entry * entry_stride;
+    for (int64_t i = threadIdx.x; i <= n; i += blockDim.x) {
+      const int32_t x = own[i * stride];
+      good &= 0 <= x && x <= (i == n ? rows : own[(i + 1) * stride]);
+    }
+  }
+  return __syncthreads_and(good);
+}
+
 // Heads whose tiles are worked on together: few enough that their K and V stay in L2.
 inline constexpr uint32_t kHeadsTogether = 16;
 

@@ -36,7 +36,7 @@ struct DecodeCall {
   DecodeView position;  // element 0: the first query's position; element `row`: the first key's
   DecodeView alibi_slopes, sinks, k_scale, v_scale;
   DecodeView draft_mask;
-  const int32_t* starts;  // packed sequences: [leading entry, 2 · (n + 2)], of which n + 1 first rows
+  DecodeView starts;  // packed sequences: the first row of each, and the end of the last one
   DecodeGrid grid;
   int32_t sequences;  // sequences of all leading entries together
   Divisor batch, columns, chunks, group, page_size;
@@ -81,7 +81,7 @@ inline bool exceeds_l2(const Problem& p) {
 // The call for outer entry `outer`. block_rows: query rows of a column (DecodeGrid).
 template <int kTile>
 DecodeCall make_call(const Problem& p, const DecodeGrid& grid, int32_t block_rows, int64_t outer,
-                     const int32_t* starts, void* workspace) {
+                     void* workspace) {
   const int last = p.leading.rank - 1;
   const int64_t inner = last < 0 ? 1 : p.leading.size[last];
   const auto view = [&](const View& v, int64_t element_size, int64_t row) {
@@ -104,7 +104,7 @@ DecodeCall make_call(const Problem& p, const DecodeGrid& grid, int32_t block_row
   call.k_scale = words(p.k_scale), call.v_scale = words(p.v_scale);
   call.draft_mask = view(p.draft_mask, 1, p.draft_mask.row), call.draft_rows = p.draft_rows;
   call.scaled_by_page = scaled_by_page(p);
-  call.starts = starts ? starts + outer * inner * 2 * (p.batch + 2) : nullptr;
+  call.starts = words(p.cu_seqlens_q);
   call.grid = grid;
   call.sequences = static_cast<int32_t>(inner * p.batch);
   call.rows = p.packed() ? grid.packed_rows : p.q_rows * group;
@@ -116,7 +116,7 @@ DecodeCall make_call(const Problem& p, const DecodeGrid& grid, int32_t block_row
   call.pages = p.paged() ? p.pages : std::numeric_limits<int32_t>::max(), call.paged = p.paged();
   call.evicts_first = exceeds_l2(p);
   call.same_lengths =
-      !p.q_lengths && !p.kv_lengths && !p.position && !p.ranges && !starts && call.chunks.value == 1;
+      !p.q_lengths && !p.kv_lengths && !p.position && !p.ranges && !p.packed() && call.chunks.value == 1;
   call.bottom_right = p.spec.align == Align::kBottomRight;
   call.left = p.spec.left < 0 ? kUnbounded : p.spec.left;
   call.right = p.spec.right < 0 ? kUnbounded : p.spec.right;

@@ -283,7 +283,7 @@ cudaError_t launch_in_clusters(const Problem& p, const LaunchPlan& plan, void* w
     if (e != cudaSuccess) return e;
   }
   for (int64_t outer = 0; outer < outer_entries(p.leading); ++outer) {
-    const DecodeCall call = make_call<C::kTile>(p, plan.decode, C::kRows, outer, nullptr, workspace);
+    const DecodeCall call = make_call<C::kTile>(p, plan.decode, C::kRows, outer, workspace);
     int64_t blocks = int64_t{call.sequences} * plan.decode.columns * ctas;
     if (shares) {
       const int64_t most = std::max(blocks, int64_t{plan.decode.ranges} * plan.decode.columns);

@@ -23,16 +23,21 @@ struct LatentCall : DecodeCall {  // `sequences` counts the entries of all leadi
   int32_t chunk_tokens;
 };
 
-// The call for outer entry `outer`, with chunks of at most `rows` query rows.
+// The call for outer entry `outer`, with chunks of at most `rows` query rows. starts: query_starts() of
+// packed sequences, else null.
 template <int kTile>
 LatentCall make_latent_call(const Problem& p, const DecodeGrid& grid, int32_t rows, int64_t outer,
                             const int32_t* starts, void* workspace) {
-  LatentCall call{make_call<kTile>(p, grid, rows, outer, starts, workspace), {}, {}, {}, 0};
+  LatentCall call{make_call<kTile>(p, grid, rows, outer, workspace), {}, {}, {}, 0};
   const latent::Chunks chunks(p.heads / p.kv_heads, rows);
   const int64_t of_sequence = ceil_div(p.q_rows, chunks.tokens);
   const int64_t entries =
       (p.packed() ? slot_count(p.q_rows, chunks.tokens, p.batch) : p.batch * of_sequence) * chunks.heads;
   const int64_t leading = p.leading.rank > 0 ? p.leading.size[p.leading.rank - 1] : 1;
+  if (starts) {
+    const int64_t apart = 2 * (int64_t{p.batch} + 2);
+    call.starts = {const_cast<int32_t*>(starts + outer * leading * apart), apart, 1};
+  }
   call.sequences = static_cast<int32_t>(leading * entries);
   call.end_tiles = end_tiles(grid, call.sequences);
   call.entries = Divisor(std::max<int64_t>(1, entries));
@@ -60,7 +65,7 @@ struct LatentColumn {
     const int32_t part = rest - chunk * call.head_chunks.value;
     int32_t index, token, tokens = call.q_rows;
     if (call.starts) {
-      const int32_t* const starts = call.starts + leading * 2 * (call.batch.value + 2);
+      const int32_t* const starts = call.starts.at<const int32_t>(leading, 0, 0, 0);
       index = sequence_of_slot(starts, call.batch.value, call.chunk_tokens, chunk);
       token = static_cast<int32_t>(chunk - first_slot(starts[index], call.chunk_tokens, index)) *
               call.chunk_tokens;
@@ -101,7 +106,7 @@ __device__ __forceinline__ void clear_outside(const LatentCall& call) {
   const int32_t leading_entries = max(1, call.sequences / call.entries.value);
 #pragma unroll 1
   for (int32_t leading = 0; leading < leading_entries; ++leading) {
-    const int32_t* const starts = call.starts + leading * 2 * (batch + 2);
+    const int32_t* const starts = call.starts.at<const int32_t>(leading, 0, 0, 0);
     const int32_t before = starts[0], after = starts[batch];
     const int64_t rows = int64_t{before + call.q_rows - after} * heads;
 #pragma unroll 1

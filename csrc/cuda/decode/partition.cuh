@@ -57,8 +57,8 @@ struct SequenceWork {
     bool served = true;
     int32_t q_len = call.q_rows;
     if (call.starts) {
-      const int32_t* const start = call.starts + leading * 2 * (call.batch.value + 2) + index;
-      q_begin = start[0], q_len = start[1] - q_begin, batch_row = 0;
+      const int32_t* const start = call.starts.at<const int32_t>(leading, index, 0, 0);
+      q_begin = start[0], q_len = start[call.starts.batch] - q_begin, batch_row = 0;
       served = call.grid.takes(q_len, call.group.value) && rows.first_position() < q_len;
     } else if (call.q_lengths) {
       q_len = clamp_index(*call.q_lengths.at<const int32_t>(leading, index, 0, 0), q_len);
@@ -152,6 +152,13 @@ template <int kTile>
 __device__ __forceinline__ SequenceUnits units_of(const DecodeCall& call, const SequenceWork& work) {
   const Interval tiles = gap_of<kTile>(work).close(tiles_of(work.keys, kTile));
   return {call.grid, call.end_tiles, tiles, work.served()};
+}
+
+// in_order() for the packed sequences of a call; all threads of a CTA call this.
+__device__ __forceinline__ bool are_in_order(const DecodeCall& call) {
+  const DecodeView& starts = call.starts;
+  return in_order(starts.at<const int32_t>(0, 0, 0, 0), starts.batch, call.batch.value, call.q_rows,
+                  call.batch.quotient(call.sequences), starts.leading);
 }
 
 // A block's range: its units, the sequence in which it begins, and that sequence's first unit. Empty if begin

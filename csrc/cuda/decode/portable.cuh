@@ -17,18 +17,22 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     decode_sm80(const __grid_constant__ DecodeCall call) {
   ptx::let_next_kernel_start();  // the forward, for packed sequences with more rows
   attend_share<C>(call);
+  ptx::wait_for_kernel_before();  // the forward waits for this kernel alone, and reads the schedule
 }
 
 template <class C>
 cudaError_t launch(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
   DecodeGrid grid = plan.decode;
   grid.part_tiles /= C::kRowTiles;
-  const int32_t* starts = p.packed() ? query_starts(p, plan.queries, workspace) : nullptr;
   const int64_t blocks = int64_t{grid.columns} * grid.ranges;
   for (int64_t outer = 0; outer < outer_entries(p.leading); ++outer) {
-    const DecodeCall call = make_call<C::kTile>(p, grid, C::kRows, outer, starts, workspace);
-    const cudaError_t e =
-        jax_flash::launch(decode_sm80<C>, blocks, C::kThreads, C::kSharedBytes, stream, call);
+    const DecodeCall call = make_call<C::kTile>(p, grid, C::kRows, outer, workspace);
+    const auto run = [&]<bool kEarly>() {
+      return launch_clusters<kEarly>(decode_sm80<C>, 1, blocks, C::kThreads, C::kSharedBytes, stream, call);
+    };
+    // Launches share the partial results in the workspace, so only the first one may start early.
+    const bool early = grid.early && outer == 0;
+    const cudaError_t e = early ? run.template operator()<true>() : run.template operator()<false>();
     if (e != cudaSuccess) return e;
   }
   return cudaSuccess;

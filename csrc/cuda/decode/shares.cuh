@@ -74,6 +74,7 @@ __device__ __forceinline__ void attend_share(const DecodeCall& call) {
   const int32_t number = call.columns.quotient(static_cast<int32_t>(blockIdx.x));
   const int32_t column = static_cast<int32_t>(blockIdx.x) - number * call.columns.value;
   const typename C::Rows rows{ColumnRows::of_column<C::kRows>(call, column)};
+  if (call.starts && !are_in_order(call)) return;
   Range range;
   const Partition partition = find_range<C::kTile, C::kThreads>(call, rows, found, number, range);
   if (range.begin >= range.end) return;
