@@ -65,6 +65,13 @@ def test_blocks_of_every_size(d, block, dtype, implementation):
     check(case, block, (1, case.hk, case.hq)[i % 3], implementation, seed=i)
 
 
+@pytest.mark.parametrize("block", [(64, 64), (32, 32)], ids=str)
+def test_many_keys(block, implementation):
+    """The list of a query tile is made 128 blocks of keys at a time."""
+    case = Case("many keys", b=1, sq=130, sk=9000, hq=2, hk=1, d=64, dv=64, dtype="bfloat16")
+    check(case, block, 1, implementation)
+
+
 @pytest.mark.parametrize("of_query_heads", [False, True])
 @pytest.mark.parametrize(
     ("heads", "block"), [((8, 2), (128, 128)), ((6, 2), (64, 64)), ((8, 1), (64, 192)), ((16, 1), (256, 64))]

@@ -84,6 +84,13 @@ def test_each_mask(d, name, dtype, kernel):
     check(case, pictures(case.sq, case.sk)[name][None, None], kernel)
 
 
+def test_many_keys(kernel):
+    """The list of a query tile is made 128 tiles of 64 keys at a time."""
+    case = Case("many keys", b=1, sq=130, sk=9000, hq=2, hk=1, d=64, dv=64, dtype="bfloat16")
+    tiles = np.random.default_rng(0).random((3, 141)) < 0.3
+    check(case, tiles.repeat(64, 0).repeat(64, 1)[None, None, : case.sq, : case.sk], kernel)
+
+
 @pytest.mark.parametrize("shown", [False, True])
 def test_tiles_that_one_pair_makes_partial(shown, kernel):
     """Some tiles of each head show, or hide, one pair, in a block of 8 rows that differs between heads."""

@@ -12,7 +12,8 @@ PROGRAM = """
 import json, os, pathlib, sys, tempfile
 
 dump = tempfile.mkdtemp()
-flags = f"{sys.argv[2]} --xla_dump_to={dump} --xla_dump_hlo_as_text"
+# The autotuner would take minutes where other processes use the device.
+flags = f"{sys.argv[2]} --xla_gpu_autotune_level=0 --xla_dump_to={dump} --xla_dump_hlo_as_text"
 os.environ |= {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cuda,cpu"}
 import jax, jax.numpy as jnp
 import jax_flash

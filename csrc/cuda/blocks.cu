@@ -42,15 +42,19 @@ __device__ SeenPiece seen_piece(const Band& band, const Mask& blocks, int32_t h,
   return whole.lo <= keys.lo && keys.hi <= whole.hi ? SeenPiece::kAll : SeenPiece::kSome;
 }
 
-// One warp makes the list of one query tile. `keys`: the number of keys in a key tile; `counter`: null, or
-// the counter of tiles that the first CTA clears.
+constexpr int kListWarps = 4;  // most warps that make a list of key tiles
+
+// One CTA makes the list of one query tile; each of its threads looks at a piece of the keys at a time.
+// `keys`: the number of keys in a key tile; `counter`: null, or the counter of tiles that the first CTA
+// clears.
 template <class Source>
-__global__ void __launch_bounds__(32)
+__global__ void __launch_bounds__(32 * kListWarps)
     list_key_tiles(const __grid_constant__ Problem p, const __grid_constant__ Source source,
                    const __grid_constant__ KeyLists to, int32_t keys, uint32_t* counter) {
   ptx::let_next_kernel_start();
-  ptx::wait_for_kernel_before();  // it classifies the tiles of a boolean mask
-  const auto lane = static_cast<int32_t>(threadIdx.x);
+  ptx::wait_for_kernel_before();                 // it classifies the tiles of a boolean mask
+  __shared__ uint32_t seen_in_warp[kListWarps];  // a bit for each lane
+  const auto thread = static_cast<int32_t>(threadIdx.x), warps = static_cast<int32_t>(blockDim.x / 32);
   clear_counter(counter);
   // Unsigned 32-bit divisions are the shortest.
   const uint32_t list = blockIdx.x, tiles = to.query_tiles, listed = to.listed, entry = list / tiles / listed,
@@ -66,8 +70,8 @@ __global__ void __launch_bounds__(32)
   const int32_t pieces = keys / to.keys;  // pieces per tile
   KeyPieces* const own = to.tiles + int64_t{list} * to.most;
   int32_t count = 0, last = 0;  // pieces so far; the first key of the last piece
-  for (int32_t first = seen.lo / to.keys * to.keys; first < seen.hi; first += 32 * to.keys) {
-    const int32_t key = first + lane * to.keys;
+  for (int32_t first = seen.lo / to.keys * to.keys; first < seen.hi; first += 32 * warps * to.keys) {
+    const int32_t key = first + thread * to.keys;
     SeenPiece seen_by[kMostConsumers] = {SeenPiece::kNone, SeenPiece::kNone, SeenPiece::kNone};
     bool is_seen = false;
     for (int i = 0; key < seen.hi && i < to.consumers; ++i) {
@@ -79,16 +83,23 @@ __global__ void __launch_bounds__(32)
       is_seen |= seen_by[i] != SeenPiece::kNone;
     }
     if (to.consumers == 2) seen_by[2] = SeenPiece::kAll;
-    const uint32_t all = __ballot_sync(~0u, is_seen);
+    const uint32_t seen_here = __ballot_sync(~0u, is_seen);
+    if (thread % 32 == 0) seen_in_warp[thread / 32] = seen_here;
+    __syncthreads();
+    int32_t at = count + __popc(seen_here & ((1u << thread % 32) - 1));
+    for (int32_t warp = 0; warp < warps; ++warp) {
+      const uint32_t bits = seen_in_warp[warp];
+      if (warp < thread / 32) at += __popc(bits);
+      count += __popc(bits);
+      if (bits) last = first + (32 * warp + 31 - __clz(static_cast<int>(bits))) * to.keys;
+    }
     if (is_seen) {
-      const int32_t at = count + __popc(all & ((1u << lane) - 1));
       own[at / pieces].piece[at % pieces] = KeyPieces::make(key, seen_by[0], seen_by[1], seen_by[2]);
       for (int32_t i = pieces; at % pieces == 0 && i < kMostPieces; ++i) own[at / pieces].piece[i] = 0;
     }
-    if (all) last = first + (31 - __clz(static_cast<int>(all))) * to.keys;
-    count += __popc(all);
+    __syncthreads();  // before `seen_in_warp` is written again
   }
-  if (lane > 0) return;
+  if (thread > 0) return;
   const int32_t of_last = count - count / pieces * pieces;
   for (int32_t i = of_last; of_last > 0 && i < pieces; ++i)
     own[count / pieces].piece[i] = KeyPieces::make(kNoKeys, SeenPiece::kNone, SeenPiece::kNone,
@@ -251,10 +262,12 @@ cudaError_t launch_lists(const Problem& p, const Source& source, const LaunchPla
   }
   if (plan.queries.lists < 0) return cudaSuccess;
   const KeyLists lists = key_lists(p, plan.queries, workspace);
+  const auto warps = std::clamp<int64_t>(ceil_div(p.k_rows, 32 * lists.keys), 1, kListWarps);
   constexpr bool kEarly = std::is_same_v<Source, MaskTileBlocks>;
-  return launch_clusters<kEarly>(
-      list_key_tiles<Source>, 1, p.leading.count() * p.batch * lists.listed * plan.queries.tiles, 32, 0,
-      stream, p, source, lists, plan.queries.other_block, tile_counter(plan, workspace));
+  return launch_clusters<kEarly>(list_key_tiles<Source>, 1,
+                                 p.leading.count() * p.batch * lists.listed * plan.queries.tiles,
+                                 static_cast<int32_t>(32 * warps), 0, stream, p, source, lists,
+                                 plan.queries.other_block, tile_counter(plan, workspace));
 }
 
 }  // namespace

@@ -94,6 +94,7 @@ void wait_copies(int pending);
 
 inline void __syncthreads() { emulator::block_barrier(); }
 inline int __syncthreads_or(int condition) { return emulator::block_any(condition); }
+inline int __syncthreads_and(int condition) { return !emulator::block_any(!condition); }
 inline void __syncwarp() {
   emulator::warp_collective(nullptr, [](void* const(&)[32]) {});
 }
