@@ -40,6 +40,7 @@ CU_SEQLENS = {
     "INT_MIN": [INT_MIN, INT_MIN, 5, INT_MIN, 12],
     "INT_MAX": [0, INT_MAX, INT_MIN, INT_MAX, 3],
     "INT_MAX at once": [INT_MAX] * 5,
+    "one token far past the end": [0, 5, 2**30, 2**30 + 1, 20],
     "bits": [0x7FC00000, -1, 0x0BADF00D, 0x3F800000, 2],
 }
 LENGTHS = {

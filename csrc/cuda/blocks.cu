@@ -159,16 +159,14 @@ struct PossibleSteps {
 };
 
 // One CTA makes the list of one key tile. `tiles`: key tiles of a head; `rows`: rows of a query tile;
-// `parts`: consumers of a key tile; `counter`: as above.
+// `parts`: consumers of a key tile.
 template <class Source>
 __global__ void __launch_bounds__(32 * kStepWarps)
     list_steps(const __grid_constant__ Problem p, const __grid_constant__ Source source,
-               const __grid_constant__ StepLists to, uint32_t tiles, int32_t rows, int32_t parts,
-               uint32_t* counter) {
+               const __grid_constant__ StepLists to, uint32_t tiles, int32_t rows, int32_t parts) {
   __shared__ int32_t of_warp[kStepKinds][kStepWarps], kept[kKeptSteps];
   const auto thread = static_cast<int32_t>(threadIdx.x), warp = thread / 32,
              threads = static_cast<int32_t>(blockDim.x);
-  clear_counter(counter);
   const uint32_t list = blockIdx.x, kv_heads = p.kv_heads, batches = p.batch, head_slot = list / tiles,
                  entry = head_slot / kv_heads, leading = entry / batches;
   const int32_t key = static_cast<int32_t>(list % tiles) * parts * kRowBlock;
@@ -257,8 +255,7 @@ cudaError_t launch_lists(const Problem& p, const Source& source, const LaunchPla
     const StepLists to = step_lists(p, plan.keys, workspace);
     const auto warps = std::clamp<int64_t>(ceil_div(to.most, 32), 1, kStepWarps);
     return launch(list_steps<Source>, lists, static_cast<int32_t>(32 * warps), 0, stream, p, source, to,
-                  static_cast<uint32_t>(plan.keys.tiles), plan.keys.other_block, plan.keys.block / kRowBlock,
-                  tile_counter(plan, workspace));
+                  static_cast<uint32_t>(plan.keys.tiles), plan.keys.other_block, plan.keys.block / kRowBlock);
   }
   if (plan.queries.lists < 0) return cudaSuccess;
   const KeyLists lists = key_lists(p, plan.queries, workspace);

@@ -165,6 +165,7 @@ int wrong_key_lists(bool boolean) {
   TileGrid& grid = plan.queries;
   grid.consumers = !boolean && p.spec.block_keys % kRowBlock == 0 ? draw(2, 3) : 2;
   const bool pairs = grid.consumers == 2 ? x.group % 2 == 0 : draw(0, 1) == 1;
+  plan.tile_counter = kCounter;
   if (boolean) grid.mask_tiles = kMaskTiles;
   grid.block = pairs && p.spec.block_rows % kTileRows ? kRowBlock : kTileRows,
   grid.other_block = draw(0, 1) ? 128 : 64;
@@ -177,7 +178,7 @@ int wrong_key_lists(bool boolean) {
   const int64_t count = static_cast<int64_t>(p.batch) * to.listed * to.query_tiles;
   const std::vector<KeyList> lists = read(to.lists, count);
   const std::vector<KeyPieces> tiles = read(to.tiles, count * to.most);
-  int wrong = 0;
+  int wrong = *read(tile_counter(plan, workspace), 1).data() != 0;
   for (int32_t number = 0; number < p.batch * to.slots * to.query_tiles; ++number) {
     const int32_t tile = number % to.query_tiles, b = number / to.query_tiles / to.slots,
                   slot = number / to.query_tiles % to.slots;
@@ -252,7 +253,6 @@ int wrong_step_lists(bool boolean) {
   TileGrid& grid = plan.keys;
   const int32_t parts = draw(1, 2);
   grid.block = parts * kRowBlock, grid.other_block = draw(0, 1) ? 64 : 128;
-  plan.tile_counter = kCounter;
   if (boolean) grid.mask_tiles = kMaskTiles;
   grid.tiles = ceil_div(p.k_rows, grid.block), grid.lists = 0;
   void* const workspace = poisoned(memory);
@@ -264,8 +264,7 @@ int wrong_step_lists(bool boolean) {
   check(launch_step_order(to, static_cast<int32_t>(grid.tiles), heads, together, nullptr));
   check(cudaDeviceSynchronize());
   const std::vector<int32_t> counts = read(to.counts, count), steps = read(to.steps, count * to.most);
-  int wrong = *read(tile_counter(plan, workspace), 1).data() != 0;
-  wrong +=
+  int wrong =
       !is_ordered(read(to.order, count), counts, to.most, static_cast<int32_t>(grid.tiles), heads, together);
   for (int64_t at = 0; at < count; ++at) {
     const int32_t key = static_cast<int32_t>(at % grid.tiles) * grid.block;
