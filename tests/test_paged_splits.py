@@ -39,6 +39,31 @@ def test_many_long_sequences_of_equal_lengths_or_not(case, size):
     pages.check(paged(case, size), IMPLEMENTATION)
 
 
+STEPS = varlen(
+    "packed", (1,) * 15, k_sequences=MANY.kv_lengths, causal=True, hq=8, hk=4, d=128, dv=128, dtype="bfloat16"
+)
+
+
+@pytest.mark.parametrize("size", [1, 16, 64] if IMPLEMENTATION == "cuda" else [16])
+@by_name(
+    [
+        STEPS,
+        STEPS.replace(name="packed, a prompt", q_sequences=(1,) * 7 + (40,) + (1,) * 7, sinks=True),
+        STEPS.replace(name="packed, unequal", k_sequences=(2304, 1, 700, *(2304,) * 12)),
+        STEPS.replace(
+            name="packed, a few tokens", q_sequences=(0, 1, 2, 3, 4, 5) * 2, k_sequences=(300,) * 12
+        ),
+        STEPS.replace(name="packed, d 64", k_sequences=(513,) * 15, d=64, dv=64, dtype="float16"),
+        STEPS.replace(
+            name="packed, d 256, a window", k_sequences=(1100,) * 15, d=256, dv=256, window=(500, 0)
+        ),
+    ]
+)
+def test_packed_steps_of_equal_lengths_or_not(case, size):
+    """Short sequences run in clusters, too, and the forward those with more tokens."""
+    pages.check(paged(case, size), IMPLEMENTATION)
+
+
 @pytest.mark.parametrize("splits", [1, 2, 3, 4, 5, 6, 7, 10**6])
 @by_name([LONG.replace(sinks="token", window=(700, 0)), MIXED.replace(causal=True, softcap=2.0)])
 def test_any_number_of_splits_is_right(case, splits):

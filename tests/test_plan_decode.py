@@ -200,6 +200,15 @@ def test_short_sequences_and_equal_ones_decode_in_clusters(size, call):
     assert chosen["workspace"] == 0
 
 
+@pytest.mark.parametrize(("size", "batch", "k_rows"), [(8, 1, 512), (4, 4, 4096), (1, 64, 1024)])
+def test_packed_sequences_decode_in_clusters_too(size, batch, k_rows):
+    """Those of one or two tokens. A table has a row of slots for each sequence, so the keys are not divided by them."""
+    chosen = plan(batch=batch, k_rows=k_rows, q_rows=3 * batch, varlen=True)
+    assert (chosen["decode_row"]["arch"], chosen["row"]["pass"]) == ("sm90", "forward")
+    assert chosen["decode"] == {"columns": 8, "ranges": size, "packed_rows": 8}
+    assert chosen["workspace"] <= chosen["workspace_bound"]
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -212,7 +221,8 @@ def test_short_sequences_and_equal_ones_decode_in_clusters(size, call):
         {"paged": True, "batch_invariant": True},
         {"paged": True, "num_splits": 2},
         {"paged": True, "float8": True},
-        {"paged": True, "varlen": True},
+        {"batch": 8, "k_rows": 65_536, "paged": True, "varlen": True},
+        {"paged": True, "varlen": True, "batch_invariant": True},
         {"dtype": "float32"},
         {"d": 96, "dv": 96},
         {"heads": 256},  # more rows than a tile's

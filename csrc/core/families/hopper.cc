@@ -353,6 +353,7 @@ class Decode final : public PassTraits {
                  LaunchPlan& plan) const override {
     if (row.is_latent()) return latent_.plan_grid(row, call, workspace, plan);
     plan.decode.columns = static_cast<int32_t>(call.shapes.kv_heads);
+    if (call.spec.packed()) plan.decode.packed_rows = row.block_m, plan.decode.early = true;
     const clusters::Choice choice(row, call);
     plan.decode.ranges = plan.cluster_size = choice.size();
     if (!choice.asks_for_lengths()) return;

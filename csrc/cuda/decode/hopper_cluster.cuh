@@ -11,6 +11,7 @@
 #include "cuda/decode/shares.cuh"
 #include "cuda/launch.h"
 #include "cuda/ptx/cluster.cuh"
+#include "cuda/ptx/dependent.cuh"
 
 namespace jax_flash::decode {
 
@@ -222,8 +223,7 @@ __device__ __forceinline__ bool are_even(const DecodeCall& call) {
 // kShares: only the device knows the lengths. If they differ, the CTAs take equal shares of all keys, and
 // there may be more CTAs than the clusters need.
 template <class C, bool kShares>
-__global__ void __launch_bounds__(C::kThreads, C::kBlocks)
-    decode_sm90(const __grid_constant__ DecodeCall call, int log_ctas) {
+__device__ __forceinline__ void attend_in_clusters(const DecodeCall& call, int log_ctas) {
   uint8_t* const shared = ptx::dynamic_shared();
   const int32_t ctas = 1 << log_ctas, rank = static_cast<int32_t>(blockIdx.x) & (ctas - 1);
   const int32_t unit = static_cast<int32_t>(blockIdx.x) >> log_ctas;
@@ -239,6 +239,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
   }
   Ring ring(shared, call, rows, number, rank, ctas, pages);
   const SequenceWork& work = ring.work;
+  // This is asked late, because a branch on a parameter delays all that follows.
+  if (call.starts && !(work.served() && are_in_order(call))) return;
   typename C::WarpState state;
   int32_t tile = ring.tile;
 #pragma unroll 1  // short code, because a kernel's first instructions are fetched from memory
@@ -270,11 +272,20 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
   if (ctas > 1) exchange.receive(rows.count(), write);
 }
 
+template <class C, bool kShares>
+__global__ void __launch_bounds__(C::kThreads, C::kBlocks)
+    decode_sm90(const __grid_constant__ DecodeCall call, int log_ctas) {
+  ptx::let_next_kernel_start();  // the forward, for packed sequences with more rows
+  attend_in_clusters<C, kShares>(call, log_ctas);
+  ptx::wait_for_kernel_before();  // the forward waits for this kernel alone, and reads the schedule
+}
+
 template <class C>
 cudaError_t launch_in_clusters(const Problem& p, const LaunchPlan& plan, void* workspace,
                                cudaStream_t stream) {
-  const int32_t ctas = plan.cluster_size;
   const bool shares = plan.decode.memory >= 0;
+  const int64_t entries = p.leading.count() * p.batch;
+  const auto ctas = static_cast<int32_t>(shares ? plan.decode.ranges / entries : plan.decode.ranges);
   const auto kernel = shares ? decode_sm90<C, true> : decode_sm90<C, false>;
   int log_ctas = 0;
   while (1 << log_ctas < ctas) ++log_ctas;
@@ -290,8 +301,12 @@ cudaError_t launch_in_clusters(const Problem& p, const LaunchPlan& plan, void* w
       blocks = ceil_div(most, ctas) * ctas;
     }
     const int32_t bytes = shares ? std::max(C::kSharedBytes, C::Shares::kSharedBytes) : C::kSharedBytes;
-    const cudaError_t e = launch_clusters(kernel, static_cast<uint32_t>(ctas), blocks, C::kThreads, bytes,
-                                          stream, call, log_ctas);
+    const auto run = [&]<bool kEarly>() {
+      return launch_clusters<kEarly>(kernel, static_cast<uint32_t>(ctas), blocks, C::kThreads, bytes, stream,
+                                     call, log_ctas);
+    };
+    const bool early = plan.decode.early && outer == 0;
+    const cudaError_t e = early ? run.template operator()<true>() : run.template operator()<false>();
     if (e != cudaSuccess) return e;
   }
   return cudaSuccess;
