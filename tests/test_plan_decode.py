@@ -205,6 +205,8 @@ def test_packed_sequences_decode_in_clusters_too(size, batch, k_rows):
     """Those of one or two tokens. A table has a row of slots for each sequence, so the keys are not divided by them."""
     chosen = plan(batch=batch, k_rows=k_rows, q_rows=3 * batch, varlen=True)
     assert (chosen["decode_row"]["arch"], chosen["row"]["pass"]) == ("sm90", "forward")
+    portable = plan(batch=batch, k_rows=k_rows, q_rows=3 * batch, varlen=True, page_size=4)  # the forward's
+    assert (portable["row"]["arch"], portable["cluster_size"]) == ("sm80", 1)
     assert chosen["decode"] == {"columns": 8, "ranges": size, "packed_rows": 8}
     assert chosen["workspace"] <= chosen["workspace_bound"]
 
@@ -223,6 +225,7 @@ def test_packed_sequences_decode_in_clusters_too(size, batch, k_rows):
         {"paged": True, "float8": True},
         {"batch": 8, "k_rows": 65_536, "paged": True, "varlen": True},
         {"paged": True, "varlen": True, "batch_invariant": True},
+        {"paged": True, "varlen": True, "batch": 4, "k_rows": 512, "q_rows": 0},
         {"dtype": "float32"},
         {"d": 96, "dv": 96},
         {"heads": 256},  # more rows than a tile's

@@ -12,7 +12,6 @@ namespace {
 
 constexpr int kTiles = 8;                              // tiles of a CTA, neighbours in a row of tiles
 constexpr int kWarps = 8, kRows = kRowBlock / kWarps;  // kRows: rows of a warp
-constexpr int kCtas = 6;                               // per SM
 constexpr int kKeys = kTiles * kRowBlock;
 constexpr int kChunk = 8, kChunkLanes = kRowBlock / kChunk;  // keys per load; loads per row of a tile
 
@@ -83,7 +82,7 @@ __device__ TileBits bits_of_elements(const uint8_t* from, int64_t row, int64_t c
 }
 
 // A CTA classifies kTiles tiles. `groups`: CTAs per row of tiles.
-__global__ void __launch_bounds__(32 * kWarps, kCtas)
+__global__ void __launch_bounds__(32 * kWarps)
     find_mask_tiles(const __grid_constant__ Problem p, const __grid_constant__ MaskTiles to,
                     uint32_t groups) {
   __shared__ TileBits of_warp[kWarps];

@@ -36,9 +36,9 @@ struct BlockWork {
 };
 
 // Whether packed sequences lie in order, in each of the entries: their first rows [n + 1] never decrease and
-// are within [0, rows]. Decode reads them as they are, and so that it need not wait for their running
-// maximum, it leaves the sequences of calls without this order to the forward. All threads of a CTA call
-// this.
+// are within [0, rows]. Decode, except over latent pools, reads them as they are, so that it need not wait
+// for their running maximum. It leaves the sequences of calls without this order to the forward. All threads
+// of a CTA call this.
 __device__ inline bool in_order(const int32_t* starts, int64_t stride, int32_t n, int32_t rows,
                                 int64_t entries, int64_t entry_stride) {
   bool good = true;

@@ -110,7 +110,7 @@ inline bool serves(const KernelRow& row, const Call& call) {
   const AttentionSpec& spec = call.spec;
   const Shapes& s = call.shapes;
   if (spec.operands & ~kOfDecode || spec.layout == jax_flash::Layout::kVarlen || spec.num_splits > 0 ||
-      spec.batch_invariant)
+      spec.batch_invariant || s.q_rows == 0)
     return false;
   if (s.head_dim + kPadding <= row.head_dim || s.value_dim + kPadding <= row.value_dim) return false;
   const int64_t rows = call.rows_of_group(row.block_m), least = row.block_m > 8 ? row.block_m / 2 : 0;

@@ -355,7 +355,8 @@ class Decode final : public PassTraits {
     plan.decode.columns = static_cast<int32_t>(call.shapes.kv_heads);
     if (call.spec.packed()) plan.decode.packed_rows = row.block_m, plan.decode.early = true;
     const clusters::Choice choice(row, call);
-    plan.decode.ranges = plan.cluster_size = choice.size();
+    plan.decode.ranges = choice.size();
+    if (!call.spec.packed()) plan.cluster_size = choice.size();
     if (!choice.asks_for_lengths()) return;
     plan.decode.ranges *= static_cast<int32_t>(call.entries());  // shares for as many CTAs
     plan_parts(row, call, call.entries(), 0, workspace, plan.decode);

@@ -56,9 +56,10 @@ struct Call {
     return 0 < drafted && drafted <= most ? drafted : group;
   }
 
-  // Upper bound of the keys that a query row sees; packed sequences are assumed to have the average length.
+  // Upper bound of the keys that a query row sees; packed keys are assumed to be divided equally among the
+  // sequences.
   int64_t visible_keys() const {
-    const bool packed = spec.layout == Layout::kVarlen;  // tables have a row for each sequence
+    const bool packed = spec.layout == Layout::kVarlen;
     const int64_t keys = packed ? shapes.k_rows / std::max<int64_t>(1, shapes.batch) : shapes.k_rows;
     if (spec.left < 0 || spec.right < 0) return keys;
     return std::min(keys, int64_t{spec.left} + 1 + spec.right);

@@ -29,7 +29,7 @@ struct TileGrid {
 // given size.
 struct DecodeGrid {
   int32_t columns = 0;      // neighbouring CTAs take neighbouring columns
-  int32_t ranges = 0;       // CTAs of a column
+  int32_t ranges = 0;       // CTAs of a column, or of a cluster if all run in clusters
   int32_t parts = 0;        // splits of every sequence; 0: the ranges' limits split them
   int32_t part_tiles = 0;   // or key tiles of every split; 0: not fixed
   int32_t slots = 0;        // most splits of one sequence, if parts or part_tiles is set

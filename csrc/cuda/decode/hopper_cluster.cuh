@@ -221,8 +221,9 @@ __device__ __forceinline__ bool are_even(const DecodeCall& call) {
 }
 
 // kShares: only the device knows the lengths. If they differ, the CTAs take equal shares of all keys, and
-// there may be more CTAs than the clusters need.
-template <class C, bool kShares>
+// there may be more CTAs than the clusters need. kPacked: the sequences are packed, and the forward runs some
+// of them.
+template <class C, bool kShares, bool kPacked>
 __device__ __forceinline__ void attend_in_clusters(const DecodeCall& call, int log_ctas) {
   uint8_t* const shared = ptx::dynamic_shared();
   const int32_t ctas = 1 << log_ctas, rank = static_cast<int32_t>(blockIdx.x) & (ctas - 1);
@@ -239,8 +240,7 @@ __device__ __forceinline__ void attend_in_clusters(const DecodeCall& call, int l
   }
   Ring ring(shared, call, rows, number, rank, ctas, pages);
   const SequenceWork& work = ring.work;
-  // This is asked late, because a branch on a parameter delays all that follows.
-  if (call.starts && !(work.served() && are_in_order(call))) return;
+  if (kPacked && !work.served()) return;
   typename C::WarpState state;
   int32_t tile = ring.tile;
 #pragma unroll 1  // short code, because a kernel's first instructions are fetched from memory
@@ -272,12 +272,17 @@ __device__ __forceinline__ void attend_in_clusters(const DecodeCall& call, int l
   if (ctas > 1) exchange.receive(rows.count(), write);
 }
 
-template <class C, bool kShares>
+// Calls without packed sequences have a kernel of their own, since each instruction of a short call counts.
+template <class C, bool kShares, bool kPacked>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     decode_sm90(const __grid_constant__ DecodeCall call, int log_ctas) {
-  ptx::let_next_kernel_start();  // the forward, for packed sequences with more rows
-  attend_in_clusters<C, kShares>(call, log_ctas);
-  ptx::wait_for_kernel_before();  // the forward waits for this kernel alone, and reads the schedule
+  if constexpr (kPacked) {
+    ptx::let_next_kernel_start();  // the forward, for sequences with more rows
+    if (are_in_order(call)) attend_in_clusters<C, kShares, true>(call, log_ctas);
+    ptx::wait_for_kernel_before();  // the forward waits for this kernel alone, and reads the schedule
+  } else {
+    attend_in_clusters<C, kShares, false>(call, log_ctas);
+  }
 }
 
 template <class C>
@@ -286,7 +291,8 @@ cudaError_t launch_in_clusters(const Problem& p, const LaunchPlan& plan, void* w
   const bool shares = plan.decode.memory >= 0;
   const int64_t entries = p.leading.count() * p.batch;
   const auto ctas = static_cast<int32_t>(shares ? plan.decode.ranges / entries : plan.decode.ranges);
-  const auto kernel = shares ? decode_sm90<C, true> : decode_sm90<C, false>;
+  const auto kernel = p.packed() ? (shares ? decode_sm90<C, true, true> : decode_sm90<C, false, true>)
+                                 : (shares ? decode_sm90<C, true, false> : decode_sm90<C, false, false>);
   int log_ctas = 0;
   while (1 << log_ctas < ctas) ++log_ctas;
   if (ctas > 8) {
