@@ -41,6 +41,9 @@ CU_SEQLENS = {
     "INT_MAX": [0, INT_MAX, INT_MIN, INT_MAX, 3],
     "INT_MAX at once": [INT_MAX] * 5,
     "one token far past the end": [0, 5, 2**30, 2**30 + 1, 20],
+    "unused ones are 0": [0, 1, 3, 0, 0],
+    "unused ones are -1": [0, 15, 16, -1, -1],
+    "a rise after a fall": [0, 7, 5, 6, 20],
     "bits": [0x7FC00000, -1, 0x0BADF00D, 0x3F800000, 2],
 }
 LENGTHS = {

@@ -36,20 +36,33 @@ struct BlockWork {
 };
 
 // Whether packed sequences lie in order, in each of the entries: their first rows [n + 1] never decrease and
-// are within [0, rows]. Decode, except over latent pools, reads them as they are, so that it need not wait
-// for their running maximum. It leaves the sequences of calls without this order to the forward. All threads
-// of a CTA call this.
+// are within [0, rows]. Only after the last sequence that has rows may they fall, as where unused ones are 0.
+// Decode, except over latent pools, reads them as they are, so that it need not wait for their running
+// maximum. It leaves the sequences of calls without this order to the forward. All threads of a CTA call
+// this.
 __device__ inline bool in_order(const int32_t* starts, int64_t stride, int32_t n, int32_t rows,
                                 int64_t entries, int64_t entry_stride) {
-  bool good = true;
-  for (int64_t entry = 0; entry < (entry_stride == 0 ? 1 : entries); ++entry) {
+  if (entry_stride == 0) entries = 1;
+  bool rises = true;
+  for (int64_t entry = 0; entry < entries; ++entry) {
     const int32_t* const own = starts + entry * entry_stride;
     for (int64_t i = threadIdx.x; i <= n; i += blockDim.x) {
       const int32_t x = own[i * stride];
-      good &= 0 <= x && x <= (i == n ? rows : own[(i + 1) * stride]);
+      rises &= 0 <= x && x <= (i == n ? rows : own[(i + 1) * stride]);
     }
   }
-  return __syncthreads_and(good);
+  if (__syncthreads_and(rises)) return true;
+  for (int64_t entry = 0; entry < entries; ++entry) {  // each thread looks at all of them, which is rare
+    const int32_t* const own = starts + entry * entry_stride;
+    bool good = own[0] >= 0, falls = false;
+    for (int64_t i = 0; i < n; ++i) {
+      const int32_t x = own[i * stride], next = own[(i + 1) * stride];
+      falls |= x > next;
+      good &= x <= rows && next <= rows && !(falls && x < next);
+    }
+    if (!good) return false;
+  }
+  return true;
 }
 
 // Heads whose tiles are worked on together: few enough that their K and V stay in L2.
