@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import plans
 import pytest
+from plans import A10, H200
+from plans import plan_decode as plan
 
 from jax_flash.spec import AttentionSpec
 from jax_flash.workspace import workspace_bound
-
-H200 = {"capability": 90, "sm_count": 132, "shared_memory": 232_448}
-A10 = {"capability": 86, "sm_count": 72, "shared_memory": 101_376}
-
-
-def plan(device: dict[str, int] = H200, **options: Any) -> dict[str, Any]:
-    defaults = {"dtype": "bfloat16", "batch": 64, "q_rows": 1, "k_rows": 8192, "heads": 32, "kv_heads": 8}
-    return plans.plan("forward", **defaults | {"d": 128, "dv": 128, "paged": True} | device | options)
 
 
 @pytest.mark.parametrize(
@@ -205,10 +196,10 @@ def test_packed_sequences_decode_in_clusters_too(size, batch, k_rows):
     """Those of one or two tokens. A table has a row of slots for each sequence, so the keys are not divided by them."""
     chosen = plan(batch=batch, k_rows=k_rows, q_rows=3 * batch, varlen=True)
     assert (chosen["decode_row"]["arch"], chosen["row"]["pass"]) == ("sm90", "forward")
-    portable = plan(batch=batch, k_rows=k_rows, q_rows=3 * batch, varlen=True, page_size=4)  # the forward's
-    assert (portable["row"]["arch"], portable["cluster_size"]) == ("sm80", 1)
     assert chosen["decode"] == {"columns": 8, "ranges": size, "packed_rows": 8}
     assert chosen["workspace"] <= chosen["workspace_bound"]
+    portable = plan(batch=batch, k_rows=k_rows, q_rows=3 * batch, varlen=True, page_size=4)
+    assert (portable["row"]["arch"], portable["cluster_size"]) == ("sm80", 1)  # of the forward
 
 
 @pytest.mark.parametrize(
@@ -330,77 +321,3 @@ def test_the_workspace_stays_within_its_bound(seed):
         )  # fmt: skip
         assert chosen["workspace"] <= chosen["workspace_bound"]
         assert chosen["workspace_bound"] == workspace_bound("forward", spec, shapes)
-
-
-LATENT = {"heads": 128, "kv_heads": 1, "d": 576, "dv": 512, "value_dim": 512}
-A100 = {"capability": 80, "sm_count": 108, "shared_memory": 166_912}
-
-
-def test_latent_pools_have_kernels_of_their_own():
-    for device, heads, arch, tile in (
-        (H200, 128, "sm90", (64, 64)), (H200, 17, "sm90", (64, 64)), (H200, 16, "sm90", (16, 32)),
-        (A100, 128, "sm80", (64, 32)), (A100, 16, "sm80", (16, 32)), (A10, 128, "sm80", (16, 16)),
-    ):  # fmt: skip
-        row = plan(device, **LATENT | {"heads": heads})["row"]
-        assert (row["arch"], row["pass"], row["block_m"], row["block_n"]) == (arch, "decode", *tile)
-    assert plan(**LATENT | {"d": 192, "dv": 128, "value_dim": 128, "heads": 8})["row"]["d"] == 192
-
-
-@pytest.mark.parametrize("batch", [64, 256])
-def test_pools_whose_values_are_all_of_their_keys_run_them_too(batch):
-    """If V is the whole of K, with 512 columns, the latent kernels of 576 columns run."""
-    shared = plan(batch=batch, q_rows=1, heads=64, kv_heads=1, d=512, dv=512, value_dim=512)["row"]
-    assert (shared["arch"], shared["pass"], shared["d"]) == ("sm90", "decode", 576)
-    apart = plan(batch=256, q_rows=1, heads=64, kv_heads=1, d=512, dv=512)["row"]
-    assert (apart["arch"], apart["pass"], apart["d"]) == ("sm90", "forward", 512)
-
-
-def test_keys_and_values_beside_each_other_run_the_kernels_of_separate_pools():
-    shared = {"value_dim": 64, "value_start": 64, "pool_columns": 128}
-    for options in ({}, {"q_rows": 300}, {"float8": True}, {"capability": 80}):
-        assert plan(**shared | options)["row"] == plan(**options)["row"]
-    # The forward runs, because rows of 136 bytes do not all begin at multiples of 16, as bulk copies need.
-    padded = plan(**shared | {"float8": True, "pool_columns": 136})
-    assert padded["row"]["pass"] == "forward"
-    for options in ({"value_start": 60}, {"pool_columns": 132}):
-        with pytest.raises(RuntimeError, match="CUDA takes multiples of 8"):
-            plan(**shared | options)
-    with pytest.raises(RuntimeError, match=r'd=576, dv=512 on sm_.*implementation="xla" runs it'):
-        plan(**LATENT | {"value_start": 64, "pool_columns": 576})
-
-
-def test_latent_pools_are_decoded_however_many_rows_there_are():
-    for options in ({"q_rows": 300}, {"q_rows": 700, "varlen": True}):
-        chosen = plan(**LATENT | options)
-        assert chosen["row"]["pass"] == "decode"
-        assert "decode_row" not in chosen
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"dtype": "float32"}, {"float8": True}, {"capability": 75, "dtype": "float16"}, {"value_dim": 0}],
-    ids=str,
-)
-def test_what_latent_pools_lack_is_an_error_that_names_plain_jax(options):
-    with pytest.raises(RuntimeError, match=r'd=576, dv=512 on sm_.*implementation="xla" runs it'):
-        plan(**LATENT | options)
-
-
-def test_the_error_of_latent_float8_pools_says_what_they_are():
-    with pytest.raises(RuntimeError, match="paged forward of bfloat16 over float8 pools with d=576"):
-        plan(**LATENT | {"float8": True})
-
-
-def test_the_workspace_of_latent_pools_stays_within_its_bound():
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        options = LATENT | {
-            "kv_heads": int(rng.integers(1, 4)), "batch": int(rng.integers(1, 300)), "leading": int(rng.integers(1, 3)),
-            "q_rows": int(rng.integers(1, 200)), "k_rows": int(rng.integers(0, 20000)),
-            "varlen": bool(rng.random() < 0.5), "num_splits": int(rng.choice([0, 0, 3, 500])),
-            "batch_invariant": bool(rng.random() < 0.3),
-        }  # fmt: skip
-        options["heads"] = options["kv_heads"] * int(rng.choice([1, 16, 24, 64, 72, 128]))
-        device = (H200, A100, A10)[rng.integers(3)]
-        chosen = plan(device, **options)
-        assert chosen["workspace"] <= chosen["workspace_bound"], options

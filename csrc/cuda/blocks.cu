@@ -260,11 +260,11 @@ cudaError_t launch_lists(const Problem& p, const Source& source, const LaunchPla
   if (plan.queries.lists < 0) return cudaSuccess;
   const KeyLists lists = key_lists(p, plan.queries, workspace);
   const auto warps = std::clamp<int64_t>(ceil_div(p.k_rows, 32 * lists.keys), 1, kListWarps);
-  constexpr bool kEarly = std::is_same_v<Source, MaskTileBlocks>;
-  return launch_clusters<kEarly>(list_key_tiles<Source>, 1,
-                                 p.leading.count() * p.batch * lists.listed * plan.queries.tiles,
-                                 static_cast<int32_t>(32 * warps), 0, stream, p, source, lists,
-                                 plan.queries.other_block, tile_counter(plan, workspace));
+  const bool early = std::is_same_v<Source, MaskTileBlocks>;
+  return launch_early(early, list_key_tiles<Source>, 1,
+                      p.leading.count() * p.batch * lists.listed * plan.queries.tiles,
+                      static_cast<int32_t>(32 * warps), 0, stream, p, source, lists, plan.queries.other_block,
+                      tile_counter(plan, workspace));
 }
 
 }  // namespace

@@ -135,8 +135,8 @@ cudaError_t launch_ranges(const Problem& p, const LaunchPlan& plan, void* worksp
                                forward ? tile_counter(plan, workspace) : nullptr);
   if (forward || e != cudaSuccess) return e;
   const Slots keys(p, p.k_rows, grid.block);
-  return launch_clusters<true>(find_seeing_queries, 1, leading * keys.count, 32, 0, stream, p, starts, keys,
-                               tables.blocks, grid.other_block, tables.rows, tables.gaps);
+  return launch_early(true, find_seeing_queries, 1, leading * keys.count, 32, 0, stream, p, starts, keys,
+                      tables.blocks, grid.other_block, tables.rows, tables.gaps);
 }
 
 }  // namespace jax_flash

@@ -353,10 +353,13 @@ class Decode final : public PassTraits {
                  LaunchPlan& plan) const override {
     if (row.is_latent()) return latent_.plan_grid(row, call, workspace, plan);
     plan.decode.columns = static_cast<int32_t>(call.shapes.kv_heads);
-    if (call.spec.packed()) plan.decode.packed_rows = row.block_m, plan.decode.early = true;
     const clusters::Choice choice(row, call);
     plan.decode.ranges = choice.size();
-    if (!call.spec.packed()) plan.cluster_size = choice.size();
+    if (call.spec.packed()) {  // the forward's plan has the cluster size of its own
+      plan.decode.packed_rows = row.block_m;
+    } else {
+      plan.cluster_size = choice.size();
+    }
     if (!choice.asks_for_lengths()) return;
     plan.decode.ranges *= static_cast<int32_t>(call.entries());  // shares for as many CTAs
     plan_parts(row, call, call.entries(), 0, workspace, plan.decode);

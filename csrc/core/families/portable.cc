@@ -177,7 +177,6 @@ class Decode final : public PassTraits {
     const int64_t chunks = ceil_div(call.rows_of_group(kMostRows), row.block_m);
     grid.columns = static_cast<int32_t>(s.kv_heads * chunks);
     if (spec.packed()) grid.packed_rows = static_cast<int32_t>(chunks * row.block_m);
-    grid.early = spec.packed() && call.device.capability >= 90;
     const int64_t wave = std::min<int64_t>(int64_t{call.device.sm_count} * row.blocks, kMostBlocks);
     grid.ranges =
         static_cast<int32_t>(std::min<int64_t>(ranges_of_column(grid.columns, wave), call.entries() * tiles));

@@ -34,7 +34,6 @@ struct DecodeGrid {
   int32_t part_tiles = 0;   // or key tiles of every split; 0: not fixed
   int32_t slots = 0;        // most splits of one sequence, if parts or part_tiles is set
   int32_t packed_rows = 0;  // the forward runs packed sequences with more query rows per KV head
-  bool early = false;       // with packed sequences: may start while their schedule is made
   int64_t all_slots = 0;    // partial results of a column
   int64_t memory = -1;      // their offset in the workspace; -1: no sequence is split
 

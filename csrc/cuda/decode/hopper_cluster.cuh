@@ -307,12 +307,8 @@ cudaError_t launch_in_clusters(const Problem& p, const LaunchPlan& plan, void* w
       blocks = ceil_div(most, ctas) * ctas;
     }
     const int32_t bytes = shares ? std::max(C::kSharedBytes, C::Shares::kSharedBytes) : C::kSharedBytes;
-    const auto run = [&]<bool kEarly>() {
-      return launch_clusters<kEarly>(kernel, static_cast<uint32_t>(ctas), blocks, C::kThreads, bytes, stream,
-                                     call, log_ctas);
-    };
-    const bool early = plan.decode.early && outer == 0;
-    const cudaError_t e = early ? run.template operator()<true>() : run.template operator()<false>();
+    const cudaError_t e = launch_early(p.packed() && outer == 0, kernel, static_cast<uint32_t>(ctas), blocks,
+                                       C::kThreads, bytes, stream, call, log_ctas);
     if (e != cudaSuccess) return e;
   }
   return cudaSuccess;

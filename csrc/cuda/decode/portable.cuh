@@ -3,10 +3,6 @@
 // head, whose query heads share its products.
 #pragma once
 
-#include <map>
-#include <mutex>
-#include <utility>
-
 #include "cuda/decode/latent_portable.cuh"
 #include "cuda/decode/shares.cuh"
 #include "cuda/launch.h"
@@ -24,22 +20,6 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
   ptx::wait_for_kernel_before();  // the forward waits for this kernel alone, and reads the schedule
 }
 
-// Whether a kernel's code was compiled for sm_90 or newer, so that it can wait for the kernel before it. Code
-// for older devices runs on newer ones, too.
-inline bool can_wait(const void* kernel) {
-  static std::mutex mutex;
-  static std::map<std::pair<int, const void*>, bool> known;
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return false;
-  const std::lock_guard lock(mutex);
-  const auto [at, is_new] = known.try_emplace({device, kernel}, false);
-  if (is_new) {
-    cudaFuncAttributes attributes;
-    at->second = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
-  }
-  return at->second;
-}
-
 template <class C>
 cudaError_t launch(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
   DecodeGrid grid = plan.decode;
@@ -47,12 +27,10 @@ cudaError_t launch(const Problem& p, const LaunchPlan& plan, void* workspace, cu
   const int64_t blocks = int64_t{grid.columns} * grid.ranges;
   for (int64_t outer = 0; outer < outer_entries(p.leading); ++outer) {
     const DecodeCall call = make_call<C::kTile>(p, grid, C::kRows, outer, workspace);
-    const auto run = [&]<bool kEarly>() {
-      return launch_clusters<kEarly>(decode_sm80<C>, 1, blocks, C::kThreads, C::kSharedBytes, stream, call);
-    };
     // Launches share the partial results in the workspace, so only the first one may start early.
-    const bool early = grid.early && outer == 0 && can_wait(reinterpret_cast<const void*>(decode_sm80<C>));
-    const cudaError_t e = early ? run.template operator()<true>() : run.template operator()<false>();
+    const bool early = p.packed() && outer == 0 && can_wait(reinterpret_cast<const void*>(decode_sm80<C>));
+    const cudaError_t e =
+        launch_early(early, decode_sm80<C>, 1, blocks, C::kThreads, C::kSharedBytes, stream, call);
     if (e != cudaSuccess) return e;
   }
   return cudaSuccess;

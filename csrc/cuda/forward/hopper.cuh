@@ -234,15 +234,12 @@ cudaError_t launch_forward_sm90(const Problem& p, const LaunchPlan& plan, void* 
   PersistentTiles tiles{schedule_of(grid, workspace), static_cast<int32_t>(cluster_tiles),
                         static_cast<uint32_t>(heads * cluster_tiles), tile_counter(plan, workspace),
                         heads_together(p, static_cast<uint32_t>(heads))};
-  const auto run = [&]<bool kEarly>() {
-    return launch_clusters<kEarly>(forward_sm90<C>, C::kCluster, plan.persistent_ctas, C::kThreads,
-                                   C::kTeams * sizeof(typename C::Shared), stream, p, maps, tiles, segments);
-  };
-  if (follows_kernel(p, grid)) return run.template operator()<true>();
-  if (tiles.counter)
+  const bool early = follows_kernel(p, grid);
+  if (!early && tiles.counter)
     if (cudaError_t e = cudaMemsetAsync(tiles.counter, 0, sizeof(uint32_t), stream); e != cudaSuccess)
       return e;
-  return run.template operator()<false>();
+  return launch_early(early, forward_sm90<C>, C::kCluster, plan.persistent_ctas, C::kThreads,
+                      C::kTeams * sizeof(typename C::Shared), stream, p, maps, tiles, segments);
 }
 
 template <class T, Row R>

@@ -1,5 +1,5 @@
 // Programmatic dependent launch (sm_90 and newer): a kernel that is launched so may start before the kernel
-// before it in the stream has ended (kEarly in cuda/launch.h).
+// before it in the stream has ended (launch_early() in cuda/launch.h).
 #pragma once
 
 namespace jax_flash::ptx {
