@@ -11,13 +11,13 @@ import numpy as np
 from .check_masks import MaskChecker
 from .checker import Checker
 from .masks import Mask
-from .operands import APPEND, APPEND_OPTIONAL, DIMS, ELEMENTS, FORWARD, OPTIONAL
+from .operands import APPEND, APPEND_OPTIONAL, DIMS, ELEMENTS, FORWARD, OPTIONAL, WINDOW
 
 _CHECK = Checker("check_inputs")
 
 # The index arrays and their ranks; _check_* below hold the bounds that depend on other operands.
 # Not named like the arguments.
-_OTHERWISE_NAMED = ("q_segment_ids", "kv_segment_ids", "position", "dropout", "tbias")
+_OTHERWISE_NAMED = ("q_segment_ids", "kv_segment_ids", "position", "dropout", "tbias", *WINDOW)
 _DIMS = {name: dims for table in DIMS.values() for name, dims in table.items()}
 _INT32 = [name for name in _DIMS if ELEMENTS[name] == "int32" and name not in _OTHERWISE_NAMED]
 _OFFSETS = tuple(name for name in _INT32 if _DIMS[name] == ("n1",))

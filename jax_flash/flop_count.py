@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import jax
@@ -16,11 +17,12 @@ from .attention import flash_attention
 from .checker import Checker
 from .dot_product import DotProductArguments, dot_product_attention
 from .masks import Mask
+from .operands import WINDOW
 from .options import FixedArguments, PagedArguments, RingArguments, VarlenArguments
 from .paged import validate as paged_validate
 from .paged.attention import paged_attention
 from .ring import ring_attention
-from .spec import AttentionSpec
+from .spec import UNLIMITED, AttentionSpec
 from .varlen import flash_attention_varlen
 from .visible_pairs import Shapes, Values, count
 
@@ -148,11 +150,13 @@ def _with_mask(mask: Mask, spec: AttentionSpec, shapes: Shapes, values: dict[str
     index = {"kv_lengths", "cu_seqlens_q", "cu_seqlens_k"} & shapes.keys()
     if not index <= values.keys() or not all(map(_is_known, jax.tree.leaves(mask))):
         return values
-    made = ("ranges", "mask", "block_mask", "q_segment_ids", "kv_segment_ids")
+    made = ("ranges", "mask", "block_mask", "q_segment_ids", "kv_segment_ids", *WINDOW)
     operands: dict[str, Any] = {
         name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items() if name not in made
     }
     operands |= {name: jnp.asarray(np.broadcast_to(x, shapes[name])) for name, x in values.items()}
+    if {*WINDOW} & {*spec.operands}:  # the spec's band is that of the mask already
+        spec = replace(spec, left=UNLIMITED, right=UNLIMITED)
     mask_operands.apply(_CHECK, mask, spec, operands)
     return values | {name: np.asarray(operands[name]) for name in made if name in operands}
 

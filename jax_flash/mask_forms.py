@@ -73,9 +73,9 @@ class Band(Form):
     offset: Data = 0
 
     def pairs(self, rows: Rows) -> list[Pair]:
-        diagonal = plus(rows.i, rows.each(self.offset))
-        lo = 0 if self.left is None else minus(diagonal, rows.each(self.left))
-        hi = MOST if self.right is None else plus(plus(diagonal, rows.each(self.right)), 1)
+        offset = rows.each(self.offset)
+        lo = 0 if self.left is None else plus(rows.i, minus(offset, rows.each(self.left)))
+        hi = MOST if self.right is None else plus(plus(rows.i, plus(offset, rows.each(self.right))), 1)
         return [between(lo, hi)]
 
     def reach(self) -> Reach:

@@ -11,18 +11,18 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from . import _jax
+from . import _jax, mask_bands
 from . import mask_forms as forms
 from ._jax import same_dim
 from .checker import Checker
 from .mask_forms import Form
 from .mask_joins import both_segments
-from .mask_rows import MOST, PackedKeys, Rows
+from .mask_rows import Data, PackedKeys, Rows
 from .masks import Mask
 from .operands import OPTIONAL
 from .paged import gather
 from .sequence.passes import takes_blocks
-from .spec import UNLIMITED, AttentionSpec, Ring, narrower
+from .spec import AttentionSpec, Ring
 from .zigzag import zigzag_unpermute
 
 Operands = dict[str, Array]
@@ -61,7 +61,8 @@ def apply(
     sizes = _sizes(spec, operands, ring)
     for condition in flat(mask.conditions):
         _check(check, condition, sizes)
-    mask, spec = _without_band(mask, spec)
+    mask, spec = mask_bands.without_numbers(mask, spec)
+    mask, spec, window = mask_bands.without_arrays(mask, spec, ring)
     blocks = any(isinstance(x, forms.Blocks) for x in mask.conditions)
     if blocks and "draft_mask" in operands:
         raise check.fail(
@@ -74,21 +75,27 @@ def apply(
             NotImplementedError,
         )
     if not (sizes.packed and same_dim(sizes.batch, 0)):  # otherwise no row belongs to a sequence
-        spec = _add(mask, spec, operands, ring, sizes)
+        spec = _add(mask, window, spec, operands, ring, sizes)
     return replace(spec, operands=tuple(name for name in OPTIONAL if name in operands))
 
 
 def _add(
-    mask: Mask, spec: AttentionSpec, operands: Operands, ring: Ring | None, sizes: Sizes
+    mask: Mask,
+    window: dict[str, Data],
+    spec: AttentionSpec,
+    operands: Operands,
+    ring: Ring | None,
+    sizes: Sizes,
 ) -> AttentionSpec:
-    leaves, tree = jax.tree.flatten(mask.conditions)
+    leaves, tree = jax.tree.flatten((mask.conditions, window))
     of_mask = {n: x for n, x in enumerate(leaves) if isinstance(x, Array)}
     of_call = {name: operands[name] for name in _READ if name in operands}
 
     def made(arrays: tuple[dict[int, Array], Operands]) -> Operands:
         of_mask, of_call = arrays
-        conditions = jax.tree.unflatten(tree, [of_mask.get(n, x) for n, x in enumerate(leaves)])
-        return _made(conditions, _rows(spec, operands | of_call, ring), of_call, sizes)
+        conditions, window = jax.tree.unflatten(tree, [of_mask.get(n, x) for n, x in enumerate(leaves)])
+        found = _made(conditions, _rows(spec, operands | of_call, ring), of_call, sizes)
+        return found | {name: mask_bands.operand(x) for name, x in window.items()}
 
     def shardings(shapes: Any) -> dict[str, NamedSharding]:
         return {name: _sharding(spec, operands, name, x.shape) for name, x in shapes.items()}
@@ -146,44 +153,6 @@ def _sharding(spec: AttentionSpec, operands: Operands, name: str, shape: tuple[A
     dims = zip(spec.dims[name], shape)
     entries = [None if same_dim(size, 1) else of_dim.get(dim.rstrip("*")) for dim, size in dims]
     return NamedSharding(sharding.mesh, PartitionSpec(*entries))
-
-
-# --- a band --------------------------------------------------------------------------------------------------------
-
-
-def _without_band(mask: Mask, spec: AttentionSpec) -> tuple[Mask, AttentionSpec]:
-    """Moves bands of Python ints from the mask to the spec if it can hold them, because plain kernels run such calls.
-
-    They are aligned to the top left, so a band of the call itself, and ALiBi, must be so too.
-    """
-    if spec.align != "top_left" and (spec.limited or "alibi_slopes" in spec.operands):
-        return mask, spec
-    rest = []
-    left, right = spec.left, spec.right
-    for condition in mask.conditions:
-        sides = _static_sides(condition)
-        if sides is None:
-            rest.append(condition)
-            continue
-        left, right = (narrower(a, b) for a, b in zip((left, right), sides))
-    if len(rest) == len(mask.conditions):
-        return mask, spec
-    return Mask(tuple(rest)), replace(spec, left=left, right=right, align="top_left")
-
-
-def _static_sides(condition: Form) -> tuple[int, int] | None:
-    """Keys to the left and to the right of the diagonal, if they are numbers that a spec can have."""
-    if not isinstance(condition, forms.Band) or not isinstance(condition.offset, int):
-        return None
-    found = []
-    for side, toward in ((condition.left, -1), (condition.right, 1)):
-        if side is None:
-            found.append(UNLIMITED)
-        elif isinstance(side, int) and 0 <= side + toward * condition.offset < MOST:
-            found.append(side + toward * condition.offset)
-        else:
-            return None
-    return found[0], found[1]
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ by zeros; and rows of P·V that see such a value become NaN.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +20,8 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from . import philox
+from ._jax import same_dim
+from .mask_forms import minus, plus
 from .spec import UNLIMITED, AttentionSpec
 
 _INF = float("inf")
@@ -163,6 +166,35 @@ def first_offset(operands: dict[str, Array]) -> Array | int:
     return 0 if position is None else position[0] - position[1]
 
 
+def band_limits(
+    spec: AttentionSpec, operands: dict[str, Array], diagonal: Array, sequence: Array
+) -> tuple[Array | None, Array | None]:
+    """The first and the last key that the band leaves to each row, in the shape of `diagonal`; None: no limit.
+
+    Args:
+      diagonal: c(i), before a window that is data moves it.
+      sequence: the batch entry or sequence of each row; those past the last one have no rows.
+    """
+
+    def of_rows(name: str) -> Array | None:
+        if name not in operands:
+            return None
+        if same_dim((x := operands[name]).shape[0], 1):
+            return x[(None,) * (diagonal.ndim - 1)]
+        return jnp.pad(x, (0, 1))[sequence]
+
+    offset = of_rows("window_offset")
+
+    def limit(name: str, static: int, toward: Callable[[Array, Array], Array]) -> Array | None:
+        side = of_rows(name)
+        if side is None and static == UNLIMITED:
+            return None
+        side = jnp.full((1,) * diagonal.ndim, static, jnp.int32) if side is None else side
+        return plus(diagonal, toward(jnp.zeros_like(side) if offset is None else offset, side))
+
+    return limit("window_left", spec.left, minus), limit("window_right", spec.right, plus)
+
+
 def _offset(place: _Place) -> Array:
     """j − c(i), the distance of key j behind the diagonal of row i, `[b|1, 1, sq, sk]`."""
     return place.column[:, None, None, :] - place.diagonal[:, None, :, None]
@@ -171,10 +203,11 @@ def _offset(place: _Place) -> Array:
 def _visible(spec: AttentionSpec, operands: dict[str, Array], place: _Place) -> Array:
     """Whether query row i sees key j, `[b|1, hq|1, sq, sk]`."""
     visible = place.row_used[:, None, :, None] & place.column_used[:, None, None, :]
-    if spec.left != UNLIMITED:
-        visible &= _offset(place) >= -spec.left
-    if spec.right != UNLIMITED:
-        visible &= _offset(place) <= spec.right
+    first, last = band_limits(spec, operands, place.diagonal, place.sequence)
+    if first is not None:
+        visible &= place.column[:, None, None, :] >= first[:, None, :, None]
+    if last is not None:
+        visible &= place.column[:, None, None, :] <= last[:, None, :, None]
     if place.segments is not None:
         q_segment, k_segment = place.segments
         visible &= q_segment[:, None, :, None] == k_segment[:, None, None, :]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,6 +12,17 @@ from .spec import UNLIMITED, AttentionSpec
 
 Shapes = Mapping[str, tuple[int, ...]]
 Values = Mapping[str, np.ndarray]
+
+
+class _Sequence(NamedTuple):
+    """A batch entry or sequence: its rows and keys in use, and the first and the last key that row 0 sees by the band;
+    None: no limit."""
+
+    rows: int
+    keys: int
+    first: int | None
+    last: int | None
+
 
 # How many products along d and along dv each pass computes for a visible pair.
 _PRODUCTS = {
@@ -35,39 +47,39 @@ def visible_pairs(spec: AttentionSpec, shapes: Shapes, values: Values) -> int:
     limits = _ranges(sizes, shapes, values)
     if "draft_mask" in values and "ranges" not in values:
         drafts = np.broadcast_to(values["draft_mask"], (len(sizes), *values["draft_mask"].shape[1:]))
-        return heads * sum(_in_band(spec, *x) - _in_drafts(spec, x, ~m) for x, m in zip(sizes, drafts))
+        return heads * sum(_in_band(x) - _in_drafts(x, ~m) for x, m in zip(sizes, drafts))
     others = values.keys() & {"mask", "bias", "block_mask", "q_segment_ids", "draft_mask"}
     if "ranges" in values and not others:
-        return sum(_in_ranges(spec, size, x) * (heads // len(x)) for size, x in zip(sizes, limits))
+        return sum(_in_ranges(size, x) * (heads // len(x)) for size, x in zip(sizes, limits))
     if not others:
-        return heads * sum(times * _in_band(spec, *size) for size, times in Counter(sizes).items())
+        return heads * sum(times * _in_band(size) for size, times in Counter(sizes).items())
     if others == {"block_mask"} and "ranges" not in values:
         mask = np.broadcast_to(values["block_mask"], (len(sizes), *values["block_mask"].shape[1:]))
         return sum(_in_block_mask(spec, *x) * (heads // mask.shape[1]) for x in zip(sizes, mask))
     if others == {"q_segment_ids"} and "ranges" not in values:
-        return heads * sum(_in_segments(spec, size, *ids) for size, ids in zip(sizes, _segments(values)))
+        return heads * sum(_in_segments(size, *ids) for size, ids in zip(sizes, _segments(values)))
     return sum(_in_mask(spec, size, heads, entry, values, limits) for entry, size in enumerate(sizes))
 
 
-def _ranges(sizes: list[tuple[int, int]], shapes: Shapes, values: Values) -> list[np.ndarray]:
+def _ranges(sizes: list[_Sequence], shapes: Shapes, values: Values) -> list[np.ndarray]:
     """The limits of each batch entry or sequence, [h, rows, 2 | 4]."""
     if "ranges" not in values:
         return []
     x = values["ranges"].astype(np.int64)
     if x.ndim == 4:
-        return [x[z if len(x) > 1 else 0][:, :rows] for z, (rows, _) in enumerate(sizes)]
-    ends = np.cumsum([rows for rows, _ in sizes]) + int(np.clip(values["cu_seqlens_q"][0], 0, x.shape[1]))
-    return [x[:, end - rows : end] for end, (rows, _) in zip(ends, sizes)]
+        return [x[z if len(x) > 1 else 0][:, :rows] for z, (rows, *_) in enumerate(sizes)]
+    ends = np.cumsum([x.rows for x in sizes]) + int(np.clip(values["cu_seqlens_q"][0], 0, x.shape[1]))
+    return [x[:, end - rows : end] for end, (rows, *_) in zip(ends, sizes)]
 
 
-def _in_ranges(spec: AttentionSpec, size: tuple[int, int], limits: np.ndarray) -> int:
+def _in_ranges(size: _Sequence, limits: np.ndarray) -> int:
     """The visible pairs of the heads that have ranges of their own; these are disjoint."""
-    first, past = _rows(spec, size)
+    first, past = _rows(size)
     lo, hi = np.maximum(limits[..., 0::2], first[:, None]), np.minimum(limits[..., 1::2], past[:, None])
     return int(np.maximum(hi - lo, 0).sum())
 
 
-def _sizes(spec: AttentionSpec, shapes: Shapes, values: Values) -> list[tuple[int, int]]:
+def _sizes(spec: AttentionSpec, shapes: Shapes, values: Values) -> list[_Sequence]:
     """The rows and keys in use of each batch entry or sequence."""
     query, key = shapes["query"], shapes["key"]
     if "cu_seqlens_q" in shapes:
@@ -83,7 +95,31 @@ def _sizes(spec: AttentionSpec, shapes: Shapes, values: Values) -> list[tuple[in
         keys = [min(*pair) for pair in zip(keys, used)]
     else:
         keys = _lengths("kv_lengths", key[0], key[1], values)
-    return list(zip(rows, keys, strict=True))
+    limits = [_band(spec, size, entry, values) for entry, size in enumerate(zip(rows, keys, strict=True))]
+    return [_Sequence(*x) for x in zip(rows, keys, *zip(*limits))]
+
+
+def _band(
+    spec: AttentionSpec, size: tuple[int, int], entry: int, values: Values
+) -> tuple[int | None, int | None]:
+    """The limits that the band sets row 0 of a batch entry or sequence; none where a window is data of unknown
+    value."""
+    offset, left, right = (_window(name, entry, spec, values) for name in ("offset", "left", "right"))
+    if offset is None:
+        return None, None
+    if spec.align == "bottom_right":
+        offset += size[1] - size[0]
+    return None if left is None else offset - left, None if right is None else offset + right
+
+
+def _window(name: str, entry: int, spec: AttentionSpec, values: Values) -> int | None:
+    """A number of a batch entry's window; None if it is unlimited, or unknown."""
+    of_call = {"left": spec.left, "right": spec.right, "offset": 0}[name]
+    name = "window_" + name
+    if name in spec.operands:
+        x = values.get(name)
+        return None if x is None else int(x[entry if len(x) > 1 else 0])
+    return None if of_call == UNLIMITED else of_call
 
 
 def _lengths(name: str, entries: int, size: int, values: Values) -> list[int]:
@@ -101,59 +137,60 @@ def _differences(name: str, tokens: int, shapes: Shapes, values: Values) -> list
     return [tokens // n + (i < tokens % n) for i in range(n)]
 
 
-def _rows(spec: AttentionSpec, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def _rows(size: _Sequence) -> tuple[np.ndarray, np.ndarray]:
     """The first key that each row sees by its position, and the one past the last."""
-    rows, keys = size
-    diagonal = np.arange(rows, dtype=np.int64) + (keys - rows if spec.align == "bottom_right" else 0)
-    first = np.zeros_like(diagonal) if spec.left == UNLIMITED else np.maximum(diagonal - spec.left, 0)
-    past = np.full_like(diagonal, keys)
-    if spec.right != UNLIMITED:
-        past = np.minimum(diagonal + spec.right + 1, keys)
+    row = np.arange(size.rows, dtype=np.int64)
+    first = np.zeros_like(row) if size.first is None else np.clip(row + size.first, 0, size.keys)
+    past = np.full_like(row, size.keys)
+    if size.last is not None:
+        past = np.clip(row + size.last + 1, 0, size.keys)
     return first, np.maximum(past, first)
 
 
-def _in_band(spec: AttentionSpec, rows: int, keys: int) -> int:
-    if spec.left == spec.right == UNLIMITED:
-        return rows * keys
-    first, past = _rows(spec, (rows, keys))
+def _in_band(size: _Sequence) -> int:
+    if size.first is None and size.last is None:
+        return size.rows * size.keys
+    first, past = _rows(size)
     return int((past - first).sum())
 
 
-def _in_drafts(spec: AttentionSpec, size: tuple[int, int], hidden: np.ndarray) -> int:
+def _in_drafts(size: _Sequence, hidden: np.ndarray) -> int:
     """The pairs of the band that a draft mask hides from a sequence."""
-    rows, keys = size
+    rows, keys = size.rows, size.keys
     if rows > len(hidden):
         return 0
-    first, past = _rows(spec, size)
+    first, past = _rows(size)
     token = np.arange(keys - rows, keys)
     in_band = (token >= first[:, None]) & (token < past[:, None])
     return int((in_band & hidden[:rows, :rows]).sum())
 
 
-def _hidden_drafts(size: tuple[int, int], hidden: np.ndarray) -> np.ndarray:
+def _hidden_drafts(size: _Sequence, hidden: np.ndarray) -> np.ndarray:
     """Which pairs of a sequence its draft mask hides, [rows, keys]."""
-    rows, keys = size
-    found = np.zeros(size, bool)
+    rows, keys = size.rows, size.keys
+    found = np.zeros((rows, keys), bool)
     if rows <= len(hidden):
         known = min(rows, keys)
         found[:, keys - known :] = hidden[:rows, rows - known : rows]
     return found
 
 
-def _in_blocks(spec: AttentionSpec, size: tuple[int, int], mask: np.ndarray) -> np.ndarray:
+def _in_blocks(spec: AttentionSpec, size: _Sequence, mask: np.ndarray) -> np.ndarray:
     """What a block mask shows of a sequence, [b | 1, h | 1, rows, keys]."""
-    seen = np.repeat(np.repeat(mask, spec.block[0], 2), spec.block[1], 3)[:, :, : size[0], : size[1]]
-    return np.pad(seen, [(0, 0), (0, 0), *((0, n - m) for n, m in zip(size, seen.shape[2:]))])
+    seen = np.repeat(np.repeat(mask, spec.block[0], 2), spec.block[1], 3)[:, :, : size.rows, : size.keys]
+    return np.pad(seen, [(0, 0), (0, 0), *((0, n - m) for n, m in zip(size[:2], seen.shape[2:]))])
 
 
-def _in_block_mask(spec: AttentionSpec, size: tuple[int, int], mask: np.ndarray) -> int:
+def _in_block_mask(spec: AttentionSpec, size: _Sequence, mask: np.ndarray) -> int:
     """The visible pairs of the heads that a block mask [h, rows, keys] has, without a picture of all pairs."""
-    if not size[0]:
+    if not size.rows:
         return 0
-    first, past = _rows(spec, size)
+    first, past = _rows(size)
     begin = np.arange(mask.shape[2]) * spec.block[1]
     keys = np.minimum(past[:, None], begin + spec.block[1]) - np.maximum(first[:, None], begin)
-    of_blocks = np.add.reduceat(np.maximum(keys, 0), np.arange(0, size[0], spec.block[0]), 0)[: mask.shape[1]]
+    of_blocks = np.add.reduceat(np.maximum(keys, 0), np.arange(0, size.rows, spec.block[0]), 0)[
+        : mask.shape[1]
+    ]
     return int((mask[:, : len(of_blocks)] * of_blocks).sum())
 
 
@@ -161,29 +198,29 @@ def _segments(values: Values) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     return zip(values["q_segment_ids"], values["kv_segment_ids"])
 
 
-def _in_segments(spec: AttentionSpec, size: tuple[int, int], q_ids: np.ndarray, kv_ids: np.ndarray) -> int:
+def _in_segments(size: _Sequence, q_ids: np.ndarray, kv_ids: np.ndarray) -> int:
     """The visible pairs of a batch entry; keys are sorted by segment, and by position within each."""
-    rows, keys = size
+    rows, keys = size.rows, size.keys
     names, segment = np.unique(kv_ids[:keys], return_inverse=True)
     sorted_keys = np.sort(segment.astype(np.int64) * (keys + 1) + np.arange(keys))
     own = np.searchsorted(names, q_ids[:rows])
     exists = np.append(names, 0)[own] == q_ids[:rows]
     exists &= own < len(names)
-    first, past = (np.searchsorted(sorted_keys, own * (keys + 1) + x) for x in _rows(spec, size))
+    first, past = (np.searchsorted(sorted_keys, own * (keys + 1) + x) for x in _rows(size))
     return int((past - first)[exists].sum())
 
 
 def _in_mask(
     spec: AttentionSpec,
-    size: tuple[int, int],
+    size: _Sequence,
     heads: int,
     entry: int,
     values: Values,
     limits: list[np.ndarray],
 ) -> int:
     """The visible pairs of a batch entry and all heads, from the whole picture of one head after another."""
-    rows, keys = size
-    first, past = _rows(spec, size)
+    rows, keys = size.rows, size.keys
+    first, past = _rows(size)
     column = np.arange(keys)
     picture = (column >= first[:, None]) & (column < past[:, None])
     if "q_segment_ids" in values:

@@ -132,14 +132,22 @@ def _sequences(spec: AttentionSpec, x: dict[str, Array]) -> list[tuple[int, int,
     return found
 
 
+def _window(x: dict[str, Array], name: str, z: int) -> int | None:
+    """A number of a window that is data."""
+    numbers = x.get("window_" + name)
+    return None if numbers is None else int(numbers[z if numbers.size > 1 else 0])
+
+
 def visible(spec: AttentionSpec, x: dict[str, Array], group: Group) -> Array:
     """Whether each row sees each key."""
     (i, j), diagonal, z = group.place(), group.diagonal(spec), group.z
     seen = np.ones((i.size, j.size), bool)
-    if spec.left >= 0:
-        seen &= j >= diagonal - spec.left
-    if spec.right >= 0:
-        seen &= j <= diagonal + spec.right
+    left, right = (_window(x, name, z) for name in ("left", "right"))
+    diagonal = diagonal + (_window(x, "offset", z) or 0)
+    if left is not None or spec.left >= 0:
+        seen &= j >= diagonal - (spec.left if left is None else left)
+    if right is not None or spec.right >= 0:
+        seen &= j <= diagonal + (spec.right if right is None else right)
     if "q_segment_ids" in x:
         seen &= x["q_segment_ids"][z, i] == x["kv_segment_ids"][z, j]
     if "mask" in x:

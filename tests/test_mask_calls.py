@@ -359,7 +359,7 @@ def test_a_band_of_numbers_is_the_calls_own_band():
     ):
         spec = spec_of(mask)
         assert (spec.left, spec.right, spec.align, spec.operands) == (left, right, "top_left", ())
-    assert spec_of(masks.causal(-1)).operands == ("ranges",)
+    assert spec_of(masks.causal(-1)).operands == ("window_offset",)
     assert spec_of(masks.causal(), window=(4, None)).operands == ("ranges",)
     assert spec_of(masks.causal(), alibi_slopes=np.ones(H, np.float32)).operands == ("alibi_slopes", "ranges")
     spec = spec_of(masks.causal(), window=(4, 2), align="top_left")

@@ -82,29 +82,45 @@ struct Band {
 
 // How far `position` shifts the diagonal of every row. `position` says where the call's first query and first
 // key lie in the larger sequence; indices of rows and keys count from these first ones.
-JF_HD int64_t diagonal_shift(const Problem& p, int64_t position_offset) {
-  const int32_t* first = p.position.as<const int32_t>() + position_offset;
-  return int64_t{first[0]} - first[p.position.column];
+JF_HD int64_t diagonal_shift(const View& position, int64_t leading_offset) {
+  const int32_t* first = position.as<const int32_t>() + leading_offset;
+  return int64_t{first[0]} - first[position.column];
 }
 
-// Whether the call is a part of a larger sequence. This reads the spec, which every kernel loads at its start
-// anyway.
-JF_HD bool has_position(const Problem& p) { return __builtin_expect(p.spec.has(Operand::kPosition), false); }
+// Whether operands move the band. This reads the spec, which every kernel loads at its start anyway.
+JF_HD bool has_moved_band(const Problem& p) { return __builtin_expect(p.spec.moves_band(), false); }
 
-JF_HD Band make_band(const AttentionSpec& spec, const Sequence& s, int64_t shift) {
+// Moves the band of a batch entry or sequence by the operands. element(view): the element of that entry.
+template <class Shift, class Element>
+JF_HD void move_band(Band& band, const Problem& p, Shift shift, Element element) {
+  if (p.position) band.shift += shift(p.position);
+  if (p.window_offset) band.shift += element(p.window_offset);
+  if (p.window_left) band.left = element(p.window_left);
+  if (p.window_right) band.right = element(p.window_right);
+}
+
+JF_HD Band make_band(const AttentionSpec& spec, const Sequence& s) {
   constexpr int64_t kUnbounded = int64_t{1} << 40;
-  if (spec.align == Align::kBottomRight) shift += int64_t{s.k_len} - s.q_len;
+  const int64_t shift = spec.align == Align::kBottomRight ? int64_t{s.k_len} - s.q_len : 0;
   return {s.q_len, s.k_len, shift, spec.left < 0 ? kUnbounded : spec.left,
           spec.right < 0 ? kUnbounded : spec.right};
 }
 
-// Out of line: few calls have a position, and its code would lengthen the start of every kernel.
-JF_HD_NOINLINE int64_t leading_shift(const Problem& p, int64_t leading) {
-  return diagonal_shift(p, p.position.leading_offset(p.leading, leading));
+// Out of line: few calls move the band, and this code would lengthen the start of every kernel.
+JF_HD_NOINLINE int64_t leading_shift(const Problem& p, const View& position, int64_t leading) {
+  return diagonal_shift(position, position.leading_offset(p.leading, leading));
+}
+JF_HD_NOINLINE int32_t leading_element(const Problem& p, const View& view, int64_t leading, int32_t index) {
+  return view.as<const int32_t>()[view.leading_offset(p.leading, leading) + index * view.batch];
 }
 
 JF_HD Band make_band(const Problem& p, int64_t leading, const Sequence& s) {
-  return make_band(p.spec, s, has_position(p) ? leading_shift(p, leading) : 0);
+  Band band = make_band(p.spec, s);
+  if (has_moved_band(p) && s.index >= 0)
+    move_band(
+        band, p, [&](const View& position) { return leading_shift(p, position, leading); },
+        [&](const View& view) { return leading_element(p, view, leading, s.index); });
+  return band;
 }
 
 }  // namespace jax_flash

@@ -48,11 +48,16 @@ constexpr int32_t bits_of(Operands... operands) {
   return ((1 << static_cast<int32_t>(operands)) | ...);
 }
 
+// Operands that move the band (band.h).
+inline constexpr int32_t kOfBand =
+    bits_of(Operand::kPosition, Operand::kWindowLeft, Operand::kWindowRight, Operand::kWindowOffset);
+
 // Operands that every kernel reads. In CUDA's plan any other operand selects a kind of score, or else the
 // general kernel.
-inline constexpr int32_t kOfEveryKernel = bits_of(
-    Operand::kCuSeqlensQ, Operand::kCuSeqlensK, Operand::kQLengths, Operand::kKvLengths, Operand::kSinks,
-    Operand::kBlockTables, Operand::kKScale, Operand::kVScale, Operand::kPosition, Operand::kTbias);
+inline constexpr int32_t kOfEveryKernel =
+    kOfBand | bits_of(Operand::kCuSeqlensQ, Operand::kCuSeqlensK, Operand::kQLengths, Operand::kKvLengths,
+                      Operand::kSinks, Operand::kBlockTables, Operand::kKScale, Operand::kVScale,
+                      Operand::kTbias);
 
 // Operands that decode reads. Calls with any other operand do not run it.
 inline constexpr int32_t kOfDecode = kOfEveryKernel | bits_of(Operand::kAlibiSlopes, Operand::kDraftMask,
@@ -77,6 +82,8 @@ struct AttentionSpec {
 
   bool operator==(const AttentionSpec&) const = default;
   JF_HD bool has(Operand operand) const { return operands >> static_cast<int32_t>(operand) & 1; }
+  // Whether operands move the band, so that `left` and `right` do not tell what a row sees.
+  JF_HD bool moves_band() const { return (operands & kOfBand) != 0; }
   // Whether K and V are one array. Its gradient, dkey, is the sum of both gradients.
   JF_HD bool shared_kv() const { return value_dim > 0; }
   JF_HD bool paged() const { return layout == Layout::kPaged || layout == Layout::kPagedVarlen; }

@@ -8,7 +8,7 @@
 namespace jax_flash {
 
 // Two adjacent leading dimensions are merged if every operand has both or broadcasts both, so few remain.
-inline constexpr int kMaxLeading = 8;
+inline constexpr int kMaxLeading = 6;
 
 // The leading dimensions L of a call, shared by all its operands.
 struct Leading {

@@ -27,12 +27,6 @@ struct BlockWork {
     return {tile.index, batch_row, tile.q_begin, tile.k_begin, tile.q_len, tile.k_len};
   }
   __device__ __forceinline__ Band band(const Problem& p) const { return make_band(p, leading, sequence()); }
-  // For kernels with at most one leading dimension. It calls no function, because a warp that has given up
-  // registers (setmaxnreg) has too few for a call.
-  __device__ __forceinline__ Band band_inline(const Problem& p) const {
-    return make_band(p.spec, sequence(),
-                     has_position(p) ? diagonal_shift(p, leading * p.position.leading[0]) : 0);
-  }
 };
 
 // Whether packed sequences lie in order, in each of the entries: their first rows [n + 1] never decrease and

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from .. import reference
 from .._jax import same_dim
 from ..operands import OPTIONAL
-from ..spec import UNLIMITED, AttentionSpec, Layout
+from ..spec import AttentionSpec, Layout
 
 Operands = dict[str, jax.Array]
 # Page pools may have query's dtype or one of these; the value is the largest finite number of the dtype.
@@ -117,8 +117,9 @@ def rows_missing_pages(spec: AttentionSpec, operands: Operands) -> jax.Array:
     nk = jnp.pad(nk, (0, 1))[sequence]  # the padding is needed if there is no sequence at all
     diagonal = row + (nk - nq) if spec.align == "bottom_right" else row
     diagonal = diagonal + reference.first_offset(operands)
-    first = jnp.zeros_like(diagonal) if spec.left == UNLIMITED else jnp.maximum(diagonal - spec.left, 0)
-    last = nk - 1 if spec.right == UNLIMITED else jnp.minimum(diagonal + spec.right, nk - 1)
+    first, last = reference.band_limits(spec, operands, diagonal, sequence)
+    first = jnp.zeros_like(diagonal) if first is None else jnp.clip(first, 0, nk)
+    last = nk - 1 if last is None else jnp.clip(last, -1, nk - 1)
     seen = [(first, last)]
     if "ranges" in operands:
         limits = jnp.moveaxis(jnp.maximum(operands["ranges"], 0), -3, -2)  # […, sq, h, 2|4], [tq, h, 2|4]

@@ -12,7 +12,8 @@
 
 namespace jax_flash::clusters {
 
-inline constexpr int32_t kMostCtas = 16;  // CTAs per cluster
+inline constexpr int32_t kMostCtas = 16;   // CTAs per cluster
+inline constexpr int32_t kMostTiles = 64;  // tiles per CTA, if only the device knows their number
 
 // Shared-memory offsets; the merge buffer aliases the ring.
 struct Layout {
@@ -61,21 +62,23 @@ class Choice {
     return ctas;
   }
 
-  // Whether the kernel chooses the algorithm, because only the device knows the lengths of long sequences.
-  // Clusters run if the lengths are about equal. Otherwise each CTA works on an equal range of all keys, so
-  // that none waits for the longest sequence.
+  // Whether the kernel chooses the algorithm, because only the device knows the lengths, or a window, of long
+  // sequences. Clusters run if these see about equally many keys, and not too many. Otherwise each CTA works
+  // on an equal range of all keys, so that none waits for the longest sequence.
   bool asks_for_lengths() const {
-    return !knows_lengths() && (call_.device.always_cluster || ceil_div(tiles_, size()) > kManyTiles);
+    return !knows_keys() && (call_.device.always_cluster || ceil_div(tiles_, size()) > kManyTiles);
   }
 
   // Whether clusters are faster than the portable decode.
   bool is_faster() const {
-    constexpr int64_t kFewTiles = 8, kMostTiles = 64;  // tiles per CTA
-    constexpr double kFilled = 0.9;  // least share of the SMs, or of the waves, that must have a CTA
+    constexpr int64_t kFewTiles = 8;  // tiles per CTA
+    constexpr double kFilled = 0.9;   // least share of the SMs, or of the waves, that must have a CTA
     if (clusters_ == 0 || tiles_ == 0) return false;
     const int64_t ctas = size(), tiles = ceil_div(tiles_, ctas), sms = call_.device.sm_count;
     if (call_.device.always_cluster) return true;
-    if (tiles > kManyTiles && (knows_lengths() ? ctas > 2 : ctas != 2 || tiles > kMostTiles)) return false;
+    const bool asks_for_window = call_.spec.has(Operand::kWindowLeft) && (ctas >= 2 || knows_lengths());
+    if (tiles > kManyTiles && !asks_for_window && (knows_keys() ? ctas > 2 : ctas != 2 || tiles > kMostTiles))
+      return false;
     if (clusters_ > wave_) return fills(clusters_, ceil_div(clusters_, wave_) * wave_, kFilled);
     return tiles <= kFewTiles || fills(clusters_ * ctas, sms, kFilled);
   }
@@ -87,11 +90,9 @@ class Choice {
     return static_cast<double>(part) >= least * static_cast<double>(whole);
   }
   bool knows_lengths() const {
-    bool known = !call_.spec.paged();
-    for (Operand operand : {Operand::kQLengths, Operand::kKvLengths, Operand::kPosition})
-      known &= !call_.spec.has(operand);
-    return known;
+    return !call_.spec.paged() && !(call_.spec.operands & bits_of(Operand::kQLengths, Operand::kKvLengths));
   }
+  bool knows_keys() const { return knows_lengths() && !call_.spec.moves_band(); }
 
   const Call& call_;
   int64_t clusters_, tiles_, wave_;

@@ -193,7 +193,8 @@ class Forward final : public PassTraits {
       return false;
     constexpr int64_t kManyElements = 1 << 20, kManyTiles = 16;
     const bool whole =
-        call.spec.left < 0 && !call.spec.has(Operand::kQLengths) && !call.spec.has(Operand::kKvLengths);
+        call.spec.left < 0 && !(call.spec.operands & bits_of(Operand::kQLengths, Operand::kKvLengths,
+                                                             Operand::kWindowLeft, Operand::kWindowRight));
     const bool many = whole && call.visible_keys() * row.head_dim >= kManyElements;
     return call.device.always_cluster ||
            (many && (plan.queries.tiles % 2 == 0 || plan.queries.tiles > kManyTiles));

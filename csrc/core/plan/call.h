@@ -67,7 +67,7 @@ struct Call {
 
   // Whether query tiles may see different numbers of keys, so that some CTAs finish earlier than others.
   bool tiles_differ() const {
-    bool differ = spec.packed() || spec.paged() || spec.left >= 0 || spec.right >= 0;
+    bool differ = spec.packed() || spec.paged() || spec.left >= 0 || spec.right >= 0 || spec.moves_band();
     for (Operand operand : {Operand::kQLengths, Operand::kKvLengths, Operand::kQSegmentIds, Operand::kRanges,
                             Operand::kBlockMask})
       differ |= spec.has(operand);

@@ -22,7 +22,7 @@ bool bias_is_served(const Call& call) {
 // Kernels for blocks copy pieces of at least 32 keys. They need a fixed layout and blocks that begin at the
 // call's first row and key.
 bool serves_blocks(const Call& call) {
-  return !call.spec.packed() && !call.spec.has(Operand::kPosition) && call.spec.block_keys % 32 == 0;
+  return !call.spec.packed() && !call.spec.moves_band() && call.spec.block_keys % 32 == 0;
 }
 
 // Whether kernels can list the tiles that a boolean mask leaves: in calls whose tiles begin at the first row
@@ -30,8 +30,7 @@ bool serves_blocks(const Call& call) {
 bool lists_mask_tiles(const Call& call) {
   const AttentionSpec& spec = call.spec;
   const Shapes& s = call.shapes;
-  if (spec.packed() || spec.paged() || spec.has(Operand::kPosition) || s.q_rows == 0 || s.k_rows == 0)
-    return false;
+  if (spec.packed() || spec.paged() || spec.moves_band() || s.q_rows == 0 || s.k_rows == 0) return false;
   return call.pass == Pass::kForward || (call.pass == Pass::kBackward && !spec.deterministic &&
                                          ListedStep::fit(s.heads, s.kv_heads, s.q_rows, kRowBlock));
 }

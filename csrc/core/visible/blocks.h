@@ -79,8 +79,7 @@ JF_HD BlockMask block_mask_of(const Problem& p, int64_t leading, const Sequence&
                  p.mask_columns,
                  p.spec.block_rows,
                  p.spec.block_keys};
-  if (has_position(p)) {
-    const View& place = p.position;
+  if (const View& place = p.position) {
     const int32_t* first = place.as<const int32_t>() + place.leading_offset(p.leading, leading);
     constexpr int32_t kMost = 1 << 30;  // sums with rows and keys fit, and none is negative
     mask.first_row = clamp_index(first[0], kMost), mask.first_key = clamp_index(first[place.column], kMost);

@@ -198,7 +198,8 @@ inline int64_t head_bytes(const Problem& p) {
 // of a head run at a time, the less they wait for each other.
 inline uint32_t backward_heads_together(const Problem& p, ScoreKind score, uint32_t cluster_size) {
   constexpr int64_t kBytes = 32 << 20, kMost = 16, kFewestOfBand = 8;
-  const bool band = p.spec.left >= 0 || p.spec.right >= 0 || p.ranges || score == ScoreKind::kListedMask;
+  const bool band = p.spec.left >= 0 || p.spec.right >= 0 || p.spec.moves_band() || p.ranges ||
+                    score == ScoreKind::kListedMask;
   if (p.spec.deterministic) return (band ? 2 * kMost : kMost) / cluster_size;
   return static_cast<uint32_t>(std::clamp<int64_t>(kBytes / head_bytes(p), band ? kFewestOfBand : 1, kMost));
 }

@@ -10,6 +10,7 @@
 #include "cuda/backward/query_step.cuh"
 #include "cuda/backward/query_sums.cuh"
 #include "cuda/gradient.cuh"
+#include "cuda/hopper/band.cuh"
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/roles.cuh"
 #include "cuda/score/operands.cuh"
@@ -201,7 +202,11 @@ struct KeyTileState {
     walk.heads = p.heads / p.kv_heads;
     kv_head = work.head / walk.heads;
     reload_shared();
-    band = work.band_inline(p);
+    if constexpr (lists_tiles(C::kKind)) {
+      band = make_band(p.spec, work.sequence());  // plan() gives these kernels no call whose band moves
+    } else {
+      find_band(p, work, band);
+    }
     reload_shared();
     if constexpr (C::kKind == ScoreKind::kRanges) {
       trim_to_ranges<C>(p, grid);

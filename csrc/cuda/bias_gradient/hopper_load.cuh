@@ -5,6 +5,7 @@
 
 #include "cuda/bias_gradient/bias_tile.cuh"
 #include "cuda/gradient.cuh"
+#include "cuda/hopper/band.cuh"
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/roles.cuh"
 #include "cuda/hopper/tma.cuh"
@@ -32,7 +33,7 @@ struct BiasRole {
   __device__ __forceinline__ bool prepare(BiasStep& step, const BiasTile& tile, int32_t b) const {
     const Sequence s = fixed_sequence(reload(p), tile.leading, b);
     step.work = {tile.leading, 0, b, {b, 0, 0, s.q_len, s.k_len, tile.row, tile.row + C::kM, 0}};
-    step.band = step.work.band_inline(p);
+    find_band(p, step.work, step.band);
     const SeenByTile seen = trim_to_segments<Over::kQueries, C::Score::reads(Operand::kRanges)>(
         grid.segments, grid.rows, C::kM, p, step.work, step.band.rows(tile.row, tile.row + C::kM));
     return !intersect(seen.any, {tile.column, tile.column + C::kN}).empty();
@@ -46,7 +47,7 @@ struct BiasRole {
       const uint32_t number = shared.numbers[tile_index % C::kNumbers];
       if (number >= grid.count) return;
       const BiasTile tile(p, number, grid.rows, grid.columns, C::kM, C::kN);
-      const bool alike = !p.q_lengths && !p.kv_lengths && !grid.segments;
+      const bool alike = !p.q_lengths && !p.kv_lengths && !p.spec.moves_band() && !grid.segments;
       BiasStep step;
       bool seen = false;
       for (int32_t b = tile.batch.lo; b < tile.batch.hi; ++b) {

@@ -33,7 +33,6 @@ struct DecodeView {
 struct DecodeCall {
   DecodeView query, key, value, out, lse;
   DecodeView q_lengths, kv_lengths, block_tables;
-  DecodeView position;  // element 0: the first query's position; element `row`: the first key's
   DecodeView alibi_slopes, sinks, k_scale, v_scale;
   DecodeView draft_mask;
   DecodeView starts;  // packed sequences: the first row of each, and the end of the last one
@@ -49,7 +48,7 @@ struct DecodeCall {
   bool same_lengths;    // the host knows that all sequences have the same work; if so:
   Partition partition;  // the partition of every column
   Divisor units;        // the units of every sequence
-  bool bottom_right;
+  bool bottom_right, moves_band;
   int64_t left, right;  // keys before and after the diagonal
   float scale, softcap;
   DType kv_dtype;
@@ -57,6 +56,9 @@ struct DecodeCall {
   DecodeView ranges;
   bool two_ranges;    // each row has two ranges
   uint32_t* row_max;  // in the layout of lse; null if the call does not ask for it
+  // Operands that move the band; moves_band says whether there is one.
+  DecodeView position;  // element 0: the first query's position; element `row`: the first key's
+  DecodeView window_left, window_right, window_offset;
 };
 
 // The number of launches: entries of all leading dimensions but the last.
@@ -100,7 +102,6 @@ DecodeCall make_call(const Problem& p, const DecodeGrid& grid, int32_t block_row
   call.lse = words(p.lse), call.alibi_slopes = words(p.alibi_slopes), call.sinks = words(p.sinks);
   call.q_lengths = words(p.q_lengths), call.kv_lengths = words(p.kv_lengths);
   call.block_tables = words(p.block_tables);
-  call.position = view(p.position, 4, p.position.column);
   call.k_scale = words(p.k_scale), call.v_scale = words(p.v_scale);
   call.draft_mask = view(p.draft_mask, 1, p.draft_mask.row), call.draft_rows = p.draft_rows;
   call.scaled_by_page = scaled_by_page(p);
@@ -115,8 +116,8 @@ DecodeCall make_call(const Problem& p, const DecodeGrid& grid, int32_t block_row
   call.q_rows = p.q_rows, call.k_rows = p.k_rows, call.head_dim = p.head_dim, call.value_dim = p.value_dim;
   call.pages = p.paged() ? p.pages : std::numeric_limits<int32_t>::max(), call.paged = p.paged();
   call.evicts_first = exceeds_l2(p);
-  call.same_lengths =
-      !p.q_lengths && !p.kv_lengths && !p.position && !p.ranges && !p.packed() && call.chunks.value == 1;
+  call.same_lengths = !p.q_lengths && !p.kv_lengths && !p.spec.moves_band() && !p.ranges && !p.packed() &&
+                      call.chunks.value == 1;
   call.bottom_right = p.spec.align == Align::kBottomRight;
   call.left = p.spec.left < 0 ? kUnbounded : p.spec.left;
   call.right = p.spec.right < 0 ? kUnbounded : p.spec.right;
@@ -125,8 +126,12 @@ DecodeCall make_call(const Problem& p, const DecodeGrid& grid, int32_t block_row
   call.workspace = workspace;
   call.ranges = words(p.ranges), call.two_ranges = p.limits == 4;
   call.row_max = static_cast<uint32_t*>(words(p.row_max).data);
+  call.moves_band = p.spec.moves_band();
+  call.position = view(p.position, 4, p.position.column);
+  call.window_left = words(p.window_left), call.window_right = words(p.window_right);
+  call.window_offset = words(p.window_offset);
   if (call.same_lengths) {
-    const Band band = make_band(p.spec, {0, 0, 0, 0, p.q_rows, p.k_rows}, 0);
+    const Band band = make_band(p.spec, {0, 0, 0, 0, p.q_rows, p.k_rows});
     const Interval tiles = tiles_of(band.rows(0, p.q_rows), kTile);
     const int32_t units = SequenceUnits(grid, call.end_tiles, tiles, true).units;
     call.units = Divisor(units),

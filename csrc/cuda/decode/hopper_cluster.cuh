@@ -201,20 +201,37 @@ struct Exchange {
 };
 
 // Whether all sequences have about as many keys as the first one. All threads of a CTA must call this. It
-// compares only the lengths, because code that runs once has to be fetched from memory.
-template <class C>
-__device__ __forceinline__ bool are_even(const DecodeCall& call) {
+// compares only the lengths, because code that runs once has to be fetched from memory. If operands move the
+// band, it compares the numbers of keys that the rows see, which must also be few for clusters of several
+// CTAs.
+template <class C, bool kPacked>
+__device__ __forceinline__ bool are_even(const DecodeCall& call, int log_ctas) {
   constexpr int32_t kPart = 32;  // lengths may differ by 1 / kPart of the first one
   const auto length_of = [&](int32_t number) {
-    const int32_t leading = call.sequences == call.batch.value ? 0 : call.batch.quotient(number);
-    const int32_t index = number - leading * call.batch.value;
-    return clamp_index(*call.kv_lengths.at<const int32_t>(leading, index, 0, 0), call.k_rows);
+    SequenceWork work;
+    work.leading = call.sequences == call.batch.value ? 0 : call.batch.quotient(number);
+    work.index = number - work.leading * call.batch.value;
+    int32_t length = call.k_rows;
+    if (call.kv_lengths)
+      length = clamp_index(*call.kv_lengths.at<const int32_t>(work.leading, work.index, 0, 0), length);
+    if (!call.moves_band) return length;
+    const int32_t tokens = kPacked ? 1 : call.q_rows;
+    work.band = {tokens, length, call.bottom_right ? length - tokens : 0, call.left, call.right};
+    work.move_band(call);
+    return work.band.rows(0, tokens).size();
   };
-  const int32_t sequences = call.kv_lengths ? call.sequences : 0, first = sequences > 0 ? length_of(0) : 0;
+  // Each warp looks at all sequences, so that all loads start at once.
+  const int32_t sequences = call.kv_lengths || call.moves_band ? call.sequences : 0;
+  const auto lane = static_cast<int32_t>(threadIdx.x % 32);
+  int32_t first = 0;
   bool even = true;
 #pragma unroll 1
-  for (auto i = static_cast<int32_t>(threadIdx.x); i < sequences; i += C::kThreads)
-    even &= abs(length_of(i) - first) <= first / kPart;
+  for (int32_t i = 0; i < sequences; i += 32) {
+    const int32_t own = length_of(min(i + lane, sequences - 1));
+    if (i == 0) first = __shfl_sync(~0u, own, 0);
+    even &= abs(own - first) <= first / kPart;
+  }
+  if (call.moves_band && log_ctas > 0) even &= first <= (clusters::kMostTiles * C::kTile << log_ctas);
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();                          // the code for equal shares uses the entries' memory
   return __all_sync(~0u, __syncthreads_and(even));  // tells the compiler that it is uniform
@@ -235,7 +252,7 @@ __device__ __forceinline__ void attend_in_clusters(const DecodeCall& call, int l
   using Ring = ClusterRing<C, kShares>;
   const typename Ring::Pages pages(shared, call, number, rank, ctas);
   if constexpr (kShares) {
-    if (!are_even<C>(call)) return attend_share<typename C::Shares>(call);
+    if (!are_even<C, kPacked>(call, log_ctas)) return attend_share<typename C::Shares>(call);
     if (own != number) return;
   }
   Ring ring(shared, call, rows, number, rank, ctas, pages);

@@ -65,14 +65,22 @@ struct SequenceWork {
     }
     int32_t k_len = call.k_rows;
     if (call.kv_lengths) k_len = clamp_index(*call.kv_lengths.at<const int32_t>(leading, index, 0, 0), k_len);
-    int64_t shift = call.bottom_right ? k_len - q_len : 0;
-    if (call.position) {
-      const int32_t* const first = call.position.at<const int32_t>(leading, 0, 0, 0);
-      shift += int64_t{first[0]} - first[call.position.row];
-    }
-    band = {q_len, k_len, shift, call.left, call.right};
+    band = {q_len, k_len, call.bottom_right ? k_len - q_len : 0, call.left, call.right};
+    if (call.moves_band) move_band(call);
     keys = band.rows(rows.first_position(), rows.end_position());
     if (!served) leave();
+  }
+  __device__ __forceinline__ void move_band(const DecodeCall& call) {
+    const auto element = [&](const DecodeView& view) {
+      return int64_t{*view.at<const int32_t>(leading, index, 0, 0)};
+    };
+    if (call.position) {
+      const int32_t* const first = call.position.at<const int32_t>(leading, 0, 0, 0);
+      band.shift += int64_t{first[0]} - first[call.position.row];
+    }
+    if (call.window_offset) band.shift += element(call.window_offset);
+    if (call.window_left) band.left = element(call.window_left);
+    if (call.window_right) band.right = element(call.window_right);
   }
   // Leaves the sequence to the forward kernel.
   __device__ __forceinline__ void leave() { keys = {0, -1}; }

@@ -6,6 +6,7 @@
 
 #include "core/plan/launch_plan.h"
 #include "cuda/epilogue.cuh"
+#include "cuda/hopper/band.cuh"
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/roles.cuh"
 #include "cuda/hopper/tile_scheduler.cuh"
@@ -105,7 +106,7 @@ struct TileState : Ranges, Slice {
   __device__ __forceinline__ bool begin(const Problem& p, const TileSegments& segments) {
     const TileWork& tile = work.tile;
     if (tile.row >= tile.end) return false;
-    band = work.band_inline(p);
+    find_band(p, work, band);
     reload_shared();
     if constexpr (!C::kListed) tiles = tiles_of(band.rows(tile.row, tile.used_queries()), C::kN);
     reload_shared();

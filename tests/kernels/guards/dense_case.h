@@ -89,6 +89,7 @@ class DenseCase : protected RandomCase {
     add(Operand::kSinks, 0.2);
     add(Operand::kPosition, 0.2);
     add(Operand::kDropout, 0.25);
+    choose_window(p_);
     if (chance(0.2)) choose_ranges(p_);
     if (chance(0.15)) choose_blocks(p_);
     if (!aim_ && chance(0.1)) s.value_dim = p_.value_dim = p_.head_dim;
@@ -182,7 +183,7 @@ class DenseCase : protected RandomCase {
     s.dropout_rate = s.has(Operand::kDropout) ? 0.4f : 0.0f;
     if (aim_->pass == Pass::kBiasGradient) s.operands |= bit(Operand::kBias);
     if (aim_->variant == backend::Variant::kListedMask || aim_->variant == backend::Variant::kBlocks)
-      s.operands &= ~bit(Operand::kPosition);
+      s.operands &= ~kOfBand;
     if (aim_->variant == backend::Variant::kBias) {
       s.operands |= bit(Operand::kBias);
     } else if (!is_taken()) {  // some kernels take no bias, visibility operands or several leading dimensions
@@ -292,6 +293,7 @@ class DenseCase : protected RandomCase {
            DType::kF32);
     }
     if (s.has(Operand::kSinks)) make_sinks(p_, p_.leading);
+    make_window(p_, p_.leading);
     if (s.has(Operand::kPosition)) make_index(p_.position, 2, &View::column, p_.k_rows, false);
     if (s.has(Operand::kDropout)) {
       const Guarded& m = make(p_.dropout, 4, {{6, &View::column}}, true);

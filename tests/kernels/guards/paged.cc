@@ -179,6 +179,7 @@ class AttentionCase : PoolCase {
     if (p_.packed()) add(Operand::kCuSeqlensQ);
     if (chance(0.2) && !plain && !packs_heads_) add(Operand::kAlibiSlopes);
     if (packs_heads_ ? !plain : chance(0.3) && !plain) choose_draft_mask();
+    if (!packs_heads_) choose_window(p_);
     if (chance(0.2) && !plain && !packs_heads_) choose_ranges(p_);
     if (chance(0.1) && !plain) choose_blocks(p_);
     if (chance(0.3) && !packs_heads_) add(Operand::kSinks);
@@ -202,6 +203,7 @@ class AttentionCase : PoolCase {
     if (s.has(Operand::kAlibiSlopes))
       fill(make(p_.alibi_slopes, 4, {{batch_, &View::batch}, {p_.heads, &View::head}}, true), DType::kF32);
     if (s.has(Operand::kDraftMask)) make_draft_mask();
+    make_window(p_, leading_);
     if (s.has(Operand::kRanges)) make_ranges(p_, leading_);
     if (s.has(Operand::kBlockMask)) make_blocks(p_, leading_);
     if (s.has(Operand::kSinks)) make_sinks(p_, leading_);
@@ -256,6 +258,10 @@ class AttentionCase : PoolCase {
     return i >= p_.mask_rows || j >= p_.mask_columns || !view.as<const uint8_t>()[at];
   }
 
+  // A number of a sequence's window: that of the array, if there is one.
+  int64_t window(const View& view, int64_t leading, int32_t z, int64_t otherwise) const {
+    return view ? index(view, leading, z) : otherwise;
+  }
   int64_t length(int64_t leading, int32_t z) const {
     return clamp(index(p_.kv_lengths, leading, z), capacity());
   }
@@ -287,6 +293,7 @@ class AttentionCase : PoolCase {
 
   // Results must be NaN exactly where a row sees a missing page, and 0 and -inf outside every sequence.
   void check() {
+    constexpr int64_t kFar = int64_t{1} << 40;
     const AttentionSpec& s = p_.spec;
     for (int64_t l = 0; l < leading_.count(); ++l) {
       std::vector<bool> covered(p_.packed() ? p_.q_rows : 0);
@@ -295,13 +302,15 @@ class AttentionCase : PoolCase {
                                               : std::pair<int64_t, int64_t>{0, p_.q_rows};
         const int64_t nq = end - begin, nk = length(l, z);
         const int32_t entry = p_.packed() ? 0 : z;
+        const int64_t left = window(p_.window_left, l, z, s.left < 0 ? kFar : s.left),
+                      right = window(p_.window_right, l, z, s.right < 0 ? kFar : s.right),
+                      offset = window(p_.window_offset, l, z, 0);
         for (int64_t i = 0; i < nq; ++i) {
-          const int64_t diagonal = s.align == Align::kBottomRight ? i + nk - nq : i;
+          const int64_t diagonal = offset + (s.align == Align::kBottomRight ? i + nk - nq : i);
           for (int32_t h = 0; h < p_.heads; ++h) {
             bool missing = false, any = false;
             for (int64_t j = 0; j < nk; ++j) {
-              if ((s.left >= 0 && j < diagonal - s.left) || (s.right >= 0 && j > diagonal + s.right))
-                continue;
+              if (j < diagonal - left || j > diagonal + right) continue;
               if (draft_hides(l, z, i, j - (nk - nq), nq) || blocks_hide(l, z, h, i, j)) continue;
               if (ranges_hide(l, entry, h, begin, i, j)) continue;
               any = true;

@@ -155,6 +155,28 @@ class RandomCase {
     m.make_read_only();
   }
 
+  // A window that is data.
+  void choose_window(Problem& p) {
+    for (Operand operand : {Operand::kWindowLeft, Operand::kWindowRight, Operand::kWindowOffset})
+      if (chance(0.1)) p.spec.operands |= bits_of(operand);
+  }
+  void make_window(Problem& p, const Leading& leading) {
+    const auto make_numbers = [&](Operand operand, View& view) {
+      if (!p.spec.has(operand)) return;
+      Dim entries{p.batch, &View::batch};
+      broadcast_some(entries);
+      const Guarded& m = make(view, leading, 4, {entries}, true);
+      const bool wild = chance(0.3);
+      for (size_t i = 0; i < m.bytes() / 4; ++i)
+        reinterpret_cast<int32_t*>(m.data())[i] =
+            wild ? garbage(p.k_rows) : static_cast<int32_t>(integer(-5, p.k_rows));
+      m.make_read_only();
+    };
+    make_numbers(Operand::kWindowLeft, p.window_left);
+    make_numbers(Operand::kWindowRight, p.window_right);
+    make_numbers(Operand::kWindowOffset, p.window_offset);
+  }
+
   // The last blocks may reach past the sequences, or end before them. `rows`, `keys`: the sizes to choose
   // from.
   void choose_blocks(Problem& p, std::initializer_list<int32_t> rows = {16, 48, 64, 256},
