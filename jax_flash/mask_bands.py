@@ -57,8 +57,8 @@ def without_arrays(
 ) -> tuple[Mask, AttentionSpec, dict[str, Data]]:
     """Moves a band of arrays from the mask to operands, whose values it returns by name.
 
-    A call has one diagonal, so it has no second band and no slopes around another one. Blocks have kernels without
-    such operands, and the calls of a ring move their bands already.
+    A call has one diagonal, so it has no second band of arrays, and no band or slopes around another diagonal. Blocks
+    have kernels without such operands, and the calls of a ring move their bands already.
     """
     bands = [x for x in mask.conditions if isinstance(x, forms.Band)]
     blocks = any(isinstance(x, forms.Blocks) for x in mask.conditions)

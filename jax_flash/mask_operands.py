@@ -61,6 +61,8 @@ def apply(
     sizes = _sizes(spec, operands, ring)
     for condition in flat(mask.conditions):
         _check(check, condition, sizes)
+    if spec.align != "top_left" and _has_one_diagonal(spec, sizes, ring):
+        spec = replace(spec, align="top_left")
     mask, spec = mask_bands.without_numbers(mask, spec)
     mask, spec, window = mask_bands.without_arrays(mask, spec, ring)
     blocks = any(isinstance(x, forms.Blocks) for x in mask.conditions)
@@ -77,6 +79,13 @@ def apply(
     if not (sizes.packed and same_dim(sizes.batch, 0)):  # otherwise no row belongs to a sequence
         spec = _add(mask, window, spec, operands, ring, sizes)
     return replace(spec, operands=tuple(name for name in OPTIONAL if name in operands))
+
+
+def _has_one_diagonal(spec: AttentionSpec, sizes: Sizes, ring: Ring | None) -> bool:
+    """Whether top left and bottom right are the same alignment, as every row has as many keys as queries."""
+    if spec.paged or ring is not None or not {"q_lengths", "kv_lengths"}.isdisjoint(spec.operands):
+        return False
+    return spec.same_offsets if spec.packed else same_dim(sizes.rows, sizes.keys)
 
 
 def _add(

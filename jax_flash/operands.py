@@ -179,7 +179,8 @@ def dims_of(layout: str, page_layout: str) -> dict[str, Dims]:
 # The operand `dropout` is uint32 [6]: two key words, then the shard's global offsets of batch, query head, row, column.
 DROPOUT_BATCH, DROPOUT_HEAD, DROPOUT_ROW = 2, 3, 4
 # `position` is int32 [2]: where the first query and the first key of a call lie in the sequence that it is a part of.
-# A window that is data.
+
+# The operands of a window that is data.
 WINDOW = ("window_left", "window_right", "window_offset")
 
 

@@ -343,7 +343,8 @@ def varlen(op: str, arguments: VarlenArguments) -> tuple[AttentionSpec, Operands
     score_operands(check, operands, arguments, n, "n")
     same = arguments.cu_seqlens_k is None or arguments.cu_seqlens_k is arguments.cu_seqlens_q
     spec = static_spec(check, "varlen", operands, arguments)
+    spec = replace(spec, same_offsets=same and same_dim(tq, tk))
     if arguments.mask is not None:
         mask = mask_operands.require_mask(check, arguments.mask)
         spec = mask_operands.apply(check, mask, spec, operands)
-    return replace(spec, same_offsets=same and same_dim(tq, tk)), operands
+    return spec, operands

@@ -102,8 +102,7 @@ def _sizes(spec: AttentionSpec, shapes: Shapes, values: Values) -> list[_Sequenc
 def _band(
     spec: AttentionSpec, size: tuple[int, int], entry: int, values: Values
 ) -> tuple[int | None, int | None]:
-    """The limits that the band sets row 0 of a batch entry or sequence; none where a window is data of unknown
-    value."""
+    """The limits that the band sets row 0 of a batch entry or sequence; none that depends on data of unknown value."""
     offset, left, right = (_window(name, entry, spec, values) for name in ("offset", "left", "right"))
     if offset is None:
         return None, None

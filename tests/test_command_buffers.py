@@ -28,6 +28,7 @@ first = rows // 30 * 30  # of the row's document
 options = {
     "causal": dict(causal=True),
     "packed": dict(causal=True),
+    "pages": dict(causal=True),
     "segments": dict(causal=True, segment_ids=jnp.broadcast_to(rows // 30, (2, tokens))),
     "ranges": dict(mask=jax_flash.masks.ranges(first[None, None], rows[None, None] + 1)),
     "boolean array": dict(mask=((first[:, None] <= rows) & (rows <= rows[:, None]))[None, None]),
@@ -44,7 +45,17 @@ def attention(implementation):
     def fixed(*operands):
         return jax_flash.flash_attention(*operands, implementation=implementation, **options)
 
-    return packed if form == "packed" else fixed
+    # Packed sequences of one token: the schedule, decode and a forward that finds no other.
+    def pages(q, k, v):
+        starts, lengths = jnp.arange(3, dtype=jnp.int32), jnp.array([tokens, 30], jnp.int32)
+        tables = jnp.arange(2 * tokens // 16, dtype=jnp.int32).reshape(2, -1)
+        pools = [x.reshape(-1, 16, *x.shape[2:]) for x in (k, v)]
+        out = jax_flash.paged_attention(
+            q[:, 0], *pools, tables, lengths, cu_seqlens_q=starts, implementation=implementation, **options
+        )
+        return out[:, None]
+
+    return {"packed": packed, "pages": pages}.get(form, fixed)
 
 def step(implementation):
     def loss(weights, x):
@@ -102,7 +113,8 @@ FORMS = ("causal", "packed", "segments", "ranges", "boolean array", "blocks")
 # Each of these has more tiles than an H200 has room for at once, so that a counter gives them to CTAs.
 @pytest.mark.parametrize(
     ("program", "flags", "form", "tokens", "heads", "calls"),
-    [("step", "", "causal", 100, 4, 2), ("decode", LOOPS, "causal", 100, 4, 1)]
+    [("step", "", "causal", 100, 4, 2)]
+    + [("decode", LOOPS, "causal", 100, 4, 1), ("decode", LOOPS, "pages", 1024, 4, 1)]
     + [("step", "", form, 1024, 20, 2) for form in FORMS],
 )
 def test_every_call_is_captured_and_replayed(program, flags, form, tokens, heads, calls, kernel):

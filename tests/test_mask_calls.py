@@ -360,8 +360,12 @@ def test_a_band_of_numbers_is_the_calls_own_band():
         spec = spec_of(mask)
         assert (spec.left, spec.right, spec.align, spec.operands) == (left, right, "top_left", ())
     assert spec_of(masks.causal(-1)).operands == ("window_offset",)
-    assert spec_of(masks.causal(), window=(4, None)).operands == ("ranges",)
-    assert spec_of(masks.causal(), alibi_slopes=np.ones(H, np.float32)).operands == ("alibi_slopes", "ranges")
+    options = {"window": (4, None), "kv_lengths": np.array([S, 3], np.int32)}  # aligned to the bottom right
+    assert spec_of(masks.causal(), **options).operands == ("kv_lengths", "ranges")
+    spec = spec_of(masks.causal(), window=(4, None))  # the same with equal lengths
+    assert (spec.left, spec.right, spec.align, spec.operands) == (4, 0, "top_left", ())
+    spec = spec_of(masks.causal(), alibi_slopes=np.ones(H, np.float32))
+    assert (spec.right, spec.align, spec.operands) == (0, "top_left", ("alibi_slopes",))
     spec = spec_of(masks.causal(), window=(4, 2), align="top_left")
     assert (spec.left, spec.right, spec.operands) == (4, 0, ())
 

@@ -14,9 +14,12 @@ import oracle
 import pytest
 from cases import Case, make_inputs, operands, varlen
 from conftest import IMPLEMENTATION
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from operand_calls import differentiate, references, static_of
 from pages import paged
 from plans import plan
+from programs import require_devices
 
 import jax_flash
 from jax_flash import flash_attention, flash_attention_varlen, masks, paged_attention, validate
@@ -30,7 +33,7 @@ END = 2**31 - 1
 NUMBERS = {
     "a window": {"window_left": (9, 70, 3), "window_right": (0, 5, 300)},
     "one for all": {"window_left": (64,)},
-    "an offset": {"window_offset": (20, -7, 100)},
+    "an offset": {"window_right": (0, 3, 0), "window_offset": (2, -7, 100)},
     "a window and an offset": {"window_left": (30, 2, 0), "window_offset": (-3, 40, 15)},
     "nothing": {"window_left": (-1, -END - 1, 5), "window_right": (0, 2, -6)},
     "any numbers": {
@@ -208,12 +211,15 @@ def test_which_bands_become_operands():
     both = masks.prefix_lm(jnp.int32(3)) & masks.window(left)
     assert spec_of(both).operands == ("ranges", "window_left")
     for mask, options in (
-        (masks.window(left), {"causal": True}),  # aligned to the bottom right
         (masks.window(None, 0, left), {"window": (9, None), "align": "top_left"}),  # two diagonals
         (masks.window(left) & masks.causal(left), {}),
         (masks.window(left), {"window": (9, None), "align": "top_left"}),
     ):
         assert spec_of(mask, **options).operands == ("ranges",)
+    causal = {"causal": True}  # aligned to the bottom right, which only equal lengths make the top left
+    assert band(spec_of(masks.window(left), **causal)) == (-1, 0, "top_left", ("window_left",))
+    lengths = causal | {"kv_lengths": np.array([48, 7], np.int32)}
+    assert spec_of(masks.window(left), **lengths).operands == ("kv_lengths", "ranges")
     slopes = {"alibi_slopes": np.ones(4, np.float32)}
     assert spec_of(masks.window(left), **slopes).operands == ("alibi_slopes", "ranges")
     blocks = masks.blocks(np.zeros((1, 1, 3, 1), np.int32), (16, 16))
@@ -252,6 +258,57 @@ def test_a_vmapped_window(kernel):
         for n in range(3):
             one = [x[n] if axis == 0 else x for x, axis in zip((*args, size), axes)]
             np.testing.assert_allclose(got[n], run(*one), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "static"),
+    [
+        (lambda x: masks.window(x), {}),
+        (lambda x: masks.window(x, 0), {}),
+        (lambda x: masks.window(x, 40), {}),
+        (lambda x: masks.window(20, 0, x - 30), {}),
+        (lambda x: masks.prefix_lm(x) & masks.window(x + 5), {}),
+        (lambda x: masks.window(x), {"causal": True}),
+    ],
+    ids=["left", "causal", "both sides", "offset", "prefix", "the call is causal"],
+)
+def test_devices_that_split_the_sequence(make, static, kernel):
+    """Parts of a call count rows and keys from its own beginning, which the position of each part moves."""
+    require_devices(4)
+    rng = np.random.default_rng(3)
+    mesh = jax.make_mesh((4,), ("s",), axis_types=(AxisType.Auto,))
+    q, k, v, tangent = (jnp.asarray(rng.standard_normal((2, 64, 2, 16)), jnp.float32) for _ in range(4))
+    left = jnp.array([3, 50], jnp.int32)
+
+    def results(implementation, *arrays):
+        def run(q, k, v):
+            return flash_attention(q, k, v, mask=make(left), implementation=implementation, **static)
+
+        out, back = jax.vjp(run, *arrays[:3])
+        return out, jax.jvp(run, arrays[:3], (arrays[3],) * 3)[1], back(arrays[3])
+
+    sharded = [jax.device_put(x, NamedSharding(mesh, P(None, "s"))) for x in (q, k, v, tangent)]
+    got = jax.jit(partial(results, kernel))(*sharded)
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), got, results("xla", q, k, v, tangent)
+    )
+
+
+def test_devices_that_split_packed_tokens(kernel):
+    require_devices(4)
+    rng = np.random.default_rng(4)
+    mesh = jax.make_mesh((4,), ("s",), axis_types=(AxisType.Auto,))
+    arrays = [jnp.asarray(rng.standard_normal((64, 2, 16)), jnp.float32) for _ in range(3)]
+    starts = jnp.array([0, 9, 50, 64], jnp.int32)
+    sharded = [jax.device_put(x, NamedSharding(mesh, P("s"))) for x in arrays]
+
+    def run(implementation, left, *arrays):
+        mask = masks.window(left)
+        return flash_attention_varlen(*arrays, starts, mask=mask, implementation=implementation)
+
+    for left in (jnp.int32(5), jnp.array([2, 30, 0], jnp.int32)):
+        got = jax.jit(partial(run, kernel))(left, *sharded)
+        np.testing.assert_allclose(got, run("xla", left, *arrays), rtol=2e-5, atol=2e-5)
 
 
 def test_packed_windows_count_from_each_sequences_rows(implementation):

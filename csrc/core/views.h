@@ -39,7 +39,7 @@ struct View {
   JF_HD int64_t leading_offset(const Leading& dims, int64_t flat) const {
     int64_t offset = 0;
 #if defined(__CUDA_ARCH__)
-#pragma unroll 1  // if the loop were unrolled, its eight divisions would fill the instruction cache
+#pragma unroll 1  // if the loop were unrolled, its divisions would fill the instruction cache
 #endif
     for (int i = dims.rank - 1; i > 0; --i) {
       offset += flat % dims.size[i] * leading[i];

@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ..operands import FORWARD, OPTIONAL, Pass
+from ..operands import FORWARD, OPTIONAL, WINDOW, Pass
 from ..spec import AttentionSpec, Ring
 from . import passes
 from .shard import Call, Operands
@@ -24,8 +24,8 @@ _UNSEEN = -1, -2  # ids of queries and of keys outside every sequence
 
 def may_be_ring(spec: AttentionSpec, shapes: Mapping[str, Sequence[Any]]) -> bool:
     """Whether a row of packed sequences may stay split. It may not if something depends on positions within each
-    sequence: dropout's bits, ranges, a block mask, or a diagonal that is not the row's."""
-    if spec.layout != "varlen" or {"dropout", "ranges", "block_mask"} & {*spec.operands}:
+    sequence: dropout's bits, ranges, a block mask, a window in arrays, or a diagonal that is not the row's."""
+    if spec.layout != "varlen" or {"dropout", "ranges", "block_mask", *WINDOW} & {*spec.operands}:
         return False
     if "alibi_slopes" in spec.operands and shapes["alibi_slopes"][-2] != 1:
         return False

@@ -13,10 +13,21 @@ from typing import Any
 
 import numpy as np
 
+from ..operands import WINDOW
 from ..spec import UNLIMITED, AttentionSpec, Ring
 
 # Operands that depend on the position in the sequence.
-_PLACED = {"q_lengths", "kv_lengths", "mask", "bias", "alibi_slopes", "dropout", "ranges", "block_mask"}
+_PLACED = {
+    "q_lengths",
+    "kv_lengths",
+    "mask",
+    "bias",
+    "alibi_slopes",
+    "dropout",
+    "ranges",
+    "block_mask",
+    *WINDOW,
+}
 _ALIGNMENT = 64  # cuts are multiples of it, because kernels load whole tiles
 HALVED = 4096  # with at least this many queries in a shard, half of them take longer than starting a transfer
 
@@ -199,6 +210,8 @@ class _Pair:
     @cached_property
     def full(self) -> np.ndarray:
         """Whether, on each device, the band lets every query see every key."""
+        if not {*WINDOW}.isdisjoint(self.spec.operands):
+            return np.zeros_like(self.seen)
         least, largest = self.offsets
         full = self.seen.copy()
         if self.spec.right != UNLIMITED:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ..operands import BACKWARD, DROPOUT_BATCH, DROPOUT_ROW, FORWARD, OPTIONAL, Pass
+from ..operands import BACKWARD, DROPOUT_BATCH, DROPOUT_ROW, FORWARD, OPTIONAL, WINDOW, Pass
 from ..spec import UNLIMITED, AttentionSpec, Ring, narrower
 from .schedule import Chunk, Range, Visit, Work, chunks, visits
 
@@ -171,7 +171,7 @@ class Shard:
         spec = replace(self.spec, ring=None, align="top_left")
         if work.whole:
             spec = replace(spec, left=UNLIMITED, right=UNLIMITED)
-        diagonal = spec.limited or "alibi_slopes" in made
+        diagonal = spec.limited or not {"alibi_slopes", *WINDOW}.isdisjoint(made)
         if diagonal or "block_mask" in made:  # only the diagonal has a shift, not the block mask
             shift = self._shift() if diagonal else 0
             made["position"] = jnp.stack(jnp.broadcast_arrays(row + shift, column), -1)
@@ -269,6 +269,8 @@ class Shard:
     def _seen(self) -> tuple[AttentionSpec, tuple[int, int]]:
         """A spec whose band is also that of its reach, and its `_shifts`."""
         spec, shifts, (left, right, _) = self.spec, self._shifts(), self.spec.reach
+        if "window_offset" in spec.operands:  # its value is not known, so the band's place is not
+            return replace(spec, left=left, right=right), (0, 0)
         if (left, right) == (UNLIMITED, UNLIMITED) or (spec.limited and shifts != (0, 0)):
             return spec, shifts
         return replace(spec, left=narrower(spec.left, left), right=narrower(spec.right, right)), (0, 0)

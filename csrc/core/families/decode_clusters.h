@@ -76,7 +76,9 @@ class Choice {
     if (clusters_ == 0 || tiles_ == 0) return false;
     const int64_t ctas = size(), tiles = ceil_div(tiles_, ctas), sms = call_.device.sm_count;
     if (call_.device.always_cluster) return true;
-    const bool asks_for_window = call_.spec.has(Operand::kWindowLeft) && (ctas >= 2 || knows_lengths());
+    // Alone on an SM, CTAs that take equal shares are as fast as clusters of one.
+    const bool asks_for_window =
+        call_.spec.has(Operand::kWindowLeft) && (ctas >= 2 || (knows_lengths() && wave_ > sms));
     if (tiles > kManyTiles && !asks_for_window && (knows_keys() ? ctas > 2 : ctas != 2 || tiles > kMostTiles))
       return false;
     if (clusters_ > wave_) return fills(clusters_, ceil_div(clusters_, wave_) * wave_, kFilled);
