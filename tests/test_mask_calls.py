@@ -364,7 +364,10 @@ def test_a_band_of_numbers_is_the_calls_own_band():
     assert spec_of(masks.causal(), **options).operands == ("kv_lengths", "ranges")
     spec = spec_of(masks.causal(), window=(4, None))  # the same with equal lengths
     assert (spec.left, spec.right, spec.align, spec.operands) == (4, 0, "top_left", ())
-    spec = spec_of(masks.causal(), alibi_slopes=np.ones(H, np.float32))
+    slopes = {"alibi_slopes": np.ones(H, np.float32)}
+    found = spec_of(masks.causal(), kv_lengths=np.array([S, 3], np.int32), **slopes)
+    assert found.operands == ("kv_lengths", "alibi_slopes", "ranges")
+    spec = spec_of(masks.causal(), **slopes)
     assert (spec.right, spec.align, spec.operands) == (0, "top_left", ("alibi_slopes",))
     spec = spec_of(masks.causal(), window=(4, 2), align="top_left")
     assert (spec.left, spec.right, spec.operands) == (4, 0, ())

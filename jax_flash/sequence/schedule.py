@@ -17,17 +17,8 @@ from ..operands import WINDOW
 from ..spec import UNLIMITED, AttentionSpec, Ring
 
 # Operands that depend on the position in the sequence.
-_PLACED = {
-    "q_lengths",
-    "kv_lengths",
-    "mask",
-    "bias",
-    "alibi_slopes",
-    "dropout",
-    "ranges",
-    "block_mask",
-    *WINDOW,
-}
+_PLACED = {"q_lengths", "kv_lengths", "mask", "bias", "alibi_slopes", "dropout", "ranges", "block_mask"}
+_PLACED |= {*WINDOW}
 _ALIGNMENT = 64  # cuts are multiples of it, because kernels load whole tiles
 HALVED = 4096  # with at least this many queries in a shard, half of them take longer than starting a transfer
 
