@@ -55,7 +55,7 @@ SIZES = [
     Case("head dim 128, lengths", **HALF, d=128, dv=128, q_lengths=(200, 77), kv_lengths=(300, 65)),
     Case("head dim 128, segments", **HALF, d=128, dv=128, segments=3),
     Case("head dim 128, bias", **{**HALF, "sk": 328}, d=128, dv=128, bias=(1, 4, 200, 328)),
-    Case("head dim 256", **HALF, d=256, dv=256, hq=2, sinks=True),
+    Case("head dim 256", **HALF, d=256, dv=256, hq=2),
     varlen("packed, head dim 128", (150, 1, 260), causal=True, d=128, dv=128, dtype="bfloat16"),
 ]
 
@@ -76,7 +76,7 @@ def windowed(case, name):
     return inputs, arrays, references(case, static_of(case, inputs, arrays), inputs, arrays)
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("deterministic", [False, True] if IMPLEMENTATION == "cuda" else [False])
 @pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.parametrize("case", SIZES, ids=lambda case: case.name)
 def test_every_pass_sees_the_window(case, name, deterministic, implementation):
