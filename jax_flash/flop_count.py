@@ -155,7 +155,7 @@ def _with_mask(mask: Mask, spec: AttentionSpec, shapes: Shapes, values: dict[str
         name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items() if name not in made
     }
     operands |= {name: jnp.asarray(np.broadcast_to(x, shapes[name])) for name, x in values.items()}
-    if {*WINDOW} & {*spec.operands}:  # the spec's band is that of the mask already
+    if spec.window_is_data:  # the spec's band is that of the mask already
         spec = replace(spec, left=UNLIMITED, right=UNLIMITED)
     mask_operands.apply(_CHECK, mask, spec, operands)
     return values | {name: np.asarray(operands[name]) for name in made if name in operands}

@@ -14,6 +14,7 @@ from .operands import (
     APPEND_OPTIONAL,
     ATTENTION_FIELDS,
     ATTENTION_LAYOUTS,
+    WINDOW,
     Pass,
     dims_of,
     operand_bits,
@@ -120,6 +121,11 @@ class AttentionSpec:
     def limited(self) -> bool:
         """Whether a row sees keys only up to some distance from its diagonal."""
         return self.left != UNLIMITED or self.right != UNLIMITED
+
+    @property
+    def window_is_data(self) -> bool:
+        """Whether operands hold a window, so that `left` and `right` do not tell what a row sees."""
+        return not set(WINDOW).isdisjoint(self.operands)
 
     @property
     def dims(self) -> dict[str, tuple[str, ...]]:

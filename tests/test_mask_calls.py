@@ -15,9 +15,8 @@ from programs import require_devices
 from test_masks import draw, draw_packed
 
 import jax_flash
-from jax_flash import flash_attention, flash_attention_varlen, masks, validate
+from jax_flash import flash_attention, flash_attention_varlen, masks
 from jax_flash.flax import attention_fn
-from jax_flash.options import FixedArguments
 
 OF_FORMS = FORMS + tuple(case for case in VARLEN if case.forms)
 
@@ -343,34 +342,6 @@ def test_flops_count_what_a_mask_shows(case):
     static = checks.oracle.spec(case, inputs)
     pairs = checks.oracle.equations.visible_pairs(static, checks.oracle.operands(inputs))
     assert counted == 2 * (case.d + case.dv) * pairs
-
-
-def spec_of(mask, **options):
-    arguments = FixedArguments(query=X[0], key=X[1], value=X[2], mask=mask, **options)
-    return validate.fixed("flash_attention", arguments)[0]
-
-
-def test_a_band_of_numbers_is_the_calls_own_band():
-    for mask, left, right in (
-        (masks.causal(), -1, 0),
-        (masks.causal(3), -1, 3),
-        (masks.window(5, 2, 1), 4, 3),
-        (masks.causal() & masks.window(4), 4, 0),
-    ):
-        spec = spec_of(mask)
-        assert (spec.left, spec.right, spec.align, spec.operands) == (left, right, "top_left", ())
-    assert spec_of(masks.causal(-1)).operands == ("window_offset",)
-    options = {"window": (4, None), "kv_lengths": np.array([S, 3], np.int32)}  # aligned to the bottom right
-    assert spec_of(masks.causal(), **options).operands == ("kv_lengths", "ranges")
-    spec = spec_of(masks.causal(), window=(4, None))  # the same with equal lengths
-    assert (spec.left, spec.right, spec.align, spec.operands) == (4, 0, "top_left", ())
-    slopes = {"alibi_slopes": np.ones(H, np.float32)}
-    found = spec_of(masks.causal(), kv_lengths=np.array([S, 3], np.int32), **slopes)
-    assert found.operands == ("kv_lengths", "alibi_slopes", "ranges")
-    spec = spec_of(masks.causal(), **slopes)
-    assert (spec.right, spec.align, spec.operands) == (0, "top_left", ("alibi_slopes",))
-    spec = spec_of(masks.causal(), window=(4, 2), align="top_left")
-    assert (spec.left, spec.right, spec.operands) == (4, 0, ())
 
 
 I = partial(np.zeros, dtype=np.int32)  # noqa: E741

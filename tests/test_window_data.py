@@ -22,10 +22,9 @@ from plans import plan
 from programs import require_devices
 
 import jax_flash
-from jax_flash import flash_attention, flash_attention_varlen, masks, paged_attention, validate
+from jax_flash import flash_attention, flash_attention_varlen, masks, paged_attention
 from jax_flash.autodiff import attend
 from jax_flash.operands import OPTIONAL, WINDOW
-from jax_flash.options import FixedArguments
 from jax_flash.reference import band_limits
 from jax_flash.spec import AttentionSpec
 
@@ -184,46 +183,6 @@ def test_decode_of_long_sequences(name, d, sequences, kernel):
         call = partial(paged_attention, implementation=kernel, mask=mask, **options)
         compare(call(q, k, v, tables, lengths))
         compare(call(q[:, 0], k, v, tables, lengths, cu_seqlens_q=starts)[:, None])
-
-
-def spec_of(mask, **options):
-    x = np.zeros((2, 48, 4, 16), np.float32)
-    return validate.fixed("flash_attention", FixedArguments(query=x, key=x, value=x, mask=mask, **options))[0]
-
-
-def test_which_bands_become_operands():
-    left = jnp.array([3, 4], jnp.int32)
-    band = lambda spec: (spec.left, spec.right, spec.align, spec.operands)  # noqa: E731
-    assert band(spec_of(masks.window(left, 0))) == (-1, 0, "top_left", ("window_left",))
-    assert band(spec_of(masks.window(5, left, left))) == (
-        5,
-        -1,
-        "top_left",
-        ("window_right", "window_offset"),
-    )
-    assert band(spec_of(masks.causal() & masks.window(left))) == (-1, 0, "top_left", ("window_left",))
-    assert band(spec_of(masks.window(-2, left[0]))) == (
-        -1,
-        -1,
-        "top_left",
-        ("window_left", "window_right"),
-    )
-    both = masks.prefix_lm(jnp.int32(3)) & masks.window(left)
-    assert spec_of(both).operands == ("ranges", "window_left")
-    for mask, options in (
-        (masks.window(None, 0, left), {"window": (9, None), "align": "top_left"}),  # two diagonals
-        (masks.window(left) & masks.causal(left), {}),
-        (masks.window(left), {"window": (9, None), "align": "top_left"}),
-    ):
-        assert spec_of(mask, **options).operands == ("ranges",)
-    causal = {"causal": True}  # aligned to the bottom right, which only equal lengths make the top left
-    assert band(spec_of(masks.window(left), **causal)) == (-1, 0, "top_left", ("window_left",))
-    lengths = causal | {"kv_lengths": np.array([48, 7], np.int32)}
-    assert spec_of(masks.window(left), **lengths).operands == ("kv_lengths", "ranges")
-    slopes = {"alibi_slopes": np.ones(4, np.float32)}
-    assert spec_of(masks.window(left), **slopes).operands == ("alibi_slopes", "ranges")
-    blocks = masks.blocks(np.zeros((1, 1, 3, 1), np.int32), (16, 16))
-    assert spec_of(masks.window(left) & blocks).operands == ("ranges", "block_mask")
 
 
 @pytest.mark.parametrize("pass_", ["forward", "backward"])

@@ -201,7 +201,7 @@ class _Pair:
     @cached_property
     def full(self) -> np.ndarray:
         """Whether, on each device, the band lets every query see every key."""
-        if not {*WINDOW}.isdisjoint(self.spec.operands):
+        if self.spec.window_is_data:
             return np.zeros_like(self.seen)
         least, largest = self.offsets
         full = self.seen.copy()

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ..operands import BACKWARD, DROPOUT_BATCH, DROPOUT_ROW, FORWARD, OPTIONAL, WINDOW, Pass
+from ..operands import BACKWARD, DROPOUT_BATCH, DROPOUT_ROW, FORWARD, OPTIONAL, Pass
 from ..spec import UNLIMITED, AttentionSpec, Ring, narrower
 from .schedule import Chunk, Range, Visit, Work, chunks, visits
 
@@ -171,7 +171,7 @@ class Shard:
         spec = replace(self.spec, ring=None, align="top_left")
         if work.whole:
             spec = replace(spec, left=UNLIMITED, right=UNLIMITED)
-        diagonal = spec.limited or not {"alibi_slopes", *WINDOW}.isdisjoint(made)
+        diagonal = spec.limited or spec.window_is_data or "alibi_slopes" in made
         if diagonal or "block_mask" in made:  # only the diagonal has a shift, not the block mask
             shift = self._shift() if diagonal else 0
             made["position"] = jnp.stack(jnp.broadcast_arrays(row + shift, column), -1)
