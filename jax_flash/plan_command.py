@@ -19,6 +19,7 @@ from .operands import DIMS, ELEMENTS, padded_head_dim
 from .paged.attention import paged_attention
 from .spec import UNLIMITED
 from .varlen import flash_attention_varlen
+from .workspace import mask_sizes
 
 # Shared memory that one CTA may use, in bytes, by compute capability (CUDA C++ programming guide, table of technical
 # specifications).
@@ -277,6 +278,7 @@ def described(options: argparse.Namespace, gpu: Gpu, pass_: str) -> dict[str, An
     )
     if pass_ == "bias_gradient":
         arguments["bias"] = shapes["bias"]
+    arguments["mask"] = mask_sizes(shapes, 0, 1)
     # The rules of plan.cc, for contiguous arrays.
     for name, wanted, whole in (
         ("bias", "bias_in_tiles", options.dtype != "float32"),

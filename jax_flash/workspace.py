@@ -28,10 +28,26 @@ def workspace_bound(pass_: str, spec: AttentionSpec, shapes: dict[str, tuple[Any
     Returns:
       An int, or a symbolic dimension. It holds the schedules of packed sequences' tiles; what segments leave to each
       tile; for a backward that need not be deterministic, dquery in float32; for few query rows, the partial results
-      of split keys; for the forward, a tile counter.
+      of split keys; for the forward, a tile counter and a boolean mask as bits.
     """
     core, _ = extension()
     assert core is not None  # the caller has asked for it
     count = leading(spec, "query", len(shapes["query"]))
     every = math.prod(_jax.full_dim(shape[axis] for shape in shapes.values()) for axis in range(count))
-    return core.workspace_bound(pass_, spec.plain_attributes(), named_sizes(spec, shapes), every)
+    sizes = named_sizes(spec, shapes)
+    return core.workspace_bound(
+        pass_, spec.plain_attributes(), sizes, every, mask_sizes(shapes, count, every)
+    )
+
+
+def mask_sizes(shapes: dict[str, tuple[Any, ...]], count: int, every: Any) -> tuple[Any, Any, Any]:
+    """How many [rows, keys] arrays a boolean mask has, and their sizes; (0, 0, 0) without one.
+
+    `count`: its leading dimensions. If one is not 1, the kernels keep an array for `every` leading entry of the call.
+    """
+    if "mask" not in shapes:
+        return 0, 0, 0
+    shape = shapes["mask"]
+    batch, heads, rows, keys = shape[count:]
+    alone = all(_jax.same_dim(size, 1) for size in shape[:count])
+    return (1 if alone else every) * batch * heads, rows, keys

@@ -12,7 +12,7 @@ from plans import A100, H100, HEAD_DIMS, RTX4090, T4, core, plan, tile
 
 from jax_flash.__main__ import main
 from jax_flash.spec import AttentionSpec
-from jax_flash.workspace import workspace_bound
+from jax_flash.workspace import mask_sizes, workspace_bound
 
 PASSES = ("forward", "backward", "tangent", "bias_gradient")
 SHAPE = ("d", "dv", "block_m", "block_n", "stages", "warps", "teams", "multicast", "blocks")
@@ -218,11 +218,14 @@ def test_the_workspace_stays_within_its_bound(pass_, seed):
     shapes = {"query": (*rows[0], 4, d), "key": (*rows[1], 2, d), "value": (*rows[1], 2, dv)}
     if packed:
         shapes |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), (*(1 for _ in leading), b + 1))
+    if "mask" in present:
+        shapes["mask"] = tuple(draw(1, full) for full in (*leading, b, 4, sq, sk))
     bound = workspace_bound(pass_, spec, shapes)
+    mask = mask_sizes(shapes, len(leading), math.prod(leading))
     for device in (H100, A100, RTX4090):
         chosen = plan(
             pass_, device, varlen=packed, deterministic=deterministic, leading=math.prod(leading), batch=b,
-            q_rows=sq, k_rows=sk, heads=4, kv_heads=2, d=d, dv=dv, operands=present, block=block,
+            q_rows=sq, k_rows=sk, heads=4, kv_heads=2, d=d, dv=dv, operands=present, block=block, mask=mask,
         )  # fmt: skip
         assert chosen["workspace"] <= chosen["workspace_bound"] == bound
 

@@ -1,6 +1,7 @@
 // Strided views of the operands: any number of leading batch dimensions, then dimensions with names.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "spec.h"
@@ -46,6 +47,11 @@ struct View {
       flat /= dims.size[i];
     }
     return dims.rank > 0 ? offset + flat * leading[0] : 0;
+  }
+
+  // Whether its leading entries differ.
+  bool leads(const Leading& dims) const {
+    return std::any_of(leading, leading + dims.rank, [](int64_t stride) { return stride != 0; });
   }
 
   // Element offset from the start of one leading entry.

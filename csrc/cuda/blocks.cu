@@ -179,6 +179,7 @@ __global__ void __launch_bounds__(32 * kStepWarps)
   const int32_t unseen = ListedStep::make(0, 0, SeenPiece::kNone, SeenPiece::kNone);
   int32_t* const own = to.steps + int64_t{list} * to.most;
   int32_t steps[kStepKinds] = {0, 0, 0};
+  Interval seeing{INT32_MAX, 0};  // query tiles from the first to the last that sees a key
   // The first pass counts the steps of each kind, and keeps what it has found. All steps of a single consumer
   // are of one kind.
   for (const bool stores : {false, true}) {
@@ -200,6 +201,10 @@ __global__ void __launch_bounds__(32 * kStepWarps)
         if (thread % 32 == 0) of_warp[kind][warp] = __popc(same[kind]);
       }
       __syncthreads();
+      if (is_seen[0] || is_seen[1]) {
+        const int32_t tile = ListedStep::tile(step);
+        seeing = {min(seeing.lo, tile), max(seeing.hi, tile + 1)};
+      }
       for (int kind = 0; kind < kStepKinds; ++kind) {
         int32_t at = before[kind] + __popc(same[kind] & ((1u << thread % 32) - 1));
         for (int j = 0; j < threads / 32; ++j) {
@@ -213,24 +218,53 @@ __global__ void __launch_bounds__(32 * kStepWarps)
     }
     for (int kind = 0; kind < kStepKinds; ++kind) steps[kind] = before[kind];
   }
-  if (thread == 0) to.counts[list] = steps[kOfFirst] + steps[kOfSecond] + steps[kOfBoth];
+  for (int apart = 1; apart < 32; apart *= 2)
+    seeing = {min(seeing.lo, __shfl_xor_sync(~0u, seeing.lo, apart)),
+              max(seeing.hi, __shfl_xor_sync(~0u, seeing.hi, apart))};
+  if (thread % 32 == 0) of_warp[0][warp] = seeing.lo, of_warp[1][warp] = seeing.hi;
+  __syncthreads();
+  if (thread > 0) return;
+  for (int j = 0; j < threads / 32; ++j)
+    seeing = {min(seeing.lo, of_warp[0][j]), max(seeing.hi, of_warp[1][j])};
+  to.counts[list] = steps[kOfFirst] + steps[kOfSecond] + steps[kOfBoth];
+  to.spans[list] = heads * seeing.size();
 }
 
 constexpr int kLengths = 256;  // classes of lists by their lengths
 
-// Orders the key tiles of a group of heads, whose numbers follow each other (find_work), so that the longest
-// lists come first and the last CTAs to run have short ones. `heads`: of all groups; `together`: of a group.
+// Orders the key tiles of a group of heads, whose numbers follow each other (find_work). If lists have at
+// least half of the query tiles in their spans, as where documents hide the rest, neighbouring key tiles
+// share query tiles, and the order stays as it is, so that L2 serves them. Otherwise the longest lists come
+// first and the last CTAs to run have short ones. `heads`: of all groups; `together`: of a group.
 __global__ void __launch_bounds__(kLengths)
     order_tiles(const __grid_constant__ StepLists lists, uint32_t tiles, uint32_t heads, uint32_t together) {
-  __shared__ uint32_t end[kLengths];  // of each class, and later the place of its next tile
+  __shared__ uint32_t end[kLengths];           // of each class, and later the place of its next tile
+  __shared__ float of_warp[2][kLengths / 32];  // steps and spans
   const uint32_t thread = threadIdx.x, head = blockIdx.x * together, own = min(together, heads - head),
                  first = head * tiles;
   const auto class_of = [&](uint32_t i) {
-    const int64_t steps = lists.counts[(head + i % own) * tiles + i / own];
-    return kLengths - 1 - static_cast<uint32_t>(steps * (kLengths - 1) / lists.most);
+    const int64_t length = lists.counts[(head + i % own) * tiles + i / own];
+    return kLengths - 1 - static_cast<uint32_t>(length * (kLengths - 1) / lists.most);
   };
   end[thread] = 0;
+  float steps = 0, spans = 0;
+  for (uint32_t i = thread; i < own * tiles; i += kLengths) {
+    steps += static_cast<float>(lists.counts[first + i]);
+    spans += static_cast<float>(lists.spans[first + i]);
+  }
+  for (int apart = 1; apart < 32; apart *= 2) {
+    steps += __shfl_xor_sync(~0u, steps, apart);
+    spans += __shfl_xor_sync(~0u, spans, apart);
+  }
+  if (thread % 32 == 0) of_warp[0][thread / 32] = steps, of_warp[1][thread / 32] = spans;
   __syncthreads();
+  steps = spans = 0;
+  for (int warp = 0; warp < kLengths / 32; ++warp) steps += of_warp[0][warp], spans += of_warp[1][warp];
+  if (2 * steps >= spans) {
+    for (uint32_t i = thread; i < own * tiles; i += kLengths)
+      lists.order[first + i] = static_cast<int32_t>(first + i);
+    return;
+  }
   for (uint32_t i = thread; i < own * tiles; i += kLengths) atomicAdd(&end[class_of(i)], 1u);
   __syncthreads();
   const uint32_t size = end[thread];
@@ -280,7 +314,8 @@ cudaError_t launch_blocks(const Problem& p, const LaunchPlan& plan, void* worksp
   const TileGrid& grid = plan.keys.mask_tiles >= 0 ? plan.keys : plan.queries;
   if (grid.mask_tiles < 0) return launch_lists(p, OperandBlocks{}, plan, workspace, stream);
   const MaskTiles tiles = mask_tiles(p, grid, workspace);
-  if (cudaError_t e = launch_mask_tiles(p, tiles, stream); e != cudaSuccess) return e;
+  const MaskWords words = mask_words(p, grid, workspace);
+  if (cudaError_t e = launch_mask_tiles(p, tiles, words, stream); e != cudaSuccess) return e;
   return launch_lists(p, MaskTileBlocks{tiles}, plan, workspace, stream);
 }
 

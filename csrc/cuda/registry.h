@@ -63,12 +63,14 @@ cudaError_t launch_schedules(const Problem& p, const LaunchPlan& plan, void* wor
 cudaError_t launch_segments(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream);
 cudaError_t launch_ranges(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream);
 cudaError_t launch_blocks(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream);
-// Orders the key tiles of each group of `together` heads by the lengths of their lists. `heads`: the number
-// of heads of all batch entries.
+// Finds an order for the key tiles of each group of `together` heads by their lists. `heads`: the number of
+// heads of all batch entries.
 cudaError_t launch_step_order(const StepLists& lists, int32_t tiles_per_head, uint32_t heads,
                               uint32_t together, cudaStream_t stream);
-// Classifies the tiles of a boolean mask as visible in full, in part or not at all.
-cudaError_t launch_mask_tiles(const Problem& p, const MaskTiles& tiles, cudaStream_t stream);
+// Classifies the tiles of a boolean mask as visible in full, in part or not at all, and writes their elements
+// as bits if there are `words` for them.
+cudaError_t launch_mask_tiles(const Problem& p, const MaskTiles& tiles, const MaskWords& words,
+                              cudaStream_t stream);
 
 // The schedule of a grid; null if it has none.
 inline const TileWork* schedule_of(const TileGrid& grid, const void* workspace) {
@@ -112,6 +114,18 @@ inline RangeTables range_tables(const Problem& p, const TileGrid& grid, void* wo
   return {first, reinterpret_cast<SeenByTile*>(first + blocks), rows, rows + key_tiles};
 }
 
+// The strides of an array with one entry in each dimension that an operand broadcasts, from the last
+// dimension on.
+struct StoredStrides {
+  int64_t size = 1;  // of the dimensions so far
+
+  int64_t add(bool stored, int64_t entries) {
+    const int64_t stride = stored ? size : 0;
+    if (stored) size *= entries;
+    return stride;
+  }
+};
+
 // The tiles of a boolean mask; none if the plan does not classify its tiles.
 inline MaskTiles mask_tiles(const Problem& p, const TileGrid& grid, void* workspace) {
   if (grid.mask_tiles < 0) return {};
@@ -119,20 +133,27 @@ inline MaskTiles mask_tiles(const Problem& p, const TileGrid& grid, void* worksp
   MaskTiles tiles{static_cast<uint8_t*>(workspace) + grid.mask_tiles};
   tiles.rows = mask.row ? static_cast<int32_t>(ceil_div(p.q_rows, kRowBlock)) : 1;
   tiles.columns = static_cast<int32_t>(ceil_div(p.k_rows, kRowBlock));
-  tiles.row = mask.row ? tiles.columns : 0;
-  int64_t size = int64_t{tiles.rows} * tiles.columns;
-  const auto stride = [&](bool own, int64_t entries) {
-    const int64_t result = own ? size : 0;
-    if (own) size *= entries;
-    return result;
-  };
-  tiles.head = stride(mask.head, p.heads);
-  tiles.batch = stride(mask.batch, p.batch);
-  tiles.leading =
-      stride(std::any_of(mask.leading, mask.leading + p.leading.rank, [](int64_t x) { return x; }),
-             p.leading.count());
-  tiles.heads = size / std::max<int64_t>(1, int64_t{tiles.rows} * tiles.columns);
+  StoredStrides strides{tiles.columns};
+  tiles.row = strides.add(mask.row, tiles.rows);
+  tiles.head = strides.add(mask.head, p.heads);
+  tiles.batch = strides.add(mask.batch, p.batch);
+  tiles.leading = strides.add(mask.leads(p.leading), p.leading.count());
+  tiles.heads = strides.size / std::max<int64_t>(1, int64_t{tiles.rows} * tiles.columns);
   return tiles;
+}
+
+// The elements of a boolean mask as bits; none if the plan's kernel does not read them.
+inline MaskWords mask_words(const Problem& p, const TileGrid& grid, void* workspace) {
+  if (grid.mask_words < 0) return {};
+  const View& mask = p.mask;
+  MaskWords to{reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + grid.mask_words)};
+  StoredStrides strides;
+  to.column = static_cast<int32_t>(strides.add(mask.column, ceil_div(p.k_rows, kRowBlock)));
+  to.row = strides.add(mask.row, ceil_div(p.q_rows, kRowBlock));
+  to.head = strides.add(mask.head, p.heads);
+  to.batch = strides.add(mask.batch, p.batch);
+  to.leading = strides.add(mask.leads(p.leading), p.leading.count());
+  return to;
 }
 
 // The number of keys in a piece of a key tile. A piece lies in one block, or in one tile of a boolean mask.
@@ -170,7 +191,7 @@ inline StepLists step_lists(const Problem& p, const TileGrid& grid, void* worksp
   const auto most = static_cast<int32_t>(p.heads / p.kv_heads * ceil_div(p.q_rows, grid.other_block));
   const int64_t lists = p.leading.count() * p.batch * p.kv_heads * grid.tiles;
   auto* steps = reinterpret_cast<int32_t*>(static_cast<char*>(workspace) + grid.lists);
-  return {steps, steps + lists * most, most, steps + lists * (most + 1)};
+  return {steps, steps + lists * most, most, steps + lists * (most + 1), steps + lists * (most + 2)};
 }
 
 inline TileSegments tile_segments(const Problem& p, const TileGrid& grid, void* workspace) {
@@ -178,7 +199,14 @@ inline TileSegments tile_segments(const Problem& p, const TileGrid& grid, void* 
     const RangeTables tables = range_tables(p, grid, workspace);
     return {nullptr, nullptr, nullptr, tables.blocks, tables.tiles};
   }
-  if (grid.lists >= 0) return {nullptr, nullptr, nullptr, nullptr, nullptr, key_lists(p, grid, workspace)};
+  if (grid.lists >= 0)
+    return {nullptr,
+            nullptr,
+            nullptr,
+            nullptr,
+            nullptr,
+            key_lists(p, grid, workspace),
+            mask_words(p, grid, workspace)};
   const Interval* keys = segments_of(grid, workspace);
   if (!keys) return {};
   const int64_t all = segment_slots(p, p.q_rows, grid.block);

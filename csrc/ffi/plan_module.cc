@@ -164,6 +164,8 @@ Shapes shapes_of_options(const AttentionSpec& spec, Options& options) {
   s.bias_in_tiles = options.get("bias_in_tiles", false);
   s.bias_in_chunks = options.get("bias_in_chunks", s.bias_in_tiles);
   s.mask_in_chunks = options.get("mask_in_chunks", false);
+  const auto mask = options.get("mask", std::array<int64_t, 3>{});
+  s.mask = {mask[0], mask[1], mask[2]};
   return s;
 }
 
@@ -240,11 +242,13 @@ nb::dict plan_of(nb::kwargs given) {
   return result;
 }
 
-// Bytes of workspace; sizes may be symbolic.
+// Bytes of workspace; sizes may be symbolic. `mask`: MaskSizes.
 nb::object bound_of(const std::string& pass, const nb::dict& attributes, const nb::dict& sizes,
-                    nb::object leading) {
+                    nb::object leading, const std::array<nb::object, 3>& mask) {
   const AttentionSpec spec = spec_of(attributes);
-  const DimShapes shapes{sizes_of<Dim>(spec, sizes), to_dim(std::move(leading))};
+  const DimShapes shapes{sizes_of<Dim>(spec, sizes),
+                         to_dim(std::move(leading)),
+                         {to_dim(mask[0]), to_dim(mask[1]), to_dim(mask[2])}};
   return to_python(workspace_bound(by_name(kPasses, pass), spec, shapes));
 }
 
@@ -266,7 +270,7 @@ void bind_plan(nb::module_& module) {
   module.def("kernel_table", &table);
   module.def("plan", &plan_of);
   module.def("workspace_bound", &bound_of, nb::arg("pass_"), nb::arg("spec"), nb::arg("sizes"),
-             nb::arg("leading"));
+             nb::arg("leading"), nb::arg("mask"));
   module.def("covers", &covers, nb::arg("arch"), nb::arg("capability"));
 }
 

@@ -135,7 +135,7 @@ class Forward final : public PassTraits {
     return schedule_bound(spec, s, s.q_rows) +
            max(max(segments_bound(spec, s, s.q_rows), ranges_bound(spec, s, s.q_rows)),
                key_lists_bound(spec, s)) +
-           aligned(kCounterBytes);
+           (may_list_mask(spec) ? aligned(mask_words_bytes(s.mask)) : Dim(0)) + aligned(kCounterBytes);
   }
 
  private:

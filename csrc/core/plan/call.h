@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "core/plan/dim.h"
 #include "core/plan/row.h"
 #include "core/problem.h"
 
@@ -24,7 +25,8 @@ struct Shapes : Sizes<int64_t> {  // page_size and draft_rows are 0 without page
   DType kv_dtype;   // dtype, or float8
   int64_t leading;  // product of the leading dimensions
   int32_t leading_rank;
-  int64_t bias[4];             // only for the bias gradient: sizes of dbias, 1 where it is reduced
+  int64_t bias[4];  // only for the bias gradient: sizes of dbias, 1 where it is reduced
+  MaskSizes<int64_t> mask;
   bool bias_in_tiles = false;  // TMA can load tiles of the bias
   // Whether the bias, and the mask, can be copied 8 keys at a time; a bias must also have query's 16-bit
   // dtype.

@@ -25,12 +25,20 @@ bool serves_blocks(const Call& call) {
   return !call.spec.packed() && !call.spec.moves_band() && call.spec.block_keys % 32 == 0;
 }
 
-// Whether kernels can list the tiles that a boolean mask leaves: in calls whose tiles begin at the first row
-// and key. Lists have no fixed order for the additions to dQ, so deterministic gradients do not use them.
+// Whether a boolean mask is the only score option.
+bool has_mask_alone(const AttentionSpec& spec) {
+#define JF_SCORE(kind, name, printed, inputs, option, ...) \
+  if (ScoreKind::k##kind != ScoreKind::kMask && ((spec.operands & (inputs)) != 0 || (option))) return false;
+#include "../../scores.def"
+  return spec.has(Operand::kMask) && !(spec.operands & ~(kOfEveryKernel | kOfScores)) && spec.scale > 0;
+}
+
+// Whether kernels can list the tiles that a boolean mask leaves. Lists have no fixed order for the additions
+// to dQ, so deterministic gradients do not use them.
 bool lists_mask_tiles(const Call& call) {
   const AttentionSpec& spec = call.spec;
   const Shapes& s = call.shapes;
-  if (spec.packed() || spec.paged() || spec.moves_band() || s.q_rows == 0 || s.k_rows == 0) return false;
+  if (!may_list_mask(spec) || s.q_rows == 0 || s.k_rows == 0) return false;
   return call.pass == Pass::kForward || (call.pass == Pass::kBackward && !spec.deterministic &&
                                          ListedStep::fit(s.heads, s.kv_heads, s.q_rows, kRowBlock));
 }
@@ -65,7 +73,7 @@ struct Candidates {
     const bool dropout = call.spec.has(Operand::kDropout);  // the general kernel has none
     kinds[2] = dropout ? ScoreKind::kGeneralDropout : ScoreKind::kGeneral;
     kinds[1] = only == ScoreKind::kGeneral ? kinds[2] : only;
-    kinds[0] = only == ScoreKind::kMask && lists_mask_tiles(call) ? ScoreKind::kListedMask : kinds[1];
+    kinds[0] = lists_mask_tiles(call) ? ScoreKind::kListedMask : kinds[1];
     kinds[3] = ScoreKind::kGeneralDropout;
   }
 
@@ -102,6 +110,10 @@ bool better(const KernelRow& a, const KernelRow& b, const Call& call, const Cand
 }
 
 }  // namespace
+
+bool may_list_mask(const AttentionSpec& spec) {
+  return has_mask_alone(spec) && !spec.packed() && !spec.paged() && !spec.moves_band();
+}
 
 const PassTraits& traits_of(const KernelRow& row) { return *row.arch->family().of(row.pass); }
 

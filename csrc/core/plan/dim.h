@@ -56,9 +56,19 @@ class Dim {
   std::shared_ptr<const Symbol> symbol_;
 };
 
+// How much of a boolean mask is stored: the number of its [rows, keys] arrays, and their sizes. A size is 1
+// where the mask is broadcast, but all leading entries count if the mask has any of the leading dimensions.
+template <class T>
+struct MaskSizes {
+  T arrays{}, rows{}, keys{};
+
+  bool operator==(const MaskSizes&) const = default;
+};
+
 // Input of a workspace bound.
 struct DimShapes : Sizes<Dim> {
   Dim leading;  // product of the leading dimensions
+  MaskSizes<Dim> mask;
 };
 
 }  // namespace jax_flash

@@ -20,6 +20,7 @@ struct TileGrid {
   int64_t ranges = -1;         // offset of the table of cuda/ranges.cu: the keys that tiles see; -1: none
   int64_t lists = -1;          // offset of the lists of cuda/blocks.cu; -1: none
   int64_t mask_tiles = -1;     // offset of the tiles of a boolean mask (cuda/mask_tiles.cu); -1: none
+  int64_t mask_words = -1;     // offset of their elements as bits; -1: none
   int32_t other_block = 0;     // with ranges or lists: rows of a tile of the other side
   int32_t consumers = 2;       // with lists of key tiles: consumer warpgroups of a query tile
 };
@@ -111,7 +112,8 @@ struct TileSegments {
   const Interval* part_keys = nullptr;  // for parts of kSegmentPart rows; null if the plan has none
   const SeenByBlock* blocks = nullptr;  // in kernels for ranges: the keys that blocks and tiles of rows see
   const SeenByTile* tiles = nullptr;
-  KeyLists lists{};  // in kernels that go through lists: the key tiles of query tiles
+  KeyLists lists{};   // in kernels that go through lists: the key tiles of query tiles
+  MaskWords words{};  // in kernels that list the tiles of a boolean mask: their elements
 };
 
 inline constexpr int64_t kWorkspaceAlignment = 256;  // bytes; alignment of each part of the workspace

@@ -51,6 +51,13 @@ bool bias_in_tiles(const Problem& p) {
   return bias_in_chunks(p) && p.leading.rank <= 1 && (p.bias.row != 0 || p.q_rows == 1);
 }
 
+MaskSizes<int64_t> mask_sizes(const Problem& p) {
+  if (!p.mask) return {};
+  const bool leading = p.mask.leads(p.leading);
+  return {(leading ? p.leading.count() : 1) * (p.mask.batch ? p.batch : 1) * (p.mask.head ? p.heads : 1),
+          p.mask.row ? p.q_rows : 1, p.mask.column ? p.k_rows : 1};
+}
+
 // The largest bound of all families that have rows of the pass.
 Dim bound_of(Pass pass, const AttentionSpec& spec, const DimShapes& shapes) {
   Dim bound = 0;
@@ -124,9 +131,11 @@ TileGrid tile_grid(const Call& call, int64_t rows, int64_t heads, int32_t tile, 
 }
 
 Shapes shapes_of(const Problem& p) {
-  return {p.as<int64_t>(),   p.dtype,           p.kv_dtype,
-          p.leading.count(), p.leading.rank,    {p.dbias_batch, p.dbias_heads, p.dbias_rows, p.dbias_columns},
-          bias_in_tiles(p),  bias_in_chunks(p), in_chunks(p.mask, p.leading, 1)};
+  return {p.as<int64_t>(),   p.dtype,
+          p.kv_dtype,        p.leading.count(),
+          p.leading.rank,    {p.dbias_batch, p.dbias_heads, p.dbias_rows, p.dbias_columns},
+          mask_sizes(p),     bias_in_tiles(p),
+          bias_in_chunks(p), in_chunks(p.mask, p.leading, 1)};
 }
 
 }  // namespace jax_flash

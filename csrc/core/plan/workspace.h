@@ -86,17 +86,23 @@ inline Dim key_lists_bytes(const DimShapes& s, int64_t keys) {
   return lists * (((s.k_rows + (keys - 1)) / keys) * int64_t{sizeof(KeyPieces)} + int64_t{sizeof(KeyList)});
 }
 
-// Bytes of the lists of query tiles of `rows` rows for each `keys` keys, likewise, with the length of each
-// list and the order of the key tiles.
+// Bytes of the lists of query tiles of `rows` rows for each `keys` keys, likewise, with the length and the
+// span of each list and the order of the key tiles.
 inline Dim step_lists_bytes(const DimShapes& s, int64_t rows, int64_t keys) {
   const Dim lists = s.leading * s.batch * ((s.k_rows + (keys - 1)) / keys);
-  return lists * (s.heads * ((s.q_rows + (rows - 1)) / rows) + s.kv_heads * 2) * int64_t{sizeof(int32_t)};
+  return lists * (s.heads * ((s.q_rows + (rows - 1)) / rows) + s.kv_heads * 3) * int64_t{sizeof(int32_t)};
 }
 
 // Bytes of the tiles of a boolean mask, one for each tile; fewer are used where the mask is broadcast.
 inline Dim mask_tiles_bytes(const DimShapes& s) {
   return s.leading * s.batch * s.heads * ((s.q_rows + (kRowBlock - 1)) / kRowBlock) *
          ((s.k_rows + (kRowBlock - 1)) / kRowBlock);
+}
+
+// Bytes of the elements of these tiles as bits.
+inline Dim mask_words_bytes(const MaskSizes<Dim>& mask) {
+  const auto tiles = [](const Dim& size) { return (size + (kRowBlock - 1)) / kRowBlock; };
+  return mask.arrays * tiles(mask.rows) * tiles(mask.keys) * (MaskWords::kOfTile * int64_t{sizeof(uint32_t)});
 }
 
 inline Dim mask_tiles_bound(const AttentionSpec& spec, const DimShapes& s) {
@@ -137,7 +143,9 @@ inline Dim dq_tickets_bytes(const AttentionSpec& spec, const DimShapes& s, int64
   return dq_tiles_of_all_heads(spec, s, tile) * 4;
 }
 
-inline DimShapes dims_of(const Shapes& s) { return {s.as<Dim>(), s.leading}; }
+inline DimShapes dims_of(const Shapes& s) {
+  return {s.as<Dim>(), s.leading, {s.mask.arrays, s.mask.rows, s.mask.keys}};
+}
 
 // A grid of tiles over rows of queries or keys, with the schedule that packed sequences need.
 TileGrid tile_grid(const Call& call, int64_t rows, int64_t heads, int32_t tile, Workspace& workspace);
@@ -161,6 +169,8 @@ inline void add_mask_tiles(const Call& call, TileGrid& grid, Workspace& workspac
 inline void add_key_lists(const Call& call, int32_t keys, TileGrid& grid, Workspace& workspace) {
   if (grid.blocks == 0) return;
   add_mask_tiles(call, grid, workspace);
+  if (grid.mask_tiles >= 0)
+    grid.mask_words = workspace.add(mask_words_bytes(dims_of(call.shapes).mask).value());
   grid.lists = workspace.add(key_lists_bytes(dims_of(call.shapes), keys).value());
   grid.other_block = keys;
 }

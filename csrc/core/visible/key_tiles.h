@@ -92,6 +92,8 @@ struct ListedStep {
 struct StepLists {
   int32_t *steps = nullptr, *counts = nullptr;
   int32_t most = 0;          // capacity of a list, in steps
+  int32_t* spans = nullptr;  // the length of each list if it had all query tiles, of all heads, from its
+                             // first to its last
   int32_t* order = nullptr;  // the numbers of the key tiles in the order in which CTAs take them
 };
 

@@ -190,38 +190,35 @@ inline int64_t head_bytes(const Problem& p) {
   return std::max<int64_t>(1, row * p.q_rows * (p.heads / p.kv_heads));
 }
 
-// How many KV heads' tiles are worked on together: as many as have 32 MB of Q, dO and sums of dQ, which then
-// stay in L2, but at most 16. With a band or a mask tiles differ in length, so at least kFewestOfBand heads
-// are taken, so that the last tiles are short.
+// How many KV heads' tiles are worked on together: few, so that Q, dO and the sums of dQ stay in L2. With a
+// band tiles differ in length, and more heads leave short tiles for the end.
 //
 // In a deterministic call there are 32, or 16 without a band, and half as many with clusters: the fewer tiles
 // of a head run at a time, the less they wait for each other.
-inline uint32_t backward_heads_together(const Problem& p, ScoreKind score, uint32_t cluster_size) {
-  constexpr int64_t kBytes = 32 << 20, kMost = 16, kFewestOfBand = 8;
-  const bool band = p.spec.left >= 0 || p.spec.right >= 0 || p.spec.moves_band() || p.ranges ||
-                    score == ScoreKind::kListedMask;
-  if (p.spec.deterministic) return (band ? 2 * kMost : kMost) / cluster_size;
-  return static_cast<uint32_t>(std::clamp<int64_t>(kBytes / head_bytes(p), band ? kFewestOfBand : 1, kMost));
+inline uint32_t backward_heads_together(const Problem& p, uint32_t cluster_size) {
+  const bool band = p.spec.left >= 0 || p.spec.right >= 0 || p.spec.moves_band() || p.ranges;
+  if (p.spec.deterministic) return (band ? 32 : 16) / cluster_size;
+  return band ? 4 : 2;
 }
 
-// For long causal sequences with GQA. Key tiles see different numbers of queries, so CTAs would drift to
-// different query heads, more than L2 holds. Instead, as many KV heads as the CTAs cover go back and forth
-// through the query tiles together, each time with all query heads of a group.
-inline void keep_in_step(PersistentTiles& tiles, const Problem& p, int32_t ctas) {
+// For long causal sequences with GQA, if workers cover all tiles of a KV head. Key tiles see different
+// numbers of queries, so CTAs would drift to different query heads, more than L2 holds. Instead, as many KV
+// heads as the workers cover go back and forth through the query tiles together, each time with all query
+// heads of a group.
+inline void keep_in_step(PersistentTiles& tiles, const Problem& p, int32_t workers) {
   constexpr int64_t kManyBytes = 16 << 20;
   const bool causal = p.spec.left < 0 && (p.spec.right >= 0 || p.ranges);
   if (p.packed() || !causal || p.heads == p.kv_heads || head_bytes(p) < kManyBytes) return;
-  if (p.spec.deterministic) return;
+  if (p.spec.deterministic || tiles.tiles_per_head > workers) return;
   tiles.back_and_forth = true;
-  tiles.heads_together = static_cast<uint32_t>(std::max(1, ctas / std::max(1, tiles.tiles_per_head)));
+  tiles.heads_together = static_cast<uint32_t>(workers / std::max(1, tiles.tiles_per_head));
 }
 
-// If steps are listed, the key tiles of these heads run in the order of their lengths. The heads of a group
-// have about one tile for each worker: of more heads, Q, dO and the sums of dQ would not stay in L2. Groups
-// are of equal size.
-inline uint32_t listed_heads_together(const PersistentTiles& tiles, uint32_t heads, int32_t workers) {
-  const uint32_t running = static_cast<uint32_t>(workers / tiles.tiles_per_head),
-                 wanted = std::max(tiles.heads_together, running), groups = std::max(1u, heads / wanted);
+// The same if steps are listed: those KV heads that have about one tile for each worker. Of more heads, Q, dO
+// and the sums of dQ would not stay in L2. Groups are of equal size. A kernel orders the tiles of a group.
+inline uint32_t listed_heads_together(int32_t tiles_per_head, uint32_t heads, int32_t workers) {
+  const auto running = static_cast<uint32_t>(std::max(1, workers / tiles_per_head));
+  const uint32_t groups = std::max(1u, heads / running);
   return static_cast<uint32_t>(ceil_div(heads, groups));
 }
 
@@ -269,14 +266,17 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
     }
     if (e != cudaSuccess) return e;
     PersistentTiles tiles{schedule_of(grid, workspace), static_cast<int32_t>(grid.tiles),
-                          static_cast<uint32_t>(grid.blocks), tile_counter(plan, workspace),
-                          plan.rounds_dq ? 1 : backward_heads_together(p, plan.score, C::kCluster)};
-    if (!plan.rounds_dq) keep_in_step(tiles, p, plan.persistent_ctas / C::kCluster);
+                          static_cast<uint32_t>(grid.blocks), tile_counter(plan, workspace), 1};
+    const int32_t workers = plan.persistent_ctas / C::kCluster;
+    if (!kListsSteps<C> && !plan.rounds_dq) {
+      tiles.heads_together = backward_heads_together(p, C::kCluster);
+      keep_in_step(tiles, p, workers);
+    }
     constexpr auto kTicketShift = kInClusters<C> ? cluster_ticket_shift : query_ticket_shift;
     const KeyGrid key_grid = make_key_grid(p, plan, workspace, sums, kTicketShift(p, C::kM));
     if constexpr (kListsSteps<C>) {
       const uint32_t heads = tiles.count / tiles.tiles_per_head;
-      tiles.heads_together = listed_heads_together(tiles, heads, plan.persistent_ctas / C::kCluster);
+      tiles.heads_together = listed_heads_together(tiles.tiles_per_head, heads, workers);
       e = launch_step_order(key_grid.lists, tiles.tiles_per_head, heads, tiles.heads_together, stream);
       if (e != cudaSuccess) return e;
     }

@@ -155,6 +155,8 @@ struct ForwardSm90 {
   };
   static_assert(registers_suffice(kThreads, kAllConsumers));
   static_assert(kM == kConsumers * kConsumerRows && kAllConsumers < R.warps / 4 && kN % 16 == 0);
+  // With a boolean mask, both consumers have the same head, and a piece is a tile of the mask.
+  static_assert(Kind != ScoreKind::kListedMask || (kConsumers == 2 && kN % kRowBlock == 0));
   static_assert(32 * (1 + Loader::kWarps + Input::kWarps + kStoresByTma) <= kTeamProducers<kTeams> &&
                 (kTeams == 1 || kCluster == 1));
   // plan() uses the shared memory of the row's plain kernel as that of all its kernels.

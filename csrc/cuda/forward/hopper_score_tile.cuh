@@ -50,7 +50,14 @@ struct ConsumerTile {
     mask.seen += of.tile->heads_before(consumer) * mask.head;
     return mask;
   }
-  __device__ __forceinline__ MaskRows mask_rows() const { return mask_rows_from(p, operands().mask); }
+  // For listed tiles of a boolean mask: the thread's word of the consumer's rows and the tile of `key`, and
+  // the keys that the band shows to all of these rows.
+  __device__ __forceinline__ uint32_t mask_word(int32_t key) const {
+    const auto& tile = *of.tile;
+    return tile.mask_words[tile.rows_before(consumer) / kRowBlock * tile.words_of_rows +
+                           int64_t{key / kRowBlock} * tile.words_of_keys + threadIdx.x % kWarpgroup];
+  }
+  __device__ __forceinline__ const Interval& keys_in_band() const { return of.tile->keys_in_band[consumer]; }
   __device__ __forceinline__ int32_t row() const { return of.row(); }
   __device__ __forceinline__ int32_t sequence() const { return of.tile->work.tile.index; }
 };

@@ -40,6 +40,12 @@ struct ListOfTile : GapOfTiles<false> {
   const KeyPieces* list;                       // of the key tiles
   int32_t keys_of_piece;
   int32_t rows[kConsumers], heads[kConsumers];
+  // Of a boolean mask: the words of the tile of the first rows and keys, the strides to those of further rows
+  // and keys, and the keys that the band shows to all rows of a consumer.
+  const uint32_t* mask_words;
+  int64_t words_of_rows;
+  int32_t words_of_keys;
+  Interval keys_in_band[kConsumers];
 
   __device__ __forceinline__ int32_t rows_before(int consumer) const { return rows[consumer]; }
   __device__ __forceinline__ int32_t heads_before(int consumer) const { return heads[consumer]; }
@@ -113,6 +119,11 @@ struct TileState : Ranges, Slice {
     if constexpr (C::Score::reads(Operand::kQSegmentIds)) trim<C>(p, segments);
     if constexpr (C::kKind == ScoreKind::kRanges) trim_to_ranges<C>(p, segments);
     if constexpr (C::kListed) take_list<C>(p, segments.lists);
+    if constexpr (C::kKind == ScoreKind::kListedMask) {
+      this->mask_words = segments.words.tile(work.leading, tile.index, work.head, tile.row / kRowBlock, 0);
+      this->words_of_rows = segments.words.row * MaskWords::kOfTile;
+      this->words_of_keys = segments.words.column * MaskWords::kOfTile;
+    }
     if constexpr (C::kMulticast > 1) {
       work.tile.row += static_cast<int32_t>(ptx::cluster_rank()) * C::kM;
       work.tile.end = min(work.tile.end, work.tile.row + C::kM);
@@ -129,8 +140,10 @@ struct TileState : Ranges, Slice {
     if constexpr (C::kKind == ScoreKind::kRanges) prepare_blocks<C>();
 #pragma unroll 1
     for (int i = 0; C::kListed && i < kConsumers; ++i) {
-      const bool used = tile.row + this->rows_before(i) < tile.used_queries();
-      keys[i].tiles = used ? tiles : Interval{tiles.lo, tiles.lo};
+      const int32_t first = tile.row + this->rows_before(i), end = tile.used_queries();
+      keys[i].tiles = first < end ? tiles : Interval{tiles.lo, tiles.lo};
+      if constexpr (C::kKind == ScoreKind::kListedMask)
+        this->keys_in_band[i] = band.common(first, min(first + kConsumerRows, end));
     }
 #pragma unroll 1
     for (int i = 0; C::kKind != ScoreKind::kRanges && !C::kListed && i < kConsumers; ++i) {

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "cuda/ptx/math.cuh"
+#include "cuda/score/lane_bits.cuh"
 #include "cuda/score/ranges.cuh"
 #include "cuda/score/variant.cuh"
 
@@ -31,9 +31,9 @@ struct RangesScore : ScoreVariant<S> {
     const int32_t first = key + S::column(0), in_sequence = first + tile.keys_before();
 #pragma unroll
     for (int slot = 0; slot < S::kSlots; ++slot) {
-      const Interval band = columns(tile.in_band(tile.row() + S::row(slot)), first);
+      const Interval band = columns_from(first, tile.in_band(tile.row() + S::row(slot)));
       const auto bits_of = [&](const int2& range) {
-        return bits(intersect(columns({range.x, range.y}, in_sequence), band));
+        return bits_of_columns(intersect(columns_from(in_sequence, {range.x, range.y}), band));
       };
       seen[slot] = bits_of(limits[slot].first);
       if (ranges.two) seen[slot] |= bits_of(limits[slot].second);
@@ -66,20 +66,6 @@ struct RangesScore : ScoreVariant<S> {
   }
 
  private:
-  // Where keys are, counted from `first` on, the lane's first column; 0 for those before it. Limits may be
-  // any numbers.
-  __device__ __forceinline__ static Interval columns(const Interval& keys, int32_t first) {
-    return {max(keys.lo, first) - first, max(keys.hi, first) - first};
-  }
-  // How many of the lane's elements are in columns before `column`. A lane has two of eight columns.
-  __device__ __forceinline__ static uint32_t count_before(int32_t column) {
-    const auto x = static_cast<uint32_t>(column);
-    return x / 8 * 2 + min(x % 8, 2u);
-  }
-  // The bits of the lane's elements in an interval of columns.
-  __device__ __forceinline__ static uint32_t bits(const Interval& of) {
-    return ptx::shift_left(~0u, count_before(of.lo)) & ~ptx::shift_left(~0u, count_before(of.hi));
-  }
   // The bits of all elements.
   static constexpr uint32_t kAll = ~0u >> (32 - 2 * S::kColumnTiles);
 };

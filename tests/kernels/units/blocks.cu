@@ -152,8 +152,8 @@ struct Drawn {
 };
 
 // The workspace of a call's lists, full of what earlier calls left, and where in it a boolean mask's tiles
-// lie.
-constexpr int64_t kWords = 1 << 20, kMaskTiles = 3 * kWords, kCounter = 2 * kWords + (kWords / 2);
+// and their elements lie.
+constexpr int64_t kWords = 1 << 21, kCounter = 3 << 20, kMaskTiles = 4 << 20, kMaskWords = 5 << 20;
 void* poisoned(Memory& memory) { return memory.copy(std::vector<uint32_t>(kWords, 0x77777777u)); }
 
 // The number of query tiles of the forward whose lists are wrong.
@@ -225,19 +225,24 @@ int wrong_key_lists(bool boolean) {
   return wrong;
 }
 
-// Whether each `together` heads have all their key tiles in `order`, with lists that become shorter, up to
-// one part in 255 of the longest possible one.
-bool is_ordered(const std::vector<int32_t>& order, const std::vector<int32_t>& counts, int32_t most,
-                int32_t tiles, int32_t heads, int32_t together) {
+// Whether each `together` heads have all their key tiles in `order`: as they are if lists have at least half
+// of their spans, else with lists that become shorter, up to one part in 255 of the longest possible one.
+bool is_ordered(const std::vector<int32_t>& order, const std::vector<int32_t>& counts,
+                const std::vector<int32_t>& spans, int32_t most, int32_t tiles, int32_t heads,
+                int32_t together) {
   bool right = true;
   for (int32_t first = 0; first < heads; first += together) {
     const int32_t own = std::min(together, heads - first);
     std::set<int32_t> all;
+    int64_t steps_of_all = 0, spans_of_all = 0;
+    for (int32_t i = first * tiles; i < (first + own) * tiles; ++i)
+      steps_of_all += counts[i], spans_of_all += spans[i];
+    const bool stays = 2 * steps_of_all >= spans_of_all;
     for (int32_t n = 0, before = INT32_MAX; n < own * tiles; ++n) {
       const int32_t i = order[first * tiles + n] - first * tiles;  // the order of find_work()
       if (i < 0 || i >= own * tiles || !all.insert(i).second) return false;
       const int32_t steps = counts[(first + i % own) * tiles + i / own];
-      right &= steps - most / 255 - 1 <= before;
+      right &= stays ? i == n : steps - most / 255 - 1 <= before;
       before = std::min(before, steps);
     }
   }
@@ -263,19 +268,22 @@ int wrong_step_lists(bool boolean) {
   const int32_t heads = p.batch * p.kv_heads, together = draw(1, heads);
   check(launch_step_order(to, static_cast<int32_t>(grid.tiles), heads, together, nullptr));
   check(cudaDeviceSynchronize());
-  const std::vector<int32_t> counts = read(to.counts, count), steps = read(to.steps, count * to.most);
-  int wrong =
-      !is_ordered(read(to.order, count), counts, to.most, static_cast<int32_t>(grid.tiles), heads, together);
+  const std::vector<int32_t> counts = read(to.counts, count), steps = read(to.steps, count * to.most),
+                             spans = read(to.spans, count);
+  int wrong = !is_ordered(read(to.order, count), counts, spans, to.most, static_cast<int32_t>(grid.tiles),
+                          heads, together);
   for (int64_t at = 0; at < count; ++at) {
     const int32_t key = static_cast<int32_t>(at % grid.tiles) * grid.block;
     const auto b = static_cast<int32_t>(at / grid.tiles / p.kv_heads);
     const int32_t head = static_cast<int32_t>(at / grid.tiles % p.kv_heads) * x.group;
     bool right = counts[at] >= 0 && counts[at] <= to.most;
     std::set<std::pair<int32_t, int32_t>> listed;
+    Interval seeing{INT32_MAX, 0};
     for (int32_t n = 0; right && n < counts[at]; ++n) {
       const int32_t step = steps[at * to.most + n], h = ListedStep::head(step);
       const int32_t row = ListedStep::tile(step) * grid.other_block;
       right &= h < x.group && row < p.q_rows && listed.insert({h, row}).second;
+      seeing = {std::min(seeing.lo, ListedStep::tile(step)), std::max(seeing.hi, ListedStep::tile(step) + 1)};
       for (int i = 0; right && i < parts; ++i) {
         const int32_t first = key + i * kRowBlock;
         right &= x.is(KeyPieces::seen(step, i), b, head + h, {row, row + grid.other_block},
@@ -284,6 +292,7 @@ int wrong_step_lists(bool boolean) {
       right &= KeyPieces::seen(step, 0) != SeenPiece::kNone || KeyPieces::seen(step, 1) != SeenPiece::kNone;
       right &= parts == 2 || KeyPieces::seen(step, 1) == SeenPiece::kNone;
     }
+    right &= spans[at] == x.group * seeing.size();
     for (int32_t h = 0; h < x.group; ++h)
       for (int32_t i = 0; i < p.q_rows; ++i)
         for (int32_t j = key; j < std::min(key + grid.block, p.k_rows); ++j)
@@ -293,13 +302,42 @@ int wrong_step_lists(bool boolean) {
   return wrong;
 }
 
-// The number of sets of rows and keys of which the tiles of a call say something wrong.
+// The number of elements that differ from the mask, by the words of the tiles in which some are visible.
+int wrong_elements(const Drawn& x, const TileGrid& grid, void* workspace) {
+  const Problem& p = x.p;
+  MaskWords words = mask_words(p, grid, workspace);
+  if (!words.words) return 0;
+  const std::vector<uint32_t> bits = read(words.words, (kWords * 4 - kMaskWords) / 4);
+  words.words = const_cast<uint32_t*>(bits.data());
+  int wrong = 0;
+  for (int32_t b = 0; b < p.batch; ++b)
+    for (int32_t h = 0; h < p.heads; ++h)
+      for (int32_t i = 0; i < p.q_rows; i += kRowBlock)
+        for (int32_t j = 0; j < p.k_rows; j += kRowBlock) {
+          const uint32_t* tile = words.tile(0, b, h, i / kRowBlock, j / kRowBlock);
+          bool any = false;
+          int differ = 0;
+          for (int32_t at = 0; at < kRowBlock * kRowBlock; ++at) {
+            const int32_t row = at / kRowBlock, key = at % kRowBlock;
+            if (i + row >= p.q_rows || j + key >= p.k_rows) continue;
+            const bool sees = x.mask[x.before + p.mask.offset(b, h, i + row, j + key)];
+            const int32_t thread = row / 16 * 32 + row % 8 * 4 + key % 8 / 2;
+            any |= sees;
+            differ += sees != (tile[thread] >> (row % 16 / 8 * 16 + key / 8 * 2 + key % 2) & 1);
+          }
+          wrong += any ? differ : 0;
+        }
+  return wrong;
+}
+
+// The number of sets of rows and keys, and of elements, of which the tiles of a call say something wrong.
 int wrong_mask_tiles() {
   Memory memory;
   const Drawn x(memory, true);
   const Problem& p = x.p;
   LaunchPlan plan{};
   (draw(0, 1) ? plan.keys : plan.queries).mask_tiles = kMaskTiles;
+  if (plan.queries.mask_tiles >= 0 && draw(0, 3)) plan.queries.mask_words = kMaskWords;
   void* const workspace = poisoned(memory);
   check(launch_blocks(p, plan, workspace, nullptr));
   check(cudaDeviceSynchronize());
@@ -308,7 +346,7 @@ int wrong_mask_tiles() {
   MaskTiles tiles = mask_tiles(p, grid, workspace);
   std::vector<uint8_t> seen = read(tiles.seen, tiles.heads * tiles.rows * tiles.columns);
   tiles.seen = seen.data();
-  int wrong = 0;
+  int wrong = wrong_elements(x, plan.queries, workspace);
   for (int i = 0; i < 20; ++i) {
     const int32_t b = draw(0, p.batch - 1), first = draw(0, p.heads - 1), h = draw(0, p.heads - 1 - first);
     const int32_t row = draw(0, p.q_rows - 1) / 16 * 16, key = draw(0, p.k_rows - 1) / 16 * 16;
