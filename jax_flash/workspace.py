@@ -9,6 +9,7 @@ it.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from . import _jax
@@ -40,7 +41,7 @@ def workspace_bound(pass_: str, spec: AttentionSpec, shapes: dict[str, tuple[Any
     )
 
 
-def mask_sizes(shapes: dict[str, tuple[Any, ...]], count: int, every: Any) -> tuple[Any, Any, Any]:
+def mask_sizes(shapes: Mapping[str, tuple[Any, ...]], count: int, every: Any) -> tuple[Any, Any, Any]:
     """How many [rows, keys] arrays a boolean mask has, and their sizes; (0, 0, 0) without one.
 
     `count`: its leading dimensions. If one is not 1, the kernels keep an array for `every` leading entry of the call.

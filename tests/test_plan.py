@@ -230,6 +230,26 @@ def test_the_workspace_stays_within_its_bound(pass_, seed):
         assert chosen["workspace"] <= chosen["workspace_bound"] == bound
 
 
+@pytest.mark.parametrize(("leading", "b", "heads"), [(1, 1, 1), (1, 2, 1), (3, 1, 4)])
+@pytest.mark.parametrize(("rows", "keys"), [(1, 9000), (4097, 1), (4097, 9000)])
+def test_a_boolean_mask_takes_an_eighth_of_it_as_bits(leading, b, heads, rows, keys):
+    """Kernels that list its tiles keep 64 × 64 elements as 512 bytes, once for those that it shares."""
+    shapes = {"query": (3, 2, 4097, 4, 64), "key": (3, 2, 9000, 2, 64), "value": (3, 2, 9000, 2, 64)}
+    shapes["mask"] = (leading, b, heads, rows, keys)
+    mask = mask_sizes(shapes, 1, 3)
+    bits = leading * b * heads * -(-rows // 64) * -(-keys // 64) * 512
+    sizes = dict(batch=2, leading=3, q_rows=4097, k_rows=9000, heads=4, kv_heads=2, d=64, dv=64, mask=mask)
+    for options in ({}, {"softcap": 2.0}):
+        chosen = plan("forward", H100, operands=("mask",), **sizes, **options)
+        none = plan("forward", H100, operands=("mask",), **sizes | {"mask": (0, 0, 0)}, **options)
+        spec = AttentionSpec("fixed", operands=("mask",), **options)
+        listed = not options
+        assert chosen["score"] == "listed_mask" if listed else chosen["score"] != "listed_mask"
+        assert chosen["workspace"] - none["workspace"] == listed * bits
+        assert chosen["workspace_bound"] - none["workspace_bound"] == listed * bits
+        assert chosen["workspace"] <= chosen["workspace_bound"] == workspace_bound("forward", spec, shapes)
+
+
 @pytest.mark.parametrize(("pass_", "side"), [("forward", "queries"), ("backward", "keys")])
 @pytest.mark.parametrize("sequences", [0, 1, 2, 7])
 @pytest.mark.parametrize("rows", [0, 1, 5, 127, 1000, 1003])
