@@ -145,7 +145,8 @@ __global__ void __launch_bounds__(32 * kWarps)
   const View& mask = p.mask;
   const auto first = static_cast<int32_t>(tile_row * kRowBlock + warp * kRows),
              key = static_cast<int32_t>(group * kKeys);
-  const int32_t in_tile = warp * kRows;  // all rows of a tile are the same if the mask broadcasts them
+  const int32_t in_tile = warp * kRows;
+  // All rows of a tile are the same if the mask broadcasts them.
   const int32_t rows = (mask.row ? p.q_rows : kRowBlock) - first, keys = p.k_rows - key;
   const uint8_t* const of_head =
       mask.as<const uint8_t>() + mask.leading_offset(p.leading, leading) + mask.offset(batch, head, 0);
