@@ -9,6 +9,7 @@
 #include "cuda/launch.h"
 #include "cuda/ptx/dependent.cuh"
 #include "cuda/registry.h"
+#include "cuda/warp.cuh"
 #include "cuda/work.cuh"
 
 namespace jax_flash {
@@ -252,10 +253,7 @@ __global__ void __launch_bounds__(kLengths)
     steps += static_cast<float>(lists.counts[first + i]);
     spans += static_cast<float>(lists.spans[first + i]);
   }
-  for (int apart = 1; apart < 32; apart *= 2) {
-    steps += __shfl_xor_sync(~0u, steps, apart);
-    spans += __shfl_xor_sync(~0u, spans, apart);
-  }
+  steps = warp_sum(steps), spans = warp_sum(spans);
   if (thread % 32 == 0) of_warp[0][thread / 32] = steps, of_warp[1][thread / 32] = spans;
   __syncthreads();
   steps = spans = 0;

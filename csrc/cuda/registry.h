@@ -200,13 +200,7 @@ inline TileSegments tile_segments(const Problem& p, const TileGrid& grid, void* 
     return {nullptr, nullptr, nullptr, tables.blocks, tables.tiles};
   }
   if (grid.lists >= 0)
-    return {nullptr,
-            nullptr,
-            nullptr,
-            nullptr,
-            nullptr,
-            key_lists(p, grid, workspace),
-            mask_words(p, grid, workspace)};
+    return {.lists = key_lists(p, grid, workspace), .words = mask_words(p, grid, workspace)};
   const Interval* keys = segments_of(grid, workspace);
   if (!keys) return {};
   const int64_t all = segment_slots(p, p.q_rows, grid.block);

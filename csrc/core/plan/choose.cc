@@ -25,12 +25,17 @@ bool serves_blocks(const Call& call) {
   return !call.spec.packed() && !call.spec.moves_band() && call.spec.block_keys % 32 == 0;
 }
 
-// Whether a boolean mask is the only score option.
-bool has_mask_alone(const AttentionSpec& spec) {
+// The kind of the only score option; kGeneral with several, or if no kind has the option, and kPlain without
+// any.
+ScoreKind only_option(const AttentionSpec& spec) {
+  // The plain kernel takes the row maximum before it scales, which needs a positive scale.
+  if ((spec.operands & ~(kOfEveryKernel | kOfScores)) || !(spec.scale > 0)) return ScoreKind::kGeneral;
+  ScoreKind found = ScoreKind::kPlain;
 #define JF_SCORE(kind, name, printed, inputs, option, ...) \
-  if (ScoreKind::k##kind != ScoreKind::kMask && ((spec.operands & (inputs)) != 0 || (option))) return false;
+  if ((spec.operands & (inputs)) != 0 || (option))         \
+    found = found == ScoreKind::kPlain ? ScoreKind::k##kind : ScoreKind::kGeneral;
 #include "../../scores.def"
-  return spec.has(Operand::kMask) && !(spec.operands & ~(kOfEveryKernel | kOfScores)) && spec.scale > 0;
+  return found;
 }
 
 // Whether kernels can list the tiles that a boolean mask leaves. Lists have no fixed order for the additions
@@ -43,25 +48,14 @@ bool lists_mask_tiles(const Call& call) {
                                          ListedStep::fit(s.heads, s.kv_heads, s.q_rows, kRowBlock));
 }
 
-// The kind of the call's only option, if that kind has kernels for it; kGeneral with several options.
-ScoreKind only_option(const Call& call) {
+// Whether the kernels of a kind can load the call's inputs.
+bool serves(ScoreKind kind, const Call& call) {
   const AttentionSpec& spec = call.spec;
-  struct {
-    bool wanted, served;
-    ScoreKind kind;
-  } const options[] = {
-#define JF_SCORE(kind, name, printed, inputs, option, served, ...) \
-  {(spec.operands & (inputs)) != 0 || (option), served, ScoreKind::k##kind},
+  const bool served[] = {
+#define JF_SCORE(kind, name, printed, inputs, option, served, ...) served,
 #include "../../scores.def"
-      // The plain kernel takes the row maximum before it scales, which needs a positive scale.
-      {(spec.operands & ~(kOfEveryKernel | kOfScores)) || !(spec.scale > 0), false, ScoreKind::kGeneral},
   };
-  ScoreKind found = ScoreKind::kPlain;
-  for (const auto& option : options) {
-    if (!option.wanted) continue;
-    found = found == ScoreKind::kPlain && option.served ? option.kind : ScoreKind::kGeneral;
-  }
-  return found;
+  return served[static_cast<int>(kind)];
 }
 
 // The kernels that compute a call's scores, the most specific first.
@@ -69,7 +63,8 @@ struct Candidates {
   ScoreKind kinds[4];
 
   explicit Candidates(const Call& call) {
-    const ScoreKind only = only_option(call);
+    ScoreKind only = only_option(call.spec);
+    if (!serves(only, call)) only = ScoreKind::kGeneral;
     const bool dropout = call.spec.has(Operand::kDropout);  // the general kernel has none
     kinds[2] = dropout ? ScoreKind::kGeneralDropout : ScoreKind::kGeneral;
     kinds[1] = only == ScoreKind::kGeneral ? kinds[2] : only;
@@ -112,7 +107,7 @@ bool better(const KernelRow& a, const KernelRow& b, const Call& call, const Cand
 }  // namespace
 
 bool may_list_mask(const AttentionSpec& spec) {
-  return has_mask_alone(spec) && !spec.packed() && !spec.paged() && !spec.moves_band();
+  return only_option(spec) == ScoreKind::kMask && !spec.packed() && !spec.paged() && !spec.moves_band();
 }
 
 const PassTraits& traits_of(const KernelRow& row) { return *row.arch->family().of(row.pass); }

@@ -5,19 +5,9 @@
 
 #include "cuda/decode/partition.cuh"
 #include "cuda/decode/results.cuh"
+#include "cuda/warp.cuh"
 
 namespace jax_flash::decode {
-
-__device__ __forceinline__ float warp_max(float x) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
-  return x;
-}
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
-  return x;
-}
 
 // scale: x ← x · factor; the other function also adds y
 __device__ __forceinline__ void scale(float4& x, float factor) {
