@@ -19,6 +19,8 @@ from .batch_dims import as_bias, check_batch_dims, over_batch_dims
 from .checker import Checker
 from .masks import Mask
 from .options import ArrayLike, Implementation, IndexLike, Number, Window
+from .spec import UNLIMITED
+from .validate import band
 
 _CHECK = Checker("attention_fn")
 _SCORES = "batch... heads q_length kv_length"
@@ -78,9 +80,9 @@ def attention_fn(
         kernel's result, in quadratic memory and more than its time: use it to inspect weights, not to train.
       force_fp32_for_softmax: the softmax is always float32; with True weights that are sown are float32 too.
       promote_dtype: a function that replaces the promotion, called with `(query, key, value)` and `dtype=`.
-      is_causal: query i attends to keys 0 … i. It is ignored for a single query with a mask, which is a decode
-        step: there the mask says which cached keys exist, but some versions of nnx pass `is_causal` too,
-        which would leave only key 0 visible.
+      is_causal: query i attends to keys 0 … i. A single query with a mask is a decode step, whose mask says which
+        cached keys exist. There `is_causal`, which some versions of nnx pass, is ignored, and the query's position,
+        for `window` and `alibi_slopes`, is that of the last key that the mask shows.
       segment_ids: int32 `(q_ids [batch..., q_length], kv_ids [batch..., kv_length])`, or one array for both; a query
         attends only to keys of its own segment.
       sinks: float32 `[heads]`, or for each token `[batch..., q_length, heads]`; differentiable.
@@ -89,8 +91,8 @@ def attention_fn(
         `attention_fn=functools.partial(jax_flash.flax.attention_fn, window=(256, 0))`.
 
     Raises:
-      ValueError: for dropout without `dropout_rng`, for shapes that do not match, and for combinations of einsums that
-        Flax refuses.
+      ValueError: for dropout without `dropout_rng`, for shapes that do not match, for a `window` in a decode step whose
+        mask is a value of `jax_flash.masks`, and for combinations of einsums that Flax refuses.
       NotImplementedError: for what a fused kernel cannot do: einsum or dot_general replacements, a `precision` that
         names a dot algorithm, and any argument that is not listed here.
       TypeError: for complex numbers.
@@ -120,7 +122,13 @@ def attention_fn(
         )
     query, key, value = (promote_dtype or _promote)((query, key, value), dtype=dtype)
     _check_shapes(query, key, value)
-    decode_step = mask is not None and not isinstance(mask, Mask) and same_dim(query.shape[-3], 1)
+    decode_step = mask is not None and same_dim(query.shape[-3], 1)
+    left = band(_CHECK, False, window)[0] if decode_step else UNLIMITED
+    if left != UNLIMITED and isinstance(mask, Mask):
+        raise _CHECK.fail(
+            f"window is {window}, but the position of a decode step is not known if its mask is a value of "
+            "jax_flash.masks; join masks.window(left, 0, offset=position) to the mask instead"
+        )
 
     def attend(query: Array, key: Array, value: Array, *, plain: bool = False, **arrays: Any) -> Array:
         ids = (arrays.pop("q_ids"), arrays.pop("kv_ids")) if "q_ids" in arrays else None
@@ -129,8 +137,8 @@ def attention_fn(
             key,
             value,
             causal=is_causal and not decode_step,
-            window=window,
-            align="top_left",
+            window=None if decode_step else window,
+            align="bottom_right" if decode_step else "top_left",
             scale=scale,
             softcap=softcap,
             alibi_slopes=alibi_slopes,
@@ -154,6 +162,8 @@ def attention_fn(
         attend = partial(attend, mask=mask)
     elif mask is not None:
         arrays["mask"] = _CHECK.broadcastable("mask", jnp.asarray(mask).astype(bool), scores, _SCORES)
+        if left != UNLIMITED:
+            arrays["mask"] = _last_keys(arrays["mask"], left, key.shape[-3])
     if segment_ids is not None:
         arrays["q_ids"], arrays["kv_ids"] = _segments(segment_ids, query, key)
     if sinks is not None:
@@ -176,6 +186,14 @@ def attention_fn(
         arrays["dropout_key"] = dropout_rng
     out: Array = over_batch_dims(attend, query, key, value, arrays)
     return out
+
+
+def _last_keys(mask: Array, left: int, kv_length: Any) -> Array:
+    """Of the keys that each row of the mask shows, the last one and those up to `left` before it."""
+    mask = jnp.broadcast_to(mask, (*mask.shape[:-1], kv_length))
+    at = jnp.arange(kv_length, dtype=jnp.int32)
+    last = jnp.max(jnp.where(mask, at, -1), axis=-1, keepdims=True)
+    return mask & (at >= last - left)
 
 
 def _sow(module: Any, weights: Array) -> None:

@@ -78,7 +78,7 @@ def check_heads(check: Checker, hq: Any, hk: Any, key: str = "key", hint: str = 
         raise check.fail(f"{key} has {hk} heads, which does not divide query's {hq}{hint}")
 
 
-def _band(check: Checker, causal: Any, window: Any) -> tuple[int, int]:
+def band(check: Checker, causal: Any, window: Any) -> tuple[int, int]:
     """The numbers of keys visible to the left and to the right of the diagonal."""
     left = right = UNLIMITED
     if window is not None:
@@ -159,7 +159,7 @@ def static_spec(check: Checker, layout: Layout, operands: Operands, arguments: A
     """The AttentionSpec from the static options that all layouts share; adds the dropout operand to `operands`."""
     check.flag("return_lse", arguments.return_lse)
     row_max = check.flag("return_max", arguments.return_max)
-    left, right = _band(check, arguments.causal, arguments.window)
+    left, right = band(check, arguments.causal, arguments.window)
     if arguments.align not in ALIGNMENTS:
         raise check.fail(f"align must be one of {ALIGNMENTS}, got {arguments.align!r}")
     d = operands["query"].shape[-1]

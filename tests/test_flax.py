@@ -11,6 +11,7 @@ import pytest
 from flax_inputs import B, close, linen, nnx, normal, ours, qkv
 
 import jax_flash
+from jax_flash import masks
 from jax_flash.flax import attention_fn
 
 pytestmark = pytest.mark.usefixtures("exact_products")
@@ -28,6 +29,18 @@ def test_is_causal_for_one_query_without_a_mask_leaves_the_first_key():
     out = ours(q, k, v, is_causal=True)
     close(out, v[:, :1])
     close(out, nnx.dot_product_attention(q, k, v, is_causal=True))
+
+
+def test_a_single_query_with_a_mask_of_values_is_a_decode_step():
+    q, k, v = qkv(B, sq=1)
+    seen = jnp.arange(k.shape[1]) <= 3
+    out = ours(q, k, v, mask=masks.causal(3), is_causal=True)
+    close(out, ours(q, k, v, mask=seen, is_causal=True))
+    close(out, linen.dot_product_attention(q, k, v, mask=seen))
+    with pytest.raises(ValueError, match=r"window is \(2, 0\), but the position .* masks.window"):
+        ours(q, k, v, mask=masks.causal(3), window=(2, 0))
+    near = ours(q, k, v, mask=masks.causal(3) & masks.window(1, 0, offset=3))
+    close(near, ours(q, k, v, mask=seen, window=(1, 0)))
 
 
 def test_grouped_heads():

@@ -163,6 +163,23 @@ def test_linen_decode_equals_the_causal_forward(batch):
     close(linen_decode(linen.dot_product_attention, params, x, S), full)
 
 
+# A decode step has one query, whose position only its mask tells.
+BOUND = {"window": {"window": (3, 0)}, "alibi": {"alibi_slopes": jnp.geomspace(0.5, 0.1, HEADS)}}
+
+
+@pytest.mark.parametrize("bound", BOUND)
+def test_decode_with_bound_options_equals_the_causal_forward(bound):
+    fn = functools.partial(ours, **BOUND[bound])
+    params = linen_layer(fn).init(jax.random.key(0), X)
+    full = linen_layer(fn).apply(params, X, mask=CAUSAL)
+    close(linen_decode(fn, params, X, S), full)
+    layer = nnx_layer(fn)
+    full = layer(X, mask=CAUSAL)
+    layer.init_cache(X.shape)
+    step = nnx.jit(lambda m, token: m(token, decode=True))
+    close(jnp.concatenate([step(layer, X[:, i : i + 1]) for i in range(S)], axis=1), full)
+
+
 def test_linen_decode_with_a_mask_of_its_own():
     params = linen_layer(ours).init(jax.random.key(0), X)
     not_second = (jnp.arange(S) != 1)[None, None, None]
