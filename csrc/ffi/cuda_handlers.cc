@@ -69,7 +69,8 @@ ffi::Error run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets 
   if (!workspace) return workspace.error();
   Device device;
   if (cudaError_t e = current_device(device); e != cudaSuccess) return cuda_error("device", e);
-  const PlannedCall& chosen = plan_of<pass>(p.spec, shapes_of(p), device);
+  const Shapes shapes = shapes_of(p);
+  const PlannedCall& chosen = plan_of<pass>(p.spec, shapes, device);
   if (chosen.kernel < 0) return ffi::Error::InvalidArgument(chosen.error);
   if (static_cast<int64_t>((*workspace)->size_bytes()) < chosen.workspace) {
     return ffi::Error::InvalidArgument("jax_flash: the call's workspace is smaller than its plan's");
