@@ -75,13 +75,16 @@ def equally_varying(operands: dict[str, jax.Array], also: Sequence[str] = ()) ->
 
 
 def sharded_like(x: jax.Array, other: jax.Array) -> jax.Array:
-    """x, resharded to the sharding in other's type where explicit mesh axes make them differ.
+    """x, which broadcasts to other, resharded to the sharding in other's type where explicit mesh axes make them
+    differ. A dimension that x broadcasts stays whole.
 
     An array made outside the mesh has no such type; outside jit, JAX places it by itself.
     """
     have, wanted = jax.typeof(x).sharding, jax.typeof(other).sharding
     if AxisType.Explicit not in wanted.mesh.axis_types:
         return x
+    entries = [axes if same_dim(*sizes) else None for axes, *sizes in zip(wanted.spec, x.shape, other.shape)]
+    wanted = wanted.update(spec=PartitionSpec(*entries))
     if not isinstance(x, jax.core.Tracer) if have.mesh.empty else have.spec == wanted.spec:
         return x
     moved: jax.Array = jax.sharding.reshard(x, wanted)
