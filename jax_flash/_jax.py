@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -91,6 +92,21 @@ def sharded_like(x: jax.Array, other: jax.Array) -> jax.Array:
     return moved
 
 
+def explicit_parts(x: jax.Array) -> list[int]:
+    """The number of parts into which explicit mesh axes split each dimension of x."""
+    sharding = jax.typeof(x).sharding
+    return [math.prod(sharding.mesh.shape[axis] for axis in _axes(entry)) for entry in sharding.spec]
+
+
+def reshaped(x: jax.Array, shape: tuple[Any, ...], kept: int) -> jax.Array:
+    """x.reshape(shape). Explicit mesh axes split the first `kept` dimensions as before, and no others."""
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types or shape == x.shape:
+        return x.reshape(shape)
+    spec = PartitionSpec(*sharding.spec[:kept], *[None] * (len(shape) - kept))
+    return x.reshape(shape, out_sharding=sharding.update(spec=spec))
+
+
 def in_automatic_axes(run: Callable[[Any], Any], operands: Any, shardings: Any) -> Any:
     """run(operands) with automatic instead of explicit mesh axes inside; `shardings` are those of the results' types,
     or a function that makes them from the results' shapes.
@@ -154,8 +170,13 @@ def dimension_axes(x: Any, mesh: Any) -> list[tuple[str, ...]]:
         (spec,) = _parse_op_sharding(x.sharding._to_xla_hlo_sharding(len(x.shape)), mesh)
     except Exception:  # the errors of a parser that JAX keeps to itself
         return whole
-    entries = [(e,) if isinstance(e, str) else tuple(e or ()) for e in spec]
+    entries = [_axes(entry) for entry in spec]
     return entries + whole[len(entries) :]
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    """The mesh axes in an entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def uses_shardy() -> bool:
