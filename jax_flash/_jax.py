@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -75,17 +76,35 @@ def equally_varying(operands: dict[str, jax.Array], also: Sequence[str] = ()) ->
 
 
 def sharded_like(x: jax.Array, other: jax.Array) -> jax.Array:
-    """x, resharded to the sharding in other's type where explicit mesh axes make them differ.
+    """x, which broadcasts to other, resharded to the sharding in other's type where explicit mesh axes make them
+    differ. A dimension that x broadcasts stays whole.
 
     An array made outside the mesh has no such type; outside jit, JAX places it by itself.
     """
     have, wanted = jax.typeof(x).sharding, jax.typeof(other).sharding
     if AxisType.Explicit not in wanted.mesh.axis_types:
         return x
+    entries = [axes if same_dim(*sizes) else None for axes, *sizes in zip(wanted.spec, x.shape, other.shape)]
+    wanted = wanted.update(spec=PartitionSpec(*entries))
     if not isinstance(x, jax.core.Tracer) if have.mesh.empty else have.spec == wanted.spec:
         return x
     moved: jax.Array = jax.sharding.reshard(x, wanted)
     return moved
+
+
+def explicit_parts(x: jax.Array) -> list[int]:
+    """The number of parts into which explicit mesh axes split each dimension of x."""
+    sharding = jax.typeof(x).sharding
+    return [math.prod(sharding.mesh.shape[axis] for axis in _axes(entry)) for entry in sharding.spec]
+
+
+def reshaped(x: jax.Array, shape: tuple[Any, ...], kept: int) -> jax.Array:
+    """x.reshape(shape). Explicit mesh axes split the first `kept` dimensions as before, and no others."""
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types or shape == x.shape:
+        return x.reshape(shape)
+    spec = PartitionSpec(*sharding.spec[:kept], *[None] * (len(shape) - kept))
+    return x.reshape(shape, out_sharding=sharding.update(spec=spec))
 
 
 def in_automatic_axes(run: Callable[[Any], Any], operands: Any, shardings: Any) -> Any:
@@ -151,8 +170,13 @@ def dimension_axes(x: Any, mesh: Any) -> list[tuple[str, ...]]:
         (spec,) = _parse_op_sharding(x.sharding._to_xla_hlo_sharding(len(x.shape)), mesh)
     except Exception:  # the errors of a parser that JAX keeps to itself
         return whole
-    entries = [(e,) if isinstance(e, str) else tuple(e or ()) for e in spec]
+    entries = [_axes(entry) for entry in spec]
     return entries + whole[len(entries) :]
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    """The mesh axes in an entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def uses_shardy() -> bool:

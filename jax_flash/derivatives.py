@@ -52,11 +52,12 @@ def _with_row_tangents(spec: AttentionSpec, operands: Operands, tout: jax.Array,
     out, lse = operands["out"], operands["lse"]
     moved = _zeros(lse)
     if "tbias" in operands and _by_row(spec, operands):
-        seen = (lse[..., None] > -jnp.inf) & (operands["bias"] > -jnp.inf)
-        moved = jnp.where(seen, operands["tbias"].astype(jnp.float32), 0)[..., 0]
+        bias, tbias = (_jax.sharded_like(operands[name], lse[..., None]) for name in ("bias", "tbias"))
+        seen = (lse[..., None] > -jnp.inf) & (bias > -jnp.inf)
+        moved = jnp.where(seen, tbias.astype(jnp.float32), 0)[..., 0]
     tlse += moved
     if "sinks" in operands:
-        tsinks = _by_row_of_lse(operands["tsinks"]) if "tsinks" in operands else 0
+        tsinks = _by_row_of_lse(operands["tsinks"], lse) if "tsinks" in operands else 0
         through = _through_sinks(operands["sinks"], lse, tsinks - moved)
         tlse += through
         wide = tout.astype(jnp.float32) - jnp.swapaxes(through, -1, -2)[..., None] * out.astype(jnp.float32)
@@ -179,18 +180,18 @@ def _row_products(spec: AttentionSpec, operands: Operands) -> jax.Array:
 def _through_sinks(sinks: jax.Array, lse: jax.Array, x: jax.Array) -> jax.Array:
     """exp(sink − lse)·x; 0 for rows not in use, whose lse is −inf."""
     used = lse > -jnp.inf
-    weight = jnp.exp(jnp.where(used, _by_row_of_lse(sinks) - lse, -jnp.inf))
+    weight = jnp.exp(jnp.where(used, _by_row_of_lse(sinks, lse) - lse, -jnp.inf))
     return jnp.where(used, weight * x, 0)
 
 
-def _by_row_of_lse(sinks: jax.Array) -> jax.Array:
-    """Sinks [b|1, s|1, h] or [t|1, h] as they broadcast to lse, [b, h, s] or [h, t]."""
-    return jnp.swapaxes(sinks, -1, -2)
+def _by_row_of_lse(sinks: jax.Array, lse: jax.Array) -> jax.Array:
+    """Sinks [b|1, s|1, h] or [t|1, h] as they broadcast to lse, [b, h, s] or [h, t], and split as it is."""
+    return _jax.sharded_like(jnp.swapaxes(sinks, -1, -2), lse)
 
 
 def _sinks_gradient(sinks: jax.Array, by_row: jax.Array) -> jax.Array:
     """The gradients by row, in lse's order, summed over the tokens that share a sink."""
-    return _jax.sharded_like(_sum_where_one(_by_row_of_lse(by_row), sinks), sinks)
+    return _jax.sharded_like(_sum_where_one(jnp.swapaxes(by_row, -1, -2), sinks), sinks)
 
 
 def _sum_where_one(x: jax.Array, like: jax.Array) -> jax.Array:

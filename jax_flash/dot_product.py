@@ -138,6 +138,11 @@ def dot_product_attention(  # type: ignore[misc]  # only an overload has `unpack
 
 def spec_and_operands(op: str, given: DotProductArguments) -> tuple[AttentionSpec, validate.Operands]:
     """The spec and operands of the flash_attention call that does the same as a dot_product_attention call."""
+    if given.value is None:
+        raise _CHECK.fail(
+            "value must be an array, got None; pass key where V is K, or call flash_attention, which takes None",
+            TypeError,
+        )
     q, k, v = _rank4("query", given.query), _rank4("key", given.key), _rank4("value", given.value)
     _check_operands(q, k, v)
     batch = q.shape[0]
@@ -161,7 +166,7 @@ def spec_and_operands(op: str, given: DotProductArguments) -> tuple[AttentionSpe
 
 
 def _rank4(name: str, x: ArrayLike) -> Array:
-    x = jnp.asarray(x)
+    x = _CHECK.array(name, x)
     if x.ndim not in (3, 4):
         raise _CHECK.fail(f"{name} has rank {x.ndim}; allowed are 3 (no batch) and 4")
     return x if x.ndim == 4 else x[None]

@@ -6,7 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from ._jax import in_automatic_axes
 from .checker import Checker
 from .options import ArrayLike, IndexLike
 
@@ -43,10 +45,15 @@ def apply_rotary(
     positions = check.broadcastable("positions", check.int32("positions", positions), x.shape[:-2], "... s")
     cos, sin = rotary_tables(check, (cos, sin), x.shape[-1])
     angle_shape = (*x.shape[:-2], 1, cos.shape[1])
-    c, s = (
-        jnp.broadcast_to(jnp.take(t, positions, axis=0, mode="clip")[..., None, :], angle_shape)
-        for t in (cos, sin)
-    )
+
+    def of_tokens(given: tuple[jax.Array, ...]) -> list[jax.Array]:
+        at, *tables = given
+        rows = [jnp.take(t, at, axis=0, mode="clip")[..., None, :] for t in tables]
+        return [jnp.broadcast_to(t, angle_shape) for t in rows]
+
+    of_x = jax.typeof(x).sharding
+    by_token = of_x.update(spec=PartitionSpec(*of_x.spec[:-2], None, None))
+    c, s = in_automatic_axes(of_tokens, (positions, cos, sin), [by_token, by_token])
     features, unrotated = x[..., : 2 * cos.shape[1]].astype(jnp.float32), x[..., 2 * cos.shape[1] :]
     if check.flag("interleaved", interleaved):
         a, b = features[..., ::2], features[..., 1::2]

@@ -21,7 +21,15 @@ from meshes import (
     qkv,
 )
 from oracle import split
-from programs import assert_same, attention, collectives, custom_calls, shard_shapes, weights
+from programs import (
+    assert_same,
+    attention,
+    collectives,
+    custom_calls,
+    shard_shapes,
+    weights,
+    with_gradients,
+)
 from test_manual_sharding import full, typed
 
 
@@ -114,6 +122,32 @@ def test_explicit_types_of_tangents(kernel, explicit, case):
         got = compiled(placed)
     assert typed(got) == ((full(4, *BATCH_HEADS), full(3, "data", "model")),) * 2
     assert not collectives(compiled.as_text())
+    assert_same(jax.device_get(got), one_device(run, arrays_of(case)), tolerance=1e-4)
+
+
+ACROSS = {
+    "by token": (GQA.replace(sinks="token"), qkv(BATCH_HEADS) | {"sinks": P("model", None, "data")}),
+    "by head, a bias of one column": (
+        GQA.replace(sinks=True, bias=(4, 8, 6, 1)),
+        qkv(BATCH_HEADS) | {"sinks": P("data"), "bias": P("model", "data")},
+    ),
+    "packed": (PACKED.replace(sinks="token"), qkv(P(None, "model")) | {"sinks": P("model", "data")}),
+}
+
+
+@pytest.mark.parametrize("name", ACROSS)
+def test_explicit_sinks_and_biases_that_are_split_across_the_query_keep_their_types(kernel, explicit, name):
+    case, specs = ACROSS[name]
+    call = attention(case, kernel)
+
+    def run(arrays):
+        return with_gradients(call)(arrays), jvp_of(call)(arrays)
+
+    placed = place(explicit, arrays_of(case), specs)
+    with jax.set_mesh(explicit):
+        got = jax.jit(run)(placed)
+    gradients = got[0]["gradients"]
+    assert typed(gradients) == {n: full(x.ndim, *specs[n]) for n, x in gradients.items()}
     assert_same(jax.device_get(got), one_device(run, arrays_of(case)), tolerance=1e-4)
 
 

@@ -327,6 +327,8 @@ WRONG = {
         "query has dtype int32",
     ),
     "mask dtype": ({"mask": jnp.ones((T, S))}, ValueError, "mask has dtype float32, allowed is bool"),
+    "no key": ({"key": None}, TypeError, "key must be an array, got None"),
+    "no value": ({"value": None}, TypeError, "value must be an array, got None; pass key where V is K"),
     "mask shape": (
         {"mask": jnp.ones((K, T, S), bool)},
         ValueError,

@@ -1,5 +1,7 @@
 """compat.ragged_paged_attention against jax's own reference, and serving engines' caches against one written here."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,9 @@ import pytest
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention.kernel import (
     ref_ragged_paged_attention as reference,
 )
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from programs import assert_same, collectives, require_devices
 
 from jax_flash.compat.ragged_paged_attention import ragged_paged_attention, ragged_paged_attention_update
 
@@ -244,6 +249,65 @@ def test_the_cache_is_updated_in_place(kernel, layout, shape, kept):
     assert memory.alias_size_in_bytes == size
 
 
+@pytest.fixture
+def place():
+    """Places an array of any rank, its axis of heads split over the two devices of an explicit mesh axis."""
+    require_devices(2)
+    mesh = jax.make_mesh((2,), ("heads",), (AxisType.Explicit,), devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        yield lambda x, axis: jax.device_put(x, NamedSharding(mesh, P(*(None,) * axis, "heads")))
+
+
+SPLIT = {  # layout, KV heads, and shape of the cache past [p, ps]
+    "interleaved": ("interleaved", 2, (4, 64)),
+    "interleaved, packed": ("interleaved", 4, (2, 4, 128)),
+    "concatenated": ("concatenated", 4, (2, 2, 128)),
+}
+
+
+@pytest.mark.parametrize("kind", SPLIT)
+def test_explicit_axes_split_the_heads_of_a_cache(kernel, place, kind):
+    layout, heads, shape = SPLIT[kind]
+    rng = np.random.default_rng(7)
+    given, _ = batch("flat")
+    arrays = [random(rng, (TOKENS, h, 64), "float32") for h in (8, heads, heads)]
+    cache = random(rng, (PAGES, SIZE, *shape), "float32")
+    step = jax.jit(partial(ragged_paged_attention_update, layout=layout, sm_scale=0.1, implementation=kernel))
+    wanted = step(*arrays, cache, **given, distribution=4)
+    compiled = step.lower(*(place(x, 1) for x in arrays), place(cache, 2), **given, distribution=4).compile()
+    out, after = compiled(*(place(x, 1) for x in arrays), place(cache, 2), **given, distribution=4)
+    assert not collectives(compiled.as_text())
+    assert jax.typeof(out).sharding.spec == P(None, "heads", None)
+    assert jax.typeof(after).sharding.spec[2] == "heads"
+    assert_same(jax.device_get((out, after)), jax.device_get(wanted))
+
+
+def test_gradients_of_a_split_cache_are_split_as_it_is(kernel, place):
+    given, _ = batch()
+    given |= {"num_seqs": 4, "implementation": kernel}
+    pool, query = place(jnp.ones((PAGES, SIZE, 4, 64)), 2), place(jnp.ones((TOKENS, 8, 64)), 1)
+    gradient = jax.grad(lambda pool: ragged_paged_attention(query, pool, **given).sum())
+    assert jax.eval_shape(gradient, pool).sharding.spec == P(None, None, "heads", None)
+
+
+@pytest.mark.parametrize(("shape", "axis", "allowed"), [
+    ((2, 64), 2, "1; reshard kv_pages"), ((2, 2, 64), 3, "2; reshard kv_pages"), ((4, 64), 3, "2; reshard kv_pages"),
+], ids=["one pair", "packing", "head dim"])  # fmt: skip
+def test_explicit_axes_that_split_keys_from_values_are_refused(place, shape, axis, allowed):
+    pool, (given, _) = place(jnp.ones((PAGES, SIZE, *shape)), axis), batch()
+    message = f"ragged_paged_attention: kv_pages is .*@heads.*may not split K from V.* divides {allowed}"
+    with pytest.raises(ValueError, match=message):
+        ragged_paged_attention(jnp.ones((TOKENS, 4, 64)), pool, **given, num_seqs=4)
+
+
+def test_explicit_axes_that_split_queries_beside_padded_heads_are_refused(place):
+    query, (given, _) = place(jnp.ones((TOKENS, 4, 64)), 1), batch("flat")
+    key, cache = jnp.ones((TOKENS, 2, 64)), jnp.ones((PAGES, SIZE, 2, 4, 64))
+    message = "queries is .*@heads.* where kv_cache has room for 4 heads of keys and holds 2; reshard queries"
+    with pytest.raises(ValueError, match=message):
+        ragged_paged_attention_update(query, key, key, cache, **given, distribution=4)
+
+
 Q, KEYS, CACHE = jnp.ones((4, 4, 64)), jnp.ones((4, 2, 64)), jnp.ones((6, 8, 4, 64))
 INDICES = dict(
     kv_lens=jnp.ones(2, jnp.int32),
@@ -268,6 +332,11 @@ RIGHT = dict(
     (dict(queries=jnp.ones((4, 3, 64))), ValueError,
      "the cache has 2 heads of keys, which does not divide the 3 of queries"),
     (dict(sliding_window=0), ValueError, "sliding_window must be an int of at least 1 or None, got 0"),
+    (dict(attention_sink=jnp.ones((2, 2))), ValueError,
+     "attention_sink must broadcast to [hq] = (4,), got shape (2, 2)"),
+    (dict(attention_sink=jnp.ones(3)), ValueError, "attention_sink must broadcast to [hq] = (4,), got shape (3,)"),
+    (dict(queries=Q.astype(jnp.bfloat16)), TypeError,
+     "kv_cache has dtype float32, allowed are bfloat16 (as queries), float8_e4m3fn and float8_e5m2"),
     (dict(temperature=3), TypeError, "temperature is no argument; tuning parameters are"),
 ])  # fmt: skip
 def test_messages(wrong, error, sentence):

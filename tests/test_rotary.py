@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from programs import require_devices
 
 from jax_flash import append_kv, apply_rotary
 
@@ -118,6 +121,28 @@ def test_jit_vmap_and_strict_promotion():
         np.testing.assert_allclose(each(x, positions), wanted, rtol=1e-6, atol=1e-6)
     with jax.enable_x64(True):
         assert apply_rotary(x, positions, *tables()).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(("split", "positions", "at"), [
+    (P("x", None, "y", None), i32([4, 3, 2, 1], [9, 3, 3, 0]), P("x")),
+    (P("y", None, None, None), i32([4], [7]), P("x")),
+    (P(None, "x", None, None), i32(0, 3, 1, 2), P("x")),
+], ids=["batch", "lengths, over another axis", "sequence"])  # fmt: skip
+def test_explicit_axes_may_split_the_positions(split, positions, at):
+    """The result is split as x is."""
+    require_devices(4)
+    mesh = jax.make_mesh((2, 2), ("x", "y"), (AxisType.Explicit,) * 2, devices=jax.devices()[:4])
+    x, tables_of = normal(0, 2, 4, 2, D), tables()
+    placed = [jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in ((x, split), (positions, at))]
+
+    def run(x, at):
+        got, pullback = jax.vjp(lambda x, *t: apply_rotary(x, at, *t), x, *tables_of)
+        return got, pullback(got)[0]
+
+    with jax.set_mesh(mesh):
+        got, dx = jax.jit(run)(*placed)
+    assert jax.typeof(got).sharding.spec == jax.typeof(dx).sharding.spec == split
+    np.testing.assert_allclose(got, right(x, positions, *tables_of), rtol=1e-6, atol=1e-6)
 
 
 # append_kv with rotary = append_kv of what apply_rotary makes of the keys.

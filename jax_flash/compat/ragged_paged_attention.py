@@ -15,22 +15,21 @@ What differs:
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from .._jax import explicit_parts
 from ..checker import Checker
 from ..options import ArrayLike, Implementation, IndexLike
 from ..paged import quantise
-from ..paged.append import append_kv
 from ..paged.attention import paged_attention
 from ..paged.gather import FLOAT8
+from ..paged.validate import check_pool_dtype
+from .ragged_pages import Batch, Layout, Pool
 
-Layout = Literal["interleaved", "concatenated"]
-LAYOUTS = ("interleaved", "concatenated")
 _TUNING = {
     "chunk_prefill_size", "d_block_sizes", "debug_mode", "disable_bounds_checks", "disable_semaphore_checks",
     "m_block_sizes", "num_kv_pages_per_block", "num_queries_per_block", "p_block_sizes", "skip_kv_mask",
@@ -88,9 +87,9 @@ def ragged_paged_attention(
     _refuse_unknown(check, tuning)
     query = check.array("q", q)
     check.rank("q", query, "tokens hq d")
-    pool = _Pool.of(check, "kv_pages", kv_pages, "interleaved", None)
+    pool = Pool.of(check, "kv_pages", kv_pages, "interleaved", None)
     _check_heads(check, "q", query, pool)
-    batch = _Batch.of(check, kv_lens, page_indices, cu_q_lens, num_seqs, "num_seqs", None, pool.page_size)
+    batch = Batch.of(check, kv_lens, page_indices, cu_q_lens, num_seqs, "num_seqs", None, pool.page_size)
     scores = _Scores(sm_scale, sliding_window, soft_cap, k_scale, v_scale, attention_sink)
     return _attend(check, query, pool, batch, scores, implementation)
 
@@ -174,8 +173,8 @@ def ragged_paged_attention_update(
             f"{value.shape}"
         )
     causal = check.flag("use_causal_mask", use_causal_mask)
-    pool = _Pool.of(check, "kv_cache", kv_cache, layout, key.shape[1])
-    batch = _Batch.of(
+    pool = Pool.of(check, "kv_cache", kv_cache, layout, key.shape[1])
+    batch = Batch.of(
         check, kv_lens, page_indices, cu_q_lens, distribution, "distribution", cu_kv_lens, pool.page_size
     )
     _check_heads(check, "queries", query, pool)
@@ -202,13 +201,19 @@ def _refuse_unknown(check: Checker, tuning: dict[str, Any]) -> None:
         raise check.fail(f"{unknown[0]} is no argument; tuning parameters are {sorted(_TUNING)}", TypeError)
 
 
-def _check_heads(check: Checker, name: str, query: jax.Array, pool: _Pool) -> None:
+def _check_heads(check: Checker, name: str, query: jax.Array, pool: Pool) -> None:
     check.dtype(name, query)
+    check_pool_dtype(check, pool.name, pool.cache, name, query)
     hq, d = query.shape[1:]
     if hq % pool.used:
         raise check.fail(f"the cache has {pool.used} heads of keys, which does not divide the {hq} of {name}")
     if d > pool.width:
         raise check.fail(f"{name} has head dim {d}, and the cache's keys have {pool.width} columns")
+    if pool.heads != pool.used and explicit_parts(query)[1] > 1:
+        raise check.fail(
+            f"{name} is {jax.typeof(query)}, but explicit mesh axes may not split its heads where {pool.name} has "
+            f"room for {pool.pairs} heads of keys and holds {pool.used}; reshard {name} to whole heads"
+        )
 
 
 @dataclass(frozen=True)
@@ -223,134 +228,11 @@ class _Scores:
     draft_mask: ArrayLike | None = None
 
 
-@dataclass(frozen=True)
-class _Pool:
-    """A cache `[p, ps, …]`. Its rows are `pairs` of K and V, of `width` columns each; `used` of the pairs hold keys.
-
-    Packing may add pairs. With V after each K, a pair is a head of a pool that keys and values share.
-    """
-
-    cache: jax.Array
-    pairs: int
-    width: int
-    used: int
-
-    @classmethod
-    def of(cls, check: Checker, name: str, cache: Any, layout: str, used: int | None) -> _Pool:
-        if layout not in LAYOUTS:
-            raise check.fail(f"layout must be one of {LAYOUTS}, got {layout!r}")
-        x = check.array(name, cache)
-        if x.ndim not in (4, 5):
-            raise check.fail(
-                f"{name} must have rank 4 [p ps heads d] or 5 [p ps heads/packing packing d], got shape {x.shape}"
-            )
-        heads, columns = math.prod(x.shape[2:-1]), x.shape[-1]
-        if layout == "interleaved" and heads % 2:
-            raise check.fail(f"{name} must have heads K0 V0 K1 V1 …, got {heads} of them")
-        if layout == "concatenated" and columns % 2:
-            raise check.fail(f"{name} must have K and V side by side, got {columns} columns")
-        pairs, width = (heads // 2, columns) if layout == "interleaved" else (heads, columns // 2)
-        if used is not None and used > pairs:
-            raise check.fail(f"{name} has room for {pairs} heads, keys has {used}")
-        return cls(x, pairs, width, pairs if used is None else used)
-
-    @property
-    def dtype(self) -> Any:
-        return self.cache.dtype
-
-    @property
-    def page_size(self) -> int:
-        return self.cache.shape[1]
-
-    @property
-    def heads(self) -> int:
-        """The number of KV heads of `shared`: one, with all columns of a row, if only one pair is used."""
-        return 1 if self.used == 1 else self.pairs
-
-    def shared(self) -> jax.Array:
-        """The pool `[p, ps, heads, …]`: K in the first columns, V from column `width` on."""
-        return self.cache.reshape(*self.cache.shape[:2], self.heads, -1)
-
-    def append(
-        self, batch: _Batch, new: tuple[jax.Array, jax.Array], implementation: Implementation | None
-    ) -> _Pool:
-        """The pool with new rows at the end of each sequence. A reshape right before an operation in place makes XLA
-        copy the cache: hence the rows are reshaped to the cache's shape, and a barrier separates the operation from a
-        caller's reshape, such as sglang-jax's. (XLA of JAX 0.10 copies behind a barrier too.)"""
-        tokens, heads, d = new[0].shape
-        missing = self.pairs - heads, self.width - d
-        rows = jnp.pad(jnp.stack(new, 2), ((0, 0), (0, missing[0]), (0, 0), (0, missing[1])))
-        cache, _, _ = append_kv(
-            jax.lax.optimization_barrier(self.cache),
-            None,
-            rows.astype(self.dtype).reshape(tokens, self.cache.shape[2], -1),
-            None,
-            batch.tables,
-            batch.lengths - jnp.diff(batch.offsets),
-            cu_seqlens=batch.offsets,
-            implementation=implementation,
-        )
-        return replace(self, cache=cache)
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """The sequences: `tables [n, pages]`, `lengths [n]` (0 for unused sequences), and the offsets of their queries."""
-
-    tables: jax.Array
-    lengths: jax.Array
-    offsets: jax.Array
-
-    @classmethod
-    def of(
-        cls,
-        check: Checker,
-        kv_lens: Any,
-        page_indices: Any,
-        cu_q_lens: Any,
-        counts: Any,
-        name: str,
-        cu_kv_lens: Any,
-        page_size: int,
-    ) -> _Batch:
-        lengths = check.int32("kv_lens", kv_lens)
-        check.rank("kv_lens", lengths, "n")
-        n = lengths.shape[0]
-        offsets = check.int32("cu_q_lens", cu_q_lens)
-        check.shape("cu_q_lens", offsets, (n + 1,), "n+1")
-        count = jnp.ravel(check.int32(name, counts))[-1:]
-        number = jnp.arange(n + 1, dtype=jnp.int32)
-        last = offsets.at[jnp.clip(count, 0, n)].get()
-        return cls(
-            _tables(check, page_indices, n, cu_kv_lens, page_size),
-            jnp.where(number[:n] < count, lengths, 0),
-            jnp.where(number <= count, offsets, last),
-        )
-
-
-def _tables(check: Checker, page_indices: Any, n: int, cu_kv_lens: Any, page_size: int) -> jax.Array:
-    indices = check.int32("page_indices", page_indices)
-    if cu_kv_lens is None:
-        flat = indices.ndim == 1 and n > 0 and indices.shape[0] % n == 0
-        if not flat and (indices.ndim != 2 or indices.shape[0] != n):
-            raise check.fail(
-                f"page_indices must have shape [n, pages] or [n · pages] with n = {n}, got {indices.shape}"
-            )
-        return indices.reshape(n, -1) if flat else indices
-    if indices.ndim != 1:
-        raise check.fail(f"page_indices must have rank 1 with cu_kv_lens, got shape {indices.shape}")
-    starts = check.int32("cu_kv_lens", cu_kv_lens)
-    check.shape("cu_kv_lens", starts, (n + 1,), "n+1")
-    first = -(-starts[:n] // page_size)
-    entry = first[:, None] + jnp.arange(indices.shape[0], dtype=jnp.int32)
-    return indices.at[entry].get(mode="clip")
-
-
 def _attend(
     check: Checker,
     query: jax.Array,
-    pool: _Pool,
-    batch: _Batch,
+    pool: Pool,
+    batch: Batch,
     scores: _Scores,
     implementation: Implementation | None,
 ) -> jax.Array:
@@ -360,7 +242,8 @@ def _attend(
         raise check.fail(f"sliding_window must be an int of at least 1 or None, got {window!r}")
     sinks = scores.sinks
     if sinks is not None:
-        sinks = jnp.broadcast_to(jnp.asarray(sinks, jnp.float32).reshape(-1), (hq,))
+        given = check.array("attention_sink", sinks).astype(jnp.float32)
+        sinks = jnp.broadcast_to(check.broadcastable("attention_sink", given, (hq,), "hq"), (hq,))
     group = hq // pool.used
     unused = (pool.heads - pool.used) * group  # query heads that belong to the KV heads that packing adds
     if unused:

@@ -269,11 +269,7 @@ def _pools(check: Checker, arguments: Pools, names: tuple[str, str], owner: str,
     check.rank("v_pages", v, dims.format("dv"))
     if like.dtype in FLOAT8 and k.dtype != like.dtype:
         raise check.fail(f"k_pages has dtype {k.dtype}, which differs from {owner}'s {like.dtype}", TypeError)
-    if k.dtype not in (like.dtype, *FLOAT8):
-        raise check.fail(
-            f"k_pages has dtype {k.dtype}, allowed are {owner}'s {like.dtype}, float8_e4m3fn and float8_e5m2",
-            TypeError,
-        )
+    check_pool_dtype(check, "k_pages", k, owner, like)
     if v.dtype != k.dtype:
         raise check.fail(f"v_pages has dtype {v.dtype}, which differs from k_pages' {k.dtype}", TypeError)
     if not all(map(same_dim, v.shape[:-1], k.shape[:-1])):
@@ -305,6 +301,15 @@ def _pools(check: Checker, arguments: Pools, names: tuple[str, str], owner: str,
                 )
             found[name] = _scales(check, name, scale, (k.shape[0], hk))
     return found
+
+
+def check_pool_dtype(check: Checker, name: str, pool: jax.Array, owner: str, like: jax.Array) -> None:
+    """Checks that a pool has the dtype of the argument `owner`, whose array is `like`, or a float8 one."""
+    if pool.dtype not in (like.dtype, *FLOAT8):
+        raise check.fail(
+            f"{name} has dtype {pool.dtype}, allowed are {like.dtype} (as {owner}), float8_e4m3fn and float8_e5m2",
+            TypeError,
+        )
 
 
 def _scales(check: Checker, name: str, given: Any, by_page: tuple[Any, Any]) -> jax.Array:
