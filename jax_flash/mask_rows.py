@@ -70,7 +70,7 @@ class Rows:
 
     def of_keys(self, x: Array) -> SortedKeys:
         """An array with one element per key, [b|1, sk] or packed [1, tk], in which each row can search its own keys."""
-        x = x if self.whole is None else self.whole(x)
+        x = jnp.asarray(x) if self.whole is None else self.whole(x)
         if self.packed_keys is None:
             start = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None] * x.shape[1]
             return SortedKeys(x.reshape(-1), start, self.keys, x.shape[1])
