@@ -91,6 +91,11 @@ def test_positions_need_not_be_indices():
     assert both.picture(2, 5) == [".###.", "...##"]
 
 
+def test_arrays_may_have_been_moved_to_the_host():
+    mask = masks.by_position(jnp.array([[2, 5]]), jnp.array([[0, 2, 2, 4, 7]]), window=(1, 0))
+    assert jax.device_get(mask).picture(2, 5) == mask.picture(2, 5)
+
+
 def test_a_prefix_is_seen_by_all():
     assert masks.prefix_lm(jnp.array([2], jnp.int32)).picture(4) == ["##..", "##..", "###.", "####"]
 
@@ -260,6 +265,14 @@ def test_repr_draws_the_corner_of_a_larger_one():
     )
 
 
+def blocks_of(rows, heads=1):
+    return masks.blocks(np.zeros((1, heads, rows, 1), int), (16, 16))
+
+
+def dense_of(sq, sk):
+    return masks.dense(np.ones((1, 1, sq, sk), bool))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -316,7 +329,32 @@ def test_repr_draws_the_corner_of_a_larger_one():
         (
             lambda: masks.segments([0, 1, 2]) & masks.segments([0, 1]),
             ValueError,
-            r"segments.* & segments.* must have q_ids of one shape, got \(1, 3\) and \(1, 2\)",
+            r"segments.* & segments.* must have q_ids .* of one shape, got \(1, 3\) and \(1, 2\)",
+        ),
+        (
+            lambda: blocks_of(2) & blocks_of(3),
+            ValueError,
+            r"masks: blocks.* & blocks.* must have chosen .*rows.* got \(1, 1, 2\) and \(1, 1, 3\)",
+        ),
+        (
+            lambda: blocks_of(1) | blocks_of(3),
+            ValueError,
+            r"masks: blocks.* \| blocks.* must have chosen .*rows.* got \(1, 1, 1\) and \(1, 1, 3\)",
+        ),
+        (
+            lambda: blocks_of(3, heads=2) | blocks_of(3, heads=4),
+            ValueError,
+            r"chosen .*h\|1.* of one shape, got \(1, 2, 3\) and \(1, 4, 3\)",
+        ),
+        (
+            lambda: dense_of(8, 7) & dense_of(8, 8),
+            ValueError,
+            r"masks: dense.* & dense.* must have arrays .*sq\|1.* of one shape, got \(1, 1, 8, 7\) and \(1, 1, 8, 8\)",
+        ),
+        (
+            lambda: dense_of(2, 8) | dense_of(8, 1),
+            ValueError,
+            r"masks: dense.* \| dense.* must have arrays .*sq\|1.* of one shape, got \(1, 1, 2, 8\) and \(1, 1, 8, 1\)",
         ),
     ],
 )
