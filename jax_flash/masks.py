@@ -18,6 +18,7 @@ from jax import Array
 
 from . import mask_arrays, mask_joins
 from . import mask_forms as forms
+from .checker import Checker
 from .mask_forms import Form, Pair
 from .mask_rows import MOST, Rows
 
@@ -207,7 +208,7 @@ def blocks(chosen: ArrayLike, block: tuple[int, int]) -> Mask:
 
 def dense(array: ArrayLike) -> Mask:
     """A boolean `[b|1, hq|1, sq|1, sk|1]`, True where a row sees a key."""
-    x = jnp.asarray(array)
+    x = Checker("masks.dense").array("array", array)
     if x.dtype != jnp.bool_ or x.ndim != 4:
         raise TypeError(f"masks.dense: array must be boolean of rank 4, got {x.dtype} of shape {x.shape}")
     return Mask((forms.Dense(x),))
@@ -250,22 +251,10 @@ def from_function(f: Callable[..., Any], sq: int, sk: int, *, batch: int = 1, he
 
 def _int32(function: str, name: str, x: ArrayLike, ranks: Sequence[int] | None = None) -> Array:
     """An index array: int32, or integers on the host whose values int32 holds."""
-    if not isinstance(x, jax.Array):
-        host = np.asarray(x)
-        if host.dtype.kind not in "iu":
-            raise TypeError(f"masks.{function}: {name} must hold integers, got {host.dtype}")
-        if host.size and not -(2**31) <= host.min() <= host.max() < 2**31:
-            raise ValueError(f"masks.{function}: {name} holds values that int32 does not")
-        x = jnp.asarray(host, jnp.int32)
-    if x.dtype != jnp.int32:
-        raise TypeError(
-            f"masks.{function}: {name} must be int32, got {x.dtype}; cast it with .astype('int32')"
-        )
-    if ranks is not None and x.ndim not in ranks:
-        raise ValueError(
-            f"masks.{function}: {name} must have rank {' or '.join(map(str, ranks))}, got shape {x.shape}"
-        )
-    array: Array = x
+    check = Checker(f"masks.{function}")
+    array = check.int32(name, x)
+    if ranks is not None and array.ndim not in ranks:
+        raise check.fail(f"{name} must have rank {' or '.join(map(str, ranks))}, got shape {array.shape}")
     return array
 
 

@@ -279,6 +279,15 @@ def test_lists_of_floats_are_type_errors():
         check_inputs(kv_lengths=[1.5])
 
 
+def test_shapes_without_values_are_type_errors():
+    lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
+    for arrays in ({"kv_lengths": lengths}, {"mask": jax.eval_shape(masks.ranges, lengths, lengths)}):
+        with pytest.raises(
+            TypeError, match=r"must be an array, got ShapeDtypeStruct\(.*; jax.eval_shape runs"
+        ):
+            check_inputs(**arrays)
+
+
 def test_unknown_names_are_type_errors():
     with pytest.raises(TypeError, match="check_inputs: 'cu_seqlen_q' is no operand of this library"):
         check_inputs(cu_seqlen_q=i32(0, 1))

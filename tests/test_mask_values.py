@@ -283,6 +283,16 @@ def dense_of(sq, sk):
         ),
         (lambda: masks.ranges([0.5], [1]), TypeError, "lo must hold integers"),
         (
+            lambda: masks.segments(jax.ShapeDtypeStruct((3,), jnp.int32)),
+            TypeError,
+            r"masks.segments: q_ids must be an array, got ShapeDtypeStruct\(.*; jax.eval_shape runs",
+        ),
+        (
+            lambda: masks.dense(jax.ShapeDtypeStruct((1, 1, 2, 2), bool)),
+            TypeError,
+            r"masks.dense: array must be an array, got ShapeDtypeStruct\(.*; jax.eval_shape runs",
+        ),
+        (
             lambda: masks.causal(2**40),
             ValueError,
             r"causal: offset must be within ±2147483647, got 1099511627776",
