@@ -40,6 +40,20 @@ VALID = {
         kv_lengths=i32(2, 3),
         mask=masks.by_position(i32([0] * 8), i32([1, 1, 0, *[0] * 9], [0, 2, 4, *[1] * 9])),
     ),
+    "positions of keys that all entries share": dict(
+        FIXED, kv_lengths=i32(2, 3), mask=masks.by_position(i32(*[0] * 8), i32(1, 1, 2, 0, *[9] * 8))
+    ),
+    "segments of pages that all sequences share": dict(
+        POOL,
+        block_tables=i32([0, 1], [2, 3]),
+        kv_lengths=i32(3, 3),
+        mask=masks.segments([[0], [0]], [[0, 0, 1, 5, 0, 0, 0, 0]]),
+    ),
+    "packed ranges, shared and of each token": dict(
+        PACKED,
+        cu_seqlens_q=i32(0, 3, 30),
+        mask=masks.ranges(0, 27) & masks.ranges(0, i32(3, 3, 3, *[27] * 27)),
+    ),
     "packed segments": dict(
         PACKED,
         cu_seqlens_q=i32(0, 5, 30),
@@ -143,6 +157,22 @@ WRONG = {
     "a range past the keys": (
         dict(FIXED, mask=masks.ranges([0, 4], [12, 13])),
         "mask's hi[1] = 13; a range lies within 0 and the 12 keys",
+    ),
+    "a range past the keys of every sequence": (
+        dict(PACKED, cu_seqlens_q=i32(0, 10, 30), mask=masks.ranges(0, 21)),
+        "mask's hi = 21; a range lies within 0 and the 20 keys",
+    ),
+    "a range past the keys of the token's sequence": (
+        dict(PACKED, cu_seqlens_q=i32(0, 10, 30), mask=masks.ranges(0, i32(*[11] * 30))),
+        "mask's hi of row 0[0] = 11; a range lies within 0 and the 10 keys",
+    ),
+    "a block past the keys of every sequence": (
+        dict(PACKED, cu_seqlens_q=i32(0, 12, 30), mask=masks.blocks([[[[1], [2]]]], (16, 16))),
+        "mask's chosen[0, 0, 1, 0] = 2; 18 keys have 2 blocks of 16",
+    ),
+    "positions of shared keys that fall": (
+        dict(FIXED, kv_lengths=i32(2, 4), mask=masks.by_position(i32(*[0] * 8), i32(1, 1, 2, 0, *[9] * 8))),
+        "mask's kv_positions[3] = 0; the positions of keys must not decrease",
     ),
     "a range that ends before it begins": (
         dict(FIXED, mask=masks.causal() & masks.ranges([3, 4], [3, 2])),
