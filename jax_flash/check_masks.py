@@ -10,7 +10,6 @@ import numpy as np
 
 from . import mask_forms as forms
 from .checker import Checker
-from .mask_operands import flat
 from .masks import Mask
 
 Host = Callable[[str, Any], np.ndarray]
@@ -31,7 +30,7 @@ class MaskChecker:
     neighbours: bool
 
     def run(self, mask: Mask) -> None:
-        for condition in flat(mask.conditions):
+        for condition in forms.flat(mask.conditions):
             for kind, check in _CHECKS.items():
                 if isinstance(condition, kind):
                     check(self, condition)

@@ -7,7 +7,7 @@ keys for each row, and the conditions that ranges cannot express.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ._jax import same_dim
-from .mask_rows import MOST, Data, Rows, SortedKeys
+from .mask_rows import MOST, Data, Rows, SortedKeys, minus, plus
 from .spec import UNLIMITED, Reach, narrower, wider
 
 Pair = tuple[Array, Array]  # lo, hi, int32, broadcastable to [b, h, s]: the keys lo ≤ j < hi
@@ -25,18 +25,6 @@ Pair = tuple[Array, Array]  # lo, hi, int32, broadcastable to [b, h, s]: the key
 def between(lo: Array | int, hi: Array | int) -> Pair:
     """The pair of int32 arrays."""
     return jnp.asarray(lo, jnp.int32), jnp.asarray(hi, jnp.int32)
-
-
-def plus(x: Array, y: Array | int) -> Array:
-    """x + y, or the end of int32 that it would pass."""
-    total = x + y
-    return jnp.where(((x ^ total) & (y ^ total)) < 0, jnp.where(x < 0, -MOST - 1, MOST), total)
-
-
-def minus(x: Array, y: Array) -> Array:
-    """x − y, or the end of int32 that it would pass."""
-    left = x - y
-    return jnp.where(((x ^ y) & (x ^ left)) < 0, jnp.where(x < 0, -MOST - 1, MOST), left)
 
 
 def _form(*arrays: str) -> Callable[[type], type]:
@@ -285,6 +273,16 @@ class Either(Form):
         return Reach(
             wider(a.left, b.left), wider(a.right, b.right), a.chunk if a.chunk == b.chunk else UNLIMITED
         )
+
+
+def flat(forms: Sequence[Form]) -> Iterator[Form]:
+    """The conditions of a mask, those of `a | b` one by one."""
+    for x in forms:
+        if isinstance(x, Either):
+            yield from flat(x.a)
+            yield from flat(x.b)
+        else:
+            yield x
 
 
 def pairs_of(forms: Sequence[Form], rows: Rows) -> list[Pair]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,7 +58,7 @@ def apply(
 ) -> AttentionSpec:
     """Adds what a mask says to the operands of a call, and returns its spec."""
     sizes = _sizes(spec, operands, ring)
-    for condition in flat(mask.conditions):
+    for condition in forms.flat(mask.conditions):
         _check(check, condition, sizes)
     if spec.align != "top_left" and _has_one_diagonal(spec, sizes, ring):
         spec = replace(spec, align="top_left")
@@ -272,16 +271,6 @@ def require_mask(check: Checker, mask: Any) -> Mask:
         f"mask must be a value of jax_flash.masks, got {type(mask).__name__}; boolean arrays are for flash_attention",
         TypeError,
     )
-
-
-def flat(conditions: tuple[Form, ...]) -> Iterator[Form]:
-    """The conditions of a mask, those of `a | b` one by one."""
-    for x in conditions:
-        if isinstance(x, forms.Either):
-            yield from flat(x.a)
-            yield from flat(x.b)
-        else:
-            yield x
 
 
 def _check(check: Checker, x: Form, sizes: Sizes) -> None:

@@ -16,6 +16,18 @@ Data = int | Array  # a number, or one for each batch entry, int32 [b]
 MOST = 2**31 - 1
 
 
+def plus(x: Array, y: Array | int) -> Array:
+    """x + y, or the end of int32 that it would pass."""
+    total = x + y
+    return jnp.where(((x ^ total) & (y ^ total)) < 0, jnp.where(x < 0, -MOST - 1, MOST), total)
+
+
+def minus(x: Array, y: Array) -> Array:
+    """x − y, or the end of int32 that it would pass."""
+    left = x - y
+    return jnp.where(((x ^ y) & (x ^ left)) < 0, jnp.where(x < 0, -MOST - 1, MOST), left)
+
+
 @dataclass(frozen=True)
 class PackedKeys:
     """Where the keys of sequences lie in arrays with one element per key, of any shape.

@@ -73,12 +73,19 @@ class Mask:
         return " & ".join(_name(x) for x in self.conditions) or "everything"
 
     def __repr__(self) -> str:
-        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self)):
-            return f"Mask({self!s})"
-        sq, sk = _sizes(self.conditions)
-        if sq * sk > _MOST_DRAWN:
-            return f"Mask({self!s})"
-        return "\n".join((f"Mask({self!s})", *(row[:_DRAWN] for row in self.picture(sq, sk)[:_DRAWN])))
+        return "\n".join((f"Mask({self!s})", *self._corner()))
+
+    def _corner(self) -> list[str]:
+        """The first rows and keys of a small mask's picture; nothing of a mask that cannot be drawn."""
+        try:
+            sq, sk = _sizes(self.conditions)
+            if sq * sk > _MOST_DRAWN or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self)):
+                return []
+            return [row[:_DRAWN] for row in self.picture(sq, sk)[:_DRAWN]]
+        except (
+            Exception
+        ):  # The arrays may be stacked, deleted or on other hosts; shapes and axes stand in for them too.
+            return []
 
 
 def causal(offset: int | ArrayLike = 0) -> Mask:
@@ -321,21 +328,26 @@ def _name(x: Form) -> str:
     return _NAMES[type(x)]
 
 
-def _sizes(conditions: Sequence[Form]) -> tuple[int, int]:
+def _sizes(conditions: tuple[Form, ...]) -> tuple[int, int]:
     """The numbers of rows and keys in the arrays of a mask; 8 if no array tells."""
-    sq = sk = 8
-    for x in conditions:
+    rows, keys, of_blocks = [0], [0], [0]
+    for x in forms.flat(conditions):
         if isinstance(x, forms.Ranges):
-            sq = sk = max(
-                jnp.broadcast_shapes(*(limit.shape for pair in x.limits for limit in pair))[-1:] or (8,)
-            )
-        elif isinstance(x, forms.Spans):
-            sq = sk = x.ids.shape[-1]
-        elif isinstance(x, (forms.Segments, forms.Positions)):
-            q, k = (x.q_ids, x.kv_ids) if isinstance(x, forms.Segments) else (x.q_positions, x.kv_positions)
-            sq, sk = q.shape[-1], k.shape[-1]
-        elif isinstance(x, forms.Blocks):
-            sq = sk = x.chosen.shape[2] * x.block[0]
-        elif isinstance(x, forms.Dense):
-            sq, sk = x.seen.shape[-2:]
-    return sq, sk
+            rows += jnp.broadcast_shapes(*(limit.shape for pair in x.limits for limit in pair))[-1:]
+        elif isinstance(x, forms.Blocks):  # the last block may be longer than the rows
+            of_blocks.append(x.chosen.shape[2] * x.block[0])
+        elif isinstance(x, (forms.Spans, forms.Segments, forms.Positions, forms.Dense)):
+            of_rows, of_keys = _lengths(x)
+            rows.append(of_rows)
+            keys.append(of_keys)
+    sq = max(rows) or max(of_blocks) or 8
+    return sq, max(keys) or sq
+
+
+def _lengths(x: forms.Spans | forms.Segments | forms.Positions | forms.Dense) -> tuple[int, int]:
+    if isinstance(x, forms.Dense):
+        return x.seen.shape[-2], x.seen.shape[-1]
+    if isinstance(x, forms.Spans):
+        return x.ids.shape[-1], x.ids.shape[-1]
+    q, k = (x.q_ids, x.kv_ids) if isinstance(x, forms.Segments) else (x.q_positions, x.kv_positions)
+    return q.shape[-1], k.shape[-1]
