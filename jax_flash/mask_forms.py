@@ -6,17 +6,16 @@ keys for each row, and the conditions that ranges cannot express.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from ._jax import same_dim
 from .mask_rows import MOST, Data, Rows, SortedKeys, minus, plus
+from .pytrees import pytree
 from .spec import UNLIMITED, Reach, narrower, wider
 
 Pair = tuple[Array, Array]  # lo, hi, int32, broadcastable to [b, h, s]: the keys lo ≤ j < hi
@@ -25,17 +24,6 @@ Pair = tuple[Array, Array]  # lo, hi, int32, broadcastable to [b, h, s]: the key
 def between(lo: Array | int, hi: Array | int) -> Pair:
     """The pair of int32 arrays."""
     return jnp.asarray(lo, jnp.int32), jnp.asarray(hi, jnp.int32)
-
-
-def _form(*arrays: str) -> Callable[[type], type]:
-    """Makes a frozen dataclass a pytree whose leaves are in the fields of these names."""
-
-    def register(cls: type) -> type:
-        fields = dataclasses.fields(cls)
-        static = [field.name for field in fields if field.name not in arrays]
-        return jax.tree_util.register_dataclass(cls, data_fields=list(arrays), meta_fields=static)
-
-    return register
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +39,7 @@ class Form:
         return Reach()
 
 
-@_form("left", "right", "offset")
+@pytree("left", "right", "offset")
 @dataclass(frozen=True, eq=False)
 class Band(Form):
     """Keys i + offset − left ≤ j ≤ i + offset + right; a side that is None is unlimited."""
@@ -76,7 +64,7 @@ class Band(Form):
         )
 
 
-@_form("limits")
+@pytree("limits")
 @dataclass(frozen=True, eq=False)
 class Ranges(Form):
     """The keys in one or two ranges per row, given as arrays."""
@@ -90,7 +78,7 @@ class Ranges(Form):
         return [between(in_full(lo), in_full(hi)) for lo, hi in self.limits]
 
 
-@_form("lengths")
+@pytree("lengths")
 @dataclass(frozen=True, eq=False)
 class Prefix(Form):
     """Causal, and the first `lengths` keys."""
@@ -104,7 +92,7 @@ class Prefix(Form):
         return Reach(right=max(self.lengths - 1, 0)) if isinstance(self.lengths, int) else Reach()
 
 
-@_form("ids")
+@pytree("ids")
 @dataclass(frozen=True, eq=False)
 class Spans(Form):
     """Causal, but bidirectional within a run of equal ids that are not negative."""
@@ -137,7 +125,7 @@ class Spans(Form):
         return rows.index + (last - token) + 1
 
 
-@_form()
+@pytree()
 @dataclass(frozen=True, eq=False)
 class Chunks(Form):
     """Causal within chunks of `size` keys."""
@@ -151,7 +139,7 @@ class Chunks(Form):
         return Reach(self.size - 1, 0, self.size)
 
 
-@_form("first", "left")
+@pytree("first", "left")
 @dataclass(frozen=True, eq=False)
 class FirstAndWindow(Form):
     """Causal: the `first` keys, the row's own key and the `left` keys before it."""
@@ -170,7 +158,7 @@ class FirstAndWindow(Form):
         return Reach(right=0)
 
 
-@_form()
+@pytree()
 @dataclass(frozen=True, eq=False)
 class Diffusion(Form):
     """Block diffusion over n noised tokens and then the n clean ones."""
@@ -186,7 +174,7 @@ class Diffusion(Form):
         return [between(start, own), between(n, clean)]
 
 
-@_form("q_positions", "kv_positions", "left", "right")
+@pytree("q_positions", "kv_positions", "left", "right")
 @dataclass(frozen=True, eq=False)
 class Positions(Form):
     """Keys whose position lies in [p − left, p + right] around the row's position p; kv_positions do not decrease."""
@@ -207,7 +195,7 @@ class Positions(Form):
         return [between(lo, hi)]
 
 
-@_form("q_ids", "kv_ids")
+@pytree("q_ids", "kv_ids")
 @dataclass(frozen=True, eq=False)
 class Segments(Form):
     """Keys of the row's own segment. If keys are packed or in pages, a segment's keys are neighbours, so that its rows
@@ -231,7 +219,7 @@ class Segments(Form):
         return [between(jnp.where(none, 0, lo)[:, None], jnp.where(none, 0, hi + 1)[:, None])]
 
 
-@_form("chosen")
+@pytree("chosen")
 @dataclass(frozen=True, eq=False)
 class Blocks(Form):
     """Blocks of keys chosen for each block of queries."""
@@ -249,7 +237,7 @@ class Blocks(Form):
         return nothing.at[(*at, index)].set(True, mode="drop")
 
 
-@_form("seen")
+@pytree("seen")
 @dataclass(frozen=True, eq=False)
 class Dense(Form):
     """A boolean for each row and key."""
@@ -257,7 +245,7 @@ class Dense(Form):
     seen: Array  # [b|1, hq|1, sq|1, sk|1]
 
 
-@_form("a", "b")
+@pytree("a", "b")
 @dataclass(frozen=True, eq=False)
 class Either(Form):
     """The keys that either of two masks shows."""

@@ -21,13 +21,14 @@ from . import mask_forms as forms
 from .checker import Checker
 from .mask_forms import Form, Pair
 from .mask_rows import MOST, Rows
+from .pytrees import pytree
 
 ArrayLike = Any
 _DRAWN = 16  # the most rows and keys in a picture
 _MOST_DRAWN = 1 << 20  # the most pairs of a mask that repr draws
 
 
-@jax.tree_util.register_dataclass
+@pytree("conditions")
 @dataclass(frozen=True, eq=False)
 class Mask:
     """Which keys each query row sees: a conjunction of conditions. Make one by the functions of this module."""

@@ -118,6 +118,24 @@ def test_a_call_with_a_mask_is_exported(kernel):
     np.testing.assert_allclose(exported.call(*X, mask), run(*X, mask), rtol=1e-6)
 
 
+def test_a_program_that_takes_masks_is_serialised():
+    """With the numbers in them that are compiled in."""
+    ids, chosen = np.zeros((2, S), int), np.zeros((1, 1, 3, 1), int)
+    given = [
+        masks.blocks(chosen, (16, 32)) & masks.chunked(7) & masks.segments(ids),
+        masks.ranges(ids[:, None], 9) | masks.window(jnp.array([3, 5]), 0),
+        masks.by_position(ids, ids, window=(3, None))
+        & masks.bidirectional_spans(ids)
+        & masks.block_diffusion(4),
+        masks.first_and_window(1, 2) & masks.prefix_lm(3) & masks.dense(np.ones((1, 1, S, S), bool)),
+        masks.from_function(lambda b, h, i, j: j <= i, 4, 4),
+    ]
+    program = jax.export.export(jax.jit(lambda given: given))(given)
+    again = jax.export.deserialize(program.serialize())
+    assert again.in_tree == program.in_tree == jax.tree.structure(((given,), {}))
+    assert jax.tree.structure(again.call(given)) == jax.tree.structure(given)
+
+
 @pytest.mark.parametrize("make", [masks.segments, masks.by_position])
 def test_no_keys_at_all(make, implementation):
     q, none, starts = jnp.ones((3, 2, 8)), jnp.ones((0, 2, 8)), jnp.array([0, 3], jnp.int32)
