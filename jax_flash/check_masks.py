@@ -69,7 +69,7 @@ def _ranges(own: MaskChecker, x: forms.Ranges) -> None:
     for limits in x.limits:
         lo, hi = np.broadcast_arrays(*(own.host(f"mask's {n}", v) for n, v in zip(("lo", "hi"), limits)))
         own.fail_at(lo > hi, "lo", lo, "a range begins at or before its end, hi")
-        for where, keys, part in own.parts(lo.shape[-1] if lo.ndim else 1):
+        for where, keys, part in own.parts(lo.shape[-1] if lo.ndim and not x.by_sequence else 1):
             most = "the number of keys" if keys is None else f"the {keys} keys"
             for name, limit in (("lo", lo), ("hi", hi)):
                 values = limit[..., part] if limit.ndim else limit

@@ -67,12 +67,18 @@ class Band(Form):
 @pytree("limits")
 @dataclass(frozen=True, eq=False)
 class Ranges(Form):
-    """The keys in one or two ranges per row, given as arrays."""
+    """The keys in one or two ranges per row, given as arrays.
+
+    `by_sequence`: in packed calls the arrays are [n|1, h|1, rows of a sequence] instead of [h|1, tq].
+    """
 
     limits: tuple[Pair, ...]
+    by_sequence: bool = False
 
     def pairs(self, rows: Rows) -> list[Pair]:
         def in_full(x: Array) -> Array:
+            if self.by_sequence and rows.sequence is not None:
+                return rows.of_sequences(x)
             return jnp.expand_dims(x, range(3 - x.ndim))
 
         return [between(in_full(lo), in_full(hi)) for lo, hi in self.limits]

@@ -80,6 +80,13 @@ class Rows:
             return x[:, None, None]
         return x[jnp.clip(self.sequence, 0, x.shape[0] - 1)][None, None]
 
+    def of_sequences(self, x: Array) -> Array:
+        """The elements [1, h, s] of packed rows from an array [n|1, h|1, rows] of sequences; 0 past its last row."""
+        assert self.sequence is not None
+        sequence = jnp.minimum(self.sequence, x.shape[0] - 1)
+        row = jnp.zeros_like(sequence) if same_dim(x.shape[2], 1) else self.index[0]
+        return jnp.asarray(x).at[sequence, :, row].get(mode="fill", fill_value=0).T[None]
+
     def of_keys(self, x: Array) -> SortedKeys:
         """An array with one element per key, [b|1, sk] or packed [1, tk], in which each row can search its own keys."""
         x = jnp.asarray(x) if self.whole is None else self.whole(x)

@@ -54,6 +54,9 @@ VALID = {
         cu_seqlens_q=i32(0, 3, 30),
         mask=masks.ranges(0, 27) & masks.ranges(0, i32(3, 3, 3, *[27] * 27)),
     ),
+    "a function of the rows of packed sequences": dict(
+        PACKED, cu_seqlens_q=i32(0, 3, 30), mask=masks.from_function(lambda b, h, i, j: j < 27, 30, 27)
+    ),
     "packed segments": dict(
         PACKED,
         cu_seqlens_q=i32(0, 5, 30),

@@ -14,6 +14,7 @@ from jax_flash import (
     export_checks,
     flash_attention,
     flash_attention_varlen,
+    flops,
     masks,
     paged_attention,
     ring_attention,
@@ -258,6 +259,16 @@ def test_packed_and_paged_calls_name_the_way_out_of_a_dense_array():
     ):
         with pytest.raises(NotImplementedError, match=r"masks\.dense.*from_function.*blocks"):
             call()
+
+
+def test_packed_and_paged_calls_take_functions_and_ranges_of_one_batch_entry():
+    x, offsets = jnp.ones((7, 1, 8)), np.array([0, 3, 7], np.int32)
+    packed = partial(flops, flash_attention_varlen, x, x, x, offsets)
+    pages = (jnp.ones((2, 4, 1, 8)),) * 2
+    paged = partial(flops, paged_attention, x, *pages, [[0], [1]], np.diff(offsets), cu_seqlens_q=offsets)
+    of_tokens = masks.ranges(0, np.array([1, 2, 3, 1, 2, 3, 4])[None, None])
+    for mask in (masks.from_function(lambda b, h, i, j: j <= i, 4, 4), of_tokens):
+        assert packed(mask=mask) == packed(causal=True) == paged(mask=mask)
 
 
 def test_arrays_of_any_rank_without_rank_promotion(implementation):
