@@ -84,8 +84,8 @@ class Rows:
         """The elements [1, h, s] of packed rows from an array [n|1, h|1, rows] of sequences; 0 past its last row."""
         assert self.sequence is not None
         sequence = jnp.minimum(self.sequence, x.shape[0] - 1)
-        row = jnp.zeros_like(sequence) if same_dim(x.shape[2], 1) else self.index[0]
-        return jnp.asarray(x).at[sequence, :, row].get(mode="fill", fill_value=0).T[None]
+        row = jnp.zeros_like(sequence) if same_dim(x.shape[2], 1) else jnp.minimum(self.index[0], x.shape[2])
+        return jnp.pad(x, ((0, 0), (0, 0), (0, 1)))[sequence, :, row].T[None]
 
     def of_keys(self, x: Array) -> SortedKeys:
         """An array with one element per key, [b|1, sk] or packed [1, tk], in which each row can search its own keys."""

@@ -269,6 +269,9 @@ def test_packed_and_paged_calls_take_functions_and_ranges_of_one_batch_entry():
     of_tokens = masks.ranges(0, np.array([1, 2, 3, 1, 2, 3, 4])[None, None])
     for mask in (masks.from_function(lambda b, h, i, j: j <= i, 4, 4), of_tokens):
         assert packed(mask=mask) == packed(causal=True) == paged(mask=mask)
+    assert (
+        packed(mask=masks.from_function(lambda b, h, i, j: j <= i, 0, 4)) == 0
+    )  # all rows are past the last
 
 
 def test_arrays_of_any_rank_without_rank_promotion(implementation):
