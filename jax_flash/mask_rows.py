@@ -81,10 +81,9 @@ class Rows:
         return x[jnp.clip(self.sequence, 0, x.shape[0] - 1)][None, None]
 
     def of_sequences(self, x: Array) -> Array:
-        """The elements [1, h, s] of packed rows from an array [n|1, h|1, rows] of sequences; 0 past its last row."""
+        """The elements [1, h, s] of packed rows in an array [n|1, h|1, rows] of sequences; 0 past its last row."""
         assert self.sequence is not None
-        sequence = jnp.minimum(self.sequence, x.shape[0] - 1)
-        row = jnp.zeros_like(sequence) if same_dim(x.shape[2], 1) else jnp.minimum(self.index[0], x.shape[2])
+        sequence, row = jnp.minimum(self.sequence, x.shape[0] - 1), jnp.minimum(self.index[0], x.shape[2])
         return jnp.pad(x, ((0, 0), (0, 0), (0, 1)))[sequence, :, row].T[None]
 
     def of_keys(self, x: Array) -> SortedKeys:

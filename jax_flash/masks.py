@@ -83,9 +83,7 @@ class Mask:
             if sq * sk > _MOST_DRAWN or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self)):
                 return []
             return [row[:_DRAWN] for row in self.picture(sq, sk)[:_DRAWN]]
-        except (
-            Exception
-        ):  # The arrays may be stacked, deleted or on other hosts; shapes and axes stand in for them too.
+        except Exception:  # Arrays may be deleted or on other hosts, and trees of masks hold shapes or axes.
             return []
 
 
