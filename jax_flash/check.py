@@ -283,8 +283,10 @@ def _mask_checker(call: _Call) -> MaskChecker:
         keys = call.index["block_tables"].shape[1] * call.page_size if call.page_size else None
     packed_q = call.index.get("cu_seqlens_q")
     offsets = None if paged else call.index.get("cu_seqlens_k", packed_q)
+    if offsets is not None:
+        keys = int(np.diff(offsets).max(initial=0))
     neighbours = paged or packed_q is not None
-    return MaskChecker(_CHECK, _host, keys, call.index.get("kv_lengths"), offsets, neighbours)
+    return MaskChecker(_CHECK, _host, keys, call.index.get("kv_lengths"), offsets, packed_q, neighbours)
 
 
 def _check_pages(call: _Call) -> None:

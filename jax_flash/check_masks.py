@@ -10,7 +10,6 @@ import numpy as np
 
 from . import mask_forms as forms
 from .checker import Checker
-from .mask_operands import flat
 from .masks import Mask
 
 Host = Callable[[str, Any], np.ndarray]
@@ -19,17 +18,19 @@ Host = Callable[[str, Any], np.ndarray]
 @dataclass(frozen=True)
 class MaskChecker:
     """keys: the keys that a batch entry or sequence can have, if known. lengths: the keys in use of each, if known.
-    offsets: where the sequences begin in packed keys. neighbours: whether a segment's keys must be adjacent."""
+    offsets, q_offsets: where the sequences begin in packed keys and their rows in packed queries. neighbours: whether a
+    segment's keys must be adjacent."""
 
     check: Checker
     host: Host
     keys: int | None
     lengths: np.ndarray | None
     offsets: np.ndarray | None
+    q_offsets: np.ndarray | None
     neighbours: bool
 
     def run(self, mask: Mask) -> None:
-        for condition in flat(mask.conditions):
+        for condition in forms.flat(mask.conditions):
             for kind, check in _CHECKS.items():
                 if isinstance(condition, kind):
                     check(self, condition)
@@ -39,7 +40,7 @@ class MaskChecker:
         places = np.argwhere(bad)
         if len(places):
             at = tuple(int(i) for i in places[0])
-            raise self.check.fail(f"mask's {name}[{', '.join(map(str, at))}] = {x[at]}; {rule}")
+            raise self.check.fail(f"mask's {name}{list(at) if at else ''} = {x[at]}; {rule}")
 
     def runs(self, x: np.ndarray) -> list[tuple[str, np.ndarray]]:
         """The elements of each sequence's keys in use, with a name for messages."""
@@ -48,19 +49,32 @@ class MaskChecker:
             rows = [x.reshape(-1)[begin:end] for begin, end in ends]
         else:
             rows = list(x)
-        if self.lengths is not None and len(self.lengths) == len(rows):
-            rows = [row[: max(int(n), 0)] for row, n in zip(rows, self.lengths)]
+        lengths = self.lengths
+        if lengths is not None and len(rows) == 1:  # the keys may be shared by all entries
+            lengths = lengths.max(initial=0, keepdims=True)
+        if lengths is not None and len(lengths) == len(rows):
+            rows = [row[: max(int(n), 0)] for row, n in zip(rows, lengths)]
         return [(f" of row {z}" if len(rows) > 1 else "", row) for z, row in enumerate(rows)]
+
+    def parts(self, rows: int) -> list[tuple[str, int | None, slice]]:
+        """Parts of an array of so many rows, with a name for messages and the keys that its rows can have: packed
+        tokens by their sequences, other rows together."""
+        if self.offsets is None or self.q_offsets is None or rows < max(2, self.q_offsets[-1]):
+            return [("", self.keys, slice(None))]
+        ends = zip(np.diff(self.offsets), self.q_offsets[:-1], self.q_offsets[1:])
+        return [(f" of row {z}", int(keys), slice(begin, end)) for z, (keys, begin, end) in enumerate(ends)]
 
 
 def _ranges(own: MaskChecker, x: forms.Ranges) -> None:
     for limits in x.limits:
         lo, hi = np.broadcast_arrays(*(own.host(f"mask's {n}", v) for n, v in zip(("lo", "hi"), limits)))
         own.fail_at(lo > hi, "lo", lo, "a range begins at or before its end, hi")
-        for name, values in (("lo", lo), ("hi", hi)):
-            most = "the number of keys" if own.keys is None else f"the {own.keys} keys"
-            outside = values < 0 if own.keys is None else (values < 0) | (values > own.keys)
-            own.fail_at(outside, name, values, f"a range lies within 0 and {most}")
+        for where, keys, part in own.parts(lo.shape[-1] if lo.ndim and not x.by_sequence else 1):
+            most = "the number of keys" if keys is None else f"the {keys} keys"
+            for name, limit in (("lo", lo), ("hi", hi)):
+                values = limit[..., part] if limit.ndim else limit
+                outside = values < 0 if keys is None else (values < 0) | (values > keys)
+                own.fail_at(outside, name + where, values, f"a range lies within 0 and {most}")
 
 
 def _blocks(own: MaskChecker, x: forms.Blocks) -> None:

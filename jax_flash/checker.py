@@ -27,12 +27,17 @@ class Checker:
         return error(f"{self.op}: {message}")
 
     def array(self, name: str, x: Any) -> jax.Array:
-        if x is None or isinstance(x, (str, bytes)):
-            raise self.fail(f"{name} must be an array, got {x!r}", TypeError)
+        self._require_values(name, x)
         try:
             return jnp.asarray(x)
         except TypeError:
             raise self._not_of_jax(name, x) from None
+
+    def _require_values(self, name: str, x: Any) -> None:
+        """Refuses what holds no values. NumPy and JAX would make an array of an object of it."""
+        if x is None or isinstance(x, (str, bytes, jax.ShapeDtypeStruct)):
+            hint = "; jax.eval_shape runs a function on shapes" if isinstance(x, jax.ShapeDtypeStruct) else ""
+            raise self.fail(f"{name} must be an array, got {x!r}{hint}", TypeError)
 
     def _not_of_jax(self, name: str, x: Any) -> Exception:
         dtype = getattr(x, "dtype", None)
@@ -61,8 +66,6 @@ class Checker:
 
     def int32(self, name: str, x: Any) -> jax.Array:
         """An index array: int32 if it is JAX's; on the host, integers of any type whose values int32 holds."""
-        if x is None or isinstance(x, (str, bytes)):
-            raise self.fail(f"{name} must be an array, got {x!r}", TypeError)
         if not _holds_jax_arrays(x):
             return jnp.asarray(self.host_int32(name, x))
         array = jnp.asarray(x)
@@ -74,6 +77,7 @@ class Checker:
 
     def host_int32(self, name: str, x: Any) -> np.ndarray:
         """The int32 values of integers on the host: a number, a list or a NumPy array."""
+        self._require_values(name, x)
         try:
             array = np.asarray(x)
         except ValueError:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from jax.export import DisabledSafetyCheck
 
 from .operands import DELTA, PASSES
-
-if TYPE_CHECKING:
-    from jax.export import DisabledSafetyCheck
 
 
 def export_checks() -> list[DisabledSafetyCheck]:
@@ -23,6 +20,4 @@ def export_checks() -> list[DisabledSafetyCheck]:
     Example:
       >>> exported = jax.export.export(jax.jit(step), disabled_checks=export_checks())(*arguments)
     """
-    from jax.export import DisabledSafetyCheck  # not at import: few programs export
-
     return [DisabledSafetyCheck.custom_call(f"jax_flash_{pass_.name}") for pass_ in (*PASSES, DELTA)]

@@ -6,17 +6,16 @@ keys for each row, and the conditions that ranges cannot express.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from ._jax import same_dim
-from .mask_rows import MOST, Data, Rows, SortedKeys
+from .mask_rows import MOST, Data, Rows, SortedKeys, minus, plus
+from .pytrees import pytree
 from .spec import UNLIMITED, Reach, narrower, wider
 
 Pair = tuple[Array, Array]  # lo, hi, int32, broadcastable to [b, h, s]: the keys lo ≤ j < hi
@@ -25,29 +24,6 @@ Pair = tuple[Array, Array]  # lo, hi, int32, broadcastable to [b, h, s]: the key
 def between(lo: Array | int, hi: Array | int) -> Pair:
     """The pair of int32 arrays."""
     return jnp.asarray(lo, jnp.int32), jnp.asarray(hi, jnp.int32)
-
-
-def plus(x: Array, y: Array | int) -> Array:
-    """x + y, or the end of int32 that it would pass."""
-    total = x + y
-    return jnp.where(((x ^ total) & (y ^ total)) < 0, jnp.where(x < 0, -MOST - 1, MOST), total)
-
-
-def minus(x: Array, y: Array) -> Array:
-    """x − y, or the end of int32 that it would pass."""
-    left = x - y
-    return jnp.where(((x ^ y) & (x ^ left)) < 0, jnp.where(x < 0, -MOST - 1, MOST), left)
-
-
-def _form(*arrays: str) -> Callable[[type], type]:
-    """Makes a frozen dataclass a pytree whose leaves are in the fields of these names."""
-
-    def register(cls: type) -> type:
-        fields = dataclasses.fields(cls)
-        static = [field.name for field in fields if field.name not in arrays]
-        return jax.tree_util.register_dataclass(cls, data_fields=list(arrays), meta_fields=static)
-
-    return register
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +39,7 @@ class Form:
         return Reach()
 
 
-@_form("left", "right", "offset")
+@pytree("left", "right", "offset")
 @dataclass(frozen=True, eq=False)
 class Band(Form):
     """Keys i + offset − left ≤ j ≤ i + offset + right; a side that is None is unlimited."""
@@ -88,21 +64,27 @@ class Band(Form):
         )
 
 
-@_form("limits")
+@pytree("limits")
 @dataclass(frozen=True, eq=False)
 class Ranges(Form):
-    """The keys in one or two ranges per row, given as arrays."""
+    """The keys in one or two ranges per row, given as arrays.
+
+    `by_sequence`: in packed calls the arrays are [n|1, h|1, rows of a sequence] instead of [h|1, tq].
+    """
 
     limits: tuple[Pair, ...]
+    by_sequence: bool = False
 
     def pairs(self, rows: Rows) -> list[Pair]:
         def in_full(x: Array) -> Array:
+            if self.by_sequence and rows.sequence is not None:
+                return rows.of_sequences(x)
             return jnp.expand_dims(x, range(3 - x.ndim))
 
         return [between(in_full(lo), in_full(hi)) for lo, hi in self.limits]
 
 
-@_form("lengths")
+@pytree("lengths")
 @dataclass(frozen=True, eq=False)
 class Prefix(Form):
     """Causal, and the first `lengths` keys."""
@@ -116,7 +98,7 @@ class Prefix(Form):
         return Reach(right=max(self.lengths - 1, 0)) if isinstance(self.lengths, int) else Reach()
 
 
-@_form("ids")
+@pytree("ids")
 @dataclass(frozen=True, eq=False)
 class Spans(Form):
     """Causal, but bidirectional within a run of equal ids that are not negative."""
@@ -149,7 +131,7 @@ class Spans(Form):
         return rows.index + (last - token) + 1
 
 
-@_form()
+@pytree()
 @dataclass(frozen=True, eq=False)
 class Chunks(Form):
     """Causal within chunks of `size` keys."""
@@ -163,7 +145,7 @@ class Chunks(Form):
         return Reach(self.size - 1, 0, self.size)
 
 
-@_form("first", "left")
+@pytree("first", "left")
 @dataclass(frozen=True, eq=False)
 class FirstAndWindow(Form):
     """Causal: the `first` keys, the row's own key and the `left` keys before it."""
@@ -182,7 +164,7 @@ class FirstAndWindow(Form):
         return Reach(right=0)
 
 
-@_form()
+@pytree()
 @dataclass(frozen=True, eq=False)
 class Diffusion(Form):
     """Block diffusion over n noised tokens and then the n clean ones."""
@@ -198,7 +180,7 @@ class Diffusion(Form):
         return [between(start, own), between(n, clean)]
 
 
-@_form("q_positions", "kv_positions", "left", "right")
+@pytree("q_positions", "kv_positions", "left", "right")
 @dataclass(frozen=True, eq=False)
 class Positions(Form):
     """Keys whose position lies in [p − left, p + right] around the row's position p; kv_positions do not decrease."""
@@ -219,7 +201,7 @@ class Positions(Form):
         return [between(lo, hi)]
 
 
-@_form("q_ids", "kv_ids")
+@pytree("q_ids", "kv_ids")
 @dataclass(frozen=True, eq=False)
 class Segments(Form):
     """Keys of the row's own segment. If keys are packed or in pages, a segment's keys are neighbours, so that its rows
@@ -243,7 +225,7 @@ class Segments(Form):
         return [between(jnp.where(none, 0, lo)[:, None], jnp.where(none, 0, hi + 1)[:, None])]
 
 
-@_form("chosen")
+@pytree("chosen")
 @dataclass(frozen=True, eq=False)
 class Blocks(Form):
     """Blocks of keys chosen for each block of queries."""
@@ -261,7 +243,7 @@ class Blocks(Form):
         return nothing.at[(*at, index)].set(True, mode="drop")
 
 
-@_form("seen")
+@pytree("seen")
 @dataclass(frozen=True, eq=False)
 class Dense(Form):
     """A boolean for each row and key."""
@@ -269,7 +251,7 @@ class Dense(Form):
     seen: Array  # [b|1, hq|1, sq|1, sk|1]
 
 
-@_form("a", "b")
+@pytree("a", "b")
 @dataclass(frozen=True, eq=False)
 class Either(Form):
     """The keys that either of two masks shows."""
@@ -285,6 +267,16 @@ class Either(Form):
         return Reach(
             wider(a.left, b.left), wider(a.right, b.right), a.chunk if a.chunk == b.chunk else UNLIMITED
         )
+
+
+def flat(forms: Sequence[Form]) -> Iterator[Form]:
+    """The conditions of a mask, those of `a | b` one by one."""
+    for x in forms:
+        if isinstance(x, Either):
+            yield from flat(x.a)
+            yield from flat(x.b)
+        else:
+            yield x
 
 
 def pairs_of(forms: Sequence[Form], rows: Rows) -> list[Pair]:

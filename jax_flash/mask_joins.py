@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from operator import and_
 from typing import cast
 
 import jax
@@ -14,6 +13,9 @@ from jax import Array
 from . import mask_forms as forms
 from ._jax import in_automatic_axes, same_dim
 from .mask_forms import Form
+
+_OF_ARRAYS = "b|1, hq|1, sq|1, sk|1"
+_OF_CHOSEN = "b|1, h|1, rows"
 
 
 def merged(conditions: Sequence[Form]) -> tuple[Form, ...]:
@@ -27,19 +29,35 @@ def merged(conditions: Sequence[Form]) -> tuple[Form, ...]:
     if by_block:
         rest.append(reduce(_both_blocks, by_block))
     if arrays:
-        rest.append(forms.Dense(reduce(and_, (x.seen for x in arrays))))
+        rest.append(reduce(_both_arrays, arrays))
     return tuple(rest)
 
 
 def joined(a: Form, b: Form) -> Form | None:
     """The keys that either of two conditions shows, if they are not made of ranges; None if there is no such form."""
     if isinstance(a, forms.Dense) and isinstance(b, forms.Dense):
+        _require_one_shape("dense(…) | dense(…)", "arrays", _OF_ARRAYS, a.seen, b.seen)
         return forms.Dense(a.seen | b.seen)
     if isinstance(a, forms.Blocks) and isinstance(b, forms.Blocks) and a.block == b.block:
+        _require_one_shape("blocks(…) | blocks(…)", "chosen", _OF_CHOSEN, a.chosen, b.chosen)
         lead = jnp.broadcast_shapes(a.chosen.shape[:-1], b.chosen.shape[:-1])
         both = [jnp.broadcast_to(x.chosen, (*lead, x.chosen.shape[-1])) for x in (a, b)]
         return forms.Blocks(jnp.concatenate(both, -1), a.block)
     return None
+
+
+def _require_one_shape(masks: str, name: str, dims: str, x: Array, y: Array) -> None:
+    """Raises unless the dimensions agree; those with `|1` may also be 1 in one of the arrays."""
+    each = dims.split(", ")
+    of_x, of_y = x.shape[: len(each)], y.shape[: len(each)]
+    for dim, m, n in zip(each, of_x, of_y):
+        if not (same_dim(m, n) or (dim.endswith("|1") and (same_dim(m, 1) or same_dim(n, 1)))):
+            raise ValueError(f"masks: {masks} must have {name} [{dims}] of one shape, got {of_x} and {of_y}")
+
+
+def _both_arrays(a: forms.Dense, b: forms.Dense) -> forms.Dense:
+    _require_one_shape("dense(…) & dense(…)", "arrays", _OF_ARRAYS, a.seen, b.seen)
+    return forms.Dense(a.seen & b.seen)
 
 
 def _both_blocks(a: forms.Blocks, b: forms.Blocks) -> forms.Blocks:
@@ -49,6 +67,7 @@ def _both_blocks(a: forms.Blocks, b: forms.Blocks) -> forms.Blocks:
             f"masks: blocks(…) & blocks(…) must have blocks of one size, got {a.block} and {b.block}; "
             "masks.dense(…) takes any mask"
         )
+    _require_one_shape("blocks(…) & blocks(…)", "chosen", _OF_CHOSEN, a.chosen, b.chosen)
     in_b = (a.chosen[..., :, None] == b.chosen[..., None, :]).any(-1)
     return forms.Blocks(jnp.where(in_b, a.chosen, -1), a.block)
 
@@ -57,10 +76,7 @@ def both_segments(a: forms.Segments, b: forms.Segments) -> forms.Segments:
     """Ids that are equal where both ids are equal: numbers of the pairs of ids."""
 
     def pairs(name: str, x: Array, y: Array) -> Array:
-        if not all(same_dim(m, n) or 1 in (m, n) for m, n in zip(x.shape, y.shape)):
-            raise ValueError(
-                f"masks: segments(…) & segments(…) must have {name} of one shape, got {x.shape} and {y.shape}"
-            )
+        _require_one_shape("segments(…) & segments(…)", name, "b|1, s|1", x, y)
         return jnp.stack(jnp.broadcast_arrays(x, y), -1)
 
     def number(x: Array) -> Array:

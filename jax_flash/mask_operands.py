@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,7 +58,7 @@ def apply(
 ) -> AttentionSpec:
     """Adds what a mask says to the operands of a call, and returns its spec."""
     sizes = _sizes(spec, operands, ring)
-    for condition in flat(mask.conditions):
+    for condition in forms.flat(mask.conditions):
         _check(check, condition, sizes)
     if spec.align != "top_left" and _has_one_diagonal(spec, sizes, ring):
         spec = replace(spec, align="top_left")
@@ -274,35 +273,29 @@ def require_mask(check: Checker, mask: Any) -> Mask:
     )
 
 
-def flat(conditions: tuple[Form, ...]) -> Iterator[Form]:
-    """The conditions of a mask, those of `a | b` one by one."""
-    for x in conditions:
-        if isinstance(x, forms.Either):
-            yield from flat(x.a)
-            yield from flat(x.b)
-        else:
-            yield x
-
-
 def _check(check: Checker, x: Form, sizes: Sizes) -> None:
     """Checks that the arrays of a condition have the sizes of the call."""
 
-    def fits(name: str, array: Any, dims: str) -> None:
-        if array is not None and jnp.ndim(array) > 0:
-            check.broadcastable(f"mask's {name}", array, sizes.shape(dims), dims)
+    def fits(name: str, array: Any, dims: str, sizes: Sizes = sizes) -> None:
+        if array is None or jnp.ndim(array) == 0:
+            return
+        if sizes.packed and jnp.ndim(array) > len(dims.split()) and same_dim(array.shape[0], 1):
+            array = array[0]  # packed tokens are one batch entry
+        check.broadcastable(f"mask's {name}", array, sizes.shape(dims), dims)
 
     entry = "n" if sizes.packed else "b"
     for name in ("left", "right", "offset", "lengths", "first"):
         fits(name, getattr(x, name, None), entry)
     if isinstance(x, forms.Ranges):
-        for lo, hi in x.limits:
-            fits("lo", lo, "hq tq" if sizes.packed else "b hq sq")
-            fits("hi", hi, "hq tq" if sizes.packed else "b hq sq")
+        for name, limit in (pair for limits in x.limits for pair in zip(("lo", "hi"), limits)):
+            if sizes.packed and x.by_sequence:
+                fits(name, limit, "n hq sq", replace(sizes, rows=limit.shape[2]))
+            else:
+                fits(name, limit, "hq tq" if sizes.packed else "b hq sq")
     elif isinstance(x, forms.Blocks):
         _check_blocks(check, x, sizes)
     elif isinstance(x, forms.Spans):
-        ids = x.ids[0] if sizes.packed and x.ids.ndim == 2 else x.ids
-        fits("span ids", ids, "tq" if sizes.packed else "b sq")
+        fits("span ids", x.ids, "tq" if sizes.packed else "b sq")
     elif isinstance(x, (forms.Segments, forms.Positions)):
         if isinstance(x, forms.Segments):
             arrays = {"segments of queries": x.q_ids, "segments of keys": x.kv_ids}
@@ -310,7 +303,7 @@ def _check(check: Checker, x: Form, sizes: Sizes) -> None:
             arrays = {"q_positions": x.q_positions, "kv_positions": x.kv_positions}
         of_keys = "b sk" if sizes.keys is not None else "n columns" if sizes.pages else "tk"
         for (name, array), dims in zip(arrays.items(), ("tq" if sizes.packed else "b sq", of_keys)):
-            fits(name, array[0] if dims in ("tq", "tk") and array.shape[0] == 1 else array, dims)
+            fits(name, array, dims)
     elif isinstance(x, forms.Dense) and sizes.keys is None:
         raise check.fail(
             "mask has masks.dense(…), which is for flash_attention and ring_attention, as keys here have no array of "

@@ -16,6 +16,18 @@ Data = int | Array  # a number, or one for each batch entry, int32 [b]
 MOST = 2**31 - 1
 
 
+def plus(x: Array, y: Array | int) -> Array:
+    """x + y, or the end of int32 that it would pass."""
+    total = x + y
+    return jnp.where(((x ^ total) & (y ^ total)) < 0, jnp.where(x < 0, -MOST - 1, MOST), total)
+
+
+def minus(x: Array, y: Array) -> Array:
+    """x − y, or the end of int32 that it would pass."""
+    left = x - y
+    return jnp.where(((x ^ y) & (x ^ left)) < 0, jnp.where(x < 0, -MOST - 1, MOST), left)
+
+
 @dataclass(frozen=True)
 class PackedKeys:
     """Where the keys of sequences lie in arrays with one element per key, of any shape.
@@ -68,9 +80,15 @@ class Rows:
             return x[:, None, None]
         return x[jnp.clip(self.sequence, 0, x.shape[0] - 1)][None, None]
 
+    def of_sequences(self, x: Array) -> Array:
+        """The elements [1, h, s] of packed rows in an array [n|1, h|1, rows] of sequences; 0 past its last row."""
+        assert self.sequence is not None
+        sequence, row = jnp.minimum(self.sequence, x.shape[0] - 1), jnp.minimum(self.index[0], x.shape[2])
+        return jnp.pad(x, ((0, 0), (0, 0), (0, 1)))[sequence, :, row].T[None]
+
     def of_keys(self, x: Array) -> SortedKeys:
         """An array with one element per key, [b|1, sk] or packed [1, tk], in which each row can search its own keys."""
-        x = x if self.whole is None else self.whole(x)
+        x = jnp.asarray(x) if self.whole is None else self.whole(x)
         if self.packed_keys is None:
             start = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None] * x.shape[1]
             return SortedKeys(x.reshape(-1), start, self.keys, x.shape[1])

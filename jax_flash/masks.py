@@ -18,15 +18,17 @@ from jax import Array
 
 from . import mask_arrays, mask_joins
 from . import mask_forms as forms
+from .checker import Checker
 from .mask_forms import Form, Pair
 from .mask_rows import MOST, Rows
+from .pytrees import pytree
 
 ArrayLike = Any
 _DRAWN = 16  # the most rows and keys in a picture
 _MOST_DRAWN = 1 << 20  # the most pairs of a mask that repr draws
 
 
-@jax.tree_util.register_dataclass
+@pytree("conditions")
 @dataclass(frozen=True, eq=False)
 class Mask:
     """Which keys each query row sees: a conjunction of conditions. Make one by the functions of this module."""
@@ -72,12 +74,17 @@ class Mask:
         return " & ".join(_name(x) for x in self.conditions) or "everything"
 
     def __repr__(self) -> str:
-        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self)):
-            return f"Mask({self!s})"
-        sq, sk = _sizes(self.conditions)
-        if sq * sk > _MOST_DRAWN:
-            return f"Mask({self!s})"
-        return "\n".join((f"Mask({self!s})", *(row[:_DRAWN] for row in self.picture(sq, sk)[:_DRAWN])))
+        return "\n".join((f"Mask({self!s})", *self._corner()))
+
+    def _corner(self) -> list[str]:
+        """The first rows and keys of a small mask's picture; nothing of a mask that cannot be drawn."""
+        try:
+            sq, sk = _sizes(self.conditions)
+            if sq * sk > _MOST_DRAWN or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self)):
+                return []
+            return [row[:_DRAWN] for row in self.picture(sq, sk)[:_DRAWN]]
+        except Exception:  # Arrays may be deleted or on other hosts, and trees of masks hold shapes or axes.
+            return []
 
 
 def causal(offset: int | ArrayLike = 0) -> Mask:
@@ -207,7 +214,7 @@ def blocks(chosen: ArrayLike, block: tuple[int, int]) -> Mask:
 
 def dense(array: ArrayLike) -> Mask:
     """A boolean `[b|1, hq|1, sq|1, sk|1]`, True where a row sees a key."""
-    x = jnp.asarray(array)
+    x = Checker("masks.dense").array("array", array)
     if x.dtype != jnp.bool_ or x.ndim != 4:
         raise TypeError(f"masks.dense: array must be boolean of rank 4, got {x.dtype} of shape {x.shape}")
     return Mask((forms.Dense(x),))
@@ -219,7 +226,8 @@ def from_function(f: Callable[..., Any], sq: int, sk: int, *, batch: int = 1, he
 
     Args:
       f: takes `(b, h, i, j)`, integer arrays of NumPy that broadcast against each other, and returns booleans.
-      sq, sk, batch, heads: the sizes for which it is evaluated.
+      sq, sk, batch, heads: the sizes for which it is evaluated. In packed calls b is the sequence, i and j count from
+        its first row and key, and rows past sq see no key.
     """
     name, shape = "from_function", (batch, heads, sq, sk)
     for which, given in zip(("batch", "heads", "sq", "sk"), shape):
@@ -238,7 +246,8 @@ def from_function(f: Callable[..., Any], sq: int, sk: int, *, batch: int = 1, he
         )
     seen = np.broadcast_to(made, shape)
     if (pairs := mask_arrays.ranges_of(seen)) is not None:
-        return Mask((forms.Ranges(tuple(forms.between(*map(jnp.asarray, pair)) for pair in pairs)),))
+        limits = tuple(forms.between(*map(jnp.asarray, pair)) for pair in pairs)
+        return Mask((forms.Ranges(limits, by_sequence=True),))
     if (found := mask_arrays.blocks_of(seen)) is not None:
         chosen, size = found
         return blocks(chosen, (size, size))
@@ -250,22 +259,10 @@ def from_function(f: Callable[..., Any], sq: int, sk: int, *, batch: int = 1, he
 
 def _int32(function: str, name: str, x: ArrayLike, ranks: Sequence[int] | None = None) -> Array:
     """An index array: int32, or integers on the host whose values int32 holds."""
-    if not isinstance(x, jax.Array):
-        host = np.asarray(x)
-        if host.dtype.kind not in "iu":
-            raise TypeError(f"masks.{function}: {name} must hold integers, got {host.dtype}")
-        if host.size and not -(2**31) <= host.min() <= host.max() < 2**31:
-            raise ValueError(f"masks.{function}: {name} holds values that int32 does not")
-        x = jnp.asarray(host, jnp.int32)
-    if x.dtype != jnp.int32:
-        raise TypeError(
-            f"masks.{function}: {name} must be int32, got {x.dtype}; cast it with .astype('int32')"
-        )
-    if ranks is not None and x.ndim not in ranks:
-        raise ValueError(
-            f"masks.{function}: {name} must have rank {' or '.join(map(str, ranks))}, got shape {x.shape}"
-        )
-    array: Array = x
+    check = Checker(f"masks.{function}")
+    array = check.int32(name, x)
+    if ranks is not None and array.ndim not in ranks:
+        raise check.fail(f"{name} must have rank {' or '.join(map(str, ranks))}, got shape {array.shape}")
     return array
 
 
@@ -332,21 +329,26 @@ def _name(x: Form) -> str:
     return _NAMES[type(x)]
 
 
-def _sizes(conditions: Sequence[Form]) -> tuple[int, int]:
+def _sizes(conditions: tuple[Form, ...]) -> tuple[int, int]:
     """The numbers of rows and keys in the arrays of a mask; 8 if no array tells."""
-    sq = sk = 8
-    for x in conditions:
+    rows, keys, of_blocks = [0], [0], [0]
+    for x in forms.flat(conditions):
         if isinstance(x, forms.Ranges):
-            sq = sk = max(
-                jnp.broadcast_shapes(*(limit.shape for pair in x.limits for limit in pair))[-1:] or (8,)
-            )
-        elif isinstance(x, forms.Spans):
-            sq = sk = x.ids.shape[-1]
-        elif isinstance(x, (forms.Segments, forms.Positions)):
-            q, k = (x.q_ids, x.kv_ids) if isinstance(x, forms.Segments) else (x.q_positions, x.kv_positions)
-            sq, sk = q.shape[-1], k.shape[-1]
-        elif isinstance(x, forms.Blocks):
-            sq = sk = x.chosen.shape[2] * x.block[0]
-        elif isinstance(x, forms.Dense):
-            sq, sk = x.seen.shape[-2:]
-    return sq, sk
+            rows += jnp.broadcast_shapes(*(limit.shape for pair in x.limits for limit in pair))[-1:]
+        elif isinstance(x, forms.Blocks):  # the last block may be longer than the rows
+            of_blocks.append(x.chosen.shape[2] * x.block[0])
+        elif isinstance(x, (forms.Spans, forms.Segments, forms.Positions, forms.Dense)):
+            of_rows, of_keys = _lengths(x)
+            rows.append(of_rows)
+            keys.append(of_keys)
+    sq = max(rows) or max(of_blocks) or 8
+    return sq, max(keys) or sq
+
+
+def _lengths(x: forms.Spans | forms.Segments | forms.Positions | forms.Dense) -> tuple[int, int]:
+    if isinstance(x, forms.Dense):
+        return x.seen.shape[-2], x.seen.shape[-1]
+    if isinstance(x, forms.Spans):
+        return x.ids.shape[-1], x.ids.shape[-1]
+    q, k = (x.q_ids, x.kv_ids) if isinstance(x, forms.Segments) else (x.q_positions, x.kv_positions)
+    return q.shape[-1], k.shape[-1]

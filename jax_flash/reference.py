@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 
 from . import philox
 from ._jax import same_dim
-from .mask_forms import minus, plus
+from .mask_rows import minus, plus
 from .spec import UNLIMITED, AttentionSpec
 
 _INF = float("inf")

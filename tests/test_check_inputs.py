@@ -40,6 +40,23 @@ VALID = {
         kv_lengths=i32(2, 3),
         mask=masks.by_position(i32([0] * 8), i32([1, 1, 0, *[0] * 9], [0, 2, 4, *[1] * 9])),
     ),
+    "positions of keys that all entries share": dict(
+        FIXED, kv_lengths=i32(2, 3), mask=masks.by_position(i32(*[0] * 8), i32(1, 1, 2, 0, *[9] * 8))
+    ),
+    "segments of pages that all sequences share": dict(
+        POOL,
+        block_tables=i32([0, 1], [2, 3]),
+        kv_lengths=i32(3, 3),
+        mask=masks.segments([[0], [0]], [[0, 0, 1, 5, 0, 0, 0, 0]]),
+    ),
+    "packed ranges, shared and of each token": dict(
+        PACKED,
+        cu_seqlens_q=i32(0, 3, 30),
+        mask=masks.ranges(0, 27) & masks.ranges(0, i32(3, 3, 3, *[27] * 27)),
+    ),
+    "a function of the rows of packed sequences": dict(
+        PACKED, cu_seqlens_q=i32(0, 3, 30), mask=masks.from_function(lambda b, h, i, j: j < 27, 30, 27)
+    ),
     "packed segments": dict(
         PACKED,
         cu_seqlens_q=i32(0, 5, 30),
@@ -143,6 +160,22 @@ WRONG = {
     "a range past the keys": (
         dict(FIXED, mask=masks.ranges([0, 4], [12, 13])),
         "mask's hi[1] = 13; a range lies within 0 and the 12 keys",
+    ),
+    "a range past the keys of every sequence": (
+        dict(PACKED, cu_seqlens_q=i32(0, 10, 30), mask=masks.ranges(0, 21)),
+        "mask's hi = 21; a range lies within 0 and the 20 keys",
+    ),
+    "a range past the keys of the token's sequence": (
+        dict(PACKED, cu_seqlens_q=i32(0, 10, 30), mask=masks.ranges(0, i32(*[11] * 30))),
+        "mask's hi of row 0[0] = 11; a range lies within 0 and the 10 keys",
+    ),
+    "a block past the keys of every sequence": (
+        dict(PACKED, cu_seqlens_q=i32(0, 12, 30), mask=masks.blocks([[[[1], [2]]]], (16, 16))),
+        "mask's chosen[0, 0, 1, 0] = 2; 18 keys have 2 blocks of 16",
+    ),
+    "positions of shared keys that fall": (
+        dict(FIXED, kv_lengths=i32(2, 4), mask=masks.by_position(i32(*[0] * 8), i32(1, 1, 2, 0, *[9] * 8))),
+        "mask's kv_positions[3] = 0; the positions of keys must not decrease",
     ),
     "a range that ends before it begins": (
         dict(FIXED, mask=masks.causal() & masks.ranges([3, 4], [3, 2])),
@@ -277,6 +310,15 @@ def test_what_the_functions_refuse_for_its_dtype_is_a_type_error(name):
 def test_lists_of_floats_are_type_errors():
     with pytest.raises(TypeError, match="check_inputs: kv_lengths must hold integers, got float64"):
         check_inputs(kv_lengths=[1.5])
+
+
+def test_shapes_without_values_are_type_errors():
+    lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
+    for arrays in ({"kv_lengths": lengths}, {"mask": jax.eval_shape(masks.ranges, lengths, lengths)}):
+        with pytest.raises(
+            TypeError, match=r"must be an array, got ShapeDtypeStruct\(.*; jax.eval_shape runs"
+        ):
+            check_inputs(**arrays)
 
 
 def test_unknown_names_are_type_errors():

@@ -74,6 +74,14 @@ def test_packed_sequences_count_from_their_own_first_key(implementation):
     assert picture(mask=spans)[2:5] == ["###....", "...##..", "...##.."]
 
 
+def test_a_function_counts_the_rows_of_each_packed_sequence(implementation):
+    """As blocks do. Those past the last row for which it was evaluated see no key."""
+    mask = masks.from_function(lambda b, h, i, j: (j == i) | (j < b), 3, 4, batch=2)
+    assert draw_packed(implementation, q=[0, 3, 7], mask=mask) == [
+        "#......", ".#.....", "..#....", "...#...", "...##..", "...#.#.", ".......",
+    ]  # fmt: skip
+
+
 def test_spans_end_with_the_rows_of_their_sequence(implementation):
     spans = masks.bidirectional_spans([5, 5, 5, 5])
     drawn = draw_packed(implementation, q=[0, 2, 4], k=[0, 4, 8], mask=spans)
@@ -368,6 +376,12 @@ PACKED = [X[0][0], X[1][0], X[2][0], [0, S]]
          r"flash_attention_varlen: mask has masks\.dense\(…\), which is for flash_attention"),
         (lambda: flash_attention_varlen(*PACKED, mask=masks.segments(I(S - 1))), ValueError,
          r"mask's segments of queries must broadcast to \[tq\] = \(48,\), got shape \(47,\)"),
+        (lambda: flash_attention_varlen(*PACKED, mask=masks.bidirectional_spans(I((2, S)))), ValueError,
+         r"mask's span ids must broadcast to \[tq\] = \(48,\), got shape \(2, 48\)"),
+        (lambda: flash_attention_varlen(*PACKED, mask=masks.ranges(I((2, 1, S)), 3)), ValueError,
+         r"mask's lo must broadcast to \[hq tq\] = \(4, 48\), got shape \(2, 1, 48\)"),
+        (lambda: flash_attention_varlen(*PACKED, mask=masks.from_function(lambda *x: x[-1] < 3, 5, 5, batch=2)),
+         ValueError, r"mask's lo must broadcast to \[n hq sq\] = \(1, 4, 5\), got shape \(2, 1, 5\)"),
         (lambda: flash_attention_varlen(*PACKED, mask=np.ones((S, S), bool)), TypeError,
          r"mask must be a value of jax_flash\.masks, got ndarray"),
     ],

@@ -14,6 +14,7 @@ from jax_flash import (
     export_checks,
     flash_attention,
     flash_attention_varlen,
+    flops,
     masks,
     paged_attention,
     ring_attention,
@@ -116,6 +117,24 @@ def test_a_call_with_a_mask_is_exported(kernel):
     mask = masks.first_and_window(3, 11)
     exported = jax.export.export(run, disabled_checks=export_checks())(*X, mask)
     np.testing.assert_allclose(exported.call(*X, mask), run(*X, mask), rtol=1e-6)
+
+
+def test_a_program_that_takes_masks_is_serialised():
+    """With the numbers in them that are compiled in."""
+    ids, chosen = np.zeros((2, S), int), np.zeros((1, 1, 3, 1), int)
+    given = [
+        masks.blocks(chosen, (16, 32)) & masks.chunked(7) & masks.segments(ids),
+        masks.ranges(ids[:, None], 9) | masks.window(jnp.array([3, 5]), 0),
+        masks.by_position(ids, ids, window=(3, None))
+        & masks.bidirectional_spans(ids)
+        & masks.block_diffusion(4),
+        masks.first_and_window(1, 2) & masks.prefix_lm(3) & masks.dense(np.ones((1, 1, S, S), bool)),
+        masks.from_function(lambda b, h, i, j: j <= i, 4, 4),
+    ]
+    program = jax.export.export(jax.jit(lambda given: given))(given)
+    again = jax.export.deserialize(program.serialize())
+    assert again.in_tree == program.in_tree == jax.tree.structure(((given,), {}))
+    assert jax.tree.structure(again.call(given)) == jax.tree.structure(given)
 
 
 @pytest.mark.parametrize("make", [masks.segments, masks.by_position])
@@ -240,6 +259,19 @@ def test_packed_and_paged_calls_name_the_way_out_of_a_dense_array():
     ):
         with pytest.raises(NotImplementedError, match=r"masks\.dense.*from_function.*blocks"):
             call()
+
+
+def test_packed_and_paged_calls_take_functions_and_ranges_of_one_batch_entry():
+    x, offsets = jnp.ones((7, 1, 8)), np.array([0, 3, 7], np.int32)
+    packed = partial(flops, flash_attention_varlen, x, x, x, offsets)
+    pages = (jnp.ones((2, 4, 1, 8)),) * 2
+    paged = partial(flops, paged_attention, x, *pages, [[0], [1]], np.diff(offsets), cu_seqlens_q=offsets)
+    of_tokens = masks.ranges(0, np.array([1, 2, 3, 1, 2, 3, 4])[None, None])
+    for mask in (masks.from_function(lambda b, h, i, j: j <= i, 4, 4), of_tokens):
+        assert packed(mask=mask) == packed(causal=True) == paged(mask=mask)
+    assert (
+        packed(mask=masks.from_function(lambda b, h, i, j: j <= i, 0, 4)) == 0
+    )  # all rows are past the last
 
 
 def test_arrays_of_any_rank_without_rank_promotion(implementation):

@@ -91,6 +91,11 @@ def test_positions_need_not_be_indices():
     assert both.picture(2, 5) == [".###.", "...##"]
 
 
+def test_arrays_may_have_been_moved_to_the_host():
+    mask = masks.by_position(jnp.array([[2, 5]]), jnp.array([[0, 2, 2, 4, 7]]), window=(1, 0))
+    assert jax.device_get(mask).picture(2, 5) == mask.picture(2, 5)
+
+
 def test_a_prefix_is_seen_by_all():
     assert masks.prefix_lm(jnp.array([2], jnp.int32)).picture(4) == ["##..", "##..", "###.", "####"]
 
@@ -242,22 +247,12 @@ def test_a_mask_goes_through_jit_and_vmap():
     np.testing.assert_array_equal(jax.vmap(count)(several), [10, 16])
 
 
-def test_repr_draws_a_small_one():
-    assert repr(masks.causal() & masks.chunked(4)).splitlines()[:3] == [
-        "Mask(causal & chunked)",
-        "#.......",
-        "##......",
-    ]
+def blocks_of(rows, heads=1):
+    return masks.blocks(np.zeros((1, heads, rows, 1), int), (16, 16))
 
 
-def test_repr_draws_the_corner_of_a_larger_one():
-    drawn = repr(masks.segments(jnp.arange(40)[None] // 3, jnp.arange(50)[None] // 2)).splitlines()
-    assert len(drawn) == 17
-    assert drawn[1:5] == ["##" + "." * 14] * 3 + ["..##" + "." * 12]
-    assert (
-        repr(masks.prefix_lm(3) & masks.dense(jnp.ones((1, 1, 2000, 2000), bool)))
-        == "Mask(prefix_lm & dense)"
-    )
+def dense_of(sq, sk):
+    return masks.dense(np.ones((1, 1, sq, sk), bool))
 
 
 @pytest.mark.parametrize(
@@ -269,6 +264,16 @@ def test_repr_draws_the_corner_of_a_larger_one():
             "lo must be int32, got float32",
         ),
         (lambda: masks.ranges([0.5], [1]), TypeError, "lo must hold integers"),
+        (
+            lambda: masks.segments(jax.ShapeDtypeStruct((3,), jnp.int32)),
+            TypeError,
+            r"masks.segments: q_ids must be an array, got ShapeDtypeStruct\(.*; jax.eval_shape runs",
+        ),
+        (
+            lambda: masks.dense(jax.ShapeDtypeStruct((1, 1, 2, 2), bool)),
+            TypeError,
+            r"masks.dense: array must be an array, got ShapeDtypeStruct\(.*; jax.eval_shape runs",
+        ),
         (
             lambda: masks.causal(2**40),
             ValueError,
@@ -316,7 +321,32 @@ def test_repr_draws_the_corner_of_a_larger_one():
         (
             lambda: masks.segments([0, 1, 2]) & masks.segments([0, 1]),
             ValueError,
-            r"segments.* & segments.* must have q_ids of one shape, got \(1, 3\) and \(1, 2\)",
+            r"segments.* & segments.* must have q_ids .* of one shape, got \(1, 3\) and \(1, 2\)",
+        ),
+        (
+            lambda: blocks_of(2) & blocks_of(3),
+            ValueError,
+            r"masks: blocks.* & blocks.* must have chosen .*rows.* got \(1, 1, 2\) and \(1, 1, 3\)",
+        ),
+        (
+            lambda: blocks_of(1) | blocks_of(3),
+            ValueError,
+            r"masks: blocks.* \| blocks.* must have chosen .*rows.* got \(1, 1, 1\) and \(1, 1, 3\)",
+        ),
+        (
+            lambda: blocks_of(3, heads=2) | blocks_of(3, heads=4),
+            ValueError,
+            r"chosen .*h\|1.* of one shape, got \(1, 2, 3\) and \(1, 4, 3\)",
+        ),
+        (
+            lambda: dense_of(8, 7) & dense_of(8, 8),
+            ValueError,
+            r"masks: dense.* & dense.* must have arrays .*sq\|1.* of one shape, got \(1, 1, 8, 7\) and \(1, 1, 8, 8\)",
+        ),
+        (
+            lambda: dense_of(2, 8) | dense_of(8, 1),
+            ValueError,
+            r"masks: dense.* \| dense.* must have arrays .*sq\|1.* of one shape, got \(1, 1, 2, 8\) and \(1, 1, 8, 1\)",
         ),
     ],
 )

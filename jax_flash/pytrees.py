@@ -1,0 +1,32 @@
+"""Dataclasses as pytrees, which may be arguments of programs that `jax.export` serialises."""
+
+from __future__ import annotations
+
+import dataclasses
+from ast import literal_eval
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from jax.export import register_pytree_node_serialization
+
+T = TypeVar("T")
+
+
+def pytree(*arrays: str) -> Callable[[type[T]], type[T]]:
+    """Makes a frozen dataclass a pytree whose leaves are in the fields of these names.
+
+    Its other fields are static: Python literals, which a serialised program keeps as text.
+    """
+
+    def register(cls: type[Any]) -> type[Any]:
+        static = [field.name for field in dataclasses.fields(cls) if field.name not in arrays]
+        jax.tree_util.register_dataclass(cls, data_fields=list(arrays), meta_fields=static)
+        return register_pytree_node_serialization(
+            cls,
+            serialized_name=f"{cls.__module__}.{cls.__name__}",
+            serialize_auxdata=lambda values: repr(values).encode(),
+            deserialize_auxdata=lambda text: literal_eval(text.decode()),
+        )
+
+    return register

@@ -1,0 +1,57 @@
+"""What repr shows of a mask: a small picture, or its name."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_flash import masks
+
+
+def test_repr_draws_a_small_one():
+    assert repr(masks.causal() & masks.chunked(4)).splitlines()[:3] == [
+        "Mask(causal & chunked)",
+        "#.......",
+        "##......",
+    ]
+
+
+def test_repr_draws_the_corner_of_a_larger_one():
+    drawn = repr(masks.segments(jnp.arange(40)[None] // 3, jnp.arange(50)[None] // 2)).splitlines()
+    assert len(drawn) == 17
+    assert drawn[1:5] == ["##" + "." * 14] * 3 + ["..##" + "." * 12]
+    assert (
+        repr(masks.prefix_lm(3) & masks.dense(jnp.ones((1, 1, 2000, 2000), bool)))
+        == "Mask(prefix_lm & dense)"
+    )
+
+
+def drawn(mask):
+    return repr(mask).splitlines()[1:]
+
+
+def test_repr_takes_the_sizes_of_all_arrays():
+    """Arrays of joined masks, arrays that entries share, and blocks, of which the last may be longer than the rows."""
+    ids, lo = np.arange(40).reshape(2, 20) // 3, np.arange(20) // 2
+    joined = drawn(masks.ranges(lo, lo + 3) | masks.ranges(lo + 5, lo + 6))
+    assert len(joined) == 16
+    assert joined[2:4] == [".###..#........."] * 2
+    assert drawn(masks.segments(ids) & masks.blocks(np.ones((1, 1, 2, 1), int), (16, 16)))[15] == "." * 16
+    assert drawn(masks.segments(ids) & masks.dense(np.ones((2, 1, 1, 20), bool)))[3] == "...###.........."
+    assert drawn(masks.segments(ids) & masks.ranges(0, np.array([2, 9])[:, None, None]))[0][:3] == "##."
+
+
+def test_repr_names_a_mask_that_it_cannot_draw():
+    ids = np.zeros((2, 8), int)
+    two = masks.ranges(np.zeros((2, 1, 8), int), np.full((2, 1, 8), 4))
+    deleted = masks.ranges(jnp.zeros(3, jnp.int32), 2)
+    jax.tree.leaves(deleted)[0].delete()
+    for mask in (
+        masks.segments(ids[:0]),
+        jax.tree.map(lambda *x: jnp.stack(x), two, two),
+        jax.eval_shape(lambda: masks.segments(ids)),
+        jax.tree.map(lambda _: 0, masks.segments(ids)),
+        jax.tree.map(lambda _: None, masks.by_position(ids, ids)),
+        masks.segments(ids) & masks.ranges(0, np.zeros(3, int)),
+        deleted,
+    ):
+        assert repr(mask) == f"Mask({mask!s})"
