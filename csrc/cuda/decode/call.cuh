@@ -49,6 +49,7 @@ struct DecodeCall {
   Partition partition;  // the partition of every column
   Divisor units;        // the units of every sequence
   bool bottom_right, moves_band;
+  int32_t compared;     // the first sequences, whose numbers of keys stand for all (compared_sequences)
   int64_t left, right;  // keys before and after the diagonal
   float scale, softcap;
   DType kv_dtype;
@@ -78,6 +79,18 @@ inline bool exceeds_l2(const Problem& p) {
       p.spec.left < 0 ? p.k_rows : std::min<int64_t>(p.k_rows, int64_t{p.spec.left} + p.q_rows);
   const int64_t row = int64_t{p.kv_heads} * (p.head_dim + p.value_dim) * size_of(p.kv_dtype);
   return static_cast<double>(keys) * static_cast<double>(p.batch) * static_cast<double>(row) > kL2;
+}
+
+// How many sequences clusters have to look at to know whether all see about equally many keys: none if the
+// host knows, one if an operand has the same element for all.
+inline int32_t compared_sequences(const DecodeCall& call) {
+  bool any = false, shared = true;
+  for (const DecodeView& view :
+       {call.kv_lengths, call.position, call.window_left, call.window_right, call.window_offset}) {
+    any = any || view.data;
+    shared = shared && (!view.data || (view.leading == 0 && view.batch == 0));
+  }
+  return !any ? 0 : shared ? std::min(1, call.sequences) : call.sequences;
 }
 
 // The call for outer entry `outer`. block_rows: query rows of a column (DecodeGrid).
@@ -130,6 +143,7 @@ DecodeCall make_call(const Problem& p, const DecodeGrid& grid, int32_t block_row
   call.position = view(p.position, 4, p.position.column);
   call.window_left = words(p.window_left), call.window_right = words(p.window_right);
   call.window_offset = words(p.window_offset);
+  call.compared = compared_sequences(call);
   if (call.same_lengths) {
     const Band band = make_band(p.spec, {0, 0, 0, 0, p.q_rows, p.k_rows});
     const Interval tiles = tiles_of(band.rows(0, p.q_rows), kTile);

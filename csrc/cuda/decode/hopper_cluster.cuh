@@ -220,8 +220,8 @@ __device__ __forceinline__ bool are_even(const DecodeCall& call, int log_ctas) {
     work.move_band(call);
     return work.band.rows(0, tokens).size();
   };
-  // Each warp looks at all sequences, so that all loads start at once.
-  const int32_t sequences = call.kv_lengths || call.moves_band ? call.sequences : 0;
+  // Each warp looks at all of them, so that all loads start at once and no warp waits for another.
+  const int32_t sequences = call.compared;
   const auto lane = static_cast<int32_t>(threadIdx.x % 32);
   int32_t first = 0;
   bool even = true;
@@ -233,8 +233,10 @@ __device__ __forceinline__ bool are_even(const DecodeCall& call, int log_ctas) {
   }
   if (call.moves_band && log_ctas > 0) even &= first <= (clusters::kMostTiles * C::kTile << log_ctas);
   ptx::cp_async_commit();
-  ptx::cp_async_wait<0>();                          // the code for equal shares uses the entries' memory
-  return __all_sync(~0u, __syncthreads_and(even));  // tells the compiler that it is uniform
+  ptx::cp_async_wait<0>();
+  if (__all_sync(~0u, even)) return true;
+  __syncthreads();  // the code for equal shares uses the entries' memory
+  return false;
 }
 
 // kShares: only the device knows the lengths. If they differ, the CTAs take equal shares of all keys, and
