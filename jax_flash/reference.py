@@ -319,7 +319,9 @@ def _softmax(s: Array, sink: Array) -> tuple[Array, Array]:
     """P and lse = log Σ exp(s), `[b, hq, sq]`; a row of −inf has P = 0 and lse = −inf."""
     m = jnp.maximum(jnp.max(s, axis=3, keepdims=True, initial=-_INF), sink)
     m = lax.stop_gradient(jnp.where(m == -_INF, 0, m))
-    e = jnp.exp(s - m)
+    # XLA may round scale · q·k − m once, so that it is not 0 where the rounded score is m, which may be enormous.
+    behind = s - m
+    e = jnp.exp(behind - lax.stop_gradient(jnp.where(s >= m, behind, 0)))
     total = jnp.sum(e, axis=3, keepdims=True) + jnp.exp(sink - m)
     nothing = total == 0
     total = jnp.where(nothing, 1, total)
