@@ -17,7 +17,6 @@ from .flop_count import spec_and_shapes
 from .masks import Mask
 from .operands import DIMS, ELEMENTS, padded_head_dim
 from .paged.attention import paged_attention
-from .spec import UNLIMITED
 from .varlen import flash_attention_varlen
 from .workspace import mask_sizes
 
@@ -55,6 +54,7 @@ OPERANDS = ("bias", "mask", "alibi_slopes", "sinks", "q_segment_ids", "kv_length
 PASSES = ("forward", "backward", "tangent", "bias_gradient")
 DEFAULT_PAGE_SIZE = 64
 OF_PAGES = ("page_size", "float8", "latent", "num_splits", "batch_invariant", "draft_mask")
+OF_FIXED = ("bias", "mask", "q_segment_ids")
 LEGEND = """
 A line says, for a pass of the call:
   sm80, sm90         the generation of the kernel: portable (Ampere and newer), Hopper's own
@@ -77,6 +77,13 @@ def _size(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{value} is negative")
     return value
+
+
+def _side(text: str) -> int | None:
+    try:
+        return None if text.lower() == "none" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor none") from None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--causal", action="store_true")
     add(
         "--window",
-        type=lambda side: UNLIMITED if side.lower() == "none" else int(side),
+        type=_side,
         nargs=2,
         metavar=("LEFT", "RIGHT"),
         help="keys beside the diagonal; none: unlimited",
@@ -120,14 +127,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--ranges", type=int, choices=(1, 2), help="the call has a mask value of so many ranges of keys a row"
     )
-    add("--blocks", type=_size, nargs=2, metavar=("BQ", "BK"), help="the call has masks.blocks of this size")
+    add(
+        "--blocks",
+        type=int,
+        nargs=2,
+        choices=range(16, 257, 16),
+        metavar=("BQ", "BK"),
+        help="the call has masks.blocks of this size",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Prints a line per pass; returns 1 where a pass has no kernel, 2 where the API refuses the call."""
-    of_pages = [name for name in OF_PAGES if not any(getattr(options, name) is x for x in (None, False))]
-    if of_pages and not options.paged:
-        print(f"--{of_pages[0].replace('_', '-')} is an option of paged calls: add --paged")
+    misplaced = _misplaced(options)
+    if misplaced:
+        print(misplaced)
         return 2
     if options.page_size is None:
         options.page_size = DEFAULT_PAGE_SIZE
@@ -156,6 +170,20 @@ def run(options: argparse.Namespace) -> int:
         print("backward: the pages are gathered, and the dense backward runs on what was gathered")
     print("plan --help explains the words")
     return int(failed)
+
+
+def _misplaced(options: argparse.Namespace) -> str | None:
+    """What to do about the first option that calls of this layout do not have."""
+    fixed = not (options.paged or options.varlen)
+    for names, allowed, instead in (
+        (OF_PAGES, options.paged, "paged calls: add --paged"),
+        (OF_FIXED, fixed, "flash_attention: leave out --varlen and --paged"),
+        (("dropout",), not options.paged, "calls without pages: leave out --paged"),
+    ):
+        for name in names:
+            if not allowed and not any(getattr(options, name) is x for x in (None, False)):
+                return f"--{name.replace('_', '-')} is an option of {instead}"
+    return None
 
 
 @dataclass(frozen=True)
@@ -189,7 +217,7 @@ def abstract_call(options: argparse.Namespace) -> tuple[Callable[..., Any], list
     named: dict[str, Any] = {"causal": options.causal, "softcap": options.softcap}
     named |= {"deterministic": options.deterministic, "return_max": options.return_max}
     if options.window:
-        named["window"] = tuple(None if side == UNLIMITED else side for side in options.window)
+        named["window"] = tuple(options.window)
     if options.dropout:
         named["dropout_rate"] = 0.1
     if options.paged:
@@ -226,7 +254,6 @@ def _named(options: argparse.Namespace, n: _Sizes) -> dict[str, Any]:
     sizes |= {"draft_row": n.draft, "draft_column": n.draft}
     named: dict[str, Any] = {}
     for name in (name for name in OPERANDS if getattr(options, name)):
-        # The function rejects an operand that its layout does not have.
         dims = next(table[name] for table in (DIMS[layout], *DIMS.values()) if name in table)
         dtype = {"bias": options.dtype, "boolean": "bool"}.get(ELEMENTS[name], ELEMENTS[name])
         named[name] = _array(tuple(sizes[dim.rstrip("*")] for dim in dims), dtype)
@@ -251,7 +278,7 @@ def _mask_value(options: argparse.Namespace, n: _Sizes, array: Any) -> Mask:
         limits = _array((1, n.sq) if options.varlen else (1, 1, n.sq), "int32")
         conditions.append(forms.Ranges(((limits, limits),) * options.ranges))
     if options.blocks:
-        rows = -(-n.sq // max(options.blocks[0], 1))
+        rows = -(-n.sq // options.blocks[0])
         conditions.append(forms.Blocks(_array((1, 1, rows, 1), "int32"), tuple(options.blocks)))
     if conditions and array is not None:
         conditions.append(forms.Dense(array))

@@ -300,8 +300,7 @@ def _slopes(spec: AttentionSpec, operands: dict[str, Array], place: _Place) -> A
     slopes = lax.stop_gradient(operands["alibi_slopes"])
     if spec.layout == "fixed":
         return slopes[:, :, None, None]
-    n = operands["cu_seqlens_q"].shape[0] - 1
-    slopes = jnp.broadcast_to(slopes, (n, slopes.shape[1]))
+    slopes = jnp.broadcast_to(slopes, (operands["cu_seqlens_q"].shape[0] - 1, slopes.shape[1]))
     slopes = jnp.pad(slopes, ((0, 1), (0, 0)))[place.sequence[0]]  # [n + 1, hq] → [tq, hq]
     return slopes.T[None, :, :, None]
 
@@ -319,7 +318,8 @@ def _softmax(s: Array, sink: Array) -> tuple[Array, Array]:
     """P and lse = log Σ exp(s), `[b, hq, sq]`; a row of −inf has P = 0 and lse = −inf."""
     m = jnp.maximum(jnp.max(s, axis=3, keepdims=True, initial=-_INF), sink)
     m = lax.stop_gradient(jnp.where(m == -_INF, 0, m))
-    e = jnp.exp(s - m)
+    behind = s - m  # XLA may round scale · q·k − m once; then it is not 0 where the rounded score is m
+    e = jnp.exp(behind - lax.stop_gradient(jnp.where(s >= m, behind, 0)))
     total = jnp.sum(e, axis=3, keepdims=True) + jnp.exp(sink - m)
     nothing = total == 0
     total = jnp.where(nothing, 1, total)

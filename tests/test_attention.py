@@ -258,9 +258,10 @@ def test_any_finite_scale(scale, implementation):
     checks.check(Case("scale", scale=scale, dtype=checks.usual_dtype(implementation)), implementation)
 
 
-@pytest.mark.parametrize("softcap", [0.05, 30.0, 1e4])
-def test_softcaps_far_from_the_scores(softcap, implementation):
-    checks.check(Case("softcap", softcap=softcap, dtype=checks.usual_dtype(implementation)), implementation)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("softcap", [0.05, 30.0, 1e4, 1e8])
+def test_softcaps_far_from_the_scores(softcap, dtype, implementation):
+    checks.check(Case("softcap", softcap=softcap, dtype=dtype), implementation)
 
 
 def test_one_segment_array_serves_both_when_lengths_are_equal(implementation):

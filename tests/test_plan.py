@@ -307,10 +307,13 @@ def test_the_command_says_why_nothing_runs_and_fails(capsys):
         (["--kv-heads", "3"], "flash_attention: key has 3 heads, which does not divide query's 16"),
         (["--head-dim", "520"], "flash_attention: query has head dim 520, allowed are 1 to 512"),
         (["--window", "-3", "0"], "flash_attention: window"),
+        (["--window", "-1", "none"], "flash_attention: window"),
         (["--paged", "--page-size", "0"], "paged_attention: "),
         (["--page-size", "16"], "--page-size is an option of paged calls: add --paged"),
         (["--num-splits", "0"], "--num-splits is an option of paged calls: add --paged"),
         (["--draft-mask"], "--draft-mask is an option of paged calls: add --paged"),
+        (["--mask", "--varlen"], "--mask is an option of flash_attention: leave out --varlen and --paged"),
+        (["--dropout", "--paged"], "--dropout is an option of calls without pages: leave out --paged"),
     ],
 )
 def test_the_command_refuses_what_the_function_refuses(arguments, message, capsys):
@@ -318,17 +321,18 @@ def test_the_command_refuses_what_the_function_refuses(arguments, message, capsy
     assert capsys.readouterr().out.startswith(message)
 
 
-def test_the_command_refuses_negative_sizes(capsys):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "-1"], "argument --batch: -1 is negative"),
+        (["--blocks", "128", "20"], "argument --blocks: invalid choice: 20"),
+        *(([x, "x"], f"argument {x}: 'x' is not a whole number") for x in ("--batch", "--num-splits")),
+    ],
+)
+def test_the_command_refuses_numbers_that_no_call_has(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        main([*COMMAND, "--batch", "-1"])
-    assert "-1 is negative" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("option", ["--batch", "--num-splits", "--page-size"])
-def test_the_command_names_a_size_that_is_no_number(option, capsys):
-    with pytest.raises(SystemExit):
-        main([*COMMAND, option, "x"])
-    assert f"argument {option}: 'x' is not a whole number" in capsys.readouterr().err
+        main([*COMMAND, *arguments])
+    assert message in capsys.readouterr().err
 
 
 def test_the_command_describes_paged_calls(capsys):

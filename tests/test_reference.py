@@ -10,7 +10,7 @@ import oracle
 import pytest
 from cases import BY_NAME, FIXED, VARLEN, Case, Inputs, make_inputs, operands, spec, varlen
 
-from jax_flash import reference
+from jax_flash import flash_attention, reference
 
 named = pytest.mark.parametrize("case", FIXED + VARLEN, ids=lambda case: case.name)
 
@@ -78,6 +78,27 @@ def test_nan_that_is_read_is_not_hidden():
     assert np.isnan(got.out[0, 5:]).all()
     assert np.isfinite(got.out[0, :5]).all()
     assert np.isfinite(got.out[1]).all()
+
+
+def test_scores_beyond_what_float32_counts_choose_the_largest():
+    """XLA may round scale · score − maximum once, which differs from 0 where the score is the maximum."""
+    case = Case("large", b=1, sq=64, sk=64, hq=2, hk=2, dtype="float32")
+    arrays = make_inputs(case).positional
+    q, k = arrays["query"] * 1e6, arrays["key"] * 1e6
+    call = partial(flash_attention, scale=0.3, return_lse=True, implementation="xla")
+
+    def loss(q, k, v):
+        out, lse = call(q, k, v)
+        return out.sum(), (out, lse)
+
+    optimised = {"xla_backend_optimization_level": 3}  # the tests lower it
+    run = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True), compiler_options=optimised)
+    gradients, (out, lse) = run(q, k, arrays["value"])
+    s = 0.3 * np.einsum("bqhd,bkhd->bhqk", *(np.asarray(x, np.float64) for x in (q, k)))
+    wanted = np.take_along_axis(np.asarray(arrays["value"]), s.argmax(-1).swapaxes(1, 2)[..., None], axis=1)
+    np.testing.assert_array_equal(out, wanted)
+    np.testing.assert_allclose(lse, s.max(-1), rtol=1e-5)
+    assert all(np.isfinite(x).all() for x in gradients)
 
 
 @pytest.mark.parametrize("masked", [False, True])

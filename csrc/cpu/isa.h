@@ -151,8 +151,8 @@ JF_INLINE Float tanh(Float x) {
   return x < 0.0f ? -t : t;
 }
 
-// tanh(x) = 1 − 2 / (2^y + 1) for y = 2 log2(e) x, to an absolute error of 1e-6, which is below the
-// rounding of 16-bit results.
+// tanh(x) = 1 − 2 / (2^y + 1) for y = 2 log2(e) x, to an absolute error of 1e-6, for softcaps up to
+// kMaxCoarseSoftcap.
 JF_INLINE Float tanh_fast(Float y) {
   constexpr float kSaturated = 126.0f;
   const Float e = exp2_fast<4>(kSaturated < y ? broadcast(kSaturated) : y) + 1.0f;

@@ -105,7 +105,7 @@ struct ScoreRow {
     scale = head.has_options ? __builtin_fabsf(p.spec.scale) : 1.0f;
     cap = p.spec.softcap;
     if (cap > 0) options |= kSoftcap;
-    exact_tanh = p.dtype == DType::kF32;
+    exact_tanh = p.dtype == DType::kF32 || cap > kMaxCoarseSoftcap;
     bias_dtype = p.bias_dtype;
     if (p.bias) {
       const int64_t size = size_of(p.bias_dtype);

@@ -40,10 +40,9 @@ __device__ __forceinline__ float tanh_polynomial(float x) {
 // c · tanh(x / c), for kernels with few scores per thread.
 __device__ __forceinline__ float cap_exactly(float x, float c) { return c * tanhf(x / c); }
 
-// Whether tanh may have an absolute error of 3e-7: P is rounded to 16 bits and c ≤ 64, so the error of the
-// scores, 3e-7 · c, changes P by less than its rounding does.
+// Whether tanh may have an absolute error of 3e-7.
 __device__ __forceinline__ bool coarse_tanh(const Problem& p) {
-  return p.dtype != DType::kF32 && p.spec.softcap <= 64;
+  return p.dtype != DType::kF32 && p.spec.softcap <= kMaxCoarseSoftcap;
 }
 
 // Calls f(x, tanh(inner · x), slot, n, e) for every element x of S. If `coarse`, tanh may have an absolute
