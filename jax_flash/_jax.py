@@ -123,7 +123,25 @@ def in_automatic_axes(run: Callable[[Any], Any], operands: Any, shardings: Any) 
     whole = NamedSharding(mesh, PartitionSpec())  # for results whose type has no sharding
     on_mesh = jax.tree.map(lambda sharding: whole if sharding.mesh.empty else sharding, shardings)
     axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind is AxisType.Explicit)
-    return jax.sharding.auto_axes(run, axes=axes, out_sharding=on_mesh)(operands)
+    return jax.sharding.auto_axes(run, axes=axes, out_sharding=on_mesh)(_on_one_mesh(operands))
+
+
+def _on_one_mesh(operands: Any) -> Any:
+    """The operands, with arrays of one device copied to the mesh of the others, as jit does and reshard does not."""
+
+    def has_mesh(x: Any) -> bool:
+        return not jax.typeof(x).sharding.mesh.empty
+
+    concrete = [x for x in jax.tree.leaves(operands) if not isinstance(x, jax.core.Tracer)]
+    mesh = next((x.sharding.mesh for x in concrete if has_mesh(x)), None)
+    if mesh is None:
+        return operands
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def placed(x: Any) -> Any:
+        return x if isinstance(x, jax.core.Tracer) or has_mesh(x) else jax.device_put(x, whole)
+
+    return jax.tree.map(placed, operands)
 
 
 @dataclass(frozen=True)

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import cast
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from . import mask_forms as forms
-from ._jax import in_automatic_axes, same_dim
+from ._jax import equally_varying, in_automatic_axes, manual_axes, same_dim
 from .mask_forms import Form
 
 _OF_ARRAYS = "b|1, hq|1, sq|1, sk|1"
 _OF_CHOSEN = "b|1, h|1, rows"
 
 
-def merged(conditions: Sequence[Form]) -> tuple[Form, ...]:
-    """A conjunction with at most one condition on segments, one on blocks and one dense array."""
+def merged(
+    conditions: Sequence[Form], in_call: bool = False, ring_axes: Sequence[str] = ()
+) -> tuple[Form, ...]:
+    """A conjunction with at most one condition on segments, one on blocks and one dense array.
+
+    Inside shard_map the conditions on segments are left for the call, which knows whether it is a ring (`ring_axes`).
+    """
     rest = [x for x in conditions if not isinstance(x, (forms.Segments, forms.Blocks, forms.Dense))]
     by_segment = [x for x in conditions if isinstance(x, forms.Segments)]
     by_block = [x for x in conditions if isinstance(x, forms.Blocks)]
     arrays = [x for x in conditions if isinstance(x, forms.Dense)]
-    if by_segment:
-        rest.append(reduce(both_segments, by_segment))
+    if by_segment and not in_call and manual_axes()[0]:
+        rest += by_segment
+    elif by_segment:
+        rest.append(reduce(partial(both_segments, ring_axes), by_segment))
     if by_block:
         rest.append(reduce(_both_blocks, by_block))
     if arrays:
@@ -72,8 +79,13 @@ def _both_blocks(a: forms.Blocks, b: forms.Blocks) -> forms.Blocks:
     return forms.Blocks(jnp.where(in_b, a.chosen, -1), a.block)
 
 
-def both_segments(a: forms.Segments, b: forms.Segments) -> forms.Segments:
-    """Ids that are equal where both ids are equal: numbers of the pairs of ids."""
+def both_segments(ring_axes: Sequence[str], a: forms.Segments, b: forms.Segments) -> forms.Segments:
+    """Ids that are equal where both ids are equal: numbers of the pairs of ids, in a ring of those of all devices."""
+
+    def of_all_devices(x: Array) -> Array:
+        varying = equally_varying({"x": x}, ring_axes)["x"]
+        every: Array = lax.all_gather(varying, ring_axes, axis=1, tiled=True)
+        return every
 
     def pairs(name: str, x: Array, y: Array) -> Array:
         _require_one_shape("segments(…) & segments(…)", name, "b|1, s|1", x, y)
@@ -89,11 +101,12 @@ def both_segments(a: forms.Segments, b: forms.Segments) -> forms.Segments:
         a, b = both
         rows, keys = pairs("q_ids", a.q_ids, b.q_ids), pairs("kv_ids", a.kv_ids, b.kv_ids)
         shapes = rows.shape[:2], keys.shape[:2]
-        if not same_dim(
-            shapes[0][0], shapes[1][0]
-        ):  # rows or keys belong to all entries, which are numbered together
+        # Where rows or keys belong to all entries, these are numbered together.
+        if not same_dim(shapes[0][0], shapes[1][0]):
             rows, keys = rows.reshape(1, -1, 2), keys.reshape(1, -1, 2)
-        numbers = jax.vmap(number)(jnp.concatenate([rows, keys], 1))
+        own = jnp.concatenate([rows, keys], 1)
+        every = jnp.concatenate([own, of_all_devices(own)], 1) if ring_axes else own
+        numbers = jax.vmap(number)(every)[:, : own.shape[1]]
         q, k = numbers[:, : rows.shape[1]], numbers[:, rows.shape[1] :]
         return forms.Segments(q.reshape(shapes[0]), k.reshape(shapes[1]))
 

@@ -15,7 +15,7 @@ from . import mask_forms as forms
 from ._jax import same_dim
 from .checker import Checker
 from .mask_forms import Form
-from .mask_joins import both_segments
+from .mask_joins import both_segments, merged
 from .mask_rows import Data, PackedKeys, Rows
 from .masks import Mask
 from .operands import OPTIONAL
@@ -102,7 +102,9 @@ def _add(
     def made(arrays: tuple[dict[int, Array], Operands]) -> Operands:
         of_mask, of_call = arrays
         conditions, window = jax.tree.unflatten(tree, [of_mask.get(n, x) for n, x in enumerate(leaves)])
-        found = _made(conditions, _rows(spec, operands | of_call, ring), of_call, sizes)
+        ring_axes = () if ring is None else ring.axes
+        conditions = merged(conditions, in_call=True, ring_axes=ring_axes)
+        found = _made(conditions, _rows(spec, operands | of_call, ring), of_call, sizes, ring_axes)
         return found | {name: mask_bands.operand(x) for name, x in window.items()}
 
     def shardings(shapes: Any) -> dict[str, NamedSharding]:
@@ -115,7 +117,9 @@ def _add(
     return replace(spec, block=blocks[0]) if blocks else spec
 
 
-def _made(conditions: tuple[Form, ...], rows: Rows, operands: Operands, sizes: Sizes) -> Operands:
+def _made(
+    conditions: tuple[Form, ...], rows: Rows, operands: Operands, sizes: Sizes, ring_axes: tuple[str, ...]
+) -> Operands:
     """The operands by which a mask reaches the call."""
     found: Operands = {}
     visible = forms.resolve(conditions, rows)
@@ -125,7 +129,7 @@ def _made(conditions: tuple[Form, ...], rows: Rows, operands: Operands, sizes: S
         ranges = jnp.stack(limits[1:], -1)
         found["ranges"] = ranges[0] if sizes.packed else ranges
     if visible.segments is not None:
-        found |= _segments(operands, visible.segments, sizes)
+        found |= _segments(operands, visible.segments, sizes, ring_axes)
     if visible.dense is not None:
         found["mask"] = visible.dense
     if visible.blocks is not None:
@@ -142,12 +146,12 @@ def _block_mask(blocks: forms.Blocks, rows: Rows, sizes: Sizes) -> Array:
     return shown
 
 
-def _segments(operands: Operands, ids: forms.Segments, sizes: Sizes) -> Operands:
+def _segments(operands: Operands, ids: forms.Segments, sizes: Sizes, ring_axes: tuple[str, ...]) -> Operands:
     q = jnp.broadcast_to(ids.q_ids, (sizes.batch, sizes.rows))
     k = jnp.broadcast_to(ids.kv_ids, (sizes.batch, ids.kv_ids.shape[-1]))
     if "q_segment_ids" in operands:
         given = forms.Segments(operands["q_segment_ids"], operands["kv_segment_ids"])
-        both = both_segments(given, forms.Segments(q, k))
+        both = both_segments(ring_axes, given, forms.Segments(q, k))
         q, k = both.q_ids, both.kv_ids
     return {"q_segment_ids": q, "kv_segment_ids": k}
 
@@ -230,7 +234,7 @@ def _varlen_rows(operands: Operands) -> Rows:
     if "kv_lengths" in operands:
         keys = jnp.clip(operands["kv_lengths"], 0, keys)
     token = jnp.arange(tokens, dtype=jnp.int32)
-    owner = jnp.searchsorted(starts, token, side="right").astype(jnp.int32) - 1
+    owner = gather.owners(starts, tokens)
     place = token - starts[owner]
     used = (owner >= 0) & (place < jnp.pad(keys, (0, 1))[owner])
     rows = _packed_rows(operands, keys)

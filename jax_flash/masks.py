@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ from .pytrees import pytree
 
 ArrayLike = Any
 _DRAWN = 16  # the most rows and keys in a picture
-_MOST_DRAWN = 1 << 20  # the most pairs of a mask that repr draws
+_MOST_DRAWN = 1 << 21  # the most pairs, of all entries and heads, of a mask that repr draws
 
 
 @pytree("conditions")
@@ -64,11 +65,14 @@ class Mask:
     def picture(self, sq: int, sk: int | None = None, *, entry: int = 0, head: int = 0) -> list[str]:
         """A line of text for each of `sq` query rows, `#` where it sees the key, for one batch entry and head."""
         sk = sq if sk is None else sk
-        visible = forms.resolve(self.conditions, Rows.fixed(sq, sk))
-        seen = np.asarray(forms.seen(visible, sq, jnp.arange(sk, dtype=jnp.int32)[None]))
+        seen = np.asarray(self._seen(sq, sk))
         seen = np.broadcast_to(seen, (*seen.shape[:2], sq, sk))
         chosen = seen[min(entry, len(seen) - 1), min(head, seen.shape[1] - 1)]
         return ["".join(".#"[int(x)] for x in row) for row in chosen]
+
+    def _seen(self, sq: int, sk: int) -> Array:
+        visible = forms.resolve(self.conditions, Rows.fixed(sq, sk))
+        return forms.seen(visible, sq, jnp.arange(sk, dtype=jnp.int32)[None])
 
     def __str__(self) -> str:
         return " & ".join(_name(x) for x in self.conditions) or "everything"
@@ -80,7 +84,8 @@ class Mask:
         """The first rows and keys of a small mask's picture; nothing of a mask that cannot be drawn."""
         try:
             sq, sk = _sizes(self.conditions)
-            if sq * sk > _MOST_DRAWN or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self)):
+            pairs = jax.eval_shape(partial(self._seen, sq, sk)).size
+            if pairs > _MOST_DRAWN or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self)):
                 return []
             return [row[:_DRAWN] for row in self.picture(sq, sk)[:_DRAWN]]
         except Exception:  # Arrays may be deleted or on other hosts, and trees of masks hold shapes or axes.

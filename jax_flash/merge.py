@@ -9,6 +9,7 @@ from functools import reduce
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ._jax import sharded_like
 from .options import ArrayLike
 
 _INF = float("inf")
@@ -25,7 +26,8 @@ def merge_attention(outs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tup
       lses: one float32 `[..., h, s]` array per part, as `return_lse=True` returns it.
 
     Returns:
-      out in the shape and dtype of `outs[0]`, and lse `[..., h, s]` in float32.
+      out in the shape and dtype of `outs[0]`, and lse `[..., h, s]` in float32. Explicit mesh axes split both as they
+      split the first part.
 
     Raises:
       TypeError: for a bare array instead of a list.
@@ -53,7 +55,7 @@ def merge_attention(outs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tup
 def combine(outs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array, Array]:
     """merge_attention for checked parts, with out in float32, or in float64 if a part is."""
     wide = jnp.float64 if any(out.dtype == jnp.float64 for out in outs) else jnp.float32
-    part = jnp.stack([lse.astype(wide) for lse in lses])  # [parts, ..., h, s]
+    part = jnp.stack([sharded_like(lse, lses[0]).astype(wide) for lse in lses])  # [parts, ..., h, s]
     m = lax.stop_gradient(part.max(0, keepdims=True))
     m = jnp.where(m == -_INF, 0, m)
     e = jnp.exp(part - m)
@@ -62,7 +64,10 @@ def combine(outs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array, Array]
     total = jnp.where(nothing, 1, total)
     lse = jnp.where(nothing, -_INF, m + jnp.log(total))
     weights = jnp.swapaxes(e / total, -1, -2)[..., None]  # [parts, ..., s, h, 1]
-    weighted = (weight * out.astype(wide) for weight, out in zip(weights, outs, strict=True))
+    weighted = (
+        sharded_like(weight, outs[0]) * sharded_like(out, outs[0]).astype(wide)
+        for weight, out in zip(weights, outs, strict=True)
+    )
     return reduce(operator.add, weighted), lse[0]
 
 

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from cases import DTYPES, cu_seqlens
 from conftest import IMPLEMENTATION
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from pages import FLOAT8, GARBAGE, require
+from programs import require_devices
 
 from jax_flash import append_kv, apply_rotary, flash_attention, paged_attention
 
@@ -44,6 +47,22 @@ def arguments(
         made["rotary"] = jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
         made["interleaved"] = interleaved
     return made
+
+
+def test_explicit_axes_outside_jit_take_indices_of_one_device(implementation):
+    """Pools on a mesh that is not set, tables and lengths as numpy made them."""
+    require(implementation)
+    require_devices(2)
+    mesh = jax.make_mesh((2,), ("heads",), axis_types=(AxisType.Explicit,))
+    call = arguments()
+    spread = {
+        name: jax.device_put(call[name], NamedSharding(mesh, P(None, None, "heads")))
+        for name in ("k_pages", "v_pages", "key", "value")
+    }
+    got = append_kv(**call | spread, implementation=implementation)
+    assert got[0].sharding.spec == P(None, None, "heads", None)
+    for x, y in zip(got, append_kv(**call, implementation=implementation), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 EMPTY = {

@@ -11,7 +11,14 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from programs import assert_same, attention, require_devices, with_gradients
 
-from jax_flash import append_kv, export_checks, flash_attention
+from jax_flash import (
+    append_kv,
+    export_checks,
+    flash_attention,
+    flash_attention_varlen,
+    masks,
+    paged_attention,
+)
 from jax_flash.backends import extension
 
 PLAIN = Case("plain", b=2, sq=5, sk=7, hq=4, hk=2, d=16, dv=16, causal=True, dtype="bfloat16")
@@ -206,6 +213,30 @@ def test_symbolic_tokens_and_sequences(kernel, platform, request):
     for size in (case, case.replace(q_sequences=(7, 0, 2), kv_lengths=(3, 2, 1), padding=(1, 3))):
         arrays = arrays_of(size)
         assert_same(program.call(arrays), jax.jit(call)(arrays))
+
+
+def test_symbolic_sequences_with_a_mask_and_with_pages(kernel):
+    """What a packed token belongs to is found for any number of sequences."""
+
+    def call(x):
+        q, kv, cu, tables = x["q"], x["kv"], x["cu"], x["tables"]
+        mask, options = masks.chunked(3), {"implementation": kernel}
+        pools = append_kv(x["pages"], x["pages"], kv, kv, tables, 0, cu_seqlens=cu, **options)
+        paged = paged_attention(q, *pools[:2], tables, pools[2], cu_seqlens_q=cu, mask=mask, **options)
+        return paged, flash_attention_varlen(q, kv, kv, cu, mask=mask, **options)
+
+    def arrays(offsets):
+        n, t = len(offsets) - 1, offsets[-1] + 1  # one token is padding
+        q, kv = (jax.random.normal(jax.random.key(h), (t, h, 16)) for h in (4, 2))
+        tables = jnp.arange(2 * n, dtype=jnp.int32).reshape(n, 2)
+        return dict(
+            q=q, kv=kv, cu=jnp.array(offsets, jnp.int32), tables=tables, pages=jnp.zeros((9, 4, 2, 16))
+        )
+
+    symbols = {"q": "t, 4, 16", "kv": "t, 2, 16", "cu": "n + 1", "tables": "n, 2"}
+    program = exported(call, with_symbols(arrays([0, 3, 8]), symbols), kernel)
+    given = arrays([0, 0, 5, 5, 7])
+    assert_same(program.call(given), jax.jit(call)(given))
 
 
 def test_symbolic_sizes_that_might_differ_raise(kernel):

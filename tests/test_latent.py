@@ -327,6 +327,21 @@ def test_tokens_are_appended_to_the_one_pool(implementation, layout, d):
     np.testing.assert_array_equal(by_token[0, 1:], new[1])
 
 
+def test_tokens_are_appended_to_a_pool_with_dynamic_scales(implementation):
+    require(implementation)
+    pool, scale = jnp.zeros((3, 4, 1, 48), jnp.float8_e4m3fn), jnp.ones((3, 1))
+    new = jnp.full((2, 2, 1, 48), 1000.0)
+    tables = jnp.asarray([[2], [0]], jnp.int32)
+    got, values, lengths, scale, of_values = append_kv(
+        pool, None, new, None, tables, 0, k_scale=scale, scale="dynamic", implementation=implementation
+    )
+    assert values is None
+    assert of_values is None
+    assert lengths.tolist() == [2, 2]
+    wide = got.astype(jnp.float32) * scale[:, None, :, None]
+    np.testing.assert_allclose(wide[jnp.array([2, 0]), :2], new, rtol=1 / 16)
+
+
 def test_append_is_in_place_where_the_pool_is_donated(implementation):
     require(implementation)
     append = jax.jit(

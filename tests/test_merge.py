@@ -4,6 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from programs import require_devices
 
 from jax_flash import flash_attention, flash_attention_varlen, merge_attention
 
@@ -148,6 +151,31 @@ def test_out_has_the_first_parts_dtype_and_is_summed_in_float32():
     assert (out.dtype, lse.dtype) == (jnp.bfloat16, jnp.float32)
     close(out.astype(jnp.float32), np.ones((1, 1, 8)))
     close(lse, [[np.log(300)]])
+
+
+def test_parts_that_explicit_axes_split_differently_merge_as_the_first_is_split():
+    require_devices(4)
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    parts = [part_of_ones(n) for n in (1.0, 3.0)]
+    specs = [(P(None, None, "a"), P(None, "a")), (P("a", None, None, "b"), P("b", None, "a"))]
+    placed = jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), parts, specs)
+
+    def total(parts):
+        return merge_attention(*zip(*parts, strict=True))[0].sum()
+
+    with jax.set_mesh(mesh):
+        out, lse = jax.jit(lambda parts: merge_attention(*zip(*parts, strict=True)))(placed)
+        gradients = jax.jit(jax.grad(total))(placed)
+    assert (out.sharding.spec, lse.sharding.spec) == (P(None, None, "a", None), P(None, "a", None))
+    close(out, np.full(out.shape, 2.0))
+    for got, expected in zip(
+        jax.tree.leaves(gradients), jax.tree.leaves(jax.grad(total)(parts)), strict=True
+    ):
+        close(got, expected)
+
+
+def part_of_ones(value):
+    return jnp.full((2, 6, 4, 8), value), jnp.zeros((2, 4, 6))
 
 
 def test_it_works_under_strict_promotion_and_x64():

@@ -27,7 +27,7 @@ from programs import (
     with_gradients,
 )
 
-from jax_flash import ring_attention
+from jax_flash import flash_attention, masks, ring_attention
 from jax_flash.sequence import schedule, shard
 from jax_flash.spec import ORDERS
 
@@ -208,6 +208,26 @@ def test_without_checks_of_varying_types_and_outside_jit(kernel):
     wanted = attention(CAUSAL, kernel, return_lse=False)
     assert_same(mapped(arrays), wanted(arrays))
     assert_same(jax.jit(with_gradients(mapped))(arrays), jax.jit(with_gradients(wanted))(arrays))
+
+
+@pytest.mark.parametrize(("mode", "order"), [("ring", "zigzag"), ("all_to_all", "contiguous")])
+def test_two_conditions_on_segments_hold_for_all_devices(kernel, mode, order):
+    """Beside `segment_ids` or as `&` of two masks, made where only the ids of one device's tokens are known."""
+    q, k, v = make_inputs(CAUSAL).positional.values()
+    ids = np.sort(np.random.default_rng(0).integers(0, 4, (2, 2, 16)))
+    tokens = order_of(order, 16, 4)
+
+    def run(call, q, k, v, a, b):
+        beside = call(q, k, v, segment_ids=a, mask=masks.segments(b))
+        return beside, call(q, k, v, mask=masks.segments(a) & masks.segments(b))
+
+    call = partial(ring_attention, axis_name="ring", mode=mode, order=order, implementation=kernel)
+    spec = P(None, "ring")
+    mapped = jax.shard_map(partial(run, call), mesh=mesh_of(4), in_specs=(spec,) * 5, out_specs=spec)
+    got = jax.jit(mapped)(*(x[:, tokens] for x in (q, k, v, *ids)))
+    wanted = flash_attention(q, k, v, segment_ids=4 * ids[0] + ids[1], implementation=kernel)
+    for x in got:
+        assert_same(x[:, np.argsort(tokens)], wanted)
 
 
 @pytest.mark.parametrize("order", ORDERS)

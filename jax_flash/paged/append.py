@@ -174,7 +174,7 @@ def _scatter(spec: AppendSpec, operands: Operands) -> tuple[jax.Array, ...]:
             pool = pool.reshape(*shape[:3], -1)
         page, slot = jnp.where(slots.written, slots.page, pool.shape[0]), slots.position % pool.shape[1]
         if spec.dynamic:
-            rows = new.reshape(-1, *new.shape[-2:])
+            rows = new.reshape(page.size, *new.shape[-2:])
             pool, after = quantise.append(pool, operands[scale], rows, page.reshape(-1), slot.reshape(-1))
             scales.append(after)
         else:
