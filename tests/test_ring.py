@@ -214,7 +214,7 @@ def test_without_checks_of_varying_types_and_outside_jit(kernel):
 def test_two_conditions_on_segments_hold_for_all_devices(kernel, mode, order):
     """Beside `segment_ids` or as `&` of two masks, made where only the ids of one device's tokens are known."""
     q, k, v = make_inputs(CAUSAL).positional.values()
-    ids = np.sort(np.random.default_rng(0).integers(0, 4, (2, 2, 16)))
+    ids = np.sort(np.random.default_rng(0).integers(0, 4, (2, 2, 16), dtype=np.int32))
     tokens = order_of(order, 16, 4)
 
     def run(call, q, k, v, a, b):
