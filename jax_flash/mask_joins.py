@@ -18,21 +18,20 @@ _OF_ARRAYS = "b|1, hq|1, sq|1, sk|1"
 _OF_CHOSEN = "b|1, h|1, rows"
 
 
-def merged(
-    conditions: Sequence[Form], in_call: bool = False, ring_axes: Sequence[str] = ()
-) -> tuple[Form, ...]:
+def merged(conditions: Sequence[Form], ring_axes: Sequence[str] | None = None) -> tuple[Form, ...]:
     """A conjunction with at most one condition on segments, one on blocks and one dense array.
 
-    Inside shard_map the conditions on segments are left for the call, which knows whether it is a ring (`ring_axes`).
+    `ring_axes`: those of the call, none if it is no ring. Without a call, conditions on segments inside shard_map are
+    left apart, because the call may be a ring.
     """
     rest = [x for x in conditions if not isinstance(x, (forms.Segments, forms.Blocks, forms.Dense))]
     by_segment = [x for x in conditions if isinstance(x, forms.Segments)]
     by_block = [x for x in conditions if isinstance(x, forms.Blocks)]
     arrays = [x for x in conditions if isinstance(x, forms.Dense)]
-    if by_segment and not in_call and manual_axes()[0]:
+    if ring_axes is None and manual_axes()[0]:
         rest += by_segment
     elif by_segment:
-        rest.append(reduce(partial(both_segments, ring_axes), by_segment))
+        rest.append(reduce(partial(both_segments, ring_axes or ()), by_segment))
     if by_block:
         rest.append(reduce(_both_blocks, by_block))
     if arrays:

@@ -103,7 +103,7 @@ def _add(
         of_mask, of_call = arrays
         conditions, window = jax.tree.unflatten(tree, [of_mask.get(n, x) for n, x in enumerate(leaves)])
         ring_axes = () if ring is None else ring.axes
-        conditions = merged(conditions, in_call=True, ring_axes=ring_axes)
+        conditions = merged(conditions, ring_axes)
         found = _made(conditions, _rows(spec, operands | of_call, ring), of_call, sizes, ring_axes)
         return found | {name: mask_bands.operand(x) for name, x in window.items()}
 

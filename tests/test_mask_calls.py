@@ -75,7 +75,7 @@ def test_packed_sequences_count_from_their_own_first_key(implementation):
 
 
 def test_a_function_counts_the_rows_of_each_packed_sequence(implementation):
-    """As blocks do. Those past the last row for which it was evaluated see no key."""
+    """Row i of the function is row i of each sequence, as in `blocks`. Rows past its `sq` rows see no key."""
     mask = masks.from_function(lambda b, h, i, j: (j == i) | (j < b), 3, 4, batch=2)
     assert draw_packed(implementation, q=[0, 3, 7], mask=mask) == [
         "#......", ".#.....", "..#....", "...#...", "...##..", "...#.#.", ".......",

@@ -120,7 +120,7 @@ def test_a_call_with_a_mask_is_exported(kernel):
 
 
 def test_a_program_that_takes_masks_is_serialised():
-    """With the numbers in them that are compiled in."""
+    """The serialised program keeps the Python numbers that its masks hold."""
     ids, chosen = np.zeros((2, S), int), np.zeros((1, 1, 3, 1), int)
     given = [
         masks.blocks(chosen, (16, 32)) & masks.chunked(7) & masks.segments(ids),
@@ -269,9 +269,8 @@ def test_packed_and_paged_calls_take_functions_and_ranges_of_one_batch_entry():
     of_tokens = masks.ranges(0, np.array([1, 2, 3, 1, 2, 3, 4])[None, None])
     for mask in (masks.from_function(lambda b, h, i, j: j <= i, 4, 4), of_tokens):
         assert packed(mask=mask) == packed(causal=True) == paged(mask=mask)
-    assert (
-        packed(mask=masks.from_function(lambda b, h, i, j: j <= i, 0, 4)) == 0
-    )  # all rows are past the last
+    of_no_rows = masks.from_function(lambda b, h, i, j: j <= i, 0, 4)
+    assert packed(mask=of_no_rows) == 0
 
 
 def test_arrays_of_any_rank_without_rank_promotion(implementation):

@@ -26,7 +26,7 @@ def test_repr_draws_the_corner_of_a_larger_one():
 
 
 def test_repr_of_many_entries_names_the_mask():
-    """A picture would first take all pairs of all entries and heads."""
+    """A picture would need memory for the pairs of all entries and heads."""
     ids, lo = np.zeros((512, 64), int), np.zeros((1, 64, 64), int)
     assert repr(masks.segments(ids) & masks.ranges(lo, 9)) == "Mask(ranges & segments)"
 
