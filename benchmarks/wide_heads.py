@@ -77,6 +77,9 @@ def decode() -> None:
         calls["pages of 64"] = (jax.jit(call), [arrays])
         if hk == 1:
             q, k_pages, _, *where = arrays
+            keys = decode_calls.draw(shape)[1]
+            shared_rows = jax.jit(lambda q, k: jax_flash.flash_attention(q, k, None))
+            calls["contiguous, K = V"] = (shared_rows, [(q, keys)])
             shared_pages = jax.jit(lambda q, k, *x: jax_flash.paged_attention(q, k, None, *x, value_dim=WIDE))
             calls["pages of 64, K = V"] = (shared_pages, [(q, k_pages, *where)])
         times = measure.in_turns(calls, repeats=5)

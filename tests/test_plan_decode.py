@@ -47,12 +47,25 @@ def test_more_rows_than_decode_reads_at_once_take_the_forward_that_packs_heads(q
     assert chosen["queries"] == {"block": 64, "tiles": tiles, "blocks": 64 * 8 * tiles}
 
 
+@pytest.mark.parametrize(("d", "rows"), [(64, 32), (128, 32), (256, 16), (512, 16)])
+def test_decode_reads_keys_at_most_twice_where_heads_can_be_packed(d, rows):
+    """Its kernels of head dims above 128 have 8 rows."""
+    for pages in ({"page_size": 64}, {"paged": False}):
+        few, more = (
+            plan(batch=132, q_rows=1, heads=heads, kv_heads=1, d=d, dv=d, **pages)["row"]
+            for heads in (rows, 2 * rows)
+        )
+        assert few["pass"] == "decode"
+        assert more["design"] == "packed_heads"
+
+
 def test_packed_heads_fill_the_sms_with_slices_of_values():
     """64 query heads over one KV head of 512: decode would read each key eight times."""
-    options = {"d": 512, "dv": 512, "q_rows": 1, "heads": 64, "kv_heads": 1, "page_size": 64}
-    chosen = plan(batch=64, **options)
-    assert (chosen["row"]["design"], chosen["persistent_ctas"]) == ("packed_heads", 128)
-    assert plan(batch=32, **options)["row"]["pass"] == "decode"  # half of the SMs would idle
+    options = {"d": 512, "dv": 512, "q_rows": 1, "heads": 64, "kv_heads": 1}
+    for pages in ({"page_size": 64}, {"paged": False}):
+        chosen = plan(batch=64, **options | pages)
+        assert (chosen["row"]["design"], chosen["persistent_ctas"]) == ("packed_heads", 128)
+        assert plan(batch=32, **options | pages)["row"]["pass"] == "decode"  # half of the SMs would idle
 
 
 @pytest.mark.parametrize(

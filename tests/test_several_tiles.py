@@ -167,6 +167,37 @@ VALUES_ARE_KEYS = [
     )
 ]
 
+# With few tokens these keys are read as latent pools are, once for up to 64 query rows.
+TOKEN = SIZES | {"hk": 1, "sq": 1}
+FEW_TOKENS = [
+    case.replace(name=f"{case.name} d{d}", d=d, dv=d, shared_kv=True)
+    for d in (264, 512)
+    for case in (
+        Case("one token", kv_lengths=(SK - 20, 130), sinks=True, **TOKEN | {"b": 2, "hq": 128}),
+        Case("few rows", window=(100, 33), **TOKEN | {"sq": 2, "hq": 16, "hk": 2}),
+        Case(
+            "rows of several tiles", causal=True, q_lengths=(5, 0, 2), **TOKEN | {"b": 3, "sq": 5, "hq": 40}
+        ),
+        Case("options", softcap=7.0, alibi_slopes=(20,), causal=True, **TOKEN | {"sq": 9, "hq": 20}),
+        Case("ranges", forms=("spans", "window"), **TOKEN | {"b": 2, "sq": 3, "hq": 20}),
+    )
+]
+
+# On Hopper query tiles hold all query heads of a KV head, if decode would read keys more than once.
+PACKED_HEADS = [
+    case.replace(name=f"{case.name} d{d}", d=d, dv=d)
+    for d in (40, 64, 128, 256, 512)
+    for case in (
+        Case("one token", **TOKEN | {"b": 66, "hq": 128, "hk": 2, "sk": 200}),
+        Case(
+            "causal",
+            causal=True,
+            kv_lengths=(SK, 0, 1, 130) * 6,
+            **TOKEN | {"b": 24, "sq": 5, "hq": 80, "hk": 5},
+        ),
+    )
+]
+
 
 def scores(case):
     """The number of scores: rows × keys × heads."""
@@ -255,6 +286,17 @@ def test_long_groups_of_heads(d, window):
 def test_each_option_alone(case):
     if case.bias is not None:
         case = case.replace(bias_dtype=case.dtype)
+    check(case)
+
+
+@pytest.mark.parametrize("case", in_dtypes(FEW_TOKENS, HALF), ids=lambda case: case.name)
+def test_few_tokens_of_keys_that_are_values(case):
+    check(case)
+
+
+@pytest.mark.skipif(EMULATED, reason="the emulator has none of Hopper's kernels")
+@pytest.mark.parametrize("case", in_dtypes(PACKED_HEADS, HALF), ids=lambda case: case.name)
+def test_packed_heads(case):
     check(case)
 
 

@@ -93,7 +93,8 @@ class Forward final : public PassTraits {
   }
 
   bool better(const KernelRow& a, const KernelRow& b, const Call& call) const override {
-    if (call.spec.paged()) return packs_heads(a) && !packs_heads(b);
+    if (packs_heads(a) != packs_heads(b)) return packs_heads(a);
+    if (call.spec.paged()) return false;
     if (call.spec.has(Operand::kBlockMask)) return a.block_m > b.block_m;
     const TileChoice choice(call);
     const bool a_small = a.block_m == kConsumerRows, b_small = b.block_m == kConsumerRows;
@@ -162,10 +163,11 @@ class Forward final : public PassTraits {
     return row.is_sliced() ? slices_of(call.shapes.value_dim, row.slice_columns()) : 1;
   }
 
-  // Calls with a few tokens per sequence, for which decode would read keys more than once. Keys are not
-  // split, so the tiles must fill whole waves. All rows of a tile belong to one KV head.
+  // Calls with a few tokens per sequence, for which decode would read keys more than once or, if heads are
+  // wide, more than twice. Keys are not split, so the tiles must fill whole waves. All rows of a tile belong
+  // to one KV head.
   static bool serves_packed_heads(const KernelRow& row, const Call& call) {
-    constexpr int64_t kDecodeRows = 32, kMostRows = 256;
+    constexpr int64_t kDecodeRows = 32, kDecodeRowsOfWideHeads = 16, kWideHead = 129, kMostRows = 256;
     constexpr double kFilled = 0.85;
     const AttentionSpec& spec = call.spec;
     const Shapes& s = call.shapes;
@@ -177,7 +179,8 @@ class Forward final : public PassTraits {
     const bool counts_tokens = spec.right >= 0 && spec.align != Align::kBottomRight;
     if (spec.left >= 0 || counts_tokens || spec.softcap > 0 || !(spec.scale > 0)) return false;
     const int64_t group = s.heads / s.kv_heads, rows = group * s.q_rows;
-    if (row.block_m % group || rows <= kDecodeRows || rows > kMostRows) return false;
+    if (rows <= (s.head_dim < kWideHead ? kDecodeRows : kDecodeRowsOfWideHeads)) return false;
+    if (row.block_m % group || rows > kMostRows) return false;
     if (latent::Decode::are_latent(spec, dims_of(s))) return false;  // latent kernels read each key once
     const int64_t tiles = call.entries() * s.kv_heads * ceil_div(rows, row.block_m) * slices(row, call);
     const int64_t sms = std::max(1, call.device.sm_count);

@@ -15,15 +15,20 @@ inline constexpr int64_t kMostBlocks = 256;  // CTAs, one per SM
 inline constexpr int64_t kMostRows = 64;     // query rows per chunk
 inline constexpr int64_t kLeastKeys = 16;    // keys per key tile
 // Tiles per CTA, because merging a part costs as much as some tiles.
-inline constexpr int64_t kLeastTiles = 8;
+inline constexpr int64_t kLeastTiles = 4;
 inline constexpr int64_t kSplitKeys = 2048;  // keys per split in batch-invariant mode
+// Tokens of contiguous keys: with more, the forward's query tiles, whose rows are those of one head, are
+// full.
+inline constexpr int64_t kMostTokens = 64;
 
 class Decode : public PassTraits {
  public:
-  // Whether calls over such pools run the latent kernels, provided they were built.
+  // Whether calls with such keys run the latent kernels, provided they were built. Contiguous keys that are
+  // also the values are read as pools are, one page for each sequence, if there are few tokens.
   static bool are_latent(const AttentionSpec& spec, const DimShapes& s) {
-    return spec.paged() && spec.shared_kv() && spec.value_start == 0 && s.head_dim.known() &&
-           s.head_dim.value() >= kFewestColumns;
+    return spec.shared_kv() && spec.value_start == 0 && s.head_dim.known() &&
+           s.head_dim.value() >= kFewestColumns &&
+           (spec.paged() || (!spec.packed() && has_few_tokens(s.q_rows)));
   }
 
   bool serves(const KernelRow& row, const Call& call) const override {
@@ -85,6 +90,7 @@ class Decode : public PassTraits {
   }
 
  private:
+  static bool has_few_tokens(const Dim& tokens) { return !tokens.known() || tokens.value() <= kMostTokens; }
   // The number of chunks of `rows` query rows that all sequences have for one KV head.
   static int64_t entries(const Call& call, int64_t rows) {
     const Shapes& s = call.shapes;

@@ -185,7 +185,11 @@ class Decode final : public PassTraits {
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
     if (spec.layout == Layout::kVarlen) return 0;
-    if (LatentDecode::are_latent(spec, s)) return latent_.workspace_bound(spec, s);
+    return max(latent_.workspace_bound(spec, s), bound_of_split_keys(spec, s));
+  }
+
+ private:
+  static Dim bound_of_split_keys(const AttentionSpec& spec, const DimShapes& s) {
     Dim group = 1;
     if (!s.kv_heads.known() || s.kv_heads.value() > 0) group = s.heads / s.kv_heads;
     const Dim rows = group * (spec.packed() ? max(s.draft_rows, 1) : s.q_rows);
@@ -205,7 +209,6 @@ class Decode final : public PassTraits {
     return aligned(partial_bytes(split_rows, s.value_dim));
   }
 
- private:
   LatentDecode latent_;
 };
 

@@ -26,8 +26,6 @@ struct LatentSm90 {
   static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kRows = R.block_m, kTile = R.block_n;
   static constexpr int kStages = R.stages, kThreads = R.warps * 32;
   static constexpr int kWarps = 8, kLoadWarps = 4;
-  // How many parts, and blocks of 128 features, are merged together: as many as registers allow.
-  static constexpr int kPartsAtOnce = kOptions ? 0 : 1, kBlocksAtOnce = kOptions ? 1 : 2;
   using QTile = SharedTile<T, kRows, kHeadDim>;
   using KTile = SharedTile<T, kTile, kHeadDim>;
   using PTile = SharedTile<T, kRows, kTile>;

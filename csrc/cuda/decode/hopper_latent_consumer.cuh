@@ -4,7 +4,6 @@
 
 #include <cstdint>
 
-#include "cuda/decode/combine.cuh"
 #include "cuda/decode/hopper_latent_state.cuh"
 #include "cuda/decode/latent_softmax.cuh"
 #include "cuda/ptx/wgmma.cuh"
@@ -50,8 +49,6 @@ class LatentConsumer {
   // Computes S, P and this half of O over all tiles of a segment.
   __device__ __forceinline__ void attend_first(const LatentSegment& segment, uint32_t number, uint32_t& use) {
     const ColumnRows rows = rows_of(segment, call.group, kv_head);
-    if (threadIdx.x == 0 && segment.parts.count > 1)
-      prepare_counter(PartialResults<C::kRows>(call).counter(segment.parts, kv_head));
     LatentSoftmax<C, S> softmax(segment, rows, first_row());
     const int32_t tile_end = segment.tile_end;
 #pragma unroll 1
@@ -174,8 +171,7 @@ class LatentConsumer {
     shared.p_pipe.arrive_by_warp(use);
   }
 
-  // Writes the results of a segment, or merges them with those of the entry's other parts if this one is the
-  // last to be finished.
+  // Writes the results of a segment, or of a part of one.
   __device__ __forceinline__ void finish(const LatentSegment& segment, const Softmax (&softmax)[C::kRows]) {
     sync_consumers();  // waits until the softmax is stored
     const ColumnRows rows = rows_of(segment, call.group, kv_head);
@@ -192,12 +188,6 @@ class LatentConsumer {
         store_partial(partial, first + row, slot, softmax[row]);
       }
     }
-    if (parts.count == 1) return;
-    sync_consumers();
-    if (threadIdx.x == 0) shared.is_last = count_part(partial.counter(parts, kv_head), parts.count);
-    sync_consumers();
-    if (shared.is_last)
-      combine<C, C::kPartsAtOnce, C::kBlocksAtOnce>(call, rows, segment.work, partial, parts, kv_head);
   }
   __device__ __forceinline__ static void sync_consumers() {
     // The two halves are different code, so they reach the barrier at different instructions.

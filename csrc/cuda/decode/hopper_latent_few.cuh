@@ -11,7 +11,6 @@
 
 #include <cstdint>
 
-#include "cuda/decode/combine.cuh"
 #include "cuda/decode/latent_load.cuh"
 #include "cuda/decode/latent_softmax.cuh"
 #include "cuda/hopper/pipeline.cuh"
@@ -50,8 +49,6 @@ struct LatentFewSm90 {
   static constexpr int kStages = R.stages, kThreads = R.warps * 32;
   static constexpr int kGroups = 2, kGroupWarps = 4, kWarps = kGroups * kGroupWarps;
   static constexpr int kLoadWarps = R.warps - kWarps;
-  // How many parts, and blocks of 128 features, are merged together: as many as registers allow.
-  static constexpr int kPartsAtOnce = 2, kBlocksAtOnce = 4;
   using QTile = SharedTile<T, kRows, kHeadDim>;
   using KTile = SharedTile<T, kTile, kHeadDim>;
   using PTile = LatentSums<kWarps, kTile / 8>;
@@ -104,8 +101,6 @@ class LatentGroup {
   // Attends to the group's tiles of a segment, and finishes it.
   __device__ __forceinline__ void attend(const LatentSegment& segment, uint32_t number, uint32_t use) {
     const ColumnRows rows = rows_of(segment, call.group, kv_head);
-    if (threadIdx.x == 0 && segment.parts.count > 1)
-      prepare_counter(PartialResults<C::kRows>(call).counter(segment.parts, kv_head));
     read_queries();
     shared.q_pipe.release(number);
     SegmentSoftmax softmax(segment, rows, 0);
@@ -183,8 +178,7 @@ class LatentGroup {
     return make_float4(x[0], x[1], x[2], x[3]);
   }
 
-  // Writes the results of a segment, or merges them with those of the entry's other parts if this one is the
-  // last to be finished.
+  // Writes the results of a segment, or of a part of one.
   __device__ __forceinline__ void finish(const LatentSegment& segment, const ColumnRows& rows,
                                          const SegmentSoftmax& softmax, O& o) {
     Softmax all[O::kSlots];
@@ -202,12 +196,7 @@ class LatentGroup {
         store_partial(partial, first + row, slot, o, all[slot]);
       }
     }
-    sync_consumers();  // waits until results are stored and sums are read
-    if (parts.count == 1) return;
-    if (threadIdx.x == 0) shared.is_last = count_part(partial.counter(parts, kv_head), parts.count);
-    sync_consumers();
-    if (shared.is_last)
-      combine<C, C::kPartsAtOnce, C::kBlocksAtOnce>(call, rows, segment.work, partial, parts, kv_head);
+    sync_consumers();  // waits until sums are read
   }
 
   // The first kShare column tiles of O ← this group's share of both groups' O, with the softmax of both.

@@ -38,6 +38,7 @@ LatentCall make_latent_call(const Problem& p, const DecodeGrid& grid, int32_t ro
     const int64_t apart = 2 * (int64_t{p.batch} + 2);
     call.starts = {const_cast<int32_t*>(starts + outer * leading * apart), apart, 1};
   }
+  if (!p.paged()) call.page_size = Divisor(std::max(1, p.k_rows));
   call.sequences = static_cast<int32_t>(leading * entries);
   call.end_tiles = end_tiles(grid, call.sequences);
   call.entries = Divisor(std::max<int64_t>(1, entries));

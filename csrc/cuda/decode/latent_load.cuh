@@ -1,6 +1,6 @@
 // The load warps of the kernels of latent pools: Q, and K from its pages, by cp.async. Pages of any size and
-// rows of any stride are loaded alike, 16 bytes at a time. L2 evicts pools that exceed it first; without this
-// hint, reading such a pool takes a sixth longer.
+// rows of any stride are loaded alike, 16 bytes at a time; contiguous keys are one page for each sequence. L2
+// evicts pools that exceed it first; without this hint, reading such a pool takes a sixth longer.
 #pragma once
 
 #include <cstdint>
@@ -83,16 +83,13 @@ class LatentLoader {
     const SequenceWork work = ahead.open(call, column);
     const auto entry = column.entry(ahead.index);
     keys = work.keys;
-    pool = call.key.at<const T>(work.leading, 0, column.kv_head, 0);
-    table = call.block_tables.at<const int32_t>(work.leading, work.index, 0, 0);
+    pool = call.key.at<const T>(work.leading, call.paged ? 0 : work.index, column.kv_head, 0);
+    table = call.paged ? call.block_tables.at<const int32_t>(work.leading, work.index, 0, 0) : nullptr;
     if (is_first()) {
-      shared.segments[segment % C::Shared::kSegments] = {work,
-                                                         Parts::of(call.grid, partition, ahead, number),
-                                                         entry.first,
-                                                         entry.end,
-                                                         ahead.tile,
-                                                         ahead.tile_end,
-                                                         0};
+      const Parts parts = Parts::of(call.grid, partition, ahead, number);
+      shared.segments[segment % C::Shared::kSegments] = {
+          work, parts, entry.first, entry.end, ahead.tile, ahead.tile_end, 0};
+      note_split<C::kRows>(call, parts, ahead.index, column.kv_head);
     }
     return {column.rows(entry), work.leading, work.batch_row, work.q_begin};
   }
@@ -107,7 +104,7 @@ class LatentLoader {
       if (key < keys.lo || key >= keys.hi) continue;
       const int32_t entry = call.page_size.quotient(static_cast<int32_t>(key));
       slot[i] = static_cast<int32_t>(key) - entry * call.page_size.value;
-      page[i] = table[entry];
+      page[i] = table ? table[entry] : 0;
     }
   }
 
@@ -193,6 +190,7 @@ class LatentLoader {
 // shared memory in place.
 template <class C, class Run>
 __device__ __forceinline__ void run_latent(const LatentCall& call, typename C::Shared& shared, Run run) {
+  ptx::let_next_kernel_start();  // combine_latent() is launched while the last CTAs run
   if (threadIdx.x == 0) shared.init();
   clear_outside<typename C::Element, C::kThreads>(call);
   const int32_t number = call.columns.quotient(static_cast<int32_t>(blockIdx.x));
@@ -200,6 +198,7 @@ __device__ __forceinline__ void run_latent(const LatentCall& call, typename C::S
   Range range;
   auto& found = *reinterpret_cast<PartitionShared<C::kThreads>*>(shared.q);
   const Partition partition = find_range<C::kTile, C::kThreads>(call, column, found, number, range);
+  if (threadIdx.x == 0) clear_split<C::kRows>(call, number, column.kv_head);
   if (range.begin >= range.end) return;
   __syncthreads();  // all threads have read `found`, and the barriers are initialised
   run(column.kv_head, LatentLoader<C>(call, shared, column, partition, range, number));

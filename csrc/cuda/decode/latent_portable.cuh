@@ -13,7 +13,6 @@
 #include <cstdint>
 
 #include "core/families/latent_layout.h"
-#include "cuda/decode/combine.cuh"
 #include "cuda/decode/latent_call.cuh"
 #include "cuda/decode/latent_load.cuh"
 #include "cuda/decode/latent_state.cuh"
@@ -95,8 +94,6 @@ class LatentWarps {
   // Computes O, m and l of a segment.
   __device__ __forceinline__ void attend(const LatentSegment& segment, uint32_t number, uint32_t& use) {
     const ColumnRows rows = rows_of(segment, call.group, kv_head);
-    if (threadIdx.x == 0 && segment.parts.count > 1)
-      prepare_counter(PartialResults<C::kRows>(call).counter(segment.parts, kv_head));
     const SplitProduct product(ptx::shared_address(shared.q));
     if constexpr (C::kHoldsQ) {
       queries.read(product);
@@ -270,8 +267,7 @@ class LatentWarps {
                                    ColumnsB<typename C::KTile, 16>(tile, 64 * warp()));
   }
 
-  // Writes the results of a segment, or merges them with those of the entry's other parts if this one is the
-  // last to be finished.
+  // Writes the results of a segment, or of a part of one.
   __device__ __forceinline__ void finish(const LatentSegment& segment) {
     sync();  // waits until the softmax is stored
     const ColumnRows rows = rows_of(segment, call.group, kv_head);
@@ -288,11 +284,7 @@ class LatentWarps {
         store_partial(partial, first + row, row, slot);
       }
     }
-    sync();  // waits until the softmax is read and results are stored
-    if (parts.count == 1) return;
-    if (threadIdx.x == 0) shared.is_last = count_part(partial.counter(parts, kv_head), parts.count);
-    sync();
-    if (shared.is_last) combine<C>(call, rows, segment.work, partial, parts, kv_head);
+    sync();  // waits until the softmax is read
   }
   __device__ __forceinline__ static int32_t feature(int n) { return 64 * warp() + C::O::column(n); }
 

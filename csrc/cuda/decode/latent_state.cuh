@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cuda/decode/latent_call.cuh"
+#include "cuda/decode/latent_combine.cuh"
 #include "cuda/decode/results.cuh"
 #include "cuda/launch.h"
 #include "cuda/pipeline.cuh"
@@ -42,7 +43,6 @@ struct LatentTiles {
   uint32_t missing[C::kStages][C::kLoadWarps];  // a bit for each key that is on a page outside the pool
   BlockPipeline<C::kStages> k_pipe;
   BlockPipeline<1> q_pipe;  // Q and its segment
-  bool is_last;
   static_assert(kWarpKeys <= 32);
 
   // Every thread's copies arrive at the barriers. `missing` and `segments` are stored and not copied, so the
@@ -54,7 +54,7 @@ struct LatentTiles {
   }
 };
 
-// Launches `kernel`, whose traits are C, for each outer leading entry.
+// Launches `kernel`, whose traits are C, for each outer leading entry, and the one that merges parts.
 template <class C>
 cudaError_t launch_latent(void (*kernel)(LatentCall), const Problem& p, const LaunchPlan& plan,
                           void* workspace, cudaStream_t stream) {
@@ -63,8 +63,8 @@ cudaError_t launch_latent(void (*kernel)(LatentCall), const Problem& p, const La
   const int32_t* starts = p.packed() ? query_starts(p, plan.queries, workspace) : nullptr;
   for (int64_t outer = 0; blocks > 0 && outer < outer_entries(p.leading); ++outer) {
     const LatentCall call = make_latent_call<C::kTile>(p, grid, C::kRows, outer, starts, workspace);
-    const cudaError_t e =
-        jax_flash::launch(kernel, blocks, C::kThreads, sizeof(typename C::Shared), stream, call);
+    cudaError_t e = jax_flash::launch(kernel, blocks, C::kThreads, sizeof(typename C::Shared), stream, call);
+    if (e == cudaSuccess) e = launch_combine<typename C::Element, C::kRows>(call, stream);
     if (e != cudaSuccess) return e;
   }
   return cudaSuccess;

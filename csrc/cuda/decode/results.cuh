@@ -95,7 +95,7 @@ struct Parts {
 };
 
 // Partial results in the workspace: O [slots, columns, rows, dv], Softmax [slots, columns, rows], and the
-// counters of the sequences that are split.
+// counters of the sequences that are split (over latent pools, a SplitEntry instead).
 template <int kRows>
 struct PartialResults {
   float* o;

@@ -253,7 +253,8 @@ cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace
     if (plan.cluster_size > 1) return run.template operator()<ScoreKind::kPlain, DenseLoader, R.multicast>();
   }
   if constexpr (R.design == Design::kPackedHeads) {
-    using C = ForwardSm90<T, R, ScoreKind::kPlain, PagedLoader>;
+    using C = std::conditional_t<R.is_paged(), ForwardSm90<T, R, ScoreKind::kPlain, PagedLoader>,
+                                 ForwardSm90<T, R, ScoreKind::kPlain, DenseLoader>>;
     return launch_forward_sm90<C>(pack_heads(p), plan, workspace, stream);
   } else {
     return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
