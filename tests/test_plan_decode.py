@@ -59,6 +59,13 @@ def test_decode_reads_keys_at_most_twice_where_heads_can_be_packed(d, rows):
         assert more["design"] == "packed_heads"
 
 
+def test_tiles_of_32_keys_stay_within_the_bound_of_the_workspace():
+    """As head dims above 128 have on cards with 100 KB of shared memory."""
+    for d in (192, 256, 512):
+        chosen = plan(A10, batch=1, k_rows=63, heads=128, kv_heads=1, d=d, dv=d, paged=False)
+        assert chosen["workspace"] <= chosen["workspace_bound"]
+
+
 def test_packed_heads_fill_the_sms_with_slices_of_values():
     """64 query heads over one KV head of 512: decode would read each key eight times."""
     options = {"d": 512, "dv": 512, "q_rows": 1, "heads": 64, "kv_heads": 1}

@@ -42,6 +42,14 @@ def test_two_ctas_share_each_query_tile_of_head_dims_above_256(dv, paged):
     assert arch(device=H100 | {"sm_count": 1}, **call) == "sm80"
 
 
+@pytest.mark.parametrize("d", [64, 128, 256, 512])
+def test_heads_are_packed_only_if_several_share_few_contiguous_tokens(d):
+    sizes = {"d": d, "dv": d, "batch": 132, "k_rows": 512, "kv_heads": 4}
+    for heads, q_rows, packed in ((16, 16, True), (16, 17, False), (4, 64, False), (4, 128, False)):
+        chosen = plan(heads=heads, q_rows=q_rows, **sizes)["row"]
+        assert (chosen["design"] == "packed_heads") == packed, (heads, q_rows)
+
+
 @pytest.mark.parametrize(("dv", "slices"), [(64, 1), (256, 1), (264, 2), (512, 2)])
 def test_ctas_of_their_own_work_on_each_slice_of_256_value_columns(dv, slices):
     """Where heads are packed."""

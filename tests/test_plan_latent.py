@@ -37,7 +37,7 @@ def test_keys_that_are_the_values_run_them_too(batch, options):
 @pytest.mark.parametrize(
     "options",
     [{"q_rows": 65}, {"varlen": True, "q_rows": 64}, {"dtype": "float32"}, {"d": 256, "dv": 256, "value_dim": 256},
-     {"operands": ("bias",)}, {"operands": ("kv_segment_ids", "q_segment_ids")}],
+     {"heads": 0}, {"operands": ("bias",)}, {"operands": ("kv_segment_ids", "q_segment_ids")}],
     ids=str,
 )  # fmt: skip
 def test_other_contiguous_keys_that_are_the_values_do_not(options):

@@ -34,7 +34,8 @@ class Decode : public PassTraits {
   bool serves(const KernelRow& row, const Call& call) const override {
     const Shapes& s = call.shapes;
     return row.is_latent() && !(call.spec.operands & ~kOfDecode) && are_latent(call.spec, dims_of(s)) &&
-           s.kv_heads > 0 && s.batch > 0 && entries(call, kMostRows) <= std::numeric_limits<int32_t>::max();
+           s.heads > 0 && s.kv_heads > 0 && s.batch > 0 &&
+           entries(call, kMostRows) <= std::numeric_limits<int32_t>::max();
   }
   bool runs_every_sequence(const KernelRow&) const override { return true; }
 

@@ -111,7 +111,7 @@ constexpr int64_t kMostRowsDense = 16;  // the same without pages
 // kMostTile rows, but the forward, whose tiles have rows of one head only, once for each query head.
 constexpr int64_t kFewTokens = 8, kMostRowsOfFewTokens = 1024;
 constexpr int64_t kMostTile = 32;      // query rows of a column
-constexpr int64_t kLeastKeys = 64;     // keys per key tile
+constexpr int64_t kLeastKeys = 32;     // keys per key tile
 constexpr int64_t kMostBlocks = 1024;  // most CTAs of a grid that splits sequences
 constexpr int64_t kSplitKeys = 2048;   // keys per split in batch-invariant mode
 

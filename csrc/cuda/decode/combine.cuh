@@ -1,4 +1,5 @@
-// Merges the partial results of a split sequence, in a fixed order, by the block that finishes last.
+// Merges the partial results of a split sequence, in a fixed order: by the block that finishes last or, over
+// latent pools, by a kernel of its own (latent_combine.cuh).
 #pragma once
 
 #include <cstdint>

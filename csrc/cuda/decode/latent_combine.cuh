@@ -10,7 +10,7 @@
 #include "cuda/launch.h"
 #include "cuda/ptx/dependent.cuh"
 
-namespace jax_flash::decode {
+namespace jax_flash::decode::inline JF_ARCH_NAMESPACE {
 
 // An entry and the number of its parts. There is one for each entry if the splits are fixed, otherwise for
 // each range, with the entry that begins in it and ends in a later one; without such an entry, parts is 0.
@@ -75,4 +75,4 @@ cudaError_t launch_combine(const LatentCall& call, cudaStream_t stream) {
                       {items * call.columns.value, kRows / kMergedRows}, kMergeWarps * 32, 0, stream, call);
 }
 
-}  // namespace jax_flash::decode
+}  // namespace jax_flash::decode::inline JF_ARCH_NAMESPACE
