@@ -166,8 +166,8 @@ class Forward final : public PassTraits {
   // Calls with a few tokens per sequence, for which decode would read keys several times. Keys are not split,
   // so the tiles must fill whole waves. All rows of a tile belong to one KV head.
   static bool serves_packed_heads(const KernelRow& row, const Call& call) {
-    constexpr int64_t kDecodeRows = 32, kDecodeRowsOfWideHeads = 16, kWideHead = 129, kMostRows = 256;
-    constexpr int64_t kMostTokens = 16;  // of contiguous keys: more fill tiles of one head
+    constexpr int64_t kMostRows = 256;
+    constexpr int64_t kMostTokens = 16;  // over contiguous keys: more fill tiles of one head
     constexpr double kFilled = 0.85;
     const AttentionSpec& spec = call.spec;
     const Shapes& s = call.shapes;
@@ -179,8 +179,8 @@ class Forward final : public PassTraits {
     const bool counts_tokens = spec.right >= 0 && spec.align != Align::kBottomRight;
     if (spec.left >= 0 || counts_tokens || spec.softcap > 0 || !(spec.scale > 0)) return false;
     const int64_t group = s.heads / s.kv_heads, rows = group * s.q_rows;
-    if (rows <= (s.head_dim < kWideHead ? kDecodeRows : kDecodeRowsOfWideHeads)) return false;
-    if (row.block_m % group || rows > kMostRows) return false;
+    const int64_t decode_rows = s.head_dim <= 128 ? 32 : 16;  // up to these, decode, which splits keys
+    if (rows <= decode_rows || rows > kMostRows || row.block_m % group) return false;
     if (!spec.paged() && (group == 1 || s.q_rows > kMostTokens)) return false;
     if (latent::Decode::are_latent(spec, dims_of(s))) return false;  // latent kernels read each key once
     const int64_t tiles = call.entries() * s.kv_heads * ceil_div(rows, row.block_m) * slices(row, call);

@@ -17,8 +17,7 @@ inline constexpr int64_t kLeastKeys = 16;    // keys per key tile
 // Tiles per CTA, because merging a part costs as much as some tiles.
 inline constexpr int64_t kLeastTiles = 4;
 inline constexpr int64_t kSplitKeys = 2048;  // keys per split in batch-invariant mode
-// Tokens of contiguous keys: with more, the forward's query tiles, whose rows are those of one head, are
-// full.
+// Tokens over contiguous keys. With more, the forward's query tiles, whose rows belong to one head, are full.
 inline constexpr int64_t kMostTokens = 64;
 
 class Decode : public PassTraits {

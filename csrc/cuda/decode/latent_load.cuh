@@ -8,6 +8,7 @@
 #include "core/paging.h"
 #include "cuda/decode/latent_state.cuh"
 #include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/dependent.cuh"
 
 namespace jax_flash::decode {
 

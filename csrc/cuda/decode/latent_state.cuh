@@ -58,6 +58,7 @@ struct LatentTiles {
 template <class C>
 cudaError_t launch_latent(void (*kernel)(LatentCall), const Problem& p, const LaunchPlan& plan,
                           void* workspace, cudaStream_t stream) {
+  static_assert(C::kValueDim <= kMergedColumns);
   const DecodeGrid& grid = plan.decode;
   const int64_t blocks = int64_t{grid.columns} * grid.ranges;
   const int32_t* starts = p.packed() ? query_starts(p, plan.queries, workspace) : nullptr;

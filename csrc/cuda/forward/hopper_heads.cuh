@@ -1,5 +1,5 @@
-// The forward for a few query tokens per sequence: all query heads of a KV head are rows of one
-// tile, so that each key is read once for all of them (core/problem.h, HeadPacking).
+// The forward for a few query tokens per sequence: all query heads of a KV head are rows of one tile, so that
+// each key is read once for all of them (core/problem.h, HeadPacking).
 #pragma once
 
 #include <bit>
