@@ -123,7 +123,11 @@ def in_automatic_axes(run: Callable[[Any], Any], operands: Any, shardings: Any) 
     whole = NamedSharding(mesh, PartitionSpec())  # for results whose type has no sharding
     on_mesh = jax.tree.map(lambda sharding: whole if sharding.mesh.empty else sharding, shardings)
     axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind is AxisType.Explicit)
-    return jax.sharding.auto_axes(run, axes=axes, out_sharding=on_mesh)(_on_one_mesh(operands))
+    inside = jax.sharding.auto_axes(run, axes=axes, out_sharding=on_mesh)
+    if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(operands)):
+        # Else JAX cannot shard a result that depends on no array of the mesh.
+        inside = jax.jit(inside, keep_unused=True)
+    return inside(_on_one_mesh(operands))
 
 
 def _on_one_mesh(operands: Any) -> Any:

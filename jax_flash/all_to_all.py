@@ -20,6 +20,7 @@ from jax import lax
 from . import _jax
 from .autodiff import Operands, Results, attend, is_empty, without_elements
 from .operands import DROPOUT_HEAD
+from .sequence.transfer import send
 from .spec import AttentionSpec, Ring
 from .zigzag import zigzag_permute, zigzag_unpermute
 
@@ -139,7 +140,7 @@ class _Exchange:
         for ahead in range(n):
             piece = lax.dynamic_slice_in_dim(x, (own + ahead) % n * size, size, split)
             pairs = [(device, (device + ahead) % n) for device in range(n)]
-            piece = lax.ppermute(piece, self.ring.axes, pairs) if ahead else piece
+            piece = send(piece, self.ring, pairs) if ahead else piece
             if received is None:
                 shape = tuple(
                     n * extent if axis == concat else extent for axis, extent in enumerate(piece.shape)

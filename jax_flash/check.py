@@ -17,7 +17,9 @@ _CHECK = Checker("check_inputs")
 
 # The index arrays and their ranks; _check_* below hold the bounds that depend on other operands.
 # Not named like the arguments.
-_OTHERWISE_NAMED = ("q_segment_ids", "kv_segment_ids", "position", "dropout", "tbias", *WINDOW)
+_OTHERWISE_NAMED = (
+    "q_segment_ids", "kv_segment_ids", "position", "dropout", "tbias", "ranges", "block_mask", *WINDOW,
+)  # fmt: skip
 _DIMS = {name: dims for table in DIMS.values() for name, dims in table.items()}
 _INT32 = [name for name in _DIMS if ELEMENTS[name] == "int32" and name not in _OTHERWISE_NAMED]
 _OFFSETS = tuple(name for name in _INT32 if _DIMS[name] == ("n1",))

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from ._jax import same_dim
 from .attention import flash_attention
@@ -129,6 +129,15 @@ def attention_fn(
             f"window is {window}, but the position of a decode step is not known if its mask is a value of "
             "jax_flash.masks; join masks.window(left, 0, offset=position) to the mask instead"
         )
+    # Without sinks the weights do not depend on the position from which ALiBi counts.
+    slopes: Array | None = None
+    if decode_step and sinks is not None and alibi_slopes is not None:
+        slopes, alibi_slopes = _CHECK.float32("alibi_slopes", alibi_slopes), None
+        if isinstance(mask, Mask):
+            raise _CHECK.fail(
+                "alibi_slopes are given with sinks, but the position of a decode step is not known if its mask is a "
+                "value of jax_flash.masks; pass a boolean mask, or a bias instead of the slopes"
+            )
 
     def attend(query: Array, key: Array, value: Array, *, plain: bool = False, **arrays: Any) -> Array:
         ids = (arrays.pop("q_ids"), arrays.pop("kv_ids")) if "q_ids" in arrays else None
@@ -162,8 +171,14 @@ def attention_fn(
         attend = partial(attend, mask=mask)
     elif mask is not None:
         arrays["mask"] = _CHECK.broadcastable("mask", jnp.asarray(mask).astype(bool), scores, _SCORES)
+        if left != UNLIMITED or slopes is not None:
+            arrays["mask"], distance = _before_last(arrays["mask"], key.shape[-3])
         if left != UNLIMITED:
-            arrays["mask"] = _last_keys(arrays["mask"], left, key.shape[-3])
+            arrays["mask"] &= distance <= left
+        if slopes is not None:
+            by_head = slopes.reshape((1,) * (len(scores) - 2 - slopes.ndim) + slopes.shape + (1, 1))
+            alibi = -by_head * distance.astype(jnp.float32)
+            arrays["bias"] = alibi + arrays["bias"].astype(jnp.float32) if "bias" in arrays else alibi
     if segment_ids is not None:
         arrays["q_ids"], arrays["kv_ids"] = _segments(segment_ids, query, key)
     if sinks is not None:
@@ -188,12 +203,11 @@ def attention_fn(
     return out
 
 
-def _last_keys(mask: Array, left: int, kv_length: Any) -> Array:
-    """Of the keys that each row of the mask shows, the last one and those up to `left` before it."""
+def _before_last(mask: Array, kv_length: Any) -> tuple[Array, Array]:
+    """The mask with all columns, and the distance of each key from the last one that its row shows."""
     mask = jnp.broadcast_to(mask, (*mask.shape[:-1], kv_length))
-    at = jnp.arange(kv_length, dtype=jnp.int32)
-    last = jnp.max(jnp.where(mask, at, -1), axis=-1, keepdims=True)
-    return mask & (at >= last - left)
+    at = lax.broadcasted_iota(jnp.int32, mask.shape, mask.ndim - 1)
+    return mask, jnp.max(jnp.where(mask, at, -1), axis=-1, keepdims=True) - at
 
 
 def _sow(module: Any, weights: Array) -> None:

@@ -154,7 +154,9 @@ def _with_mask(mask: Mask, spec: AttentionSpec, shapes: Shapes, values: dict[str
     operands: dict[str, Any] = {
         name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items() if name not in made
     }
-    operands |= {name: jnp.asarray(np.broadcast_to(x, shapes[name])) for name, x in values.items()}
+    operands |= {
+        name: jnp.asarray(np.broadcast_to(x, shapes[name]).astype(np.int32)) for name, x in values.items()
+    }
     if spec.window_is_data:  # the spec's band is that of the mask already
         spec = replace(spec, left=UNLIMITED, right=UNLIMITED)
     mask_operands.apply(_CHECK, mask, spec, operands)

@@ -30,11 +30,16 @@ def results(
     return tuple(wanted) if len(wanted) > 1 else wanted[0]
 
 
+def max_or_nan(x: Array) -> Array:
+    """The largest number of the last dimension, NaN if one is: max reductions of XLA's CPU backend drop NaN."""
+    return jnp.where(jnp.isnan(x).any(-1), jnp.nan, x.max(-1, initial=-_INF))
+
+
 def _largest(spec: AttentionSpec, operands: dict[str, Array], row_max: Array) -> Array:
     """`[b, hq]` from row maxima `[b, hq, sq]`, or packed `[n, hq]` from `[hq, tq]`; in a ring, over all devices."""
     row_max = lax.stop_gradient(row_max)
     if not spec.packed:
-        largest = row_max.max(-1, initial=-_INF)
+        largest = max_or_nan(row_max)
         of_all: Array = lax.pmax(largest, spec.ring.axes) if spec.ring else largest
         return of_all
     made = {"row_max": row_max, "offsets": operands["cu_seqlens_q"]}
@@ -76,10 +81,11 @@ def _by_sequence(operands: dict[str, Array]) -> Array:
     def of_block(block: Array) -> Array:
         """The largest number of the rows that a sequence has in one block, `[hq, n]`."""
         row = block[:, None] * _BLOCK + jnp.arange(_BLOCK, dtype=jnp.int32)[None]
-        return jnp.where(((lo[:, None] <= row) & (row < hi[:, None]))[None], blocks[:, block], -_INF).max(-1)
+        own = (lo[:, None] <= row) & (row < hi[:, None])
+        return max_or_nan(jnp.where(own[None], blocks[:, block], -_INF))
 
     first, last = lo // _BLOCK, hi // _BLOCK
     block = jnp.arange(count, dtype=jnp.int32)[None]
     between = (first[:, None] < block) & (block < last[:, None])
-    whole = jnp.where(between[None], blocks.max(-1)[:, None], -_INF).max(-1)
+    whole = max_or_nan(jnp.where(between[None], max_or_nan(blocks)[:, None], -_INF))
     return jnp.maximum(whole, jnp.maximum(of_block(first), of_block(last))).T

@@ -48,7 +48,8 @@ def joined(a: Form, b: Form) -> Form | None:
         _require_one_shape("blocks(…) | blocks(…)", "chosen", _OF_CHOSEN, a.chosen, b.chosen)
         lead = jnp.broadcast_shapes(a.chosen.shape[:-1], b.chosen.shape[:-1])
         both = [jnp.broadcast_to(x.chosen, (*lead, x.chosen.shape[-1])) for x in (a, b)]
-        return forms.Blocks(jnp.concatenate(both, -1), a.block)
+        twice = (both[1][..., :, None] == both[0][..., None, :]).any(-1)
+        return forms.Blocks(jnp.concatenate([both[0], jnp.where(twice, -1, both[1])], -1), a.block)
     return None
 
 

@@ -62,6 +62,11 @@ class Mask:
             )
         return Mask((forms.Either(a, b),))
 
+    def __bool__(self) -> bool:
+        raise TypeError(
+            "masks: a mask has no truth value; combine masks by & and |, and compare with None by `is`"
+        )
+
     def picture(self, sq: int, sk: int | None = None, *, entry: int = 0, head: int = 0) -> list[str]:
         """A line of text for each of `sq` query rows, `#` where it sees the key, for one batch entry and head."""
         sk = sq if sk is None else sk
@@ -249,7 +254,8 @@ def from_function(f: Callable[..., Any], sq: int, sk: int, *, batch: int = 1, he
         raise ValueError(
             f"masks.{name}: f must return booleans that broadcast to {shape}, got shape {made.shape}"
         )
-    seen = np.broadcast_to(made, shape)
+    lead = (1,) * (4 - made.ndim) + made.shape
+    seen = np.broadcast_to(made, (*lead[:2], sq, sk))  # f may ignore batch and heads
     if (pairs := mask_arrays.ranges_of(seen)) is not None:
         limits = tuple(forms.between(*map(jnp.asarray, pair)) for pair in pairs)
         return Mask((forms.Ranges(limits, by_sequence=True),))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
 
 import jax.numpy as jnp
@@ -41,6 +41,8 @@ def merge_attention(outs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tup
       >>> out, lse = merge_attention(*zip(first, rest))
     """
     for name, given in (("outs", outs), ("lses", lses)):
+        if not isinstance(given, Iterable):
+            raise TypeError(f"merge_attention: {name} must be a list or a tuple of arrays, got {given!r}")
         if hasattr(given, "shape"):
             raise TypeError(
                 f"merge_attention: {name} must be a list or a tuple with one array for each part, got one array of "
@@ -64,11 +66,13 @@ def combine(outs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array, Array]
     total = jnp.where(nothing, 1, total)
     lse = jnp.where(nothing, -_INF, m + jnp.log(total))
     weights = jnp.swapaxes(e / total, -1, -2)[..., None]  # [parts, ..., s, h, 1]
-    weighted = (
-        sharded_like(weight, outs[0]) * sharded_like(out, outs[0]).astype(wide)
-        for weight, out in zip(weights, outs, strict=True)
-    )
-    return reduce(operator.add, weighted), lse[0]
+    empty = jnp.swapaxes(part == -_INF, -1, -2)[..., None]
+
+    def weighted(weight: Array, empty: Array, out: Array) -> Array:
+        seen = jnp.where(sharded_like(empty, outs[0]), 0, sharded_like(out, outs[0]).astype(wide))
+        return sharded_like(weight, outs[0]) * seen
+
+    return reduce(operator.add, map(weighted, weights, empty, outs)), lse[0]
 
 
 def _check(outs: list[Array], lses: list[Array]) -> None:

@@ -8,6 +8,7 @@ tangents, its derivatives are of the same kind, and it raises when it is lowered
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -41,6 +42,17 @@ def tangents_of(results: Sequence[jax.Array], tangents: Sequence[Any], message: 
     avals = tuple(jax.typeof(x).to_tangent_aval() for x in results)
     tangents_out: list[Any] = _missing.bind(*moving, avals=avals, message=message)
     return tangents_out
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def fixed(x: jax.Array, message: str) -> jax.Array:
+    """x, whose derivative raises `message` if it is used: for what plain JAX would differentiate."""
+    return x
+
+
+@fixed.defjvp
+def _fixed_jvp(message: str, primals: Any, tangents: Any) -> Any:
+    return primals[0], tangents_of(primals, tangents, message)[0]
 
 
 def zeros(results: Sequence[jax.Array]) -> list[ad.Zero]:

@@ -15,7 +15,7 @@ from .backends import DTYPES, compute_capability, extension, local_devices
 from .batching import named_sizes
 from .flop_count import spec_and_shapes
 from .masks import Mask
-from .operands import DIMS, ELEMENTS, padded_head_dim
+from .operands import DIMS, ELEMENTS, MAX_HEAD_DIM, padded_head_dim
 from .paged.attention import paged_attention
 from .varlen import flash_attention_varlen
 from .workspace import mask_sizes
@@ -53,6 +53,7 @@ KNOWN = {
 OPERANDS = ("bias", "mask", "alibi_slopes", "sinks", "q_segment_ids", "kv_lengths", "draft_mask")
 PASSES = ("forward", "backward", "tangent", "bias_gradient")
 DEFAULT_PAGE_SIZE = 64
+_GATHERED = "the pages are gathered, and the dense backward runs on what was gathered"
 OF_PAGES = ("page_size", "float8", "latent", "num_splits", "batch_invariant", "draft_mask")
 OF_FIXED = ("bias", "mask", "q_segment_ids")
 LEGEND = """
@@ -167,7 +168,8 @@ def run(options: argparse.Namespace) -> int:
         built = "" if options.dtype in chosen["row"]["built"] else "; not in the library installed here"
         print(f"{chosen['text']} (of at most {chosen['workspace_bound']}){built}")
     if options.paged:
-        print("backward: the pages are gathered, and the dense backward runs on what was gathered")
+        has_none = options.head_dim > MAX_HEAD_DIM or (options.varlen and options.draft_mask)
+        print("backward: " + ("none" if has_none else _GATHERED))
     print("plan --help explains the words")
     return int(failed)
 

@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 
 from . import philox
 from ._jax import same_dim
+from .largest import max_or_nan
 from .mask_rows import minus, plus
 from .spec import UNLIMITED, AttentionSpec
 
@@ -81,7 +82,7 @@ def _attend(
     s = jnp.where(visible, spec.scale * _query_key(q, k), 0)
     s = _score(spec, operands, place, visible, s)  # [b, hq, sq, sk]
     s = jnp.where(visible, _round(s, round_to), -_INF)
-    row_max = (s.max(3, initial=-_INF),) if spec.row_max else ()
+    row_max = (max_or_nan(s),) if spec.row_max else ()
     p, lse = _softmax(s, _round(_sink(operands, place, wide), round_to))
     p = jnp.where(visible, p, 0)  # also zero if the row's maximum is NaN
     p = _drop(spec, operands, place, _round(p, round_to))

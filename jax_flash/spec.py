@@ -57,12 +57,14 @@ ANYWHERE = Reach()
 class Ring:
     """The devices that share a sequence: the mesh axes that it is split over, their size, and the order of its shards.
 
-    In zigzag order each of n devices holds the chunks i and 2n − 1 − i of 2n.
+    In zigzag order each of n devices holds the chunks i and 2n − 1 − i of 2n. Devices are numbered along `axes`, the
+    first of which is the slowest. `mesh_axes` are the same axes in the mesh's order.
     """
 
     axes: tuple[str, ...]
     size: int
     order: str = "contiguous"
+    mesh_axes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,10 @@ def _window_side(check: Checker, side: str, x: Any) -> int:
     if x is None:
         return UNLIMITED
     if isinstance(x, bool) or not isinstance(x, numbers.Integral):
-        raise check.fail(f"window's {side} must be an int ≥ 0 or None, got {x!r}", TypeError)
+        instead = (
+            "; mask=masks.window(left, right) takes arrays" if isinstance(x, (jax.Array, np.ndarray)) else ""
+        )
+        raise check.fail(f"window's {side} must be an int ≥ 0 or None, got {x!r}{instead}", TypeError)
     if x < 0:
         raise check.fail(f"window's {side} must be ≥ 0, or None for unlimited, got {x}")
     return int(x) if x < INT32_MAX else UNLIMITED
@@ -275,13 +278,14 @@ def ring(op: str, arguments: RingArguments) -> tuple[AttentionSpec, Operands]:
     ring_names(check, arguments)
     given, order = arguments.axis_name, arguments.order
     axes = tuple(given) if isinstance(given, (tuple, list)) else (given,)
-    manual = jax.sharding.get_abstract_mesh().manual_axes
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = mesh.manual_axes
     if not axes or len(set(axes)) < len(axes) or not all(axis in manual for axis in axes):
         raise check.fail(
             f"axis_name must name axes that are manual in the jax.shard_map around the call, {manual}, got {given!r}"
         )
     size = jax.lax.axis_size(axes)
-    ring = Ring(axes, size, order)
+    ring = Ring(axes, size, order, tuple(axis for axis in mesh.axis_names if axis in axes))
     spec, operands = fixed(op, arguments, ring)
     for name in ("query", "key"):
         length = operands[name].shape[1]

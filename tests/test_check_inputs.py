@@ -334,3 +334,16 @@ def test_traced_index_arrays_are_type_errors():
 def test_traced_operands_give_their_shapes():
     with pytest.raises(ValueError, match=r"cu_seqlens_q\[1\] = 31 is more than query's 30 tokens"):
         jax.jit(lambda q: check_inputs(query=q, cu_seqlens_q=np.array([0, 31], np.int32)))(PACKED["query"])
+
+
+def test_blocks_that_two_joined_masks_share_are_no_fault_of_the_users():
+    one, other = (masks.blocks(jnp.asarray([[[x]]], jnp.int32), (16, 16)) for x in ([0, 1], [1, 2]))
+    shapes = {name: jnp.zeros((1, n, 2, 8)) for name, n in (("query", 16), ("key", 48))}
+    check_inputs(**shapes, mask=one | other)
+    assert (one | other).picture(16, 48)[0] == "#" * 48
+
+
+@pytest.mark.parametrize("name", ["ranges", "block_mask"])
+def test_operands_that_are_no_arguments_are_unknown(name):
+    with pytest.raises(TypeError, match=f"'{name}' is no operand of this library"):
+        check_inputs(**{name: jnp.zeros((1, 1, 4, 2), jnp.int32)})

@@ -276,9 +276,9 @@ def decode_step(kernel, stop):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_append_says_that_it_has_no_derivative_in_either_mode(kernel, mode):
-    checks.require(kernel, "append")
-    loss, query, key = decode_step(kernel, lambda x: x)
+def test_append_says_that_it_has_no_derivative_in_either_mode(implementation, mode):
+    checks.require(implementation, "append")
+    loss, query, key = decode_step(implementation, lambda x: x)
     message = r"append_kv: there is no derivative, in either mode; pass jax\.lax\.stop_gradient"
     with pytest.raises(NotImplementedError, match=message):
         MODES[mode](jax.grad(loss, argnums=1))(query, key)

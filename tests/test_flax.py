@@ -43,6 +43,24 @@ def test_a_single_query_with_a_mask_of_values_is_a_decode_step():
     close(near, ours(q, k, v, mask=seen, window=(1, 0)))
 
 
+@pytest.mark.parametrize("last", [2, 7])
+@pytest.mark.parametrize("biased", [False, True])
+def test_alibi_beside_sinks_counts_from_the_last_visible_key_of_a_decode_step(last, biased):
+    """Without sinks the position that ALiBi counts from changes nothing."""
+    q, k, v = qkv(B, sq=8, sk=8, kv_heads=2)
+    slopes, sinks = jnp.array([0.5, 0.3, 0.2, 0.1]), jnp.array([0.5, 1.0, 0.0, 2.0])
+    bias = normal(5, 4, 8, 8) if biased else None
+    options = dict(alibi_slopes=slopes, sinks=sinks, window=(3, 0))
+    whole = ours(q, k, v, bias, is_causal=True, **options)[:, last : last + 1]
+    seen = (jnp.arange(8) <= last)[None, None, None]
+    row = None if bias is None else bias[:, last : last + 1]
+    close(ours(q[:, last : last + 1], k, v, row, mask=seen, **options), whole)
+    with jax.numpy_rank_promotion("raise"):
+        close(ours(q[:, last : last + 1], k, v, row, mask=seen[0, 0, 0], **options), whole)
+    with pytest.raises(ValueError, match="alibi_slopes are given with sinks"):
+        ours(q[:, :1], k, v, mask=masks.causal(last), alibi_slopes=slopes, sinks=sinks)
+
+
 def test_grouped_heads():
     q, k, v = qkv(B, kv_heads=2)
     close(ours(q, k, v), nnx.dot_product_attention(q, k, v))

@@ -17,6 +17,7 @@ from jax_flash import (
     flash_attention,
     flash_attention_varlen,
     flops,
+    masks,
     paged_attention,
     ring_attention,
 )
@@ -300,3 +301,12 @@ def test_a_ring_counts_as_the_whole_sequence_on_all_devices():
 def test_wrong_calls_raise_as_the_call_does(call, error, message):
     with pytest.raises(error, match=re.escape(message)):
         call()
+
+
+def test_lengths_on_the_host_beside_a_mask_in_64_bit_mode():
+    x = np.zeros((1, 8, 2, 8), np.float32)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        counted = flops(flash_attention, x, x, x, mask=masks.chunked(4), kv_lengths=[5])
+    assert counted == flops(
+        flash_attention, x, x, x, mask=masks.chunked(4), kv_lengths=jnp.array([5], jnp.int32)
+    )

@@ -15,7 +15,7 @@ from programs import require_devices
 from test_masks import draw, draw_packed
 
 import jax_flash
-from jax_flash import flash_attention, flash_attention_varlen, masks
+from jax_flash import flash_attention, flash_attention_varlen, flops, masks
 from jax_flash.flax import attention_fn
 
 OF_FORMS = FORMS + tuple(case for case in VARLEN if case.forms)
@@ -195,6 +195,23 @@ def test_explicit_axes_take_masks(implementation):
         arrays = [jax.device_put(x, NamedSharding(mesh, P("x", None, "y"))) for x in X]
         got = jax.jit(partial(jax.grad(loss), implementation=implementation))(*arrays, mask)
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "other", [masks.chunked(8), masks.first_and_window(2, 4), masks.prefix_lm(3)], ids=str
+)
+def test_calls_outside_jit_take_masks_of_which_a_part_lies_on_no_mesh(other, implementation):
+    require_devices(4)
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    ids = jnp.arange(2 * S, dtype=jnp.int32).reshape(2, S) // 20
+    arrays = [jax.device_put(x, NamedSharding(mesh, P("x", None, "y"))) for x in X]
+    split = masks.segments(jax.device_put(ids, NamedSharding(mesh, P("x")))) & other
+    wanted = flash_attention(*X, mask=masks.segments(ids) & other, implementation=implementation)
+    got = flash_attention(*arrays, mask=split, implementation=implementation)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+    assert flops(flash_attention, *arrays, mask=split) == flops(
+        flash_attention, *X, mask=masks.segments(ids) & other
+    )
 
 
 def test_masks_with_explicit_sharding(implementation):
@@ -380,7 +397,7 @@ PACKED = [X[0][0], X[1][0], X[2][0], [0, S]]
          r"mask's span ids must broadcast to \[tq\] = \(48,\), got shape \(2, 48\)"),
         (lambda: flash_attention_varlen(*PACKED, mask=masks.ranges(I((2, 1, S)), 3)), ValueError,
          r"mask's lo must broadcast to \[hq tq\] = \(4, 48\), got shape \(2, 1, 48\)"),
-        (lambda: flash_attention_varlen(*PACKED, mask=masks.from_function(lambda *x: x[-1] < 3, 5, 5, batch=2)),
+        (lambda: flash_attention_varlen(*PACKED, mask=masks.from_function(lambda b, h, i, j: j < b, 5, 5, batch=2)),
          ValueError, r"mask's lo must broadcast to \[n hq sq\] = \(1, 4, 5\), got shape \(2, 1, 5\)"),
         (lambda: flash_attention_varlen(*PACKED, mask=np.ones((S, S), bool)), TypeError,
          r"mask must be a value of jax_flash\.masks, got ndarray"),

@@ -353,3 +353,17 @@ def dense_of(sq, sk):
 def test_errors_name_the_argument(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_mask_has_no_truth_value():
+    """`a or b` would be a alone."""
+    with pytest.raises(TypeError, match=r"a mask has no truth value; combine masks by & and \|"):
+        masks.causal() or masks.chunked(4)
+
+
+def test_a_function_that_ignores_batch_and_heads_is_kept_once():
+    one = masks.from_function(lambda b, h, i, j: j <= i, 9, 9, batch=3, heads=2)
+    assert {x.shape for x in jax.tree.leaves(one)} == {(1, 1, 9)}
+    by_head = masks.from_function(lambda b, h, i, j: j <= i + h, 9, 9, batch=3, heads=2)
+    assert {x.shape for x in jax.tree.leaves(by_head)} == {(1, 2, 9)}
+    assert by_head.picture(9, entry=2, head=1)[0] == "##......."

@@ -58,6 +58,15 @@ def test_parts_that_a_row_does_not_see_add_nothing(implementation):
     assert np.isneginf(np.asarray(lse)[..., 0]).all()
 
 
+def test_whatever_a_part_without_keys_holds_adds_nothing():
+    """Other libraries' kernels may leave NaN there."""
+    out = jnp.ones((1, 3, 2, 4))
+    lse = jnp.zeros((1, 2, 3))
+    for left in (jnp.nan, jnp.inf):
+        merged, _ = merge_attention([out, jnp.full_like(out, left)], [lse, jnp.full_like(lse, -jnp.inf)])
+        close(merged, out)
+
+
 def test_sinks_belong_to_one_part(implementation):
     q, k, v = qkv()
     sinks = random(4, seed=4)

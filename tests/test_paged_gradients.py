@@ -110,3 +110,19 @@ def test_rows_that_miss_a_page_have_nan_gradients_and_give_none_to_the_pools(imp
     np.testing.assert_allclose(got["query"][1], wanted["query"][0], rtol=1e-5, atol=1e-5)
     for name in names[1:]:
         np.testing.assert_allclose(got[name], wanted[name], rtol=1e-5, atol=1e-5)
+
+
+def test_float8_pools_and_their_scales_have_no_gradient(implementation):
+    require(implementation)
+    rng = np.random.default_rng(0)
+    pool = jnp.asarray(rng.standard_normal((4, 4, 2, 8)), jnp.float8_e4m3fn)
+    query, scale = jnp.asarray(rng.standard_normal((2, 1, 4, 8)), jnp.float32), jnp.array([1.0, 2.0])
+    where = jnp.array([[0], [1]], jnp.int32), jnp.array([4, 3], jnp.int32)
+
+    def loss(query, scale):
+        options = dict(k_scale=scale, v_scale=scale, implementation=implementation)
+        return paged_attention(query, pool, pool, *where, **options).sum()
+
+    dquery, dscale = jax.grad(loss, (0, 1))(query, scale)
+    assert np.asarray(dquery).any()
+    assert not np.asarray(dscale).any()

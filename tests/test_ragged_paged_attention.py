@@ -219,6 +219,56 @@ def test_queries_are_rounded_where_they_have_a_scale(kernel):
     np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(wanted, np.float32))
 
 
+def test_queries_are_rounded_to_any_cache(kernel):
+    rng = np.random.default_rng(6)
+    given, _ = batch("flat")
+    query, key = random(rng, (TOKENS, 4, 64), "float32"), random(rng, (TOKENS, 2, 64), "float32")
+    cache = jnp.zeros((PAGES, SIZE, 1, 4, 128), "float32")
+    call = dict(given, distribution=4, sm_scale=0.1, implementation=kernel)
+    got, wanted = (
+        ragged_paged_attention_update(query, key, key, cache, **call, q_scale=q_scale)[0]
+        for q_scale in (4.0, None)
+    )
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", ["k_scale", "v_scale"])
+def test_one_scale_alone_is_not_that_of_both(kernel, scale):
+    rng = np.random.default_rng(7)
+    given, _ = batch("flat")
+    query = random(rng, (TOKENS, 4, 64), "bfloat16")
+    key, value = (random(rng, (TOKENS, 2, 64), "bfloat16") for _ in range(2))
+    cache = jnp.zeros((PAGES, SIZE, 1, 4, 128), "float8_e4m3fn")
+    call = dict(given, distribution=4, sm_scale=0.1, implementation=kernel)
+    got, wanted = (
+        ragged_paged_attention_update(query, key, value, cache, **call, **scales)
+        for scales in ({scale: 0.5}, {"k_scale": 1.0, "v_scale": 1.0} | {scale: 0.5})
+    )
+    for x, y in zip(got, wanted, strict=True):
+        np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+
+
+def test_a_step_without_tokens(kernel):
+    given, _ = batch("flat")
+    none = {name: jnp.zeros_like(given[name]) for name in ("kv_lens", "cu_q_lens") if name in given}
+    cache = jnp.ones((PAGES, SIZE, 1, 4, 128), "float32")
+    query, key = jnp.zeros((0, 4, 64)), jnp.zeros((0, 2, 64))
+    out, after = ragged_paged_attention_update(
+        query, key, key, cache, **given | none, distribution=4, implementation=kernel
+    )
+    assert out.shape == (0, 4, 64)
+    assert (after == 1).all()
+
+
+@pytest.mark.parametrize("window", [2.5, 0, True])
+def test_a_window_is_an_int(window):
+    given, _ = batch("flat")
+    query, key = jnp.zeros((TOKENS, 4, 64)), jnp.zeros((TOKENS, 2, 64))
+    cache = jnp.ones((PAGES, SIZE, 1, 4, 128), "float32")
+    with pytest.raises(ValueError, match="sliding_window must be an int of at least 1 or None"):
+        ragged_paged_attention_update(query, key, key, cache, **given, distribution=4, sliding_window=window)
+
+
 @pytest.mark.parametrize("shape", [(8, 64), (4, 2, 64)], ids=str)
 @pytest.mark.parametrize("layout", ["interleaved", "concatenated"])
 @pytest.mark.parametrize("kept", ["as pages", "by tokens"])  # sglang-jax reshapes [p · ps, 2 hk, d]

@@ -135,6 +135,21 @@ def test_visible_nan_and_infinity_are_not_lost_and_hidden_ones_do_not_count(impl
         assert np.isfinite(hidden).all()
 
 
+@pytest.mark.parametrize("sizes", [(1, 130, 2), (2, 40, 16)], ids=str)
+def test_nan_is_not_lost_in_longer_rows(sizes, implementation):
+    """Max reductions of XLA's CPU backend drop NaN, depending on the shape."""
+    b, s, h = sizes
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((b, s, h, 8)), jnp.float32)
+    key = x.at[0, 3].set(jnp.nan)
+    _, fixed = flash_attention(x, key, x, return_max=True, implementation=implementation)
+    packed = [y.reshape(b * s, h, 8) for y in (x, key, x)]
+    offsets = jnp.arange(b + 1, dtype=jnp.int32) * s
+    _, by_sequence = flash_attention_varlen(*packed, offsets, return_max=True, implementation=implementation)
+    for found in (fixed, by_sequence):
+        assert np.isnan(found[0]).all()
+        assert np.isfinite(found[1:]).all()
+
+
 # Pages.
 
 PAGED = (

@@ -4,11 +4,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from cases import varlen
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from meshes import EVERYTHING, GQA, arrays_of, check, check_run, forward, make_mesh, place, qkv, stack
+from meshes import EVERYTHING, GQA, arrays_of, check, check_run, forward, make_mesh, place, qkv, stack, within
 from programs import (
     assert_same,
     attention,
@@ -21,6 +22,8 @@ from programs import (
 from test_derivative_sharding import jvp_of
 from test_manual_sharding import check_explicit, full, typed
 from test_partly_manual import manual_over
+
+from jax_flash import flash_attention, flash_attention_varlen, ring_attention
 
 SEQUENCE = P("data", "model")
 CAUSAL = GQA.replace(sq=16, sk=16)
@@ -333,6 +336,46 @@ def test_keys_with_the_offsets_of_fewer_queries_and_a_band_are_gathered(kernel, 
     del arrays["cu_seqlens_k"]
     run = lambda arrays: call(arrays | {"cu_seqlens_k": arrays["cu_seqlens_q"]})  # noqa: E731
     check(run, mesh, arrays, qkv(TOKENS))
+
+
+def test_packed_batches_without_a_sequence_have_no_lengths_to_look_up(mesh):
+    x = place(mesh, {"x": jnp.ones((8, 2, 8))}, {"x": TOKENS})["x"]
+    none = jnp.zeros(0, jnp.int32)
+    call = jax.jit(lambda x: flash_attention_varlen(x, x, x, jnp.zeros(1, jnp.int32), kv_lengths=none))
+    with within(mesh):
+        assert not np.asarray(call(x)).any()
+
+
+# The order in which axes are given is that of the shards, whatever the mesh's is.
+
+
+@pytest.mark.parametrize("axes", [("model", "data"), ("model", "ring", "data")], ids=str)
+def test_axes_in_another_order_than_the_meshs(kernel, cube, axes):
+    check(attention(CAUSAL, kernel), cube, arrays_of(CAUSAL), qkv(P(None, axes)))
+    case = varlen("packed", (10, 6, 16), hq=8, hk=4, d=8, dv=8, causal=True)
+    check(attention(case, kernel), cube, arrays_of(case), qkv(P(axes)))
+
+
+@pytest.mark.parametrize("mode", ["ring", "all_to_all"])
+@pytest.mark.parametrize("free", [False, True], ids=["manual", "partly manual"])
+def test_a_ring_over_axes_in_another_order_than_the_meshs(kernel, mode, free):
+    require_devices(8)
+    axes, arrays = ("model", "data"), arrays_of(CAUSAL)
+    mesh = jax.make_mesh((2, 2, 2), ("data", "ring", "model"), (AxisType.Auto,) * 3)
+    q, k, v = (arrays[name] for name in ("query", "key", "value"))
+
+    def loss(attend, *qkv):
+        return (attend(*qkv) ** 2).sum()
+
+    options = dict(causal=True, implementation=kernel)
+    split = jax.shard_map(
+        partial(ring_attention, axis_name=axes, mode=mode, **options),
+        mesh=mesh, in_specs=P(None, axes), out_specs=P(None, axes), axis_names={*axes} if free else {*mesh.axis_names},
+    )  # fmt: skip
+    got = jax.jit(jax.value_and_grad(partial(loss, split), (0, 1, 2)))(q, k, v)
+    assert_same(
+        got, jax.value_and_grad(partial(loss, partial(flash_attention, **options)), (0, 1, 2))(q, k, v)
+    )
 
 
 @pytest.mark.parametrize(("sq", "sk"), [(18, 18), (16, 18), (18, 16)], ids=str)

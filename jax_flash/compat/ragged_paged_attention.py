@@ -15,6 +15,7 @@ What differs:
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,7 +184,7 @@ def ragged_paged_attention_update(
         pool = pool.append(batch, stored, implementation)
     if q_scale is not None:
         sm_scale = sm_scale * q_scale
-        query = _stored(query, q_scale, pool.dtype).astype(query.dtype)
+        query = _rounded(query, q_scale, pool.dtype)
     scores = _Scores(sm_scale, sliding_window, soft_cap, k_scale, v_scale, attention_sink, causal, draft_mask)
     out = _attend(check, query, pool, batch, scores, implementation)
     return out if out_dtype is None else out.astype(out_dtype), pool.cache
@@ -193,6 +194,13 @@ def _stored(x: jax.Array, scale: float | None, dtype: Any) -> jax.Array:
     """x `[tokens, h, d]` converted to the cache's dtype."""
     by_row = None if scale is None else jnp.full(x.shape[:-1], scale, jnp.float32)
     return quantise.stored(x, by_row, dtype)
+
+
+def _rounded(query: jax.Array, scale: float, dtype: Any) -> jax.Array:
+    """query / scale, rounded to the cache's dtype."""
+    if dtype in FLOAT8:
+        return _stored(query, scale, dtype).astype(query.dtype)
+    return (query.astype(jnp.float32) / scale).astype(dtype).astype(query.dtype)
 
 
 def _refuse_unknown(check: Checker, tuning: dict[str, Any]) -> None:
@@ -238,7 +246,9 @@ def _attend(
 ) -> jax.Array:
     hq, d = query.shape[1:]
     window = scores.window
-    if window is not None and (isinstance(window, bool) or not window > 0):
+    if window is not None and (
+        isinstance(window, bool) or not isinstance(window, numbers.Integral) or window < 1
+    ):
         raise check.fail(f"sliding_window must be an int of at least 1 or None, got {window!r}")
     sinks = scores.sinks
     if sinks is not None:
@@ -250,7 +260,9 @@ def _attend(
         query = jnp.pad(query, ((0, 0), (0, unused), (0, 0)))
         sinks = None if sinks is None else jnp.pad(sinks, (0, unused))
     is_float8 = pool.dtype in FLOAT8
-    scale = scores.scale
+    scale, k_scale, v_scale = scores.scale, scores.k_scale, scores.v_scale
+    if (k_scale is None) != (v_scale is None):  # a k_scale alone would be that of both
+        k_scale, v_scale = (1.0 if x is None else x for x in (k_scale, v_scale))
     if not is_float8 and scores.k_scale is not None:
         scale = scale * scores.k_scale
     out: jax.Array = paged_attention(
@@ -262,8 +274,8 @@ def _attend(
         cu_seqlens_q=batch.offsets,
         value_dim=d,
         value_start=pool.width,
-        k_scale=scores.k_scale if is_float8 else None,
-        v_scale=scores.v_scale if is_float8 else None,
+        k_scale=k_scale if is_float8 else None,
+        v_scale=v_scale if is_float8 else None,
         causal=scores.causal,
         window=None if window is None else (int(window) - 1, 0 if scores.causal else None),
         scale=scale,

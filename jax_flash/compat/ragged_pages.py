@@ -92,7 +92,8 @@ class Pool:
 
         def rows(new: tuple[jax.Array, jax.Array]) -> jax.Array:
             padded = jnp.pad(jnp.stack(new, 2), ((0, 0), (0, missing[0]), (0, 0), (0, missing[1])))
-            return padded.astype(self.dtype).reshape(tokens, self.cache.shape[2], -1)
+            columns = math.prod(padded.shape[1:]) // self.cache.shape[2]
+            return padded.astype(self.dtype).reshape(tokens, self.cache.shape[2], columns)
 
         of_cache = jax.typeof(self.cache).sharding
         by_head = of_cache.update(spec=PartitionSpec(None, of_cache.spec[2], None))

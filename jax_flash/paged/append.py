@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from .. import no_derivative
 from .._jax import equally_varying, in_automatic_axes
 from ..operands import APPEND, APPEND_DYNAMIC
 from ..options import (
@@ -154,6 +155,8 @@ def _call(spec: AppendSpec, operands: Operands) -> tuple[jax.Array, ...]:
 def _in_plain_jax(spec: AppendSpec, operands: Operands) -> tuple[jax.Array, ...]:
     names = ("k_pages", "v_pages", "kv_lengths", *(("k_scale", "v_scale") if spec.dynamic else ()))
     shardings = tuple(jax.typeof(operands[name]).sharding for name in names)
+    moving = {name: x for name, x in operands.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    operands |= {name: no_derivative.fixed(x, no_derivative.APPEND) for name, x in moving.items()}
     results: tuple[jax.Array, ...] = in_automatic_axes(partial(_scatter, spec), operands, shardings)
     return results
 
@@ -171,7 +174,7 @@ def _scatter(spec: AppendSpec, operands: Operands) -> tuple[jax.Array, ...]:
         pool = gather.tokens_first(operands[name], spec.page_layout)
         shape = pool.shape
         if spec.split_columns and name == "k_pages":
-            pool = pool.reshape(*shape[:3], -1)
+            pool = pool.reshape(*shape[:3], shape[3] * shape[4])
         page, slot = jnp.where(slots.written, slots.page, pool.shape[0]), slots.position % pool.shape[1]
         if spec.dynamic:
             rows = new.reshape(page.size, *new.shape[-2:])

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from .. import reference
 from .._jax import is_symbolic, same_dim
@@ -232,9 +233,10 @@ def _gather(pool: jax.Array, tables: jax.Array, layout: str, scale: jax.Array | 
         pages = jnp.ones_like(pages)
         scale = None
     rows = by_token.at[pages].get(mode="fill", fill_value=0)
-    if pool.dtype in FLOAT8:
-        rows = rows.astype(jnp.float32)
+    if pool.dtype in FLOAT8:  # neither these pools nor their scales have a gradient
+        rows = lax.stop_gradient(rows).astype(jnp.float32)
         if scale is not None:
+            scale = lax.stop_gradient(scale)
             rows = rows * scale_of_pages(scale, pages)[:, :, None, :, None]
     return rows.reshape(tables.shape[0], tables.shape[1] * rows.shape[2], *rows.shape[3:])
 

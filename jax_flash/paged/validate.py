@@ -124,7 +124,9 @@ def append(op: str, arguments: AppendArguments) -> tuple[AppendSpec, Operands]:
     whole = check.array("k_pages", arguments.k_pages)
     split = whole.ndim == 5 and arguments.v_pages is None and arguments.page_layout == "nhd"
     if split:
-        arguments = replace(arguments, k_pages=whole.reshape(*whole.shape[:3], -1))
+        arguments = replace(
+            arguments, k_pages=whole.reshape(*whole.shape[:3], whole.shape[3] * whole.shape[4])
+        )
     operands = _pools(check, arguments, ("k_pages", "v_pages"), "key", k)
     check.dim("v_pages", "head dim", operands["v_pages"].shape[-1], v.shape[-1], "value")
     check.dim("key", "head count", k.shape[-2], operands["k_pages"].shape[_head_axis(arguments)], "k_pages")

@@ -38,7 +38,7 @@ def run(pass_: Pass, spec: AttentionSpec, ring: Ring, operands: Operands, call: 
     """Runs `passes.run` on packed sequences."""
     queries, used, _ = _documents(operands["cu_seqlens_q"], operands["query"].shape[0], ring)
     keys, seen, place = _documents(operands["cu_seqlens_k"], operands["key"].shape[0], ring)
-    if "kv_lengths" in operands:
+    if "kv_lengths" in operands and operands["kv_lengths"].shape[0] > 0:
         seen &= place < operands["kv_lengths"][keys - 1]
     in_use = {"tq": used, "tk": seen}
     made: Operands = {}

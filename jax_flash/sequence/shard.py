@@ -16,6 +16,7 @@ from jax import Array, lax
 from ..operands import BACKWARD, DROPOUT_BATCH, DROPOUT_ROW, FORWARD, OPTIONAL, Pass
 from ..spec import UNLIMITED, AttentionSpec, Ring, narrower
 from .schedule import Chunk, Range, Visit, Work, chunks, visits
+from .transfer import send
 
 COPIED = 16 << 20  # from this many elements on, copies are faster than one concatenation
 
@@ -123,7 +124,7 @@ class Shard:
             several = [arrays[name] for name in names]
             equal = len({x.shape for x in several}) == 1
             joined = _stacked(several) if equal else jnp.concatenate(several, -1)
-            arrived[names] = lax.ppermute(joined, self.ring.axes, route)
+            arrived[names] = send(joined, self.ring, route)
         return arrived
 
     def take(self, block: Block, part: Range | None = None, begin: int = 0) -> Operands:
