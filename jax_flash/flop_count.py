@@ -24,7 +24,7 @@ from .paged.attention import paged_attention
 from .ring import ring_attention
 from .spec import UNLIMITED, AttentionSpec
 from .varlen import flash_attention_varlen
-from .visible_pairs import Shapes, Values, count
+from .visible_pairs import Shapes, Values, count, keys_of_entry
 
 _CHECK = Checker("flops")
 Pass = Literal["forward", "backward", "tangent"]
@@ -148,15 +148,17 @@ def _known_values(spec: AttentionSpec, given: Mapping[str, Any], shapes: Shapes)
 def _with_mask(mask: Mask, spec: AttentionSpec, shapes: Shapes, values: dict[str, np.ndarray]) -> Values:
     """The values, with those of the operands that a mask makes if all that it depends on is known."""
     index = {"kv_lengths", "cu_seqlens_q", "cu_seqlens_k"} & shapes.keys()
+    if "kv_lengths" in index - values.keys() and "cu_seqlens_k" not in shapes:
+        values = values | {"kv_lengths": np.full(shapes["kv_lengths"], keys_of_entry(spec, shapes))}
     if not index <= values.keys() or not all(map(_is_known, jax.tree.leaves(mask))):
         return values
     made = ("ranges", "mask", "block_mask", "q_segment_ids", "kv_segment_ids", *WINDOW)
     operands: dict[str, Any] = {
         name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items() if name not in made
     }
-    operands |= {
-        name: jnp.asarray(np.broadcast_to(x, shapes[name]).astype(np.int32)) for name, x in values.items()
-    }
+    for name, x in values.items():
+        whole = np.broadcast_to(x, shapes[name])
+        operands[name] = jnp.asarray(whole.astype(np.int32) if whole.dtype.kind in "iu" else whole)
     if spec.window_is_data:  # the spec's band is that of the mask already
         spec = replace(spec, left=UNLIMITED, right=UNLIMITED)
     mask_operands.apply(_CHECK, mask, spec, operands)

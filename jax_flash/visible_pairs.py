@@ -87,16 +87,22 @@ def _sizes(spec: AttentionSpec, shapes: Shapes, values: Values) -> list[_Sequenc
     else:
         rows = _lengths("q_lengths", query[0], query[1], values)
     if spec.paged:
-        n, pages = shapes["block_tables"]
-        keys = _lengths("kv_lengths", n, pages * key[spec.dims["key"].index("ps")], values)
+        keys = _lengths("kv_lengths", shapes["block_tables"][0], keys_of_entry(spec, shapes), values)
     elif "cu_seqlens_k" in shapes:
         keys = _differences("cu_seqlens_k", key[0], shapes, values)
         used = _lengths("kv_lengths", len(keys), key[0], values)
         keys = [min(*pair) for pair in zip(keys, used)]
     else:
-        keys = _lengths("kv_lengths", key[0], key[1], values)
+        keys = _lengths("kv_lengths", key[0], keys_of_entry(spec, shapes), values)
     limits = [_band(spec, size, entry, values) for entry, size in enumerate(zip(rows, keys, strict=True))]
     return [_Sequence(*x) for x in zip(rows, keys, *zip(*limits))]
+
+
+def keys_of_entry(spec: AttentionSpec, shapes: Shapes) -> int:
+    """The keys of each batch entry, or of each row of block_tables, whatever the lengths are."""
+    if not spec.paged:
+        return shapes["key"][1]
+    return shapes["block_tables"][1] * shapes["key"][spec.dims["key"].index("ps")]
 
 
 def _band(

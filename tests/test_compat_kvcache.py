@@ -264,7 +264,7 @@ ERRORS = {
     "num_splits": (
         kvcache_error(num_splits=-1),
         ValueError,
-        "paged_attention: num_splits must be an int ≥ 1 or None, got -1",
+        "paged_attention: num_splits must be an int from 1 to 2147483647 or None, got -1",
     ),
 }
 

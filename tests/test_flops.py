@@ -310,3 +310,12 @@ def test_lengths_on_the_host_beside_a_mask_in_64_bit_mode():
     assert counted == flops(
         flash_attention, x, x, x, mask=masks.chunked(4), kv_lengths=jnp.array([5], jnp.int32)
     )
+
+
+def test_lengths_of_which_only_the_shape_is_known_are_full_beside_a_mask():
+    like = jax.ShapeDtypeStruct
+    pool, tables = like((6, 4, 2, 8), np.float32), like((2, 3), np.int32)
+    call = (paged_attention, like((2, 4, 2, 8), np.float32), pool, pool, tables)
+    for mask in (masks.chunked(2), masks.chunked(2) & masks.causal()):
+        full = flops(*call, np.array([12, 12], np.int32), mask=mask)
+        assert flops(*call, like((2,), np.int32), mask=mask) == full < flops(*call, 12)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from .. import mask_operands
 from .._jax import same_dim
-from ..checker import Checker
+from ..checker import INT32_MAX, Checker
 from ..operands import APPEND_OPTIONAL, MAX_HEAD_DIM, MAX_LATENT_DIM, MAX_POOL_COLUMNS
 from ..options import AppendArguments, PagedArguments, Pools
 from ..rotary import rotary_tables
@@ -51,9 +51,9 @@ def attention(op: str, arguments: PagedArguments) -> tuple[AttentionSpec, Operan
         operands["draft_mask"] = _draft_mask(check, arguments, n, q.shape[1] if cu_seqlens is None else None)
     splits = arguments.num_splits
     if splits is not None and (
-        isinstance(splits, bool) or not isinstance(splits, numbers.Integral) or splits < 1
+        isinstance(splits, bool) or not isinstance(splits, numbers.Integral) or not 1 <= splits <= INT32_MAX
     ):
-        raise check.fail(f"num_splits must be an int ≥ 1 or None, got {splits!r}")
+        raise check.fail(f"num_splits must be an int from 1 to {INT32_MAX} or None, got {splits!r}")
     invariant = check.flag("batch_invariant", arguments.batch_invariant)
     if invariant and arguments.implementation == "xla":
         raise check.fail(
