@@ -27,7 +27,7 @@ from jax._src.interpreters import mlir as _mlir
 from jax._src.sharding_impls import parse_flatten_op_sharding as _parse_op_sharding
 from jax.extend.mlir import ir
 from jax.interpreters import mlir
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 apply_primitive = _dispatch.apply_primitive
 
@@ -123,29 +123,19 @@ def in_automatic_axes(run: Callable[[Any], Any], operands: Any, shardings: Any) 
     whole = NamedSharding(mesh, PartitionSpec())  # for results whose type has no sharding
     on_mesh = jax.tree.map(lambda sharding: whole if sharding.mesh.empty else sharding, shardings)
     axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind is AxisType.Explicit)
-    inside = jax.sharding.auto_axes(run, axes=axes, out_sharding=on_mesh)
-    if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(operands)):
-        # Else JAX cannot shard a result that depends on no array of the mesh.
-        inside = jax.jit(inside, keep_unused=True)
-    return inside(_on_one_mesh(operands))
-
-
-def _on_one_mesh(operands: Any) -> Any:
-    """The operands, with arrays of one device copied to the mesh of the others, as jit does and reshard does not."""
-
-    def has_mesh(x: Any) -> bool:
-        return not jax.typeof(x).sharding.mesh.empty
-
     concrete = [x for x in jax.tree.leaves(operands) if not isinstance(x, jax.core.Tracer)]
-    mesh = next((x.sharding.mesh for x in concrete if has_mesh(x)), None)
-    if mesh is None:
-        return operands
-    whole = NamedSharding(mesh, PartitionSpec())
+    real = next((x.sharding.mesh for x in concrete if not jax.typeof(x).sharding.mesh.empty), None)
+    if real is None:
+        return jax.sharding.auto_axes(run, axes=axes, out_sharding=on_mesh)(operands)
 
     def placed(x: Any) -> Any:
-        return x if isinstance(x, jax.core.Tracer) or has_mesh(x) else jax.device_put(x, whole)
+        """An array of one device, copied to the mesh of the others, as jit does and reshard does not."""
+        alone = not isinstance(x, jax.core.Tracer) and isinstance(x.sharding, SingleDeviceSharding)
+        return jax.device_put(x, NamedSharding(real, PartitionSpec())) if alone else x
 
-    return jax.tree.map(placed, operands)
+    # Results may depend on no array of the mesh.
+    inside = jax.sharding.auto_axes(lambda x: jax.tree.map(placed, run(x)), axes=axes, out_sharding=on_mesh)
+    return inside(jax.tree.map(placed, operands))
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def attention_fn(
     # Without sinks the weights do not depend on the position from which ALiBi counts.
     slopes: Array | None = None
     if decode_step and sinks is not None and alibi_slopes is not None:
-        slopes, alibi_slopes = _CHECK.float32("alibi_slopes", alibi_slopes), None
+        slopes, alibi_slopes = _slopes(alibi_slopes, query), None
         if isinstance(mask, Mask):
             raise _CHECK.fail(
                 "alibi_slopes are given with sinks, but the position of a decode step is not known if its mask is a "
@@ -176,9 +176,9 @@ def attention_fn(
         if left != UNLIMITED:
             arrays["mask"] &= distance <= left
         if slopes is not None:
-            by_head = slopes.reshape((1,) * (len(scores) - 2 - slopes.ndim) + slopes.shape + (1, 1))
-            alibi = -by_head * distance.astype(jnp.float32)
-            arrays["bias"] = alibi + arrays["bias"].astype(jnp.float32) if "bias" in arrays else alibi
+            wide = jnp.promote_types(query.dtype, jnp.float32)
+            alibi = -slopes.astype(wide) * distance.astype(wide)
+            arrays["bias"] = alibi + arrays["bias"].astype(wide) if "bias" in arrays else alibi
     if segment_ids is not None:
         arrays["q_ids"], arrays["kv_ids"] = _segments(segment_ids, query, key)
     if sinks is not None:
@@ -203,11 +203,28 @@ def attention_fn(
     return out
 
 
+def _slopes(given: ArrayLike, query: Array) -> Array:
+    """ALiBi's slopes, [heads] or [batch, heads], as they broadcast to the scores."""
+    slopes, heads = lax.stop_gradient(_CHECK.float32("alibi_slopes", given)), query.shape[-2]
+    batch = query.shape[-4] if query.ndim > 3 else 1
+    if (
+        slopes.ndim not in (1, 2)
+        or slopes.shape[-1] != heads
+        or slopes.shape[:-1] not in ((), (1,), (batch,))
+    ):
+        raise _CHECK.fail(
+            f"alibi_slopes must be [heads] = ({heads},) or [batch, heads], got shape {slopes.shape}"
+        )
+    lead = (1,) * (query.ndim - 3 - slopes.ndim + 1) if query.ndim > 3 else ()
+    by_entry = slopes if query.ndim > 3 else slopes.reshape(heads)
+    return by_entry.reshape((*lead, *by_entry.shape, 1, 1))
+
+
 def _before_last(mask: Array, kv_length: Any) -> tuple[Array, Array]:
     """The mask with all columns, and the distance of each key from the last one that its row shows."""
     mask = jnp.broadcast_to(mask, (*mask.shape[:-1], kv_length))
     at = lax.broadcasted_iota(jnp.int32, mask.shape, mask.ndim - 1)
-    return mask, jnp.max(jnp.where(mask, at, -1), axis=-1, keepdims=True) - at
+    return mask, jnp.max(jnp.where(mask, at, -1), axis=-1, keepdims=True, initial=-1) - at
 
 
 def _sow(module: Any, weights: Array) -> None:

@@ -40,8 +40,10 @@ def _largest(spec: AttentionSpec, operands: dict[str, Array], row_max: Array) ->
     row_max = lax.stop_gradient(row_max)
     if not spec.packed:
         largest = max_or_nan(row_max)
-        of_all: Array = lax.pmax(largest, spec.ring.axes) if spec.ring else largest
-        return of_all
+        if not spec.ring:
+            return largest
+        is_nan = lax.pmax(jnp.isnan(largest).astype(jnp.int32), spec.ring.axes) > 0
+        return jnp.where(is_nan, jnp.nan, lax.pmax(largest, spec.ring.axes))
     made = {"row_max": row_max, "offsets": operands["cu_seqlens_q"]}
     sharding = jax.typeof(row_max).sharding
     if not sharding.mesh.empty:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Sequence
 from functools import reduce
+from itertools import starmap
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -72,7 +73,8 @@ def combine(outs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array, Array]
         seen = jnp.where(sharded_like(empty, outs[0]), 0, sharded_like(out, outs[0]).astype(wide))
         return sharded_like(weight, outs[0]) * seen
 
-    return reduce(operator.add, map(weighted, weights, empty, outs)), lse[0]
+    each = zip(weights, empty, outs, strict=True)
+    return reduce(operator.add, starmap(weighted, each)), lse[0]
 
 
 def _check(outs: list[Array], lses: list[Array]) -> None:

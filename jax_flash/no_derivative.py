@@ -45,13 +45,13 @@ def tangents_of(results: Sequence[jax.Array], tangents: Sequence[Any], message: 
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
-def fixed(x: jax.Array, message: str) -> jax.Array:
+def without_derivative(x: jax.Array, message: str) -> jax.Array:
     """x, whose derivative raises `message` if it is used: for what plain JAX would differentiate."""
     return x
 
 
-@fixed.defjvp
-def _fixed_jvp(message: str, primals: Any, tangents: Any) -> Any:
+@without_derivative.defjvp
+def _without_derivative_jvp(message: str, primals: Any, tangents: Any) -> Any:
     return primals[0], tangents_of(primals, tangents, message)[0]
 
 

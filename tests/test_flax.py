@@ -43,22 +43,42 @@ def test_a_single_query_with_a_mask_of_values_is_a_decode_step():
     close(near, ours(q, k, v, mask=seen, window=(1, 0)))
 
 
-@pytest.mark.parametrize("last", [2, 7])
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)], ids=str)
 @pytest.mark.parametrize("biased", [False, True])
-def test_alibi_beside_sinks_counts_from_the_last_visible_key_of_a_decode_step(last, biased):
+def test_alibi_beside_sinks_counts_from_the_last_visible_key_of_a_decode_step(batch, biased):
     """Without sinks the position that ALiBi counts from changes nothing."""
-    q, k, v = qkv(B, sq=8, sk=8, kv_heads=2)
+    q, k, v = qkv(*batch, sq=8, sk=8, kv_heads=2)
     slopes, sinks = jnp.array([0.5, 0.3, 0.2, 0.1]), jnp.array([0.5, 1.0, 0.0, 2.0])
     bias = normal(5, 4, 8, 8) if biased else None
     options = dict(alibi_slopes=slopes, sinks=sinks, window=(3, 0))
-    whole = ours(q, k, v, bias, is_causal=True, **options)[:, last : last + 1]
-    seen = (jnp.arange(8) <= last)[None, None, None]
-    row = None if bias is None else bias[:, last : last + 1]
-    close(ours(q[:, last : last + 1], k, v, row, mask=seen, **options), whole)
-    with jax.numpy_rank_promotion("raise"):
-        close(ours(q[:, last : last + 1], k, v, row, mask=seen[0, 0, 0], **options), whole)
+    whole = ours(q, k, v, bias, is_causal=True, **options)
+    for last in (2, 7):
+        at = (..., slice(last, last + 1), slice(None), slice(None))
+        seen = jnp.arange(8) <= last
+        row = None if bias is None else bias[:, last : last + 1]
+        with jax.numpy_rank_promotion("raise"):
+            close(ours(q[at], k, v, row, mask=seen, **options), whole[at])
+        close(ours(q[at], k, v, row, mask=seen[None, None], **options), whole[at])
+
+
+def test_slopes_of_each_entry_beside_sinks_in_a_decode_step():
+    q, k, v = qkv(B, sq=8, sk=8)
+    slopes, sinks = jnp.array([[0.5, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]]), jnp.array([0.5, 1.0, 0.0, 2.0])
+    step = functools.partial(ours, q[:, 2:3], k, v, mask=jnp.arange(8) <= 2, sinks=sinks)
+    close(step(alibi_slopes=slopes), ours(q, k, v, is_causal=True, alibi_slopes=slopes, sinks=sinks)[:, 2:3])
+    assert not jax.grad(lambda slopes: step(alibi_slopes=slopes).sum())(slopes).any()
+    with jax.enable_x64(True):
+        wide = (x.astype(jnp.float64) for x in (q[:, 2:3], k, v))
+        row = (x.astype(jnp.float64) for x in (q, k, v))
+        options = dict(sinks=sinks, alibi_slopes=slopes)
+        got = attention_fn(*wide, mask=jnp.arange(8) <= 2, **options)
+        whole = attention_fn(*row, is_causal=True, **options)[:, 2:3]
+        np.testing.assert_allclose(got, whole, rtol=1e-13, atol=1e-13)
+    assert not step(alibi_slopes=slopes, mask=False).any()
+    with pytest.raises(ValueError, match=r"alibi_slopes must be \[heads\] = \(4,\) or .* got shape \(3,\)"):
+        step(alibi_slopes=slopes[0, :3])
     with pytest.raises(ValueError, match="alibi_slopes are given with sinks"):
-        ours(q[:, :1], k, v, mask=masks.causal(last), alibi_slopes=slopes, sinks=sinks)
+        ours(q[:, :1], k, v, mask=masks.causal(2), alibi_slopes=slopes, sinks=sinks)
 
 
 def test_grouped_heads():

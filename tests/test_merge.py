@@ -62,8 +62,8 @@ def test_whatever_a_part_without_keys_holds_adds_nothing():
     """Other libraries' kernels may leave NaN there."""
     out = jnp.ones((1, 3, 2, 4))
     lse = jnp.zeros((1, 2, 3))
-    for left in (jnp.nan, jnp.inf):
-        merged, _ = merge_attention([out, jnp.full_like(out, left)], [lse, jnp.full_like(lse, -jnp.inf)])
+    for rest in (jnp.nan, jnp.inf):
+        merged, _ = merge_attention([out, jnp.full_like(out, rest)], [lse, jnp.full_like(lse, -jnp.inf)])
         close(merged, out)
 
 

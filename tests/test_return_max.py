@@ -325,6 +325,20 @@ def test_all_to_all_has_that_of_all_heads(kernel, order):
     oracle.assert_max(np.asarray(largest), largest_of(case, inputs))
 
 
+@pytest.mark.parametrize("mode", ["ring", "all_to_all"])
+def test_a_split_sequence_does_not_lose_nan(kernel, mode):
+    """lax.pmax drops NaN on the CPU."""
+    case = Case("gqa", b=2, sq=16, sk=16, hq=8, hk=4, d=8, dv=8, causal=True)
+    arrays = meshes.arrays_of(case)
+    arrays["query"] = arrays["query"].at[0, 13, 5].set(jnp.nan)
+    if mode == "ring":
+        run = in_ring(case, "contiguous", 4, implementation=kernel, return_max=True)
+    else:
+        run = by_heads(case, all_to_all_mesh(4), kernel, "contiguous", return_max=True)
+    *_, largest = jax.jit(run)(arrays)
+    assert np.argwhere(np.isnan(np.asarray(largest))).tolist() == [[0, 5]]
+
+
 # The requested results.
 
 

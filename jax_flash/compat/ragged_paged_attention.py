@@ -15,7 +15,7 @@ What differs:
 
 from __future__ import annotations
 
-import numbers
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -247,7 +247,7 @@ def _attend(
     hq, d = query.shape[1:]
     window = scores.window
     if window is not None and (
-        isinstance(window, bool) or not isinstance(window, numbers.Integral) or window < 1
+        isinstance(window, bool) or not hasattr(window, "__index__") or operator.index(window) < 1
     ):
         raise check.fail(f"sliding_window must be an int of at least 1 or None, got {window!r}")
     sinks = scores.sinks

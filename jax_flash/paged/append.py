@@ -156,7 +156,9 @@ def _in_plain_jax(spec: AppendSpec, operands: Operands) -> tuple[jax.Array, ...]
     names = ("k_pages", "v_pages", "kv_lengths", *(("k_scale", "v_scale") if spec.dynamic else ()))
     shardings = tuple(jax.typeof(operands[name]).sharding for name in names)
     moving = {name: x for name, x in operands.items() if jnp.issubdtype(x.dtype, jnp.floating)}
-    operands |= {name: no_derivative.fixed(x, no_derivative.APPEND) for name, x in moving.items()}
+    operands |= {
+        name: no_derivative.without_derivative(x, no_derivative.APPEND) for name, x in moving.items()
+    }
     results: tuple[jax.Array, ...] = in_automatic_axes(partial(_scatter, spec), operands, shardings)
     return results
 
