@@ -339,7 +339,7 @@ def test_keys_with_the_offsets_of_fewer_queries_and_a_band_are_gathered(kernel, 
 
 
 def test_packed_batches_without_a_sequence_have_no_lengths_to_look_up(mesh):
-    x = place(mesh, {"x": jnp.ones((8, 2, 8))}, {"x": TOKENS})["x"]
+    x = place(mesh, {"x": jnp.ones((8, 2, 8), jnp.float32)}, {"x": TOKENS})["x"]
     none = jnp.zeros(0, jnp.int32)
     call = jax.jit(lambda x: flash_attention_varlen(x, x, x, jnp.zeros(1, jnp.int32), kv_lengths=none))
     with within(mesh):
