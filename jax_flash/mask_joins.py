@@ -48,8 +48,8 @@ def joined(a: Form, b: Form) -> Form | None:
         _require_one_shape("blocks(…) | blocks(…)", "chosen", _OF_CHOSEN, a.chosen, b.chosen)
         lead = jnp.broadcast_shapes(a.chosen.shape[:-1], b.chosen.shape[:-1])
         both = [jnp.broadcast_to(x.chosen, (*lead, x.chosen.shape[-1])) for x in (a, b)]
-        twice = (both[1][..., :, None] == both[0][..., None, :]).any(-1)
-        return forms.Blocks(jnp.concatenate([both[0], jnp.where(twice, -1, both[1])], -1), a.block)
+        other = jnp.where(_among(both[1], both[0]), -1, both[1])
+        return forms.Blocks(jnp.concatenate([both[0], other], -1), a.block)
     return None
 
 
@@ -75,8 +75,12 @@ def _both_blocks(a: forms.Blocks, b: forms.Blocks) -> forms.Blocks:
             "masks.dense(…) takes any mask"
         )
     _require_one_shape("blocks(…) & blocks(…)", "chosen", _OF_CHOSEN, a.chosen, b.chosen)
-    in_b = (a.chosen[..., :, None] == b.chosen[..., None, :]).any(-1)
-    return forms.Blocks(jnp.where(in_b, a.chosen, -1), a.block)
+    return forms.Blocks(jnp.where(_among(a.chosen, b.chosen), a.chosen, -1), a.block)
+
+
+def _among(chosen: Array, others: Array) -> Array:
+    """Which of the chosen blocks are among the others of the same rows."""
+    return (chosen[..., :, None] == others[..., None, :]).any(-1)
 
 
 def both_segments(ring_axes: Sequence[str], a: forms.Segments, b: forms.Segments) -> forms.Segments:

@@ -53,8 +53,7 @@ def attention(
     Args:
       spec: the static options.
       operands: the arrays of `csrc/operands.def`, without leading dimensions (vmap adds them).
-      round_to: the dtype that S and P are rounded to, by default none. Tests use it to measure the error of a
-        kernel of that precision.
+      round_to: the dtype that S and P are rounded to, by default none; tests measure the error of kernels with it.
 
     Returns:
       out `[b, sq, hq, dv]` in query's dtype and lse `[b, hq, sq]` in float32; packed: `[tq, hq, dv]` and

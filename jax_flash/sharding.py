@@ -246,7 +246,7 @@ class _Rules:
             or ("block_mask" in named and not passes.takes_blocks(cast("AttentionSpec", self.spec), *tokens))
         ):
             return None
-        return Ring(axes, size, mesh_axes=tuple(axis for axis in mesh.axis_names if axis in axes))
+        return Ring.on(mesh, axes, size)
 
     def run_shard(self, split: Split, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         if self.pass_ is DELTA:  # each row by itself

@@ -66,6 +66,10 @@ class Ring:
     order: str = "contiguous"
     mesh_axes: tuple[str, ...] = ()
 
+    @classmethod
+    def on(cls, mesh: Any, axes: tuple[str, ...], size: int, order: str = "contiguous") -> Ring:
+        return cls(axes, size, order, tuple(axis for axis in mesh.axis_names if axis in axes))
+
 
 @dataclass(frozen=True)
 class AttentionSpec:

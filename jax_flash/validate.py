@@ -285,7 +285,7 @@ def ring(op: str, arguments: RingArguments) -> tuple[AttentionSpec, Operands]:
             f"axis_name must name axes that are manual in the jax.shard_map around the call, {manual}, got {given!r}"
         )
     size = jax.lax.axis_size(axes)
-    ring = Ring(axes, size, order, tuple(axis for axis in mesh.axis_names if axis in axes))
+    ring = Ring.on(mesh, axes, size, order)
     spec, operands = fixed(op, arguments, ring)
     for name in ("query", "key"):
         length = operands[name].shape[1]

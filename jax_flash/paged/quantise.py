@@ -58,10 +58,8 @@ def _requantised(pool: jax.Array, factor: jax.Array, first: jax.Array, page: jax
     written = jnp.unique(page, size=count, fill_value=pages) if not is_symbolic(count) else page
     before = pool.at[written].get(mode="fill", fill_value=0)  # [t, ps, hk, d]
     by_head = factor.at[written].get(mode="fill", fill_value=1)[:, None, :, None]
-    earlier = (
-        jnp.arange(page_size, dtype=jnp.int32)[None]
-        < first.at[written].get(mode="fill", fill_value=0)[:, None]
-    )
+    slot = jnp.arange(page_size, dtype=jnp.int32)
+    earlier = slot[None] < first.at[written].get(mode="fill", fill_value=0)[:, None]
     moved = (before.astype(jnp.float32) * by_head).astype(pool.dtype)
     return pool.at[written].set(jnp.where(earlier[..., None, None], moved, before), mode="drop")
 
