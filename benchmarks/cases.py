@@ -92,6 +92,13 @@ SMALL_HEADS = 16
 SMALL = tuple((d, s, causal) for d in (64, 128) for s in (512, 1024) for causal in (False, True))
 
 
+def ring_case(s: int, what: str, h: int = 16, d: int = 128) -> Case:
+    """One sequence; `what` is full, causal or window (causal, of 4,096 keys)."""
+    window = {"window": (4095, 0)} if what == "window" else {}
+    sizes = {"b": 1, "sq": s, "sk": s, "hq": h, "hk": h, "d": d, "dv": d, "dtype": "bfloat16"}
+    return Case(f"s{s} h{h} d{d} {what}", causal=what != "full", **sizes, **window)
+
+
 def small_case(d: int, s: int, causal: bool) -> Case:
     """One short sequence, whose call takes microseconds."""
     sizes = {"b": 1, "sq": s, "sk": s, "hq": SMALL_HEADS, "hk": SMALL_HEADS, "d": d, "dv": d}

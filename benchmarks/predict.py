@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import flop
-from .cases import Case
+from .cases import Case, ring_case
 
 PER_HOST = 8  # devices
 
@@ -215,8 +215,6 @@ def check(cells: list[dict[str, Any]], rates: Rates) -> list[str]:
 
     The time of one device is the measured one, case by case, so the cost of splitting alone is predicted.
     """
-    from .suite_scaling import ring_case
-
     lines = ["| call | way | predicted ms | measured ms | measured / predicted |", "|---|---|---|---|---|"]
     for cell in cells:
         if cell["kind"] != "sequence":

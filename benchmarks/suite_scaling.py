@@ -16,7 +16,7 @@ import jax
 
 from . import bars_scaling, flop, measure, overlap, predict, scaling, training_step
 from .bars import Cell, chosen
-from .cases import Case
+from .cases import ring_case
 from .suite import Suite
 
 PASSES = ("forward", "both")
@@ -32,13 +32,6 @@ def device_count() -> int:
     if count < 2:
         sys.exit("python -m benchmarks: the scaling suite needs two devices or more")
     return count
-
-
-def ring_case(s: int, what: str, h: int = 16, d: int = 128) -> Case:
-    """One sequence; `what` is full, causal or window (causal, of 4,096 keys)."""
-    window = {"window": (4095, 0)} if what == "window" else {}
-    sizes = {"b": 1, "sq": s, "sk": s, "hq": h, "hk": h, "d": d, "dv": d, "dtype": "bfloat16"}
-    return Case(f"s{s} h{h} d{d} {what}", causal=what != "full", **sizes, **window)
 
 
 def timed(calls: measure.Calls, work: float = 0.0) -> dict[str, Any]:

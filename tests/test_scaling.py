@@ -10,6 +10,7 @@ from programs import require_devices
 
 from benchmarks import (
     bars_scaling,
+    cases,
     measure,
     overlap,
     predict,
@@ -105,7 +106,7 @@ def test_a_layers_memory_goes_down_with_the_devices():
     """No array in a device's program is larger than a few shards. The number of arrays alive at once is not tested:
     XLA:CPU drops the barriers that keep the shards of keys from being alive together."""
     require_devices(8)
-    case = suite_scaling.ring_case(8192, "causal", 2, 16).replace(dtype="float32")
+    case = cases.ring_case(8192, "causal", 2, 16).replace(dtype="float32")
     for count in (2, 4, 8):
         ((program, _),) = scaling.compiled({"": scaling.layer_job(case, count)}).values()
         shapes = re.findall(r"\w+\[([\d,]+)\]", program.as_text())
@@ -115,7 +116,7 @@ def test_a_layers_memory_goes_down_with_the_devices():
 
 def test_by_all_to_all_memory_goes_down_with_the_devices():
     require_devices(4)
-    case = suite_scaling.ring_case(8192, "causal", 4, 16).replace(dtype="float32")
+    case = cases.ring_case(8192, "causal", 4, 16).replace(dtype="float32")
     found = {}
     for count in (2, 4):
         mesh = scaling.mesh_of(count)
@@ -163,7 +164,7 @@ def test_a_contiguous_causal_ring_is_bound_by_its_last_device():
 
 @pytest.mark.parametrize("devices", [2, 8])
 def test_predictions_are_linear_where_links_are_fast_and_bound_where_order_is_contiguous(devices):
-    case = suite_scaling.ring_case(1 << 20, "causal")
+    case = cases.ring_case(1 << 20, "causal")
     fast = predict.Rates(link=1e15, network=1e15, memory=1e18)
     alone = predict.ring_seconds(case, "both", 1, fast)
     zigzag, contiguous = (
