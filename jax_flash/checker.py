@@ -143,13 +143,15 @@ class Checker:
             raise self.fail(f"{name} must be True or False, got {x!r}", TypeError)
         return bool(x)
 
-    def broadcastable(self, name: str, x: jax.Array, wanted: tuple[Any, ...], dims: str) -> jax.Array:
+    def broadcastable(
+        self, name: str, x: jax.Array, wanted: tuple[Any, ...], dims: str, hint: str = ""
+    ) -> jax.Array:
         """x, with leading dimensions of 1 up to the wanted rank; each dimension must be 1 or the wanted one."""
         full = (1,) * (len(wanted) - x.ndim) + x.shape
         if x.ndim > len(wanted) or not all(
             same_dim(got, 1) or same_dim(got, want) for got, want in zip(full, wanted)
         ):
-            raise self.fail(f"{name} must broadcast to [{dims}] = {wanted}, got shape {x.shape}")
+            raise self.fail(f"{name} must broadcast to [{dims}] = {wanted}, got shape {x.shape}{hint}")
         return x.reshape(full) if x.ndim < len(wanted) else x
 
 

@@ -53,7 +53,7 @@ def _with_row_tangents(spec: AttentionSpec, operands: Operands, tout: jax.Array,
     moved = _zeros(lse)
     if "tbias" in operands and _by_row(spec, operands):
         bias, tbias = (_jax.sharded_like(operands[name], lse[..., None]) for name in ("bias", "tbias"))
-        seen = (lse[..., None] > -jnp.inf) & (bias > -jnp.inf)
+        seen = (lse[..., None] != -jnp.inf) & (bias != -jnp.inf)
         moved = jnp.where(seen, tbias.astype(jnp.float32), 0)[..., 0]
     tlse += moved
     if "sinks" in operands:
@@ -179,7 +179,7 @@ def _row_products(spec: AttentionSpec, operands: Operands) -> jax.Array:
 
 def _through_sinks(sinks: jax.Array, lse: jax.Array, x: jax.Array) -> jax.Array:
     """exp(sink − lse)·x; 0 for rows not in use, whose lse is −inf."""
-    used = lse > -jnp.inf
+    used = lse != -jnp.inf
     weight = jnp.exp(jnp.where(used, _by_row_of_lse(sinks, lse) - lse, -jnp.inf))
     return jnp.where(used, weight * x, 0)
 
@@ -202,5 +202,5 @@ def _sum_where_one(x: jax.Array, like: jax.Array) -> jax.Array:
 
 def _row_bias_gradient(bias: jax.Array, lse: jax.Array, by_row: jax.Array) -> jax.Array:
     """dbias of a bias [b|1, hq|1, sq|1, 1], the same for all keys of a row: it shifts lse and the sinks' weights."""
-    rows = jnp.where(lse > -jnp.inf, by_row, 0)[..., None]
+    rows = jnp.where(lse != -jnp.inf, by_row, 0)[..., None]
     return _jax.sharded_like(_sum_where_one(rows, bias).astype(bias.dtype), bias)

@@ -176,7 +176,9 @@ def _check_operands(query: Array, key: Array, value: Array) -> None:
     """The checks in which jax.nn is stricter than this library's other functions, or raises another error."""
     for name, x in (("key", key), ("value", value)):
         if x.dtype != query.dtype:
-            raise _CHECK.fail(f"{name} has dtype {x.dtype}, which differs from query's {query.dtype}")
+            raise _CHECK.fail(
+                f"{name} has dtype {x.dtype}, which differs from query's {query.dtype}{validate.CAST}"
+            )
     if not all(map(same_dim, value.shape, key.shape)):
         raise _CHECK.fail(f"value has shape {value.shape}, which differs from key's {key.shape}")
 
@@ -185,7 +187,8 @@ def _mask(mask: ArrayLike, scores: tuple[Any, ...]) -> Array:
     mask = jnp.asarray(mask)
     if mask.dtype != jnp.bool_:
         raise _CHECK.fail(f"mask has dtype {mask.dtype}, allowed is bool; pass an additive mask as bias")
-    return _CHECK.broadcastable("mask", mask, scores, "b hq sq sk")
+    hint = validate.OF_RANK_3 if mask.ndim == 3 else ""
+    return _CHECK.broadcastable("mask", mask, scores, "b hq sq sk", hint)
 
 
 def _lengths(name: str, given: IndexLike | None, batch: Any) -> Array | None:

@@ -255,8 +255,17 @@ def _refuse(unknown: dict[str, Any], precision: Any, **unsupported: Any) -> None
             "unknown argument causal; Flax's name is is_causal, as in layer(x, is_causal=True)",
             NotImplementedError,
         )
+    if "input_positions" in unknown:
+        raise _CHECK.fail(
+            "unknown argument input_positions; a function around attention_fn can rotate query and key by them "
+            "(jax_flash.apply_rotary) and leave them out",
+            NotImplementedError,
+        )
     if unknown:
-        raise _CHECK.fail(f"unknown argument {next(iter(unknown))}", NotImplementedError)
+        raise _CHECK.fail(
+            f"unknown argument {next(iter(unknown))}; leave it out, or use flax's own dot_product_attention",
+            NotImplementedError,
+        )
     given = [name for name, argument in unsupported.items() if argument is not None]
     if given:
         raise _CHECK.fail(

@@ -26,6 +26,11 @@ def between(lo: Array | int, hi: Array | int) -> Pair:
     return jnp.asarray(lo, jnp.int32), jnp.asarray(hi, jnp.int32)
 
 
+def in_full(x: Array, rank: int) -> Array:
+    """The array with `rank` dimensions, of which maps and scans over a mask take the first ones away."""
+    return jnp.expand_dims(x, range(rank - x.ndim))
+
+
 @dataclass(frozen=True, eq=False)
 class Form:
     """One condition on row and key."""
@@ -76,12 +81,11 @@ class Ranges(Form):
     by_sequence: bool = False
 
     def pairs(self, rows: Rows) -> list[Pair]:
-        def in_full(x: Array) -> Array:
-            if self.by_sequence and rows.sequence is not None:
-                return rows.of_sequences(x)
-            return jnp.expand_dims(x, range(3 - x.ndim))
+        def of_rows(x: Array) -> Array:
+            x = in_full(x, 3)
+            return rows.of_sequences(x) if self.by_sequence and rows.sequence is not None else x
 
-        return [between(in_full(lo), in_full(hi)) for lo, hi in self.limits]
+        return [between(of_rows(lo), of_rows(hi)) for lo, hi in self.limits]
 
 
 @pytree("lengths")
@@ -237,8 +241,9 @@ class Blocks(Form):
         """Whether each block of rows sees each of `columns` blocks of keys, boolean [b|1, hk|hq|1, ⌈sq/bq⌉, columns].
 
         Indices outside the blocks are ignored, and repeated ones count once."""
-        nothing = jnp.zeros((*self.chosen.shape[:-1], columns), bool)
-        index = jnp.where(self.chosen < 0, MOST, self.chosen)
+        chosen = in_full(self.chosen, 4)
+        nothing = jnp.zeros((*chosen.shape[:-1], columns), bool)
+        index = jnp.where(chosen < 0, MOST, chosen)
         at = tuple(jnp.indices(index.shape, sparse=True)[:-1])
         return nothing.at[(*at, index)].set(True, mode="drop")
 
@@ -362,7 +367,7 @@ def resolve(forms: Sequence[Form], rows: Rows) -> Visible:
         elif isinstance(each, Blocks):
             found = replace(found, blocks=each)
         elif isinstance(each, Dense):
-            found = replace(found, dense=each.seen)
+            found = replace(found, dense=in_full(each.seen, 4))
     return found
 
 

@@ -42,12 +42,12 @@ def merged(conditions: Sequence[Form], ring_axes: Sequence[str] | None = None) -
 def joined(a: Form, b: Form) -> Form | None:
     """The keys that either of two conditions shows, if they are not made of ranges; None if there is no such form."""
     if isinstance(a, forms.Dense) and isinstance(b, forms.Dense):
-        _require_one_shape("dense(…) | dense(…)", "arrays", _OF_ARRAYS, a.seen, b.seen)
-        return forms.Dense(a.seen | b.seen)
+        x, y = _in_full("dense(…) | dense(…)", "arrays", _OF_ARRAYS, a.seen, b.seen)
+        return forms.Dense(x | y)
     if isinstance(a, forms.Blocks) and isinstance(b, forms.Blocks) and a.block == b.block:
-        _require_one_shape("blocks(…) | blocks(…)", "chosen", _OF_CHOSEN, a.chosen, b.chosen)
-        lead = jnp.broadcast_shapes(a.chosen.shape[:-1], b.chosen.shape[:-1])
-        both = [jnp.broadcast_to(x.chosen, (*lead, x.chosen.shape[-1])) for x in (a, b)]
+        both = _in_full("blocks(…) | blocks(…)", "chosen", _OF_CHOSEN, a.chosen, b.chosen)
+        lead = jnp.broadcast_shapes(*(x.shape[:-1] for x in both))
+        both = [jnp.broadcast_to(x, (*lead, x.shape[-1])) for x in both]
         other = jnp.where(_among(both[1], both[0]), -1, both[1])
         return forms.Blocks(jnp.concatenate([both[0], other], -1), a.block)
     return None
@@ -62,9 +62,16 @@ def _require_one_shape(masks: str, name: str, dims: str, x: Array, y: Array) -> 
             raise ValueError(f"masks: {masks} must have {name} [{dims}] of one shape, got {of_x} and {of_y}")
 
 
+def _in_full(masks: str, name: str, dims: str, *arrays: Array) -> list[Array]:
+    """Arrays of rank 4 whose dimensions agree."""
+    found = [forms.in_full(x, 4) for x in arrays]
+    _require_one_shape(masks, name, dims, *found)
+    return found
+
+
 def _both_arrays(a: forms.Dense, b: forms.Dense) -> forms.Dense:
-    _require_one_shape("dense(…) & dense(…)", "arrays", _OF_ARRAYS, a.seen, b.seen)
-    return forms.Dense(a.seen & b.seen)
+    x, y = _in_full("dense(…) & dense(…)", "arrays", _OF_ARRAYS, a.seen, b.seen)
+    return forms.Dense(x & y)
 
 
 def _both_blocks(a: forms.Blocks, b: forms.Blocks) -> forms.Blocks:
@@ -74,8 +81,8 @@ def _both_blocks(a: forms.Blocks, b: forms.Blocks) -> forms.Blocks:
             f"masks: blocks(…) & blocks(…) must have blocks of one size, got {a.block} and {b.block}; "
             "masks.dense(…) takes any mask"
         )
-    _require_one_shape("blocks(…) & blocks(…)", "chosen", _OF_CHOSEN, a.chosen, b.chosen)
-    return forms.Blocks(jnp.where(_among(a.chosen, b.chosen), a.chosen, -1), a.block)
+    x, y = _in_full("blocks(…) & blocks(…)", "chosen", _OF_CHOSEN, a.chosen, b.chosen)
+    return forms.Blocks(jnp.where(_among(x, y), x, -1), a.block)
 
 
 def _among(chosen: Array, others: Array) -> Array:

@@ -321,9 +321,10 @@ def _check(check: Checker, x: Form, sizes: Sizes) -> None:
 
 def _check_blocks(check: Checker, x: forms.Blocks, sizes: Sizes) -> None:
     """Blocks of packed sequences count from the first row of each; rows past the last one see no key."""
-    b, h, blocks, _ = x.chosen.shape
+    shape = forms.in_full(x.chosen, 4).shape
+    b, h, blocks = shape[0], shape[-3], shape[-2]
     rows = blocks if sizes.packed else -(-sizes.rows // x.block[0])
-    good = same_dim(b, 1) or same_dim(b, sizes.batch)
+    good = len(shape) == 4 and (same_dim(b, 1) or same_dim(b, sizes.batch))
     if not (good and h in (1, sizes.kv_heads, sizes.heads) and same_dim(blocks, rows)):
         allowed = f"[{sizes.batch} or 1, {sizes.heads}, {sizes.kv_heads} or 1, {rows}, n]"
         raise check.fail(f"mask's chosen blocks must have shape {allowed}, got {x.chosen.shape}")

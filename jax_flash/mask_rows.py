@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -14,6 +15,11 @@ from ._jax import equally_varying, same_dim
 
 Data = int | Array  # a number, or one for each batch entry, int32 [b]
 MOST = 2**31 - 1
+
+
+def array_of(data: Data) -> Array:
+    """The number, or numbers, as int32."""
+    return jnp.asarray(int(data) if isinstance(data, int) else data, jnp.int32)
 
 
 def plus(x: Array, y: Array | int) -> Array:
@@ -73,7 +79,7 @@ class Rows:
 
     def each(self, data: Data) -> Array:
         """The element of each row's batch entry or sequence, [b|1, 1, s|1]."""
-        x = jnp.asarray(data, jnp.int32)
+        x = array_of(data)
         if x.ndim == 0:
             return x[None, None, None]
         if self.sequence is None:
@@ -88,7 +94,8 @@ class Rows:
 
     def of_keys(self, x: Array) -> SortedKeys:
         """An array with one element per key, [b|1, sk] or packed [1, tk], in which each row can search its own keys."""
-        x = jnp.asarray(x) if self.whole is None else self.whole(x)
+        x = jnp.atleast_2d(x)
+        x = x if self.whole is None else self.whole(x)
         if self.packed_keys is None:
             start = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None] * x.shape[1]
             return SortedKeys(x.reshape(-1), start, self.keys, x.shape[1])
@@ -114,24 +121,33 @@ class SortedKeys:
         if same_dim(self.most, 0):
             return given["lo"]
         steps = self.most.bit_length() if isinstance(self.most, int) else 31
-
-        def search(values: tuple[Array, ...], unroll: bool) -> Array:
-            lo, hi, start, wanted, elements = values
-
-            def step(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-                lo, hi = bounds
-                middle = (lo + hi) // 2
-                element = elements.at[start + middle].get(mode="fill", fill_value=MOST)
-                before = (element <= wanted if above else element < wanted) & (lo < hi)
-                return jnp.where(before, middle + 1, lo), jnp.where(before, hi, middle)
-
-            found: Array = lax.fori_loop(0, steps, step, (lo, hi), unroll=unroll)[0]
-            return found
-
-        # Unrolled, XLA would fuse the steps on CPUs and compile each twice as often as the next one (jax 0.12). On
-        # GPUs a loop launches several kernels for each step.
         values = tuple(equally_varying(given | {"elements": self.elements}).values())
-        index: Array = lax.platform_dependent(
-            values, cpu=partial(search, unroll=False), default=partial(search, unroll=True)
-        )
-        return index
+        found: Array = _search(values, above, steps)
+        return found
+
+
+@partial(
+    jax.jit, static_argnums=(1, 2), inline=True
+)  # outside jit, JAX would compile platform_dependent in every call
+def _search(values: tuple[Array, ...], above: bool, steps: int) -> Array:
+    """The index of the first element of each row's list that is ≥ `wanted` (> with `above`), by bisection."""
+
+    def search(values: tuple[Array, ...], unroll: bool) -> Array:
+        lo, hi, start, wanted, elements = values
+
+        def step(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+            lo, hi = bounds
+            middle = (lo + hi) // 2
+            element = elements.at[start + middle].get(mode="fill", fill_value=MOST)
+            before = (element <= wanted if above else element < wanted) & (lo < hi)
+            return jnp.where(before, middle + 1, lo), jnp.where(before, hi, middle)
+
+        found: Array = lax.fori_loop(0, steps, step, (lo, hi), unroll=unroll)[0]
+        return found
+
+    # Unrolled, XLA would fuse the steps on CPUs and compile each twice as often as the next one (jax 0.12). On GPUs a
+    # loop launches several kernels for each step.
+    index: Array = lax.platform_dependent(
+        values, cpu=partial(search, unroll=False), default=partial(search, unroll=True)
+    )
+    return index

@@ -1,8 +1,9 @@
 """Masks as values: which keys each query row sees, as data by which kernels skip what is hidden.
 
 A `Mask` is a pytree. It can be made once, passed through jit, scanned over, sharded and vmapped, and it combines with
-others: `a & b` shows what both show, `a | b` what either shows. Key indices count from the first key of the batch entry
-or sequence. Every mask holds arrays of at most O(rows) or O(blocks) elements, except `dense`.
+others: `a & b` shows what both show, `a | b` what either shows. Its arrays are leaves, and Python ints belong to its
+structure, so that programs are compiled for them. Key indices count from the first key of the batch entry or sequence.
+Every mask holds arrays of at most O(rows) or O(blocks) elements, except `dense`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from . import mask_forms as forms
 from .checker import Checker
 from .mask_forms import Form, Pair
 from .mask_rows import MOST, Rows
-from .pytrees import pytree
+from .pytrees import Static, pytree
 
 ArrayLike = Any
 _DRAWN = 16  # the most rows and keys in a picture
@@ -32,7 +33,10 @@ _MOST_DRAWN = 1 << 21  # the most pairs, of all entries and heads, of a mask tha
 @pytree("conditions")
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """Which keys each query row sees: a conjunction of conditions. Make one by the functions of this module."""
+    """Which keys each query row sees: a conjunction of conditions. Make one by the functions of this module.
+
+    Masks are equal if they have the same conditions and numbers, and the same array objects.
+    """
 
     conditions: tuple[Form, ...]
 
@@ -61,6 +65,18 @@ class Mask:
                 "masks.from_function(…) or masks.dense(…) takes any"
             )
         return Mask((forms.Either(a, b),))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        return self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple[Any, ...]:
+        arrays, structure = jax.tree.flatten(self)
+        return structure, *map(id, arrays)
 
     def __bool__(self) -> bool:
         raise TypeError(
@@ -103,7 +119,7 @@ def causal(offset: int | ArrayLike = 0) -> Mask:
     Args:
       offset: an int, or int32 `[b]`: a diagonal that is data.
     """
-    return Mask((forms.Band(None, 0, _offset("causal", offset)),))
+    return Mask((forms.Band(None, Static(0), _offset("causal", offset)),))
 
 
 def window(
@@ -149,7 +165,9 @@ def by_position(
     causal: bool = True,
     window: tuple[int | None, int | None] | None = None,
 ) -> Mask:
-    """Causal and window by positions that are not indices (padding, packing, caches).
+    """Causal and window by positions that are not indices (padding, caches, tokens left out).
+
+    Where positions begin again in each document of a packed row, use the tokens' indices and `segment_ids` instead.
 
     Args:
       q_positions: int32 `[b, sq]`, packed `[tq]`.
@@ -165,7 +183,7 @@ def by_position(
                 _per_token("by_position", "q_positions", q_positions),
                 _per_token("by_position", "kv_positions", kv_positions),
                 left,
-                0 if causal else right,
+                Static(0) if causal else right,
             ),
         )
     )
@@ -285,7 +303,7 @@ def _per_token(function: str, name: str, x: ArrayLike) -> Array:
 def _data(function: str, name: str, x: int | ArrayLike) -> int | Array:
     """A number, or one for each batch entry. One that int32 does not hold is further than any key."""
     if isinstance(x, int) and not isinstance(x, bool):
-        return max(-MOST, min(x, MOST))
+        return Static(max(-MOST, min(x, MOST)))
     return _int32(function, name, x, (0, 1))
 
 
@@ -347,7 +365,7 @@ def _sizes(conditions: tuple[Form, ...]) -> tuple[int, int]:
         if isinstance(x, forms.Ranges):
             rows += jnp.broadcast_shapes(*(limit.shape for pair in x.limits for limit in pair))[-1:]
         elif isinstance(x, forms.Blocks):  # the last block may be longer than the rows
-            of_blocks.append(x.chosen.shape[2] * x.block[0])
+            of_blocks.append(x.chosen.shape[-2] * x.block[0])
         elif isinstance(x, (forms.Spans, forms.Segments, forms.Positions, forms.Dense)):
             of_rows, of_keys = _lengths(x)
             rows.append(of_rows)

@@ -1,4 +1,4 @@
-"""Dataclasses as pytrees, which may be arguments of programs that `jax.export` serialises."""
+"""Pytrees that may be arguments of programs that `jax.export` serialises."""
 
 from __future__ import annotations
 
@@ -11,6 +11,20 @@ import jax
 from jax.export import register_pytree_node_serialization
 
 T = TypeVar("T")
+
+
+@jax.tree_util.register_static
+class Static(int):
+    """An int that belongs to a pytree's structure: it is no leaf, so maps and scans leave it as it is, and programs are
+    compiled for its value."""
+
+
+register_pytree_node_serialization(
+    Static,
+    serialized_name=f"{Static.__module__}.{Static.__name__}",
+    serialize_auxdata=lambda value: repr(value).encode(),
+    deserialize_auxdata=lambda text: Static(text.decode()),
+)
 
 
 def pytree(*arrays: str) -> Callable[[type[T]], type[T]]:

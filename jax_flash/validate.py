@@ -33,6 +33,9 @@ from .spec import ALIGNMENTS, ORDERS, UNLIMITED, AttentionSpec, Layout, Ring
 
 IMPLEMENTATIONS = get_args(Implementation)
 MODES = get_args(RingMode)
+MARK_STATIC = "close over it, or mark it static in jax.jit"
+CAST = "; cast one of them by .astype(…)"  # the way out where dtypes differ
+OF_RANK_3 = ": [:, None] makes [b, 1, sq, sk] of it, [None] makes [1, hq, sq, sk]"
 SMALLEST_SOFTCAP = float(np.finfo(np.float32).tiny)  # the kernels divide by the softcap
 
 Operands = dict[str, jax.Array]
@@ -49,7 +52,9 @@ def _tokens(check: Checker, arguments: DenseArguments, layout: str) -> Operands:
     check.dtype("query", q, allowed, hint)
     for name, x in (("key", k), ("value", v)):
         if x.dtype != q.dtype:
-            raise check.fail(f"{name} has dtype {x.dtype}, which differs from query's {q.dtype}", TypeError)
+            raise check.fail(
+                f"{name} has dtype {x.dtype}, which differs from query's {q.dtype}{CAST}", TypeError
+            )
     check.rank("query", q, f"{layout} hq d".replace("s ", "sq ").replace("t ", "tq "))
     check.rank("key", k, f"{layout} hk d".replace("s ", "sk ").replace("t ", "tk "))
     check.rank("value", v, f"{layout} hk dv".replace("s ", "sk ").replace("t ", "tk "))
@@ -139,7 +144,7 @@ def dropout_operand(check: Checker, rate: float, key: Any) -> jax.Array | None:
 
 
 def _dropout_rate(check: Checker, given: Any) -> float:
-    rate = check.number("dropout_rate", given)
+    rate = check.number("dropout_rate", given, MARK_STATIC)
     if not 0 <= rate < 1:
         raise check.fail(f"dropout_rate must be in [0, 1), got {rate}")
     if philox.threshold(rate) == philox.NUMBERS:
@@ -151,7 +156,7 @@ def _dropout_rate(check: Checker, given: Any) -> float:
 
 def _softcap(check: Checker, given: Any) -> float:
     """The softcap, 0 for none."""
-    softcap = 0.0 if given is None else check.number("softcap", given)
+    softcap = 0.0 if given is None else check.number("softcap", given, MARK_STATIC)
     if softcap and softcap < SMALLEST_SOFTCAP:
         least = "positive" if softcap < 0 else f"at least {SMALLEST_SOFTCAP:.2g}, as float32 needs it"
         raise check.fail(f"softcap must be {least}, or None or 0 for none, got {softcap}")
@@ -264,10 +269,9 @@ def _boolean_mask(check: Checker, given: Any, scores: tuple[Any, ...]) -> jax.Ar
             TypeError,
         )
     if mask.ndim not in (2, 4):
-        hint = ": [:, None] makes [b, 1, sq, sk] of it, [None] makes [1, hq, sq, sk]"
         raise check.fail(
             f"mask must have rank 2 [sq sk] or 4 [b hq sq sk], got shape {mask.shape}"
-            f"{hint if mask.ndim == 3 else ''}"
+            f"{OF_RANK_3 if mask.ndim == 3 else ''}"
         )
     return check.broadcastable("mask", mask, scores, "b hq sq sk")
 

@@ -71,6 +71,8 @@ def zigzag_positions(length: int, devices: int) -> jax.Array:
     check = Checker("zigzag_positions")
     if _whole(check, "length", length) < 0:
         raise check.fail(f"length must be at least 0, got {length}")
+    if _whole(check, "devices", devices) > 0 and length % (2 * devices):
+        raise check.fail(f"length is {length}, not a multiple of 2 · {devices} devices")
     return _permuted(check.op, np.arange(length, dtype=np.int32), devices, 0)
 
 
@@ -95,7 +97,9 @@ def _chunks(op: str, x: Any, devices: int, axis: int) -> tuple[jax.Array, int]:
         raise check.fail(f"axis is {axis}, which an array of shape {array.shape} does not have")
     axis %= array.ndim
     length = array.shape[axis]
-    if devices < 1 or length % (2 * devices):
+    if devices < 1:
+        raise check.fail(f"devices must be at least 1, got {devices}")
+    if length % (2 * devices):
         raise check.fail(f"x has length {length} along axis {axis}, not a multiple of 2 · {devices} devices")
     cut = (2 * devices, length // (2 * devices))
     return array.reshape(*array.shape[:axis], *cut, *array.shape[axis + 1 :]), axis

@@ -155,6 +155,13 @@ def test_a_layer_without_a_cache(cls, name, images, ranges):
         assert_close(cache["k"], k, 1e-5)
 
 
+def test_a_sliding_mask_that_gemma_skips():
+    layer = patched(Gemma4, **LAYERS["sliding"])
+    whole = patched(Gemma4)
+    got = layer(X, POSITIONS, None, text(), skip_sliding_mask=True)[1]
+    assert_close(got, whole(X, POSITIONS, None, text())[1], 1e-6)
+
+
 @pytest.mark.parametrize("ranges", [False, True])
 @pytest.mark.parametrize("cls", [Gemma3, Gemma4])
 def test_steps_after_a_padded_prompt(cls, ranges):

@@ -12,7 +12,7 @@ from oracle import split
 from programs import assert_same, attention, custom_calls, with_gradients
 from test_transforms import BIASED, FIXED, PLAIN, VARLEN, arrays_of, axes, equations, row, stack
 
-from jax_flash import append_kv, paged_attention
+from jax_flash import append_kv, flash_attention, paged_attention
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +76,17 @@ def test_no_tangent_pass_where_only_what_moves_whole_rows_has_a_tangent(kernel):
     rows, moved = ({name: x[name] for name in ("bias", "sinks")} for x in (moving, tangents))
     assert calls_of(partial(jvp, implementation=kernel), rows, moved) == {"forward": 1}
     assert_same(jvp(rows, moved, kernel), jvp(rows, moved, "xla"), tolerance=1e-4)
+
+
+def test_nan_in_a_sink_reaches_its_gradient(implementation):
+    q = jnp.asarray(np.random.default_rng(0).standard_normal((1, 4, 2, 8)), jnp.float32)
+
+    def loss(sinks):
+        return flash_attention(q, q, q, sinks=sinks, implementation=implementation).sum()
+
+    got = jax.grad(loss)(jnp.array([jnp.nan, 0], jnp.float32))
+    assert np.isnan(got[0])
+    assert np.isfinite(got[1])
 
 
 def test_gradients_nobody_asked_for_are_not_computed_outside_jit_either(kernel):

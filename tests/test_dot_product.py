@@ -327,6 +327,11 @@ WRONG = {
         "query has dtype int32",
     ),
     "mask dtype": ({"mask": jnp.ones((T, S))}, ValueError, "mask has dtype float32, allowed is bool"),
+    "mask of rank 3": (
+        {"mask": jnp.ones((2, T, S), bool)[:, :, :-1]},
+        ValueError,
+        r"mask must broadcast to .* got shape \(2, \d+, \d+\): \[:, None\] makes",
+    ),
     "no key": ({"key": None}, TypeError, "key must be an array, got None"),
     "no value": ({"value": None}, TypeError, "value must be an array, got None; pass key where V is K"),
     "mask shape": (

@@ -65,7 +65,7 @@ BOTH = [  # (what is wrong, exception, sentence); both functions raise it, with 
     (dict(scale=float("inf")), ValueError, "scale must be finite, got inf"),
     (dict(scale=-1e60), ValueError, f"scale {IN_FLOAT32}-1e+60"),
     (dict(scale=floats()), TypeError, f"scale {TRACED}; multiply query by it and pass scale=1.0"),
-    (dict(softcap=floats()), TypeError, f"softcap {TRACED}"),
+    (dict(softcap=floats()), TypeError, f"softcap {TRACED}; close over it, or mark it static in jax.jit"),
     (dict(softcap=1e60), ValueError, f"softcap {IN_FLOAT32}1e+60"),
     (dict(softcap=-2.5), ValueError, "softcap must be positive, or None or 0 for none, got -2.5"),
     (dict(softcap=1e-40), ValueError, TINY),
@@ -152,12 +152,12 @@ ONLY_FIXED = [
     (
         dict(key=floats(B, SK, HK, D, dtype="bfloat16")),
         TypeError,
-        "key has dtype bfloat16, which differs from query's float32",
+        "key has dtype bfloat16, which differs from query's float32; cast one of them by .astype(…)",
     ),
     (
         dict(value=floats(B, SK, HK, DV, dtype="float16")),
         TypeError,
-        "value has dtype float16, which differs from query's float32",
+        "value has dtype float16, which differs from query's float32; cast one of them by .astype(…)",
     ),
     (dict(key=floats(3, SK, HK, D)), ValueError, "key has batch size 3, which differs from query's 2"),
     (dict(value=floats(1, SK, HK, DV)), ValueError, "value has batch size 1, which differs from query's 2"),

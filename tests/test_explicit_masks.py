@@ -57,6 +57,8 @@ def test_a_second_call_outside_jit_compiles_nothing(caplog, mesh):
 
     mask = masks.segments(ids) & masks.chunked(8)
     assert not compiles(lambda: flash_attention(*arrays, mask=mask, implementation="xla"))
+    positions = masks.by_position(np.arange(S)[None], np.arange(S)[None], window=(3, 0))
+    assert not compiles(lambda: flash_attention(*X, mask=positions, implementation="xla"))
     assert compiles(lambda: jax.jit(lambda x: x + 1)(1.0))  # a new function each time
 
 

@@ -271,7 +271,11 @@ UNSUPPORTED = {
         {"qk_attn_weights_einsum": jnp.einsum, "attn_weights_value_einsum": jnp.einsum},
         "qk_attn_weights_einsum cannot change",
     ),
-    "positions": ({"input_positions": jnp.arange(5)}, "unknown argument input_positions"),
+    "positions": (
+        {"input_positions": jnp.arange(5)},
+        "unknown argument input_positions; a function around attention_fn",
+    ),
+    "no argument": ({"wrong": 1}, "unknown argument wrong; leave it out"),
     "algorithm": (
         {"precision": "TF32_TF32_F32"},
         "precision is 'TF32_TF32_F32'; allowed are None and jax.lax.Precision",

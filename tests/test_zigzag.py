@@ -80,9 +80,9 @@ def test_ints_of_numpy_are_taken():
         (lambda: zigzag_positions(-8, 2), "zigzag_positions: length must be at least 0, got -8"),
         (lambda: zigzag_permute(np.ones((1, 12)), 4), r"zigzag_permute: x has length 12 .* 2 · 4 devices"),
         (lambda: zigzag_unpermute(np.ones(6), 2, 0), "zigzag_unpermute: x has length 6 along axis 0"),
-        (lambda: zigzag_positions(6, 2), "zigzag_positions: x has length 6"),
+        (lambda: zigzag_positions(6, 2), "zigzag_positions: length is 6, not a multiple of 2 · 2 devices"),
         (lambda: zigzag_permute(np.ones(4), 2), r"axis is 1, which an array of shape \(4,\) does not have"),
-        (lambda: zigzag_permute(np.ones((1, 4)), 0), "not a multiple of 2 · 0 devices"),
+        (lambda: zigzag_permute(np.ones((1, 4)), 0), "devices must be at least 1, got 0"),
     ],
 )
 def test_lengths_that_cannot_be_cut_are_refused(call, message):

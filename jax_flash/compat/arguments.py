@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from .._jax import is_symbolic
 from ..checker import Checker
+from ..options import ArrayLike
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,13 @@ def softcap(check: Checker, softcap: Any) -> float | None:
     if cap < 0:
         raise check.fail(f"softcap must be positive, or 0.0 for none, got {softcap}")
     return cap or None
+
+
+def dropout(check: Checker, dropout_p: Any, dropout_key: ArrayLike | None) -> dict[str, Any]:
+    """The two as options of flash_attention."""
+    if check.number("dropout_p", dropout_p) > 0 and dropout_key is None:
+        raise check.fail(f"dropout_p is {dropout_p}, which needs a dropout_key (jax.random.key)")
+    return dict(dropout_rate=dropout_p, dropout_key=dropout_key)
 
 
 def refuse_weights(check: Checker, wanted: bool, dropout_p: float, function: str) -> None:

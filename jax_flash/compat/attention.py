@@ -92,8 +92,7 @@ def flash_attn_func(  # type: ignore[misc]  # only an overload has `unpacked`
         scale=softmax_scale,
         softcap=arguments.softcap(check, softcap),
         alibi_slopes=alibi_slopes,
-        dropout_rate=dropout_p,
-        dropout_key=dropout_key,
+        **arguments.dropout(check, dropout_p, dropout_key),
         return_lse=True,
         deterministic=deterministic,
         implementation=implementation,
@@ -186,7 +185,7 @@ def flash_attn_varlen_func(  # type: ignore[misc]  # only an overload has `unpac
         implementation=implementation,
     )
     if block_table is None:
-        dropout: dict[str, Any] = dict(dropout_rate=dropout_p, dropout_key=dropout_key)
+        dropout = arguments.dropout(check, dropout_p, dropout_key)
         out, lse = flash_attention_varlen(
             q, k, v, cu_seqlens_q, cu_seqlens_k, **options, **dropout, return_lse=True
         )

@@ -62,6 +62,7 @@ def _method(ranges: bool, implementation: Implementation | None) -> Any:
         cache: _Cache | None,
         attn_mask: Array,
         kv_shared_cache: _Cache | None = None,
+        skip_sliding_mask: bool = False,  # of Gemma 4 after gemma 4.0.1
     ) -> tuple[_Cache | None, Array]:
         """gemma's Attention: x `[b, t, features]`, attn_mask `[b, t, keys]` → (new cache, `[b, t, features]`)."""
         query, key, value = _projected(self, x, segment_pos, kv_shared_cache)
@@ -74,7 +75,7 @@ def _method(ranges: bool, implementation: Implementation | None) -> Any:
         elif kv_shared_cache is not None:
             positions = kv_shared_cache.get("positions", segment_pos)
         seen = attn_mask.astype(bool)
-        if getattr(self.attn_type, "name", "") == "LOCAL_SLIDING":
+        if getattr(self.attn_type, "name", "") == "LOCAL_SLIDING" and not skip_sliding_mask:
             if self.sliding_window_size is None:
                 raise _CHECK.fail("a LOCAL_SLIDING layer needs sliding_window_size, got None")
             distance = positions[:, None] - segment_pos[..., None]

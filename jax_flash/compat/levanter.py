@@ -81,6 +81,7 @@ def dot_product_attention(
 
     Example:
       >>> levanter.layers.attention.dot_product_attention = jax_flash.compat.levanter.dot_product_attention
+      >>> import levanter.models.gpt2  # it takes the name from there, as OLMo and Whisper do
     """
     import haliax
 

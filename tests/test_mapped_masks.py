@@ -1,0 +1,115 @@
+"""Masks under vmap, scan and shard_map, which take the first dimension of their arrays away; masks that are equal."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from programs import require_devices
+
+from jax_flash import flash_attention, masks
+
+B, S, H, D = 4, 32, 2, 8
+RNG = np.random.default_rng(0)
+X = jnp.asarray(RNG.standard_normal((B, S, H, D)), jnp.float32)
+ENDS = jnp.asarray(RNG.integers(3, S, (2, B, H, S)), jnp.int32)
+POSITIONS = jnp.asarray(np.sort(RNG.integers(0, 20, (B, S))), jnp.int32)
+EACH = jnp.asarray([2, 7, 11, 30], jnp.int32)
+
+FORMS = {
+    "causal": masks.causal(EACH),
+    "window": masks.window(EACH, 0),
+    "segments and causal": masks.segments(POSITIONS) & masks.causal(),
+    "ranges and window": masks.ranges(ENDS[0] - 3, ENDS[1]) & masks.window(9, None),
+    "positions": masks.by_position(POSITIONS, POSITIONS),
+    "positions and window": masks.by_position(POSITIONS, POSITIONS, window=(4, 1), causal=False),
+    "prefix": masks.prefix_lm(EACH),
+    "spans": masks.bidirectional_spans(POSITIONS // 3),
+    "first and window": masks.first_and_window(EACH, 3),
+    "blocks": masks.blocks(jnp.asarray(RNG.integers(-1, 2, (B, H, 2, 2)), jnp.int32), (16, 16)),
+    "blocks and causal": masks.blocks(jnp.ones((B, 1, 2, 1), jnp.int32), (16, 16)) & masks.causal(),
+    "dense": masks.dense(jnp.asarray(RNG.random((B, H, S, S)) < 0.5)),
+    "dense of keys": masks.dense(jnp.asarray(RNG.random((B, 1, 1, S)) < 0.5)) & masks.causal(),
+}
+
+
+def attend(x, mask, implementation):
+    return flash_attention(x, x, x, mask=mask, implementation=implementation)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_mapped_mask_is_the_mask_of_each_entry(name, implementation):
+    def one(x, mask):
+        return attend(x[None], mask, implementation)[0]
+
+    got = jax.jit(jax.vmap(one))(X, FORMS[name])
+    np.testing.assert_allclose(got, attend(X, FORMS[name], implementation), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["window", "segments and causal", "positions", "blocks and causal", "dense"])
+def test_a_scan_over_a_mask_has_one_entry_in_each_step(name, implementation):
+    def layer(x, mask):
+        return attend(x, mask, implementation), None
+
+    @jax.jit
+    def layers(x, mask):
+        return jax.grad(lambda x: (jax.lax.scan(layer, x, mask)[0] ** 2).sum())(x)
+
+    def one_by_one(x):
+        for z in range(B):
+            x, _ = layer(x, jax.tree.map(lambda array, z=z: array[z], FORMS[name]))
+        return (x**2).sum()
+
+    np.testing.assert_allclose(layers(X[:1], FORMS[name]), jax.grad(one_by_one)(X[:1]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["segments and causal", "positions", "blocks", "dense of keys"])
+def test_one_spec_splits_a_mask_of_arrays_and_numbers(name, kernel):
+    require_devices(4)
+    mesh = jax.make_mesh((4,), ("b",), axis_types=(AxisType.Auto,))
+    split = jax.shard_map(lambda x, m: attend(x, m, kernel), mesh=mesh, in_specs=P("b"), out_specs=P("b"))
+    got = jax.jit(split)(X, FORMS[name])
+    np.testing.assert_allclose(got, attend(X, FORMS[name], kernel), rtol=1e-5, atol=1e-5)
+
+
+def test_joined_masks_that_are_mapped(kernel):
+    a, b = FORMS["dense"], FORMS["dense of keys"]
+    c, d = FORMS["blocks"], FORMS["blocks and causal"]
+
+    def one(x, a, b, c, d):
+        return attend(x[None], a & b & c & d, kernel)[0]
+
+    wanted = attend(X, a & b & c & d, kernel)
+    np.testing.assert_allclose(jax.vmap(one)(X, a, b, c, d), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_arrays_of_too_many_dimensions_are_refused():
+    for name, message in (
+        ("dense", "dense array must broadcast"),
+        ("blocks", "chosen blocks must have shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attend(X, jax.tree.map(lambda x: x[None], FORMS[name]), "xla")
+
+
+def test_masks_are_equal_if_their_numbers_and_array_objects_are():
+    by_segment = masks.segments(jnp.zeros((1, 4), jnp.int32))
+    assert masks.window(3, 0) == masks.window(3, 0) != masks.window(4, 0)
+    assert by_segment & masks.causal() == by_segment & masks.causal() != by_segment
+    assert by_segment != masks.segments(jnp.zeros((1, 4), jnp.int32))
+    assert masks.causal() not in (masks.window(None, 0, jnp.int32(0)), "causal")
+    assert len({masks.chunked(3), masks.chunked(3), masks.causal(), masks.causal(1)}) == 3
+
+
+def test_numbers_of_masks_are_compiled_in():
+    """As an argument of a program, and as a static one: a program for each number."""
+    for how in ({}, {"static_argnames": "mask"}):
+        program = jax.jit(lambda x, mask: attend(x, mask, "xla"), **how)
+        for left in (3, 3, 4, 3):
+            program(X, mask=masks.window(left, 0))
+        assert program._cache_size() == 2
+    assert jax.tree.leaves(masks.window(3, 0) & masks.prefix_lm(2) & masks.chunked(5)) == []
+    text = jax.jit(lambda m: flash_attention(X, X, X, mask=m)).lower(masks.window(3, 0)).as_text()
+    assert "ranges" not in text
+    assert "window_left" not in text
