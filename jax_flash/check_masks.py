@@ -48,7 +48,7 @@ class MaskChecker:
             ends = zip(self.offsets[:-1], self.offsets[1:])
             rows = [x.reshape(-1)[begin:end] for begin, end in ends]
         else:
-            rows = list(x)
+            rows = list(np.atleast_2d(x))
         lengths = self.lengths
         if lengths is not None and len(rows) == 1:  # the keys may be shared by all entries
             lengths = lengths.max(initial=0, keepdims=True)

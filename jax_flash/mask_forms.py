@@ -363,7 +363,7 @@ def resolve(forms: Sequence[Form], rows: Rows) -> Visible:
     found = Visible(tuple(ordered(clipped)))
     for each in forms:  # a mask has at most one form of each of these kinds
         if isinstance(each, Segments) and rows.packed_keys is None:
-            found = replace(found, segments=each)
+            found = replace(found, segments=Segments(in_full(each.q_ids, 2), in_full(each.kv_ids, 2)))
         elif isinstance(each, Blocks):
             found = replace(found, blocks=each)
         elif isinstance(each, Dense):

@@ -8,12 +8,12 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from programs import require_devices
 
-from jax_flash import flash_attention, masks
+from jax_flash import check_inputs, flash_attention, flops, masks
 
 B, S, H, D = 4, 32, 2, 8
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.standard_normal((B, S, H, D)), jnp.float32)
-ENDS = jnp.asarray(RNG.integers(3, S, (2, B, H, S)), jnp.int32)
+ENDS = jnp.asarray(np.sort(RNG.integers(3, S, (2, B, H, S)), 0), jnp.int32)
 POSITIONS = jnp.asarray(np.sort(RNG.integers(0, 20, (B, S))), jnp.int32)
 EACH = jnp.asarray([2, 7, 11, 30], jnp.int32)
 
@@ -27,7 +27,7 @@ FORMS = {
     "prefix": masks.prefix_lm(EACH),
     "spans": masks.bidirectional_spans(POSITIONS // 3),
     "first and window": masks.first_and_window(EACH, 3),
-    "blocks": masks.blocks(jnp.asarray(RNG.integers(-1, 2, (B, H, 2, 2)), jnp.int32), (16, 16)),
+    "blocks": masks.blocks(jnp.asarray(RNG.integers(-1, 2, (B, H, 2, 1)), jnp.int32), (16, 16)),
     "blocks and causal": masks.blocks(jnp.ones((B, 1, 2, 1), jnp.int32), (16, 16)) & masks.causal(),
     "dense": masks.dense(jnp.asarray(RNG.random((B, H, S, S)) < 0.5)),
     "dense of keys": masks.dense(jnp.asarray(RNG.random((B, 1, 1, S)) < 0.5)) & masks.causal(),
@@ -71,6 +71,19 @@ def test_one_spec_splits_a_mask_of_arrays_and_numbers(name, kernel):
     split = jax.shard_map(lambda x, m: attend(x, m, kernel), mesh=mesh, in_specs=P("b"), out_specs=P("b"))
     got = jax.jit(split)(X, FORMS[name])
     np.testing.assert_allclose(got, attend(X, FORMS[name], kernel), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_what_is_known_of_an_entry(name):
+    """The picture, check_inputs and flops of a mask's first entry, whose arrays have a dimension less."""
+    entry = jax.tree.map(lambda array: array[0], FORMS[name])
+    assert entry.picture(S, head=1) == FORMS[name].picture(S, head=1)
+    first = jax.tree.map(lambda array: array[:1], FORMS[name])
+    counts = set()
+    for mask in (entry, first):
+        check_inputs(query=X[:1], key=X[:1], mask=mask)
+        counts.add(flops(flash_attention, *[X[:1]] * 3, mask=mask))
+    assert len(counts) == 1
 
 
 def test_joined_masks_that_are_mapped(kernel):
