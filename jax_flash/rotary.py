@@ -54,14 +54,19 @@ def apply_rotary(
     of_x = jax.typeof(x).sharding
     by_token = of_x.update(spec=PartitionSpec(*of_x.spec[:-2], None, None))
     c, s = in_automatic_axes(of_tokens, (positions, cos, sin), [by_token, by_token])
-    features, unrotated = x[..., : 2 * cos.shape[1]].astype(jnp.float32), x[..., 2 * cos.shape[1] :]
-    if check.flag("interleaved", interleaved):
-        a, b = features[..., ::2], features[..., 1::2]
+    count = 2 * cos.shape[1]
+    pairs = check.flag("interleaved", interleaved) and count > 0
+    features = x[..., :count].astype(jnp.float32)
+    if pairs:
+        a, b = (jax.lax.slice_in_dim(features, i, None, 2, -1) for i in (0, 1))
     else:
         a, b = jnp.split(features, 2, axis=-1)
     parts = a * c - b * s, b * c + a * s  # (a + ib)·exp(iθ)
-    rotated = jnp.stack(parts, -1).reshape(features.shape) if interleaved else jnp.concatenate(parts, -1)
-    return jnp.concatenate([rotated.astype(x.dtype), unrotated], -1)
+    rotated = jnp.stack(parts, -1).reshape(features.shape) if pairs else jnp.concatenate(parts, -1)
+    rotated = rotated.astype(x.dtype)
+    if count == x.shape[-1]:  # jax 0.10 has no arrays without elements on explicit meshes outside jit
+        return rotated
+    return jnp.concatenate([rotated, x[..., count:]], -1)
 
 
 def rotary_tables(check: Checker, rotary: Any, head_dim: int) -> tuple[jax.Array, jax.Array]:

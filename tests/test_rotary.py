@@ -145,6 +145,20 @@ def test_explicit_axes_may_split_the_positions(split, positions, at):
     np.testing.assert_allclose(got, right(x, positions, *tables_of), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("columns", [D, D // 2], ids=["all columns", "half"])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+@pytest.mark.parametrize("split", [P("x", None, "y"), P(None, "x")], ids=str)
+def test_explicit_axes_outside_jit(split, interleaved, columns):
+    require_devices(4)
+    mesh = jax.make_mesh((2, 2), ("x", "y"), (AxisType.Explicit,) * 2, devices=jax.devices()[:4])
+    x, tables_of = normal(0, 2, 4, 2, D), [t[:, : columns // 2] for t in tables()]
+    placed = jax.device_put(x, NamedSharding(mesh, split))
+    got = apply_rotary(placed, jnp.arange(4), *tables_of, interleaved=interleaved)
+    wanted = apply_rotary(x, jnp.arange(4), *tables_of, interleaved=interleaved)
+    np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6)
+    assert got.sharding.is_equivalent_to(placed.sharding, 4)
+
+
 # append_kv with rotary = append_kv of what apply_rotary makes of the keys.
 
 PAGES = i32([5, 0, 3], [2, 4, 1])
