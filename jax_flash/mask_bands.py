@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import jax.numpy as jnp
 from jax import Array
 
 from . import mask_forms as forms
 from .mask_forms import Form
-from .mask_rows import MOST, Data, array_of
+from .mask_rows import MOST, Data
 from .masks import Mask
 from .spec import UNLIMITED, AttentionSpec, Ring, narrower
 
@@ -84,4 +85,4 @@ def without_arrays(
 
 def operand(x: Data) -> Array:
     """An operand `window_…`, int32 [b] or [1]."""
-    return array_of(x).reshape(-1)
+    return jnp.asarray(x, jnp.int32).reshape(-1)

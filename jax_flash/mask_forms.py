@@ -19,6 +19,7 @@ from .pytrees import pytree
 from .spec import UNLIMITED, Reach, narrower, wider
 
 Pair = tuple[Array, Array]  # lo, hi, int32, broadcastable to [b, h, s]: the keys lo ≤ j < hi
+Limits = tuple[Array | int, Array | int]
 
 
 def between(lo: Array | int, hi: Array | int) -> Pair:
@@ -26,7 +27,7 @@ def between(lo: Array | int, hi: Array | int) -> Pair:
     return jnp.asarray(lo, jnp.int32), jnp.asarray(hi, jnp.int32)
 
 
-def in_full(x: Array, rank: int) -> Array:
+def with_rank(x: Array, rank: int) -> Array:
     """The array with `rank` dimensions, of which maps and scans over a mask take the first ones away."""
     return jnp.expand_dims(x, range(rank - x.ndim))
 
@@ -77,12 +78,12 @@ class Ranges(Form):
     `by_sequence`: in packed calls the arrays are [n|1, h|1, rows of a sequence] instead of [h|1, tq].
     """
 
-    limits: tuple[Pair, ...]
+    limits: tuple[Limits, ...]
     by_sequence: bool = False
 
     def pairs(self, rows: Rows) -> list[Pair]:
-        def of_rows(x: Array) -> Array:
-            x = in_full(x, 3)
+        def of_rows(x: Array | int) -> Array:
+            x = with_rank(jnp.asarray(x), 3)
             return rows.of_sequences(x) if self.by_sequence and rows.sequence is not None else x
 
         return [between(of_rows(lo), of_rows(hi)) for lo, hi in self.limits]
@@ -241,7 +242,7 @@ class Blocks(Form):
         """Whether each block of rows sees each of `columns` blocks of keys, boolean [b|1, hk|hq|1, ⌈sq/bq⌉, columns].
 
         Indices outside the blocks are ignored, and repeated ones count once."""
-        chosen = in_full(self.chosen, 4)
+        chosen = with_rank(self.chosen, 4)
         nothing = jnp.zeros((*chosen.shape[:-1], columns), bool)
         index = jnp.where(chosen < 0, MOST, chosen)
         at = tuple(jnp.indices(index.shape, sparse=True)[:-1])
@@ -363,11 +364,11 @@ def resolve(forms: Sequence[Form], rows: Rows) -> Visible:
     found = Visible(tuple(ordered(clipped)))
     for each in forms:  # a mask has at most one form of each of these kinds
         if isinstance(each, Segments) and rows.packed_keys is None:
-            found = replace(found, segments=Segments(in_full(each.q_ids, 2), in_full(each.kv_ids, 2)))
+            found = replace(found, segments=Segments(with_rank(each.q_ids, 2), with_rank(each.kv_ids, 2)))
         elif isinstance(each, Blocks):
             found = replace(found, blocks=each)
         elif isinstance(each, Dense):
-            found = replace(found, dense=in_full(each.seen, 4))
+            found = replace(found, dense=with_rank(each.seen, 4))
     return found
 
 

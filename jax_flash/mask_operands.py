@@ -293,7 +293,7 @@ def _check(check: Checker, x: Form, sizes: Sizes) -> None:
     if isinstance(x, forms.Ranges):
         for name, limit in (pair for limits in x.limits for pair in zip(("lo", "hi"), limits)):
             if sizes.packed and x.by_sequence:
-                fits(name, limit, "n hq sq", replace(sizes, rows=limit.shape[2]))
+                fits(name, limit, "n hq sq", replace(sizes, rows=jnp.shape(limit)[-1]))
             else:
                 fits(name, limit, "hq tq" if sizes.packed else "b hq sq")
     elif isinstance(x, forms.Blocks):
@@ -321,7 +321,7 @@ def _check(check: Checker, x: Form, sizes: Sizes) -> None:
 
 def _check_blocks(check: Checker, x: forms.Blocks, sizes: Sizes) -> None:
     """Blocks of packed sequences count from the first row of each; rows past the last one see no key."""
-    shape = forms.in_full(x.chosen, 4).shape
+    shape = forms.with_rank(x.chosen, 4).shape
     b, h, blocks = shape[0], shape[-3], shape[-2]
     rows = blocks if sizes.packed else -(-sizes.rows // x.block[0])
     good = len(shape) == 4 and (same_dim(b, 1) or same_dim(b, sizes.batch))

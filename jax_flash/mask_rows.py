@@ -17,11 +17,6 @@ Data = int | Array  # a number, or one for each batch entry, int32 [b]
 MOST = 2**31 - 1
 
 
-def array_of(data: Data) -> Array:
-    """The number, or numbers, as int32."""
-    return jnp.asarray(int(data) if isinstance(data, int) else data, jnp.int32)
-
-
 def plus(x: Array, y: Array | int) -> Array:
     """x + y, or the end of int32 that it would pass."""
     total = x + y
@@ -79,7 +74,7 @@ class Rows:
 
     def each(self, data: Data) -> Array:
         """The element of each row's batch entry or sequence, [b|1, 1, s|1]."""
-        x = array_of(data)
+        x = jnp.asarray(data, jnp.int32)
         if x.ndim == 0:
             return x[None, None, None]
         if self.sequence is None:
@@ -126,9 +121,8 @@ class SortedKeys:
         return found
 
 
-@partial(
-    jax.jit, static_argnums=(1, 2), inline=True
-)  # outside jit, JAX would compile platform_dependent in every call
+# Jitted, because outside jit JAX would compile platform_dependent in every call.
+@partial(jax.jit, static_argnums=(1, 2), inline=True)
 def _search(values: tuple[Array, ...], above: bool, steps: int) -> Array:
     """The index of the first element of each row's list that is ≥ `wanted` (> with `above`), by bisection."""
 

@@ -21,7 +21,7 @@ from jax import Array
 from . import mask_arrays, mask_joins
 from . import mask_forms as forms
 from .checker import Checker
-from .mask_forms import Form, Pair
+from .mask_forms import Form
 from .mask_rows import MOST, Rows
 from .pytrees import Static, pytree
 
@@ -117,7 +117,7 @@ def causal(offset: int | ArrayLike = 0) -> Mask:
     """Keys at or before the diagonal, j ≤ i + offset.
 
     Args:
-      offset: an int, or int32 `[b]`: a diagonal that is data.
+      offset: an int, which is compiled in, or an int32 scalar or `[b]`: a diagonal that is data.
     """
     return Mask((forms.Band(None, Static(0), _offset("causal", offset)),))
 
@@ -128,7 +128,8 @@ def window(
     """Keys i + offset − left ≤ j ≤ i + offset + right; a side that is None is unlimited.
 
     Args:
-      left, right, offset: ints, or int32 scalars or `[b]`, so that a scan over layers may have windows of its own.
+      left, right, offset: ints, which are compiled in, or int32 scalars or `[b]`, so that a scan over layers may have
+        windows of its own.
     """
     sides = [
         None if x is None else _data("window", name, x) for name, x in (("left", left), ("right", right))
@@ -154,8 +155,10 @@ def ranges(lo: ArrayLike, hi: ArrayLike) -> Mask:
     Args:
       lo, hi: int32, broadcastable to `[b, h, sq]`; packed to `[h, tq]`.
     """
-    pair: Pair = (_int32("ranges", "lo", lo), _int32("ranges", "hi", hi))
-    return Mask((forms.Ranges((pair,)),))
+    pair = _int32("ranges", "lo", lo), _int32("ranges", "hi", hi)
+    if isinstance(lo, int) and isinstance(hi, int):
+        return Mask((forms.Ranges(((Static(lo), Static(hi)),)),))
+    return Mask((forms.Ranges((forms.between(*jnp.broadcast_arrays(*pair)),)),))
 
 
 def by_position(
@@ -302,14 +305,14 @@ def _per_token(function: str, name: str, x: ArrayLike) -> Array:
 
 def _data(function: str, name: str, x: int | ArrayLike) -> int | Array:
     """A number, or one for each batch entry. One that int32 does not hold is further than any key."""
-    if isinstance(x, int) and not isinstance(x, bool):
-        return Static(max(-MOST, min(x, MOST)))
+    if isinstance(x, (int, np.integer)) and not isinstance(x, bool):
+        return Static(max(-MOST, min(int(x), MOST)))
     return _int32(function, name, x, (0, 1))
 
 
 def _offset(function: str, x: int | ArrayLike) -> int | Array:
     """A diagonal. One that int32 does not hold has no other to stand for it, since a window may be as large."""
-    if isinstance(x, int) and not -MOST <= x <= MOST:
+    if isinstance(x, (int, np.integer)) and not -MOST <= x <= MOST:
         raise ValueError(f"masks.{function}: offset must be within ±{MOST}, got {x}")
     return _data(function, "offset", x)
 
@@ -363,7 +366,7 @@ def _sizes(conditions: tuple[Form, ...]) -> tuple[int, int]:
     rows, keys, of_blocks = [0], [0], [0]
     for x in forms.flat(conditions):
         if isinstance(x, forms.Ranges):
-            rows += jnp.broadcast_shapes(*(limit.shape for pair in x.limits for limit in pair))[-1:]
+            rows += jnp.broadcast_shapes(*(jnp.shape(limit) for pair in x.limits for limit in pair))[-1:]
         elif isinstance(x, forms.Blocks):  # the last block may be longer than the rows
             of_blocks.append(x.chosen.shape[-2] * x.block[0])
         elif isinstance(x, (forms.Spans, forms.Segments, forms.Positions, forms.Dense)):

@@ -1,5 +1,8 @@
 """Masks under vmap, scan and shard_map, which take the first dimension of their arrays away; masks that are equal."""
 
+from functools import reduce
+from operator import and_
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from programs import require_devices
 
-from jax_flash import check_inputs, flash_attention, flops, masks
+from jax_flash import check_inputs, flash_attention, flash_attention_varlen, flops, masks
 
 B, S, H, D = 4, 32, 2, 8
 RNG = np.random.default_rng(0)
@@ -22,6 +25,9 @@ FORMS = {
     "window": masks.window(EACH, 0),
     "segments and causal": masks.segments(POSITIONS) & masks.causal(),
     "ranges and window": masks.ranges(ENDS[0] - 3, ENDS[1]) & masks.window(9, None),
+    "ranges that end apart": masks.ranges(0, ENDS[1]) & masks.ranges(ENDS[0, 0, 0] - 3, ENDS[1, :, :1]),
+    "ranges of numbers": masks.segments(POSITIONS) & (masks.chunked(8) | masks.ranges(0, 2)),
+    "twice segments": masks.segments(POSITIONS // 2) & masks.segments(POSITIONS // 5),
     "positions": masks.by_position(POSITIONS, POSITIONS),
     "positions and window": masks.by_position(POSITIONS, POSITIONS, window=(4, 1), causal=False),
     "prefix": masks.prefix_lm(EACH),
@@ -86,15 +92,32 @@ def test_what_is_known_of_an_entry(name):
     assert len(counts) == 1
 
 
-def test_joined_masks_that_are_mapped(kernel):
-    a, b = FORMS["dense"], FORMS["dense of keys"]
-    c, d = FORMS["blocks"], FORMS["blocks and causal"]
+def test_masks_are_joined_where_they_are_mapped(kernel):
+    joined = [FORMS[name] for name in ("dense", "dense of keys", "blocks", "blocks and causal")]
+    joined += [masks.segments(POSITIONS // 3), masks.segments(POSITIONS // 4)]
 
-    def one(x, a, b, c, d):
-        return attend(x[None], a & b & c & d, kernel)[0]
+    def one(x, each):
+        return attend(x[None], reduce(and_, each), kernel)[0]
 
-    wanted = attend(X, a & b & c & d, kernel)
-    np.testing.assert_allclose(jax.vmap(one)(X, a, b, c, d), wanted, rtol=1e-5, atol=1e-5)
+    wanted = attend(X, reduce(and_, joined), kernel)
+    np.testing.assert_allclose(jax.vmap(one)(X, joined), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_mapped_mask_of_packed_sequences(kernel):
+    """Its ranges have dimensions for sequences and heads."""
+    tokens, ends = X.reshape(B * S, H, D), jnp.array([0, 20, 70, B * S], jnp.int32)
+    several = [
+        masks.from_function(
+            lambda b, h, i, j, n=n: (j <= i) & (j >= i // 4 - b - h - n), 60, 60, batch=3, heads=H
+        )
+        for n in range(2)
+    ]
+
+    def one(mask):
+        return flash_attention_varlen(*[tokens] * 3, ends, ends, mask=mask, implementation=kernel)
+
+    got = jax.vmap(one)(jax.tree.map(lambda *x: jnp.stack(x), *several))
+    np.testing.assert_allclose(got, jnp.stack([one(x) for x in several]), rtol=1e-5, atol=1e-5)
 
 
 def test_arrays_of_too_many_dimensions_are_refused():
@@ -115,14 +138,16 @@ def test_masks_are_equal_if_their_numbers_and_array_objects_are():
     assert len({masks.chunked(3), masks.chunked(3), masks.causal(), masks.causal(1)}) == 3
 
 
-def test_numbers_of_masks_are_compiled_in():
+def test_numbers_of_masks_are_compiled_in(kernel):
     """As an argument of a program, and as a static one: a program for each number."""
     for how in ({}, {"static_argnames": "mask"}):
         program = jax.jit(lambda x, mask: attend(x, mask, "xla"), **how)
         for left in (3, 3, 4, 3):
             program(X, mask=masks.window(left, 0))
         assert program._cache_size() == 2
-    assert jax.tree.leaves(masks.window(3, 0) & masks.prefix_lm(2) & masks.chunked(5)) == []
-    text = jax.jit(lambda m: flash_attention(X, X, X, mask=m)).lower(masks.window(3, 0)).as_text()
-    assert "ranges" not in text
-    assert "window_left" not in text
+    numbers = masks.window(3, 0) & masks.prefix_lm(2) & masks.chunked(5) & masks.ranges(0, 9)
+    assert jax.tree.leaves(numbers) == []
+    assert masks.window(np.int64(3), 0, np.int32(1)) == masks.window(3, 0, 1)
+    for left, as_array in ((3, False), (jnp.int32(3), True)):
+        equations = jax.make_jaxpr(lambda m: attend(X, m, kernel))(masks.window(left, 0))
+        assert ("window_left" in str(equations)) == as_array
