@@ -98,7 +98,7 @@ def _spans(rng: Any, s: Sizes) -> tuple[masks.Mask, Sees]:
     def sees(z: int, h: Any, i: Any, j: Any) -> Any:
         run = np.cumsum(np.diff(ids[z], prepend=-9) != 0)  # the number of each row's run
         known = s.lengths[z][0] if s.packed else s.rows
-        own = run[np.minimum(j, s.rows - 1)] == run[i]
+        own = run[np.minimum(j, len(run) - 1)] == run[i] if len(run) else True
         return (j <= i) | ((ids[z][i] >= 0) & own & (j < known))
 
     return masks.bidirectional_spans(_int32(s.per_row(ids))), sees
@@ -161,7 +161,8 @@ def _blocks(rng: Any, s: Sizes) -> tuple[masks.Mask, Sees]:
     (bq, bk), n = (16 * rng.integers(1, 4, 2)).tolist(), len(s.lengths)
     heads = int(rng.choice([1, s.kv_heads, s.heads]))
     columns = -(-s.keys // bk)
-    rows = -(-s.rows // bq) - int(s.packed and rng.random() < 0.5)  # rows past the last block see nothing
+    # Rows past the last block see nothing.
+    rows = max(0, -(-s.rows // bq) - int(s.packed and rng.random() < 0.5))
     chosen = rng.integers(-1, columns + 1, (n, heads, rows, int(rng.integers(1, columns + 2))))
     chosen[rng.random(chosen.shape) < 0.03] = rng.integers(-(2**31), 2**31)
 
