@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +82,7 @@ class Checker:
             array = np.asarray(x)
         except ValueError:
             raise self.fail(f"{name} must be an array, got lists of different lengths") from None
-        integers = array.dtype.kind in "iu" or (array.dtype.kind == "O" and all(map(_is_integer, array.flat)))
+        integers = array.dtype.kind in "iu" or (array.dtype.kind == "O" and all(map(is_int, array.flat)))
         if not integers and (array.size or hasattr(x, "dtype")):  # an empty list is float64
             raise self.fail(f"{name} must hold integers, got {array.dtype}", TypeError)
         outside = array[(array < -INT32_MAX - 1) | (array > INT32_MAX)]
@@ -155,7 +155,8 @@ class Checker:
         return x.reshape(full) if x.ndim < len(wanted) else x
 
 
-def _is_integer(x: Any) -> bool:
+def is_int(x: Any) -> TypeGuard[int]:
+    """Whether x is an int of Python or NumPy, and no bool."""
     return isinstance(x, numbers.Integral) and not isinstance(x, bool)
 
 

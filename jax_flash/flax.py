@@ -215,8 +215,8 @@ def _slopes(given: ArrayLike, query: Array) -> Array:
         raise _CHECK.fail(
             f"alibi_slopes must be [heads] = ({heads},) or [batch, heads], got shape {slopes.shape}"
         )
-    lead = (1,) * (query.ndim - 3 - slopes.ndim + 1) if query.ndim > 3 else ()
     by_entry = slopes if query.ndim > 3 else slopes.reshape(heads)
+    lead = (1,) * (query.ndim - 2 - by_entry.ndim)
     return by_entry.reshape((*lead, *by_entry.shape, 1, 1))
 
 
@@ -239,6 +239,14 @@ def _implementation(implementation: Implementation | None, dtype: Any) -> Implem
     return "xla" if implementation is None and dtype == jnp.float64 else implementation
 
 
+_LEAVE_OUT = "leave it out, or use flax's own dot_product_attention"
+_WAYS_OUT = {  # of unknown arguments
+    "causal": "Flax's name is is_causal, as in layer(x, is_causal=True)",
+    "input_positions": "a function around attention_fn can rotate query and key by them (jax_flash.apply_rotary) and "
+    "leave them out",
+}
+
+
 def _refuse(unknown: dict[str, Any], precision: Any, **unsupported: Any) -> None:
     """Raises for arguments that a fused kernel cannot support."""
     einsums = [
@@ -250,28 +258,12 @@ def _refuse(unknown: dict[str, Any], precision: Any, **unsupported: Any) -> None
         raise _CHECK.fail(
             "precision or einsum_dot_general, and qk_attn_weights_einsum exclude each other; pass one"
         )
-    if "causal" in unknown:
-        raise _CHECK.fail(
-            "unknown argument causal; Flax's name is is_causal, as in layer(x, is_causal=True)",
-            NotImplementedError,
-        )
-    if "input_positions" in unknown:
-        raise _CHECK.fail(
-            "unknown argument input_positions; a function around attention_fn can rotate query and key by them "
-            "(jax_flash.apply_rotary) and leave them out",
-            NotImplementedError,
-        )
     if unknown:
-        raise _CHECK.fail(
-            f"unknown argument {next(iter(unknown))}; leave it out, or use flax's own dot_product_attention",
-            NotImplementedError,
-        )
+        name = next((x for x in _WAYS_OUT if x in unknown), next(iter(unknown)))
+        raise _CHECK.fail(f"unknown argument {name}; {_WAYS_OUT.get(name, _LEAVE_OUT)}", NotImplementedError)
     given = [name for name, argument in unsupported.items() if argument is not None]
     if given:
-        raise _CHECK.fail(
-            f"{given[0]} cannot change a fused kernel; leave it out, or use flax's own dot_product_attention",
-            NotImplementedError,
-        )
+        raise _CHECK.fail(f"{given[0]} cannot change a fused kernel; {_LEAVE_OUT}", NotImplementedError)
 
 
 def _check_precision(precision: Any) -> None:

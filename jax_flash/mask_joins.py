@@ -42,10 +42,10 @@ def merged(conditions: Sequence[Form], ring_axes: Sequence[str] | None = None) -
 def joined(a: Form, b: Form) -> Form | None:
     """The keys that either of two conditions shows, if they are not made of ranges; None if there is no such form."""
     if isinstance(a, forms.Dense) and isinstance(b, forms.Dense):
-        x, y = _of_one_shape("dense(…) | dense(…)", "arrays", _OF_ARRAYS, a.seen, b.seen)
+        x, y = _of_one_shape("dense(…) | dense(…)", "arrays", _OF_ARRAYS, 4, a.seen, b.seen)
         return forms.Dense(x | y)
     if isinstance(a, forms.Blocks) and isinstance(b, forms.Blocks) and a.block == b.block:
-        both = _of_one_shape("blocks(…) | blocks(…)", "chosen", _OF_CHOSEN, a.chosen, b.chosen)
+        both = _of_one_shape("blocks(…) | blocks(…)", "chosen", _OF_CHOSEN, 4, a.chosen, b.chosen)
         lead = jnp.broadcast_shapes(*(x.shape[:-1] for x in both))
         both = [jnp.broadcast_to(x, (*lead, x.shape[-1])) for x in both]
         other = jnp.where(_among(both[1], both[0]), -1, both[1])
@@ -53,24 +53,20 @@ def joined(a: Form, b: Form) -> Form | None:
     return None
 
 
-def _require_one_shape(masks: str, name: str, dims: str, x: Array, y: Array) -> None:
-    """Raises unless the dimensions agree; those with `|1` may also be 1 in one of the arrays."""
+def _of_one_shape(masks: str, name: str, dims: str, rank: int, *arrays: Array) -> list[Array]:
+    """The arrays with `rank` dimensions. Raises unless `dims`, the first of these, agree; those with `|1` may also be 1
+    in one of the arrays."""
+    found = [forms.with_rank(x, rank) for x in arrays]
     each = dims.split(", ")
-    of_x, of_y = x.shape[: len(each)], y.shape[: len(each)]
+    of_x, of_y = (x.shape[: len(each)] for x in found)
     for dim, m, n in zip(each, of_x, of_y):
         if not (same_dim(m, n) or (dim.endswith("|1") and (same_dim(m, 1) or same_dim(n, 1)))):
             raise ValueError(f"masks: {masks} must have {name} [{dims}] of one shape, got {of_x} and {of_y}")
-
-
-def _of_one_shape(masks: str, name: str, dims: str, *arrays: Array) -> list[Array]:
-    """Arrays of rank 4 whose dimensions agree."""
-    found = [forms.with_rank(x, 4) for x in arrays]
-    _require_one_shape(masks, name, dims, *found)
     return found
 
 
 def _both_arrays(a: forms.Dense, b: forms.Dense) -> forms.Dense:
-    x, y = _of_one_shape("dense(…) & dense(…)", "arrays", _OF_ARRAYS, a.seen, b.seen)
+    x, y = _of_one_shape("dense(…) & dense(…)", "arrays", _OF_ARRAYS, 4, a.seen, b.seen)
     return forms.Dense(x & y)
 
 
@@ -81,7 +77,7 @@ def _both_blocks(a: forms.Blocks, b: forms.Blocks) -> forms.Blocks:
             f"masks: blocks(…) & blocks(…) must have blocks of one size, got {a.block} and {b.block}; "
             "masks.dense(…) takes any mask"
         )
-    x, y = _of_one_shape("blocks(…) & blocks(…)", "chosen", _OF_CHOSEN, a.chosen, b.chosen)
+    x, y = _of_one_shape("blocks(…) & blocks(…)", "chosen", _OF_CHOSEN, 4, a.chosen, b.chosen)
     return forms.Blocks(jnp.where(_among(x, y), x, -1), a.block)
 
 
@@ -99,9 +95,8 @@ def both_segments(ring_axes: Sequence[str], a: forms.Segments, b: forms.Segments
         return every
 
     def pairs(name: str, x: Array, y: Array) -> Array:
-        x, y = forms.with_rank(x, 2), forms.with_rank(y, 2)
-        _require_one_shape("segments(…) & segments(…)", name, "b|1, s|1", x, y)
-        return jnp.stack(jnp.broadcast_arrays(x, y), -1)
+        both = _of_one_shape("segments(…) & segments(…)", name, "b|1, s|1", 2, x, y)
+        return jnp.stack(jnp.broadcast_arrays(*both), -1)
 
     def number(x: Array) -> Array:
         order = jnp.lexsort((x[:, 1], x[:, 0]))

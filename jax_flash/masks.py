@@ -20,7 +20,7 @@ from jax import Array
 
 from . import mask_arrays, mask_joins
 from . import mask_forms as forms
-from .checker import Checker
+from .checker import Checker, is_int
 from .mask_forms import Form
 from .mask_rows import MOST, Rows
 from .pytrees import Static, pytree
@@ -262,7 +262,7 @@ def from_function(f: Callable[..., Any], sq: int, sk: int, *, batch: int = 1, he
     """
     name, shape = "from_function", (batch, heads, sq, sk)
     for which, given in zip(("batch", "heads", "sq", "sk"), shape):
-        if isinstance(given, bool) or not isinstance(given, (int, np.integer)) or given < 0:
+        if not is_int(given) or given < 0:
             raise ValueError(f"masks.{name}: {which} must be an int of at least 0, got {given!r}")
     made = f(*np.ogrid[:batch, :heads, :sq, :sk])
     if isinstance(made, jax.core.Tracer):
@@ -305,14 +305,14 @@ def _per_token(function: str, name: str, x: ArrayLike) -> Array:
 
 def _data(function: str, name: str, x: int | ArrayLike) -> int | Array:
     """A number, or one for each batch entry. One that int32 does not hold is further than any key."""
-    if isinstance(x, (int, np.integer)) and not isinstance(x, bool):
+    if is_int(x):
         return Static(max(-MOST, min(int(x), MOST)))
     return _int32(function, name, x, (0, 1))
 
 
 def _offset(function: str, x: int | ArrayLike) -> int | Array:
     """A diagonal. One that int32 does not hold has no other to stand for it, since a window may be as large."""
-    if isinstance(x, (int, np.integer)) and not -MOST <= x <= MOST:
+    if is_int(x) and not -MOST <= x <= MOST:
         raise ValueError(f"masks.{function}: offset must be within ±{MOST}, got {x}")
     return _data(function, "offset", x)
 
@@ -324,14 +324,14 @@ def _sides(function: str, window: Any) -> list[int | Array | None]:
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise TypeError(f"masks.{function}: window must be None or a pair (left, right), got {window!r}")
     for name, x in zip(("left", "right"), window):
-        if isinstance(x, (int, np.integer)) and x < 0:
+        if is_int(x) and x < 0:
             raise ValueError(f"masks.{function}: window's {name} must be ≥ 0, or None for unlimited, got {x}")
     sides = zip(("window's left", "window's right"), window)
     return [None if x is None else _data(function, name, x) for name, x in sides]
 
 
 def _positive(function: str, name: str, x: Any) -> int:
-    if isinstance(x, bool) or not isinstance(x, (int, np.integer)) or x < 1:
+    if not is_int(x) or x < 1:
         raise ValueError(f"masks.{function}: {name} must be an int of at least 1, got {x!r}")
     return min(int(x), MOST)
 

@@ -6,7 +6,6 @@ checked again below this file, except for what only the device knows.
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast, get_args
@@ -17,7 +16,7 @@ import numpy as np
 
 from . import mask_operands, philox
 from ._jax import is_symbolic, same_dim
-from .checker import DTYPES, INT32_MAX, Checker
+from .checker import DTYPES, INT32_MAX, Checker, is_int
 from .masks import Mask
 from .operands import OPTIONAL
 from .options import (
@@ -100,7 +99,7 @@ def band(check: Checker, causal: Any, window: Any) -> tuple[int, int]:
 
 def _window_hint(window: Any) -> str:
     """A hint at what a window of one number may have meant."""
-    if isinstance(window, bool) or not isinstance(window, numbers.Integral) or window < 1:
+    if not is_int(window) or window < 1:
         return ""
     return (
         f"; a query and the {window - 1} keys before it (Gemma, Hugging Face, MaxText) are ({window - 1}, 0), "
@@ -111,7 +110,7 @@ def _window_hint(window: Any) -> str:
 def _window_side(check: Checker, side: str, x: Any) -> int:
     if x is None:
         return UNLIMITED
-    if isinstance(x, bool) or not isinstance(x, numbers.Integral):
+    if not is_int(x):
         instead = (
             "; mask=masks.window(left, right) takes arrays" if isinstance(x, (jax.Array, np.ndarray)) else ""
         )
@@ -121,12 +120,17 @@ def _window_side(check: Checker, side: str, x: Any) -> int:
     return int(x) if x < INT32_MAX else UNLIMITED
 
 
+def require_dropout_key(check: Checker, name: str, rate: float, key: Any) -> None:
+    """`name`: that of the rate."""
+    if key is None:
+        raise check.fail(f"{name} is {rate}, which needs a dropout_key (jax.random.key)")
+
+
 def dropout_operand(check: Checker, rate: float, key: Any) -> jax.Array | None:
     """uint32 [6]: two key words, then the global offsets, zeros which sharding replaces; None without dropout."""
     if rate == 0.0:
         return None
-    if key is None:
-        raise check.fail(f"dropout_rate is {rate}, which needs a dropout_key (jax.random.key)")
+    require_dropout_key(check, "dropout_rate", rate, key)
     if callable(key):  # such as nnx.Rngs and its streams
         raise check.fail(
             f"dropout_key must be one jax.random.key, got {type(key).__name__}, which makes keys: "

@@ -6,14 +6,13 @@ early chunk sees few keys and a late one many, so each device's pair sees about 
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .checker import Checker
+from .checker import Checker, is_int
 from .options import ArrayLike
 
 
@@ -71,8 +70,7 @@ def zigzag_positions(length: int, devices: int) -> jax.Array:
     check = Checker("zigzag_positions")
     if _whole(check, "length", length) < 0:
         raise check.fail(f"length must be at least 0, got {length}")
-    if _whole(check, "devices", devices) > 0 and length % (2 * devices):
-        raise check.fail(f"length is {length}, not a multiple of 2 · {devices} devices")
+    _cut(check, f"length is {length}", length, devices)
     return _permuted(check.op, np.arange(length, dtype=np.int32), devices, 0)
 
 
@@ -83,23 +81,29 @@ def _permuted(op: str, x: Any, devices: int, axis: int) -> jax.Array:
 
 
 def _whole(check: Checker, name: str, x: Any) -> int:
-    if isinstance(x, bool) or not isinstance(x, numbers.Integral):
+    if not is_int(x):
         raise check.fail(f"{name} must be an int, got {x!r}", TypeError)
     return int(x)
+
+
+def _cut(check: Checker, given: str, length: int, devices: int) -> tuple[int, int]:
+    """The numbers of chunks and of elements in each. `given` says in messages what the length is."""
+    devices = _whole(check, "devices", devices)
+    if devices < 1:
+        raise check.fail(f"devices must be at least 1, got {devices}")
+    if length % (2 * devices):
+        raise check.fail(f"{given}, not a multiple of 2 · {devices} devices")
+    return 2 * devices, length // (2 * devices)
 
 
 def _chunks(op: str, x: Any, devices: int, axis: int) -> tuple[jax.Array, int]:
     """x with its dimension `axis` reshaped to [2·devices, chunk], and the index of the first of these two."""
     check = Checker(op)
     array = check.array("x", x)
-    axis, devices = _whole(check, "axis", axis), _whole(check, "devices", devices)
+    axis = _whole(check, "axis", axis)
     if not -array.ndim <= axis < array.ndim:
         raise check.fail(f"axis is {axis}, which an array of shape {array.shape} does not have")
     axis %= array.ndim
     length = array.shape[axis]
-    if devices < 1:
-        raise check.fail(f"devices must be at least 1, got {devices}")
-    if length % (2 * devices):
-        raise check.fail(f"x has length {length} along axis {axis}, not a multiple of 2 · {devices} devices")
-    cut = (2 * devices, length // (2 * devices))
+    cut = _cut(check, f"x has length {length} along axis {axis}", length, devices)
     return array.reshape(*array.shape[:axis], *cut, *array.shape[axis + 1 :]), axis

@@ -75,12 +75,8 @@ def test_masks_with_explicit_sharding(implementation, mesh):
     )
     for mask, of_tokens, of_mask in each:
         wanted = jax.grad(loss)(*X, mask, implementation)
-        parts, tree = jax.tree.flatten(mask)
         with jax.set_mesh(mesh):
             arrays = [jax.device_put(x, NamedSharding(mesh, of_tokens)) for x in X]
-            leaves = (
-                x if isinstance(x, int) else jax.device_put(x, NamedSharding(mesh, of_mask)) for x in parts
-            )
-            split = jax.tree.unflatten(tree, leaves)
+            split = jax.device_put(mask, NamedSharding(mesh, of_mask))
             got = jax.jit(partial(jax.grad(loss), implementation=implementation))(*arrays, split)
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)

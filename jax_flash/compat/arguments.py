@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from .._jax import is_symbolic
-from ..checker import Checker
+from ..checker import Checker, is_int
 from ..options import ArrayLike
+from ..validate import require_dropout_key
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def window(check: Checker, size: Any) -> tuple[int | None, int | None] | None:
     if not isinstance(size, (tuple, list)) or len(size) != 2:
         raise check.fail(f"window_size must be a pair (left, right), got {size!r}", TypeError)
     for x in size:
-        if isinstance(x, bool) or not isinstance(x, numbers.Integral):
+        if not is_int(x):
             raise check.fail(f"window_size must hold two ints, −1 for unlimited, got {size!r}", TypeError)
     left, right = (None if x < 0 else int(x) for x in size)
     return None if left is None and right is None else (left, right)
@@ -145,8 +145,8 @@ def softcap(check: Checker, softcap: Any) -> float | None:
 
 def dropout(check: Checker, dropout_p: Any, dropout_key: ArrayLike | None) -> dict[str, Any]:
     """The two as options of flash_attention."""
-    if check.number("dropout_p", dropout_p) > 0 and dropout_key is None:
-        raise check.fail(f"dropout_p is {dropout_p}, which needs a dropout_key (jax.random.key)")
+    if check.number("dropout_p", dropout_p) > 0:
+        require_dropout_key(check, "dropout_p", dropout_p, dropout_key)
     return dict(dropout_rate=dropout_p, dropout_key=dropout_key)
 
 

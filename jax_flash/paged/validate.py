@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numbers
 from dataclasses import replace
-from typing import Any, TypeGuard
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from .. import mask_operands
 from .._jax import same_dim
-from ..checker import INT32_MAX, Checker
+from ..checker import INT32_MAX, Checker, is_int
 from ..operands import APPEND_OPTIONAL, MAX_HEAD_DIM, MAX_LATENT_DIM, MAX_POOL_COLUMNS
 from ..options import AppendArguments, PagedArguments, Pools
 from ..rotary import rotary_tables
@@ -50,9 +50,7 @@ def attention(op: str, arguments: PagedArguments) -> tuple[AttentionSpec, Operan
     if arguments.draft_mask is not None:
         operands["draft_mask"] = _draft_mask(check, arguments, n, q.shape[1] if cu_seqlens is None else None)
     splits = arguments.num_splits
-    if splits is not None and (
-        isinstance(splits, bool) or not isinstance(splits, numbers.Integral) or not 1 <= splits <= INT32_MAX
-    ):
+    if splits is not None and not (is_int(splits) and 1 <= splits <= INT32_MAX):
         raise check.fail(f"num_splits must be an int from 1 to {INT32_MAX} or None, got {splits!r}")
     invariant = check.flag("batch_invariant", arguments.batch_invariant)
     if invariant and arguments.implementation == "xla":
@@ -202,11 +200,11 @@ def _value_columns(check: Checker, arguments: PagedArguments, operands: Operands
     as_query = "" if columns is not None else ", as query's head dim"
     if columns is None:
         columns = d
-    if not _is_int(columns) or not 1 <= columns <= width:
+    if not is_int(columns) or not 1 <= columns <= width:
         raise check.fail(
             f"value_dim must be an int from 1 to {width}, the columns of k_pages, with v_pages=None; got {columns!r}"
         )
-    if not _is_int(start) or not 0 <= start <= width - columns:
+    if not is_int(start) or not 0 <= start <= width - columns:
         raise check.fail(
             f"value_start must be an int from 0 to {width - columns}, the columns of k_pages less value_dim, got "
             f"{start!r}"
@@ -223,10 +221,6 @@ def _value_columns(check: Checker, arguments: PagedArguments, operands: Operands
     if "k_scale" in operands:
         operands.setdefault("v_scale", operands["k_scale"])
     return int(columns), int(start)
-
-
-def _is_int(x: Any) -> TypeGuard[int]:
-    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
 
 
 def _dynamic(check: Checker, arguments: AppendArguments, operands: Operands) -> bool:
@@ -281,7 +275,7 @@ def _pools(check: Checker, arguments: Pools, names: tuple[str, str], owner: str,
     if same_dim(k.shape[2 if layout == "hnd" else 1], 0):
         raise check.fail("k_pages has page size 0, allowed are 1 and more")
     d = like.shape[-1]
-    if not (latent and owner == "query" and _is_int(d) and _is_int(k.shape[-1]) and d <= k.shape[-1]):
+    if not (latent and owner == "query" and is_int(d) and is_int(k.shape[-1]) and d <= k.shape[-1]):
         check.dim("k_pages", "head dim", k.shape[-1], d, owner)
     implementation = implementation_name(check, arguments.implementation)
     if latent and implementation != "xla":
