@@ -33,7 +33,7 @@ def test_two_ctas_share_each_query_tile_of_head_dims_above_256(dv, paged):
     call: dict[str, Any] = {"d": 512, "dv": dv, "kv_heads": 1, "paged": paged}
     few = plan(batch=1, heads=2, q_rows=1000, **call)
     assert few["row"]["design"] == "cluster_columns"
-    assert tile(few) == (128, 64)
+    assert tile(few) == (128, 96)
     assert "in 2-CTA clusters" in few["text"]
     assert few["queries"]["blocks"] == 2 * 8
     assert few["persistent_ctas"] == 2 * 2 * 8

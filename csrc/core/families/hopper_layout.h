@@ -22,14 +22,16 @@ constexpr int32_t backward_cluster_ctas(const Row& r) {
 // CTAs of a cluster that share a tile, each with its own columns of the head.
 constexpr int32_t sharers(const Row& r) { return r.design == Design::kClusterColumns ? kClusterCtas : 1; }
 
-// For each team: one tile of Q and `stages` tiles of K and V, of V with the columns of a slice. For CTAs that
-// share a tile this is an upper bound: each has Q of half of the rows, a K tile and a quarter of the next,
-// `stages` tiles of its columns of V, and two tiles of P.
+// For each team: one tile of Q and `stages` tiles of K and V, of V with the columns of a slice. If CTAs share
+// a query tile, each has Q and P of half of the rows, one tile of K, and `stages` tiles of its columns of V.
 constexpr int64_t forward_tile_bytes(const Row& r) {
-  const int32_t d = r.head_dim / sharers(r);
-  const int64_t part = sharers(r) > 1 ? static_cast<int64_t>(sizeof(float)) * r.block_m * r.block_n : 0;
-  return kElementBytes * (int64_t{r.block_m} * d + int64_t{r.block_n} * r.stages * (d + r.slice_columns())) +
-         part;
+  if (sharers(r) > 1) {
+    const int64_t rows = r.block_m / sharers(r);
+    return kElementBytes *
+           (rows * (r.head_dim + r.block_n) + r.block_n * (r.head_dim + int64_t{r.stages} * r.slice_columns()));
+  }
+  return kElementBytes *
+         (int64_t{r.block_m} * r.head_dim + int64_t{r.block_n} * r.stages * (r.head_dim + r.slice_columns()));
 }
 
 // Whether the plain dense kernel stores o by TMA from shared memory; only for tiles where that was measured

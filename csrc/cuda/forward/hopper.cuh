@@ -77,15 +77,18 @@ struct ForwardSm90 {
                        kKeyCluster =
                            kSharers > 1 && !kInPages<KeyLoader> && !kSharedValues ? kCluster : kMulticast;
   static constexpr int kThreads = R.warps * 32;
-  static constexpr int kKeyStages = kSharers > 1 ? kLoadedParts + 1 : kStages,
+  static constexpr int kKeyStages = kSharers > 1 ? kLoadedParts : kStages,
                        kValueStages = kSharedValues ? kStages + 1 : kStages;
   // The bias needs one or two stages of tiles in addition to Q, K and V; key tiles are smaller if these do
   // not fit. Dropout needs whole Philox blocks.
   static constexpr int64_t kTileBytes = hopper::forward_tile_bytes(R);
   static constexpr int kBiasStages =
       std::min<int>(2, (hopper::kMaxSharedBytes - hopper::kStateBytes - kTileBytes) / (2 * kM * R.block_n));
-  static constexpr bool kSmallKeyTile = Kind == ScoreKind::kBias && (R.block_n % 32 != 0 || kBiasStages < 1);
+  static constexpr bool kSmallBiasTile = Kind == ScoreKind::kBias && (R.block_n % 32 != 0 || kBiasStages < 1);
   static constexpr bool kDropout = Kind == ScoreKind::kGeneralDropout || Kind == ScoreKind::kDropout;
+  // If CTAs share the query tile, the general kernels would spill registers with more keys.
+  static constexpr bool kSmallKeyTile =
+      kSmallBiasTile || (kSharers > 1 && (Kind == ScoreKind::kGeneral || Kind == ScoreKind::kGeneralDropout));
   static constexpr int kN = kSmallKeyTile ? 64
                             : kDropout    ? R.block_n / kDropoutColumns * kDropoutColumns
                                           : R.block_n;
@@ -93,18 +96,20 @@ struct ForwardSm90 {
   // unless make_before() holds them. Three consumers or more keep the MUFU busy anyway.
   static constexpr bool kRanges = Kind == ScoreKind::kRanges, kListed = lists_tiles(Kind),
                         kPlainLoop = Kind == ScoreKind::kPlain || kRanges || kListed;
+  // Key tiles begin with the first key that a query tile sees, so that a window spans as few as possible: d256
+  // with a window of 512 gains 3 %. Tiles of 128 keys gain nothing. Boxes of pages begin with pages, and the
+  // other kinds count keys from the sequence's first one.
+  static constexpr bool kBeginsAtFirstKey =
+      Kind == ScoreKind::kPlain && kN % kConsumerRows != 0 && !kPacksHeads && !kInPages<KeyLoader>;
   static constexpr bool kHoldsExponentials = kPlainLoop || (Kind == ScoreKind::kSegments && kValueDim <= 128);
   static constexpr int kEarlyExponentials = !kHoldsExponentials || kValueDim > 128 ? kN / 8
                                             : kAllConsumers > 2                    ? 0
                                                                                    : kN * 3 / 64;
-  // K steps of S whose Q stays in registers, so that it is read from shared memory once per query tile
-  // instead of once per key tile. At d128 these are all steps, which gains 2 % where power is the limit. If
-  // CTAs share the tile, they are as many as registers allow, because products of 64 keys need all of shared
-  // memory's bandwidth.
+  // Q stays in registers, so that it is read from shared memory once per query tile instead of once per key
+  // tile. At d128 this gains 2 % where power is the limit; other tiles have too few registers.
   static constexpr bool kQueryInRegisters = (kPlainLoop || Kind == ScoreKind::kSegments) && kHeadDim == 128 &&
                                             kAllConsumers <= 2 && R.block_n <= 128;
   static constexpr int kHeadSteps = kHeadDim / 16, kKeySteps = kN / 16;
-  static constexpr int kQuerySteps = kQueryInRegisters ? kHeadSteps : kSharers > 1 && kPlainLoop ? 4 : 0;
   // Multiplies only the visible tail of a consumer's last key tile, where it is no longer than this.
   static constexpr int kTailKeys =
       kSharers == 1 &&
@@ -129,7 +134,7 @@ struct ForwardSm90 {
       std::conditional_t<kPacksHeads, PackedHeadsScore<S>, HopperScore<Kind, S, kInPages<KeyLoader>>>;
   static constexpr bool kGap = Score::reads(Operand::kRanges);  // ranges may leave a gap between key tiles
   using Softmax = typename Score::template Softmax<T>;
-  using Input = typename Score::template Input<T, kN, kSmallKeyTile ? 2 : kBiasStages, kConsumers>;
+  using Input = typename Score::template Input<T, kN, kSmallBiasTile ? 2 : kBiasStages, kConsumers>;
   using Loader = KeyLoader<ForwardSm90>;
   // Whether the load warp starts before the scheduler has prepared what the consumers need, which saves 2,000
   // cycles of a kernel's start. With three consumers ptxas would then allocate registers differently, and the

@@ -44,7 +44,7 @@ struct Consumer {
   S s;                                    // S [64, N]
   typename C::O o;                        // O [64, dv]
   typename C::P weights;                  // P [64, N], rounded
-  QueryFragments<T, std::max(1, C::kQuerySteps)> query;
+  QueryFragments<T, C::kQueryInRegisters ? C::kHeadSteps : 1> query;
   typename C::Softmax softmax{1};
   float alpha[S::kSlots];  // O must still be multiplied by this
 
@@ -81,9 +81,9 @@ struct Consumer {
   __device__ __forceinline__ void load_query() {
     const RowsA<QTile> rows(ptx::shared_address(shared.q[q_slot()]), ptx::thread_index() % 128 / 32 * 16);
 #pragma unroll
-    for (int step = 0; step < C::kQuerySteps; ++step) rows.load(query.x[0][step], 0, step);
+    for (int step = 0; step < C::kHeadSteps; ++step) rows.load(query.x[0][step], 0, step);
     ptx::hold(query.x[0]);
-    if constexpr (C::kQueryInRegisters) shared.q_pipe[q_slot()].release(tile_index);
+    shared.q_pipe[q_slot()].release(tile_index);
   }
 
   // The address of a tile. Descriptors of all k steps of a wide head do not fit in registers.
@@ -102,27 +102,29 @@ struct Consumer {
   // kSends: sends P of the tile before after the third of four groups, while these are multiplied.
   template <int kKeys = C::kN, int kPart = 0, bool kSends = false>
   __device__ __forceinline__ void start_scores(uint32_t use) {
-    constexpr int kSteps = C::kHeadSteps / C::kKeyParts, kFirst = kPart * kSteps, kEnd = kFirst + kSteps,
-                  kLoaded = std::clamp(C::kQuerySteps, kFirst, kEnd);
+    constexpr int kSteps = C::kHeadSteps / C::kKeyParts, kFirst = kPart * kSteps;
     if constexpr (C::kKeyParts > 1) shared.wait_key(use, kPart);
     const RowsDescriptor<KTile> k(address(shared.key(use, kPart)));
     const RowsDescriptor<QTile> q(address(shared.q[q_slot()]));
     ptx::wgmma_fence();
-    multiply_steps<kKeys, kFirst, kLoaded, kFirst>(query, k);
-    multiply_steps<kKeys, kLoaded, kEnd, kFirst>(q, k);
+    if constexpr (C::kQueryInRegisters) {
+      multiply_steps<kKeys, kFirst, kSteps>(query, k);
+    } else {
+      multiply_steps<kKeys, kFirst, kSteps>(q, k);
+    }
     ptx::wgmma_commit();
     if constexpr (kSends && kPart == C::kKeyParts / 2) send_weights(*this);
     if constexpr (kPart + 1 < C::kKeyParts) start_scores<kKeys, kPart + 1, kSends>(use);
   }
-  // K steps [kBegin, kEnd) of Q. The K tile begins with step kFirst.
-  template <int kKeys, int kBegin, int kEnd, int kFirst, class Q>
+  // kSteps K steps of Q from kFirst on, with which the K tile begins.
+  template <int kKeys, int kFirst, int kSteps, class Q>
   __device__ __forceinline__ void multiply_steps(const Q& q, const RowsDescriptor<KTile>& k) {
     auto& x = columns<kKeys>().x[0];
     using Product = ptx::Wgmma<T, kKeys>;
-    if constexpr (kBegin == 0 && kEnd > 0) Product::template multiply<true>(x, q.at(0), k.at(0));
+    Product::template multiply<kFirst == 0>(x, q.at(kFirst), k.at(0));
 #pragma unroll
-    for (int step = std::max(1, kBegin); step < kEnd; ++step)
-      Product::template multiply<false>(x, q.at(step), k.at(step - kFirst));
+    for (int step = 1; step < kSteps; ++step)
+      Product::template multiply<false>(x, q.at(kFirst + step), k.at(step));
   }
   // Waits for S while at most kPending later groups are in flight, and releases K.
   template <int kPending, int kPart = 0>
@@ -290,7 +292,6 @@ struct Consumer {
     score.template prefetch<kRare>(score_tile(next), key_of(n));
     if constexpr (C::kRanges && kMasked) score.find_seen(score_tile(next), key_of(n));
     finish_scores<1>(next);
-    publish_scores(*this, next);
     start_softmax<kMasked, kRare, kInput>(s, n, next, score);  // S ← score(S); m, α; P = 2^(S − m)
     if constexpr (C::kHoldsExponentials && C::kEarlyExponentials > 0)
       ptx::make_before(softmax.l[0] + softmax.l[1]);

@@ -15,7 +15,7 @@ template <bool kRare = false, bool kInput = true, class Consumer>
 __device__ __forceinline__ void attend(Consumer& of, const Interval& tiles) {
   using C = typename Consumer::Config;
   of.whole = uniform(of.tile->keys[of.consumer].whole);
-  if constexpr (C::kQuerySteps > 0) of.load_query();
+  if constexpr (C::kQueryInRegisters) of.load_query();
   int32_t n = tiles.hi - 1;
   bool has_tail = false;
   if constexpr (kInput == (C::Input::kStages == 0))
@@ -36,7 +36,6 @@ __device__ __forceinline__ void attend(Consumer& of, const Interval& tiles) {
     }
   }
   if constexpr (!C::kQueryInRegisters) of.shared.q_pipe[of.q_slot()].release(of.tile_index);
-  if constexpr (C::kSharers > 1) publish_scores(of, of.shared.exchange.kNoScores);
   of.template multiply_values<C::kN, true>();
 }
 
@@ -47,7 +46,7 @@ __device__ __forceinline__ void attend_to_ranges(Consumer& of) {
   using C = typename Consumer::Config;
   const auto& tile = *of.tile;
   const auto& keys = tile.keys[of.consumer];
-  if constexpr (C::kQuerySteps > 0) of.load_query();
+  if constexpr (C::kQueryInRegisters) of.load_query();
   int32_t n = uniform(keys.tiles.hi) - 1;
   // At d64 the tail gains up to 3 %; at d128 it would lose up to 5 %.
   const bool has_tail = of.template take_tail<false, true>(n, uniform(keys.tiles.lo));

@@ -21,12 +21,6 @@ __device__ __forceinline__ bool owns_rows(const Consumer& warpgroup) {
   return true;
 }
 
-// Tells the partner in the same CTA that S of a key tile is complete.
-template <class Consumer>
-__device__ __forceinline__ void publish_scores(const Consumer& warpgroup, uint32_t use) {
-  if constexpr (Consumer::Config::kSharers > 1) warpgroup.shared.exchange.publish_scores(use);
-}
-
 // Sends the partner P, and at the end of a query tile 1 / Σ P.
 template <class Consumer>
 __device__ __forceinline__ void send_weights(Consumer& warpgroup) {
@@ -49,7 +43,6 @@ __device__ __forceinline__ void attend_as_partner(Consumer& warpgroup, const Int
   auto& shared = warpgroup.shared;
   if (!tiles.empty()) clear_values<C::kN>(warpgroup, tiles.hi - 1);
   const uint32_t end = warpgroup.kv_index + tiles.size();
-  uint32_t seen = shared.exchange.kNoScores;
 #pragma unroll 1
   for (; warpgroup.kv_index < end; ++warpgroup.kv_index) {
     shared.exchange.template receive_weights<kFactors>(warpgroup.weights, warpgroup.alpha,
@@ -59,7 +52,6 @@ __device__ __forceinline__ void attend_as_partner(Consumer& warpgroup, const Int
                                                        warpgroup.messages++);
     ptx::hold(warpgroup.weights.x[0]);
     shared.wait_value(warpgroup.kv_index);
-    shared.exchange.wait_for_scores(seen);
     warpgroup.start_values(warpgroup.kv_index);
     ptx::wgmma_wait<0>();
     ptx::hold(warpgroup.o.x[0]);

@@ -114,6 +114,7 @@ struct TileState : Ranges, Slice {
     if (tile.row >= tile.end) return false;
     find_band(p, work, band);
     reload_shared();
+    if constexpr (C::kBeginsAtFirstKey) begin_at(band.rows(tile.row, tile.used_queries()).lo);
     if constexpr (!C::kListed) tiles = tiles_of(band.rows(tile.row, tile.used_queries()), C::kN);
     reload_shared();
     if constexpr (C::Score::reads(Operand::kQSegmentIds)) trim<C>(p, segments);
@@ -186,6 +187,12 @@ struct TileState : Ranges, Slice {
   }
 
  private:
+  // Makes the keys from `first` on a sequence of their own.
+  __device__ __forceinline__ void begin_at(int32_t first) {
+    work.tile.k_begin += first, work.tile.k_len -= first;
+    band.shift -= first, band.k_len -= first;
+    reload_shared();
+  }
   // Restricts the tile to the keys that segments leave visible. If all of these are of the rows' own segment,
   // they become a sequence of their own, in which only the band hides keys. This is not done for scores that
   // depend on positions.
@@ -232,9 +239,7 @@ struct TileState : Ranges, Slice {
     reload_shared();
     tiles = this->close(tiles_of({0, seen.any.hi - first}, C::kN));
     reload_shared();
-    work.tile.k_begin += first, work.tile.k_len -= first;
-    band.shift -= first, band.k_len -= first;
-    reload_shared();
+    begin_at(first);
     constexpr int64_t kMost = 1 << 30;  // kMost and −kMost stand for no limit
     this->in_band.lo = static_cast<int32_t>(max(-kMost, min(kMost, band.shift - band.left)));
     reload_shared();

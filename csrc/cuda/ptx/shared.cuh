@@ -26,17 +26,6 @@ __device__ __forceinline__ uint32_t load_shared(uint32_t address) {
   return x;
 }
 
-// A relaxed access may race with others of this block's threads.
-__device__ __forceinline__ uint32_t load_shared_relaxed(uint32_t address) {
-  uint32_t x;
-  asm volatile("ld.relaxed.cta.shared.u32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
-  return x;
-}
-
-__device__ __forceinline__ void store_shared_relaxed(uint32_t address, uint32_t x) {
-  asm volatile("st.relaxed.cta.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
-}
-
 __device__ __forceinline__ float4 load_shared_float4(uint32_t address) {
   float4 x;
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
