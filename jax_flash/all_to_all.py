@@ -99,10 +99,11 @@ class _Exchange:
         return changes[name]() if name in changes else x
 
     def repeated(self, x: jax.Array) -> jax.Array:
-        """Keys or values [b, s, hk, d], each head `times` times; JAX sums their gradients in float32."""
+        """Keys or values [b, s, hk, d], each head `times` times; JAX sums their gradients in float32 at least."""
         if self.times == 1:
             return x
-        return jnp.repeat(x.astype(jnp.float32), self.times, 2).astype(x.dtype)
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        return jnp.repeat(x.astype(wide), self.times, 2).astype(x.dtype)
 
     def scores(self, x: jax.Array, rows: int) -> jax.Array:
         """A mask or bias [b|1, hq|1, rows|1, sk|1] with the columns of all keys in the order of the sequence, or ranges

@@ -158,7 +158,12 @@ def ranges(lo: ArrayLike, hi: ArrayLike) -> Mask:
     pair = _int32("ranges", "lo", lo), _int32("ranges", "hi", hi)
     if isinstance(lo, int) and isinstance(hi, int):
         return Mask((forms.Ranges(((Static(lo), Static(hi)),)),))
-    return Mask((forms.Ranges((forms.between(*jnp.broadcast_arrays(*pair)),)),))
+    try:
+        limits = jnp.broadcast_arrays(*pair)
+    except ValueError:
+        shapes = " and ".join(str(x.shape) for x in pair)
+        raise ValueError(f"masks.ranges: lo and hi must broadcast to one shape, got {shapes}") from None
+    return Mask((forms.Ranges((forms.between(*limits),)),))
 
 
 def by_position(
@@ -180,13 +185,14 @@ def by_position(
       window: `(left, right)` around it, each an int ≥ 0 or None for unlimited.
     """
     left, right = _sides("by_position", window)
+    is_causal = Checker("masks.by_position").flag("causal", causal)
     return Mask(
         (
             forms.Positions(
                 _per_token("by_position", "q_positions", q_positions),
                 _per_token("by_position", "kv_positions", kv_positions),
                 left,
-                Static(0) if causal else right,
+                Static(0) if is_causal else right,
             ),
         )
     )
@@ -270,7 +276,11 @@ def from_function(f: Callable[..., Any], sq: int, sk: int, *, batch: int = 1, he
             f"masks.{name}: f depends on a value that is traced, and is evaluated while tracing; masks.ranges(…) and "
             "masks.dense(…) take such arrays"
         )
-    made = np.asarray(made, bool)
+    made = np.asarray(made)
+    if made.dtype != np.bool_:  # an additive mask of 0 and -inf would be read the other way round
+        raise TypeError(
+            f"masks.{name}: f must return booleans, True where a row sees a key, got {made.dtype}"
+        )
     if made.ndim > 4 or not all(n in (1, size) for n, size in zip(made.shape[::-1], shape[::-1])):
         raise ValueError(
             f"masks.{name}: f must return booleans that broadcast to {shape}, got shape {made.shape}"

@@ -161,6 +161,16 @@ def test_gradients_of_repeated_keys_are_summed_in_float32(kernel):
     )
 
 
+def test_repeated_keys_of_float64_stay_float64():
+    with jax.enable_x64(True):
+        case = CAUSAL.replace(hq=4, hk=1)
+        arrays = jax.tree.map(lambda x: x.astype("float64") / 3, arrays_of(case))  # not floats of 32 bits
+        got = by_heads(case, make_mesh(4), "xla")(arrays)
+        whole = attention(case, "xla")(arrays)
+        assert got[0].dtype == jnp.float64
+        assert_same(got, whole, tolerance=1e-12)
+
+
 def test_an_axis_of_one_device_is_the_ordinary_call(kernel):
     text = check(EVERYTHING, make_mesh(1), kernel, "zigzag")
     assert shard_shapes(text, "forward") == {(2, 16, 8, 8)}

@@ -265,6 +265,11 @@ def dense_of(sq, sk):
         ),
         (lambda: masks.ranges([0.5], [1]), TypeError, "lo must hold integers"),
         (
+            lambda: masks.ranges([0, 1, 2], [3, 3]),
+            ValueError,
+            r"masks.ranges: lo and hi must broadcast to one shape, got \(3,\) and \(2,\)",
+        ),
+        (
             lambda: masks.segments(jax.ShapeDtypeStruct((3,), jnp.int32)),
             TypeError,
             r"masks.segments: q_ids must be an array, got ShapeDtypeStruct\(.*; jax.eval_shape runs",
@@ -283,6 +288,11 @@ def dense_of(sq, sk):
             lambda: masks.by_position([0], [0], window=5),
             TypeError,
             r"window must be None or a pair \(left, right\), got 5",
+        ),
+        (
+            lambda: masks.by_position([0], [0], causal=1),
+            TypeError,
+            "masks.by_position: causal must be True or False, got 1",
         ),
         (
             lambda: masks.by_position([0], [0], window=(-1, 0)),
@@ -308,6 +318,16 @@ def dense_of(sq, sk):
             lambda: masks.from_function(lambda b, h, i, j: np.ones((3, 3), bool), 4, 4),
             ValueError,
             r"f must return booleans that broadcast to \(1, 1, 4, 4\), got shape \(3, 3\)",
+        ),
+        (
+            lambda: masks.from_function(lambda b, h, i, j: np.where(j <= i, 0.0, -np.inf), 4, 4),
+            TypeError,
+            "f must return booleans, True where a row sees a key, got float64",
+        ),
+        (
+            lambda: masks.from_function(lambda b, h, i, j: None, 4, 4),
+            TypeError,
+            "f must return booleans, .* got object",
         ),
         (
             lambda: jax.jit(lambda n: masks.from_function(lambda b, h, i, j: j <= i + n, 4, 4))(1),
