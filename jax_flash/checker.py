@@ -138,6 +138,13 @@ class Checker:
             raise self.fail(f"{name} must be {allowed}, got {x}")
         return value
 
+    def whole(self, name: str, x: Any, least: int | None = None) -> int:
+        if not is_int(x):
+            raise self.fail(f"{name} must be an int, got {x!r}", TypeError)
+        if least is not None and x < least:
+            raise self.fail(f"{name} must be at least {least}, got {x}")
+        return int(x)
+
     def flag(self, name: str, x: Any) -> bool:
         if not isinstance(x, (bool, np.bool_)):
             raise self.fail(f"{name} must be True or False, got {x!r}", TypeError)

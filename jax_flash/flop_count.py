@@ -77,7 +77,7 @@ def flops(function: Callable[..., Any], /, *arguments: Any, of: Pass = "forward"
       >>> flops(flash_attention, x, x, x, causal=True)
       549890031616
     """
-    if function not in _CHECKS:
+    if not any(function is known for known in _CHECKS):  # an array has no hash
         names = ", ".join(known.__name__ for known in _CHECKS)
         raise TypeError(f"flops: function is {function!r}; allowed are {names}")
     if of not in ("forward", "backward", "tangent"):

@@ -1,10 +1,41 @@
-"""The structure of a boolean array of rows and keys on the host: ranges of each row, or blocks of rows and keys."""
+"""The boolean array of a function, and its structure on the host: ranges of each row, or blocks of rows and keys."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import numpy as np
 
+from .checker import Checker
+
 BLOCKS = (256, 128)  # with smaller blocks kernels are slower than with the boolean array itself
+
+
+def evaluated(check: Checker, f: Callable[..., Any], shape: tuple[int, int, int, int]) -> np.ndarray:
+    """f(b, h, i, j) as [b|1, h|1, sq, sk], with one entry or head where f ignores them."""
+    try:
+        made = f(*np.ogrid[tuple(map(slice, shape))])
+    except Exception as error:
+        error.add_note(
+            f"{check.op}: f is called as f(b, h, i, j), with integer arrays that broadcast against each other; it "
+            "returns booleans, combined by &, | and ~ instead of and, or, not and if"
+        )
+        raise
+    if isinstance(made, jax.core.Tracer):
+        raise check.fail(
+            "f depends on a value that is traced, and is evaluated while tracing; masks.ranges(…) and masks.dense(…) "
+            "take such arrays",
+            TypeError,
+        )
+    made = np.asarray(made)
+    if made.dtype.kind not in "biu":  # such as numbers to add to the scores, of which 0 shows a key
+        raise check.fail(f"f must return booleans (True = may attend), got {made.dtype}", TypeError)
+    if made.ndim > 4 or not all(n in (1, size) for n, size in zip(made.shape[::-1], shape[::-1])):
+        raise check.fail(f"f must return booleans that broadcast to {shape}, got shape {made.shape}")
+    lead = (1,) * (4 - made.ndim) + made.shape
+    return np.broadcast_to(made.astype(bool), (*lead[:2], *shape[2:]))
 
 
 def ranges_of(seen: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]] | None:

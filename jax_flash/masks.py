@@ -41,8 +41,7 @@ class Mask:
     conditions: tuple[Form, ...]
 
     def __and__(self, other: Mask) -> Mask:
-        if not isinstance(other, Mask):
-            return NotImplemented
+        _require_mask("&", other)
         together = mask_joins.merged((*self.conditions, *other.conditions))
         of_ranges = [x for x in together if forms.most_pairs((x,)) is not None]
         if (forms.most_pairs(of_ranges) or 1) > 2:
@@ -52,9 +51,10 @@ class Mask:
             )
         return Mask(together)
 
+    __rand__ = __and__  # only reached with an array on the left, which raises
+
     def __or__(self, other: Mask) -> Mask:
-        if not isinstance(other, Mask):
-            return NotImplemented
+        _require_mask("|", other)
         a, b = self.conditions, other.conditions
         if len(a) == len(b) == 1 and (joined := mask_joins.joined(a[0], b[0])) is not None:
             return Mask((joined,))
@@ -65,6 +65,8 @@ class Mask:
                 "masks.from_function(…) or masks.dense(…) takes any"
             )
         return Mask((forms.Either(a, b),))
+
+    __ror__ = __or__
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Mask):
@@ -270,23 +272,7 @@ def from_function(f: Callable[..., Any], sq: int, sk: int, *, batch: int = 1, he
     for which, given in zip(("batch", "heads", "sq", "sk"), shape):
         if not is_int(given) or given < 0:
             raise ValueError(f"masks.{name}: {which} must be an int of at least 0, got {given!r}")
-    made = f(*np.ogrid[:batch, :heads, :sq, :sk])
-    if isinstance(made, jax.core.Tracer):
-        raise TypeError(
-            f"masks.{name}: f depends on a value that is traced, and is evaluated while tracing; masks.ranges(…) and "
-            "masks.dense(…) take such arrays"
-        )
-    made = np.asarray(made)
-    if made.dtype != np.bool_:  # an additive mask of 0 and -inf would be read the other way round
-        raise TypeError(
-            f"masks.{name}: f must return booleans, True where a row sees a key, got {made.dtype}"
-        )
-    if made.ndim > 4 or not all(n in (1, size) for n, size in zip(made.shape[::-1], shape[::-1])):
-        raise ValueError(
-            f"masks.{name}: f must return booleans that broadcast to {shape}, got shape {made.shape}"
-        )
-    lead = (1,) * (4 - made.ndim) + made.shape
-    seen = np.broadcast_to(made, (*lead[:2], sq, sk))  # f may ignore batch and heads
+    seen = mask_arrays.evaluated(Checker(f"masks.{name}"), f, shape)
     if (pairs := mask_arrays.ranges_of(seen)) is not None:
         limits = tuple(forms.between(*map(jnp.asarray, pair)) for pair in pairs)
         return Mask((forms.Ranges(limits, by_sequence=True),))
@@ -297,6 +283,14 @@ def from_function(f: Callable[..., Any], sq: int, sk: int, *, batch: int = 1, he
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _require_mask(operator: str, other: Any) -> None:
+    if not isinstance(other, Mask):
+        raise TypeError(
+            f"masks: {operator} takes two values of jax_flash.masks, got {type(other).__name__}; "
+            "masks.dense(…) makes one of a boolean [b, hq, sq, sk]"
+        )
 
 
 def _int32(function: str, name: str, x: ArrayLike, ranks: Sequence[int] | None = None) -> Array:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .checker import Checker, is_int
+from .checker import Checker
 from .options import ArrayLike
 
 
@@ -68,8 +68,7 @@ def zigzag_positions(length: int, devices: int) -> jax.Array:
       >>> q = apply_rotary(q, positions, cos, sin)
     """
     check = Checker("zigzag_positions")
-    if _whole(check, "length", length) < 0:
-        raise check.fail(f"length must be at least 0, got {length}")
+    length = check.whole("length", length, least=0)
     _cut(check, f"length is {length}", length, devices)
     return _permuted(check.op, np.arange(length, dtype=np.int32), devices, 0)
 
@@ -80,17 +79,9 @@ def _permuted(op: str, x: Any, devices: int, axis: int) -> jax.Array:
     return jnp.stack([first, jnp.flip(second, at)], at + 1).reshape(np.shape(x))
 
 
-def _whole(check: Checker, name: str, x: Any) -> int:
-    if not is_int(x):
-        raise check.fail(f"{name} must be an int, got {x!r}", TypeError)
-    return int(x)
-
-
 def _cut(check: Checker, given: str, length: int, devices: int) -> tuple[int, int]:
     """The numbers of chunks and of elements in each. `given` says in messages what the length is."""
-    devices = _whole(check, "devices", devices)
-    if devices < 1:
-        raise check.fail(f"devices must be at least 1, got {devices}")
+    devices = check.whole("devices", devices, least=1)
     if length % (2 * devices):
         raise check.fail(f"{given}, not a multiple of 2 · {devices} devices")
     return 2 * devices, length // (2 * devices)
@@ -100,7 +91,7 @@ def _chunks(op: str, x: Any, devices: int, axis: int) -> tuple[jax.Array, int]:
     """x with its dimension `axis` reshaped to [2·devices, chunk], and the index of the first of these two."""
     check = Checker(op)
     array = check.array("x", x)
-    axis = _whole(check, "axis", axis)
+    axis = check.whole("axis", axis)
     if not -array.ndim <= axis < array.ndim:
         raise check.fail(f"axis is {axis}, which an array of shape {array.shape} does not have")
     axis %= array.ndim

@@ -1,5 +1,7 @@
 """A page is handed out once, and is free again when its last owner releases it."""
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jax_flash.paged.allocator import OutOfPages, PageAllocator
@@ -53,3 +55,27 @@ def test_pages_that_do_not_exist_are_refused():
         for operation in (allocator.release, allocator.share):
             with pytest.raises(ValueError, match=f"page must be one of the pool's pages, 0 to 3, got {page}"):
                 operation([page])
+
+
+def test_pages_may_be_in_an_array_or_a_set():
+    allocator = PageAllocator(8)
+    pages = allocator.allocate(3)
+    allocator.share(np.array(pages))
+    assert allocator.release(jnp.array(pages)) == []
+    assert allocator.release({*pages}) == sorted(pages)
+    assert allocator.release([]) == []
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: PageAllocator("8"), "PageAllocator: pages must be an int, got '8'"),
+        (lambda: PageAllocator(8).allocate(1.5), "allocate: count must be an int, got 1.5"),
+        (lambda: PageAllocator(8).release(0), "release: pages must be a list of page numbers, got 0"),
+        (lambda: PageAllocator(8).share([1.5]), "share: pages must hold integers, got float64"),
+        (lambda: PageAllocator(8).owners("a"), "owners: page must be an int, got 'a'"),
+    ],
+)
+def test_what_is_no_number_of_pages_is_refused(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()

@@ -25,6 +25,8 @@ def test_a_platform_without_custom_call_raises_and_names_plain_jax():
     with pytest.raises(NotImplementedError, match=message):
         lower("tpu")
     lower("tpu", implementation="xla")
+    with pytest.raises(NotImplementedError, match=message):
+        jax.export.export(jax.jit(lambda x: jax_flash.flash_attention(x, x, x)), platforms=["cpu", "tpu"])(X)
 
 
 @pytest.mark.parametrize(("asked", "platform"), [("cuda", "cpu"), ("cpu", "cuda")])

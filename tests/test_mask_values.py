@@ -320,20 +320,26 @@ def dense_of(sq, sk):
             r"f must return booleans that broadcast to \(1, 1, 4, 4\), got shape \(3, 3\)",
         ),
         (
-            lambda: masks.from_function(lambda b, h, i, j: np.where(j <= i, 0.0, -np.inf), 4, 4),
-            TypeError,
-            "f must return booleans, True where a row sees a key, got float64",
-        ),
-        (
             lambda: masks.from_function(lambda b, h, i, j: None, 4, 4),
             TypeError,
-            "f must return booleans, .* got object",
+            r"f must return booleans \(True = may attend\), got object",
         ),
         (
             lambda: jax.jit(lambda n: masks.from_function(lambda b, h, i, j: j <= i + n, 4, 4))(1),
             TypeError,
             "f depends on a value that is traced",
         ),
+        (
+            lambda: masks.from_function(lambda b, h, i, j: np.where(j <= i, 0.0, -np.inf), 4, 4),
+            TypeError,
+            r"masks.from_function: f must return booleans \(True = may attend\), got float64",
+        ),
+        (
+            lambda: masks.causal() & np.ones((2, 2), bool),
+            TypeError,
+            r"& takes two values of jax_flash.masks, got ndarray; masks.dense\(…\) makes one of a boolean",
+        ),
+        (lambda: jnp.ones((2, 2), bool) | masks.causal(), TypeError, r"\| takes two values .* got ArrayImpl"),
         (lambda: masks.chunked(0), ValueError, "size must be an int of at least 1, got 0"),
         (lambda: masks.blocks(jnp.zeros((1, 1, 1, 1), jnp.int32), (16, 24)), ValueError, "block has 24"),
         (lambda: masks.dense(jnp.ones((1, 1, 2, 2))), TypeError, "boolean of rank 4"),
@@ -379,6 +385,14 @@ def test_a_mask_has_no_truth_value():
     """`a or b` would be a alone."""
     with pytest.raises(TypeError, match=r"a mask has no truth value; combine masks by & and \|"):
         masks.causal() or masks.chunked(4)
+
+
+@pytest.mark.parametrize("f", [lambda i, j: j <= i, lambda b, h, i, j: j <= i and i > 1])
+def test_the_error_of_a_function_that_takes_single_numbers_says_what_it_is_given(f):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        masks.from_function(f, 4, 4)
+    (note,) = caught.value.__notes__
+    assert note.startswith("masks.from_function: f is called as f(b, h, i, j), with integer arrays")
 
 
 def test_a_function_that_ignores_batch_and_heads_is_kept_once():

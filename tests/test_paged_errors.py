@@ -47,6 +47,7 @@ BOTH = [  # (what is wrong, exception, sentence)
      "k_scale must be a number or have shape [hk] = (2,) or [p, hk] = (7, 2), got (6, 2)"),
     (EIGHT | dict(k_scale=floats(1, 1, 1)), ValueError, "or [p, hk] = (7, 2), got (1, 1, 1)"),
     (EIGHT | dict(k_scale=float("inf")), ValueError, "k_scale must be finite, got inf"),
+    (EIGHT | dict(v_scale=0), ValueError, "v_scale must not be 0"),
     (EIGHT | dict(k_scale=floats(HK, dtype="bfloat16")), TypeError, "k_scale must be float32"),
     (dict(implementation="gpu"), ValueError, "implementation"),
     (dict(block_tables=None), TypeError, "block_tables must be an array, got None"),

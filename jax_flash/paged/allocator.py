@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
+from ..checker import Checker
+
 
 class OutOfPages(RuntimeError):
     """More pages were asked for than are free."""
@@ -21,7 +23,7 @@ class PageAllocator:
       pages: pages in the pool, numbered from 0, at least 1.
 
     Raises:
-      ValueError: the message names the argument, its value and what is allowed.
+      ValueError, TypeError: the message names the argument, its value and what is allowed.
 
     Source: Kwon et al., PagedAttention (2023).
 
@@ -37,9 +39,7 @@ class PageAllocator:
     """
 
     def __init__(self, pages: int):
-        if pages < 1:
-            raise ValueError(f"PageAllocator: pages must be at least 1, got {pages}")
-        self.pages = pages
+        self.pages = pages = Checker("PageAllocator").whole("pages", pages, least=1)
         self._owners = [0] * pages
         self._free = list(reversed(range(pages)))
 
@@ -60,13 +60,13 @@ class PageAllocator:
 
     def owners(self, page: int) -> int:
         """The number of owners of a page, 0 if it is free."""
-        self._check(page)
+        page = Checker("owners").whole("page", page)
+        self._check("owners", page)
         return self._owners[page]
 
     def allocate(self, count: int = 1) -> list[int]:
         """Allocates `count` free pages, the last freed first; raises `OutOfPages` and takes none if there are fewer."""
-        if count < 0:
-            raise ValueError(f"allocate: count must be at least 0, got {count}")
+        count = Checker("allocate").whole("count", count, least=0)
         if count > self.free:
             raise OutOfPages(
                 f"allocate: count is {count}, but only {self.free} of {self.pages} pages are free"
@@ -78,7 +78,7 @@ class PageAllocator:
 
     def share(self, pages: Iterable[int]) -> None:
         """Adds an owner to each of the pages; raises ValueError, and changes nothing, if one of them is free."""
-        pages = list(pages)
+        pages = _numbers("share", pages)
         self._check_owned("share", dict.fromkeys(pages, 1))
         for page in pages:
             self._owners[page] += 1
@@ -88,7 +88,7 @@ class PageAllocator:
 
         Raises ValueError, and changes nothing, if a page is released more often than it has owners (a double free).
         """
-        pages = list(pages)
+        pages = _numbers("release", pages)
         self._check_owned("release", Counter(pages))
         freed = []
         for page in pages:
@@ -100,12 +100,24 @@ class PageAllocator:
 
     def _check_owned(self, operation: str, times: dict[int, int]) -> None:
         for page, count in times.items():
-            self._check(page)
+            self._check(operation, page)
             if self._owners[page] < count:
                 raise ValueError(
                     f"{operation}: page {page} is passed {count} times, but has {self._owners[page]} owners"
                 )
 
-    def _check(self, page: int) -> None:
+    def _check(self, operation: str, page: int) -> None:
         if not 0 <= page < self.pages:
-            raise ValueError(f"page must be one of the pool's pages, 0 to {self.pages - 1}, got {page}")
+            raise ValueError(
+                f"{operation}: page must be one of the pool's pages, 0 to {self.pages - 1}, got {page}"
+            )
+
+
+def _numbers(operation: str, pages: Iterable[int]) -> list[int]:
+    """The numbers of pages that a list, an array or another iterable holds."""
+    check = Checker(operation)
+    whole = hasattr(pages, "__array__") or not isinstance(pages, Iterable)
+    numbers = check.host_int32("pages", pages if whole else list(pages))
+    if numbers.ndim != 1:
+        raise check.fail(f"pages must be a list of page numbers, got {pages!r}", TypeError)
+    return [int(x) for x in numbers]
