@@ -180,7 +180,7 @@ def _row_products(spec: AttentionSpec, operands: Operands) -> jax.Array:
 def _through_sinks(sinks: jax.Array, lse: jax.Array, x: jax.Array) -> jax.Array:
     """exp(sink − lse)·x; 0 for rows not in use, whose lse is −inf."""
     used = lse != -jnp.inf
-    weight = jnp.exp(jnp.where(used, _by_row_of_lse(sinks, lse) - lse, -jnp.inf))
+    weight = jnp.exp(_by_row_of_lse(sinks, lse) - jnp.where(used, lse, jnp.inf))
     return jnp.where(used, weight * x, 0)
 
 

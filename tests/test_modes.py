@@ -82,3 +82,15 @@ def test_eager_calls_over_pages_are_checked_for_nan_too(implementation):
         gradients(jnp.ones_like(out))
         with pytest.raises(FloatingPointError):  # row 1 needs a page outside the pool
             run(q, pool, lengths=(4, 3))
+
+
+def test_gradients_of_sinks_that_are_off_are_checked_for_nan_too(implementation):
+    x, off = jnp.ones((2, 3, 4, 8)), jnp.full(4, -jnp.inf)
+
+    def run(sinks):  # entry 0 has no key, so that its lse is −inf as its sinks are
+        return jax_flash.flash_attention(
+            x, x, x, sinks=sinks, kv_lengths=[0, 2], implementation=implementation
+        ).sum()
+
+    with jax.debug_nans(True):
+        assert not jax.grad(run)(off).any()
