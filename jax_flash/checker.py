@@ -14,6 +14,7 @@ from .operands import MAX_HEAD_DIM
 
 DTYPES = ("float16", "bfloat16", "float32")
 INT32_MAX = 2**31 - 1
+MARK_STATIC = "close over it, or mark it static in jax.jit"
 MAX_NUMBER = 2e38  # larger numbers could overflow when the kernels multiply by log2(e) in float32
 
 
@@ -146,6 +147,11 @@ class Checker:
         return int(x)
 
     def flag(self, name: str, x: Any) -> bool:
+        if isinstance(x, jax.core.Tracer):
+            raise self.fail(
+                f"{name} must be True or False (it is compiled in), got a traced value; {MARK_STATIC}",
+                TypeError,
+            )
         if not isinstance(x, (bool, np.bool_)):
             raise self.fail(f"{name} must be True or False, got {x!r}", TypeError)
         return bool(x)

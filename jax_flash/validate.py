@@ -16,7 +16,7 @@ import numpy as np
 
 from . import mask_operands, philox
 from ._jax import is_symbolic, same_dim
-from .checker import DTYPES, INT32_MAX, Checker, is_int
+from .checker import DTYPES, INT32_MAX, MARK_STATIC, Checker, is_int
 from .masks import Mask
 from .operands import OPTIONAL
 from .options import (
@@ -32,7 +32,6 @@ from .spec import ALIGNMENTS, ORDERS, UNLIMITED, AttentionSpec, Layout, Ring
 
 IMPLEMENTATIONS = get_args(Implementation)
 MODES = get_args(RingMode)
-MARK_STATIC = "close over it, or mark it static in jax.jit"
 CAST = "; cast one of them by .astype(…)"  # the way out where dtypes differ
 OF_RANK_3 = ": [:, None] makes [b, 1, sq, sk] of it, [None] makes [1, hq, sq, sk]"
 SMALLEST_SOFTCAP = float(np.finfo(np.float32).tiny)  # the kernels divide by the softcap

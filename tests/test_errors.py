@@ -43,7 +43,8 @@ WINDOW_OF_3 = (
     "a query and the 3 keys before it (flash_attn) are (3, 0)"
 )
 IN_FLOAT32 = "must be within ±2e+38, as float32 needs it, got "
-TRACED = "must be a Python number (it is compiled in), got a traced value"
+COMPILED, STATIC = "(it is compiled in), got a traced value", "close over it, or mark it static in jax.jit"
+TRACED = f"must be a Python number {COMPILED}"
 TINY = "softcap must be at least 1.2e-38, as float32 needs it, or None or 0 for none, got 1e-40"
 
 BOTH = [  # (what is wrong, exception, sentence); both functions raise it, with their own name in front
@@ -51,6 +52,7 @@ BOTH = [  # (what is wrong, exception, sentence); both functions raise it, with 
     (dict(value="v"), TypeError, "value must be an array, got 'v'"),
     (dict(causal=1), TypeError, "causal must be True or False, got 1"),
     (dict(causal="yes"), TypeError, "causal must be True or False, got 'yes'"),
+    (dict(causal=floats(dtype="bool")), TypeError, f"causal must be True or False {COMPILED}; {STATIC}"),
     (dict(deterministic=None), TypeError, "deterministic must be True or False, got None"),
     (dict(return_lse="no"), TypeError, "return_lse must be True or False, got 'no'"),
     (dict(window=3), TypeError, "window must be None or a pair (left, right), got 3" + WINDOW_OF_3),
@@ -65,7 +67,7 @@ BOTH = [  # (what is wrong, exception, sentence); both functions raise it, with 
     (dict(scale=float("inf")), ValueError, "scale must be finite, got inf"),
     (dict(scale=-1e60), ValueError, f"scale {IN_FLOAT32}-1e+60"),
     (dict(scale=floats()), TypeError, f"scale {TRACED}; multiply query by it and pass scale=1.0"),
-    (dict(softcap=floats()), TypeError, f"softcap {TRACED}; close over it, or mark it static in jax.jit"),
+    (dict(softcap=floats()), TypeError, f"softcap {TRACED}; {STATIC}"),
     (dict(softcap=1e60), ValueError, f"softcap {IN_FLOAT32}1e+60"),
     (dict(softcap=-2.5), ValueError, "softcap must be positive, or None or 0 for none, got -2.5"),
     (dict(softcap=1e-40), ValueError, TINY),
@@ -336,8 +338,9 @@ def test_every_raise_of_the_checks_is_in_the_table():
     reached = set()
     for function, defaults, wrong, _, _ in TABLE:
         reached |= raising_lines(lambda f=function, a=defaults | wrong: trace(f, a))
-    for symbolic in (symbolic_heads, symbolic_head_dim, symbolic_shard):
-        reached |= raising_lines(symbolic)
+    devices = [partial(jax_flash.zigzag_positions, 8, n) for n in (2.0, 0)]
+    for call in (symbolic_heads, symbolic_head_dim, symbolic_shard, *devices):
+        reached |= raising_lines(call)
     for module in (checker, validate):
         source = inspect.getsource(module)
         lines = {node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Raise)}
