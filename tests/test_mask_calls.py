@@ -352,3 +352,11 @@ PACKED = [X[0][0], X[1][0], X[2][0], [0, S]]
 def test_errors_name_the_mask(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("f", [lambda i, j: j <= i, lambda b, h, i, j: j <= i and i > 1])
+def test_the_error_of_a_function_that_takes_single_numbers_says_what_it_is_given(f):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        masks.from_function(f, 4, 4)
+    (note,) = caught.value.__notes__
+    assert note.startswith("masks.from_function: f is called as f(b, h, i, j), with integer arrays")

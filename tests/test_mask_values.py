@@ -387,14 +387,6 @@ def test_a_mask_has_no_truth_value():
         masks.causal() or masks.chunked(4)
 
 
-@pytest.mark.parametrize("f", [lambda i, j: j <= i, lambda b, h, i, j: j <= i and i > 1])
-def test_the_error_of_a_function_that_takes_single_numbers_says_what_it_is_given(f):
-    with pytest.raises((TypeError, ValueError)) as caught:
-        masks.from_function(f, 4, 4)
-    (note,) = caught.value.__notes__
-    assert note.startswith("masks.from_function: f is called as f(b, h, i, j), with integer arrays")
-
-
 def test_a_function_that_ignores_batch_and_heads_is_kept_once():
     one = masks.from_function(lambda b, h, i, j: j <= i, 9, 9, batch=3, heads=2)
     assert {x.shape for x in jax.tree.leaves(one)} == {(1, 1, 9)}

@@ -27,8 +27,8 @@ constexpr int32_t sharers(const Row& r) { return r.design == Design::kClusterCol
 constexpr int64_t forward_tile_bytes(const Row& r) {
   if (sharers(r) > 1) {
     const int64_t rows = r.block_m / sharers(r);
-    return kElementBytes *
-           (rows * (r.head_dim + r.block_n) + r.block_n * (r.head_dim + int64_t{r.stages} * r.slice_columns()));
+    return kElementBytes * (rows * (r.head_dim + r.block_n) +
+                            r.block_n * (r.head_dim + int64_t{r.stages} * r.slice_columns()));
   }
   return kElementBytes *
          (int64_t{r.block_m} * r.head_dim + int64_t{r.block_n} * r.stages * (r.head_dim + r.slice_columns()));

@@ -92,15 +92,15 @@ struct ForwardSm90 {
   static constexpr int kN = kSmallKeyTile ? 64
                             : kDropout    ? R.block_n / kDropoutColumns * kDropoutColumns
                                           : R.block_n;
+  // Key tiles begin with the first key that a query tile sees, so that a window spans as few as possible:
+  // d256 with a window of 512 gains 3 %. Tiles of 128 keys gain nothing. Boxes of pages begin with pages, and
+  // the other kinds count keys from the sequence's first one.
+  static constexpr bool kBeginsAtFirstKey =
+      Kind == ScoreKind::kPlain && kN % kConsumerRows != 0 && !kPacksHeads && !kInPages<KeyLoader>;
   // Column tiles of S whose exponentials overlap P V. ptxas sinks nearly all of them below the wait for P V,
   // unless make_before() holds them. Three consumers or more keep the MUFU busy anyway.
   static constexpr bool kRanges = Kind == ScoreKind::kRanges, kListed = lists_tiles(Kind),
                         kPlainLoop = Kind == ScoreKind::kPlain || kRanges || kListed;
-  // Key tiles begin with the first key that a query tile sees, so that a window spans as few as possible: d256
-  // with a window of 512 gains 3 %. Tiles of 128 keys gain nothing. Boxes of pages begin with pages, and the
-  // other kinds count keys from the sequence's first one.
-  static constexpr bool kBeginsAtFirstKey =
-      Kind == ScoreKind::kPlain && kN % kConsumerRows != 0 && !kPacksHeads && !kInPages<KeyLoader>;
   static constexpr bool kHoldsExponentials = kPlainLoop || (Kind == ScoreKind::kSegments && kValueDim <= 128);
   static constexpr int kEarlyExponentials = !kHoldsExponentials || kValueDim > 128 ? kN / 8
                                             : kAllConsumers > 2                    ? 0
