@@ -69,8 +69,9 @@ struct ForwardSm90 {
   static constexpr int kHeadDim = R.head_dim, kValueDim = kSliceColumns, kM = R.block_m, kStages = R.stages;
   static constexpr int kConsumers = kM / kConsumerRows, kAllConsumers = kTeams * kConsumers;
   // CTAs that share a query tile: in each, one consumer computes S of its 64 rows. A K tile is loaded in
-  // parts of its columns, of which each CTA multicasts half.
-  // If V is K, those of the CTA's own columns are in V's stages, and no CTA multicasts.
+  // parts of its columns, of which each CTA multicasts half. More keys in a tile gain more than a second
+  // stage would: a part is loaded again while S of the others is multiplied, and V while S is. If V is K,
+  // those of the CTA's own columns are in V's stages, and no CTA multicasts.
   static constexpr bool kSharedValues = kSharesValues<KeyLoader>;
   static constexpr int kOwners = kConsumers / kSharers, kKeyParts = kSharers > 1 ? 4 : 1,
                        kLoadedParts = kSharedValues ? kKeyParts / 2 : kKeyParts,

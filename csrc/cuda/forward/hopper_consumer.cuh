@@ -105,11 +105,11 @@ struct Consumer {
     constexpr int kSteps = C::kHeadSteps / C::kKeyParts, kFirst = kPart * kSteps;
     if constexpr (C::kKeyParts > 1) shared.wait_key(use, kPart);
     const RowsDescriptor<KTile> k(address(shared.key(use, kPart)));
-    const RowsDescriptor<QTile> q(address(shared.q[q_slot()]));
     ptx::wgmma_fence();
     if constexpr (C::kQueryInRegisters) {
       multiply_steps<kKeys, kFirst, kSteps>(query, k);
     } else {
+      const RowsDescriptor<QTile> q(address(shared.q[q_slot()]));
       multiply_steps<kKeys, kFirst, kSteps>(q, k);
     }
     ptx::wgmma_commit();
