@@ -20,8 +20,8 @@ def as_bias(bias: Any, dtype: Any) -> Array:
     return x if x.dtype in (jnp.float16, jnp.bfloat16, dtype) else x.astype(jnp.float32)
 
 
-def local_window(check: Checker, size: Any) -> tuple[int, int] | None:
-    """jax.nn's local_window_size as a pair."""
+def local_window(check: Checker, size: Any, name: str = "local_window_size") -> tuple[int, int] | None:
+    """jax.nn's local_window_size, or another library's argument of the same meaning, as a pair."""
     if size is None:
         return None
     try:
@@ -30,9 +30,7 @@ def local_window(check: Checker, size: Any) -> tuple[int, int] | None:
     except (TypeError, ValueError):
         left = right = -1
     if left < 0 or right < 0:
-        raise check.fail(
-            f"local_window_size is {size!r}; allowed are None, an int ≥ 0 and a pair (left, right) of such"
-        )
+        raise check.fail(f"{name} is {size!r}; allowed are None, an int ≥ 0 and a pair (left, right) of such")
     return left, right
 
 

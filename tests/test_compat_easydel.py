@@ -43,6 +43,7 @@ CALLS = {
     "causal": (dict(causal=True), ROW >= KEY),
     "window": (dict(causal=True, sliding_window=(5, 0)), (ROW >= KEY) & (ROW - KEY <= 5)),
     "window of one number": (dict(sliding_window=3), np.abs(ROW - KEY) <= 3),
+    "window of NumPy's number": (dict(sliding_window=np.int64(3)), np.abs(ROW - KEY) <= 3),
     "scale": (dict(softmax_scale=0.4), True),
     "cap": (dict(logits_soft_cap=1.5), True),
     "mask": (dict(mask_info=MaskInfo(DENSE)), DENSE),
@@ -127,6 +128,7 @@ TABLES = i32([6, 1, 4, 0], [2, 7, 3, 5])
 PAGED = {
     "plain": {},
     "window": dict(sliding_window=5),
+    "window of two sides": dict(sliding_window=(5, 3)),
     "cap": dict(logits_soft_cap=1.5),
     "scale": dict(softmax_scale=0.3),
     "sinks": {"sinks": normal(8, HQ)},
@@ -170,7 +172,7 @@ def test_pages_are_the_equations(version, name, implementation):
         np.testing.assert_array_equal(cache, pool)
     for i, (length, count) in enumerate(zip(LENS, NEW)):
         row, key = length - count + np.arange(count)[:, None], np.arange(length)
-        seen = (key <= row) & (row - key < options.get("sliding_window", S))
+        seen = (key <= row) & (row - key < np.ravel(options.get("sliding_window", S))[0])
         rows = queries[starts[i] : starts[i + 1]]
         scores = dict(scale=scale, softcap=options.get("logits_soft_cap"), sinks=sinks)
         wanted = masked_reference.attend(rows[None], k[i][None], v[i][None], seen, **scores)[0]
@@ -199,6 +201,13 @@ def test_alibi_over_pages():
     assert_close(out[3:], masked_reference.attend(queries[None, 3:], k[1][None], v[1][None], bias=bias)[0][0])
 
 
+def test_sinks_over_pages_may_be_16_bit():
+    """Models in bfloat16 have sinks in bfloat16."""
+    sinks = normal(0, 4).astype(jnp.bfloat16)
+    both = (unified(None, None, x) for x in (sinks, sinks.astype(np.float32)))
+    assert_close(*map(np.asarray, both))
+
+
 def unified(*rest, **named):
     return easydel.unified_attention(Q[0], K, V, i32(1, 1), i32([0], [1]), i32(0, 1, 2), *rest, **named)
 
@@ -212,6 +221,21 @@ ERRORS = {
         "alibi_slopes",
     ),
     "pages": (NotImplementedError, lambda: flash_attention(Q, K, V, *[None] * 4, i32([0])), "block_tables"),
+    "pages: window": (
+        ValueError,
+        lambda: unified(sliding_window=1.5),
+        "sliding_window must be an int of at least 1 or None, got 1.5",
+    ),
+    "window": (
+        ValueError,
+        lambda: flash_attention(Q, K, V, sliding_window=-3),
+        "sliding_window is -3; allowed are None, an int ≥ 0 and a pair",
+    ),
+    "mask": (
+        TypeError,
+        lambda: flash_attention(Q, K, V, mask_info=np.ones((24, 24), bool)),
+        "mask_info must be ejkernel's MaskInfo or None, got ndarray",
+    ),
     "sums": (
         NotImplementedError,
         lambda: flash_attention(Q, K, V, normalize_output=False),

@@ -277,6 +277,13 @@ ERRORS = {
         NotImplementedError,
         "flash_attn_varlen_func: dropout_p is 0.5 with a block_table; pages have no dropout, pass dropout_p=0.0",
     ),
+    "cu_seqlens_k of other sequences": (
+        lambda: flash_attn_varlen_func(
+            *packed_inputs(), i32(*CU_Q), i32(0, 3), 5, 5, block_table=np.zeros((3, 4), np.int32)
+        ),
+        ValueError,
+        "flash_attn_varlen_func: cu_seqlens_k must have shape [n+1] = (4,), got (2,)",
+    ),
     "cu_seqlens_k": (
         lambda: flash_attn_varlen_func(
             *packed_inputs(),

@@ -241,6 +241,10 @@ ERRORS = {
         lambda: pallas_gpu.paged_attention(TOKENS, *POOLS, TABLES[:2], ENDS),
         "block_tables must have shape [n, pages] = (3, 3), got (2, 3)",
     ),
+    "one table": (
+        lambda: pallas_gpu.paged_attention(TOKENS, *POOLS, TABLES[0], ENDS),
+        "block_tables must have rank 2 [n pages], got shape (3,)",
+    ),
     "scales": (
         lambda: pallas_gpu.paged_attention(TOKENS, *POOLS, TABLES, ENDS, np.ones((2, 10), np.float32)),
         "k_scales_pages must have shape [hk, p, ps] = (2, 10, 4), got (2, 10)",

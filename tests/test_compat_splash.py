@@ -351,6 +351,14 @@ ERRORS = {
         lambda: make(mask_of(4, 12, 18))(Q[0], K[0], V[0], splash.SegmentIds(IDS.kv[0], IDS.kv[0])),
         "splash: segment_ids.q must have shape [sq] = (12,), got (18,)",
     ),
+    "a pair": (
+        lambda: make(mask_of(4, 12, 18))(Q[0], K[0], V[0], (IDS.q[0], IDS.kv[0])),
+        "splash: segment_ids must be SegmentIds(q, kv), got tuple; SegmentIds(*pair) makes it of two",
+    ),
+    "a traced mask of numbers": (
+        lambda: jax.eval_shape(make, jax.ShapeDtypeStruct((4, 12, 18), jnp.float32)),
+        "splash: mask has dtype float32, allowed are bool; True is where a query sees a key",
+    ),
     "sinks": (
         lambda: make(mask_of(4, 12, 18))(Q[0], K[0], V[0], None, np.ones(2)),
         "splash: sinks must have shape [hq] = (4,), got (2,)",
@@ -374,7 +382,7 @@ ERRORS = {
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors_name_the_argument(name):
     call, message = ERRORS[name]
-    with pytest.raises(ValueError, match="^" + re.escape(message)):
+    with pytest.raises((ValueError, TypeError), match="^" + re.escape(message)):
         call()
 
 

@@ -13,6 +13,7 @@ from flash_attn_reference import assert_close, i32, normal, slope
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from programs import require_devices
 
+from jax_flash import masks
 from jax_flash.compat.costs import CostWarning
 from jax_flash.compat.tokamax import dot_product_attention, tokamax_attention
 
@@ -249,6 +250,21 @@ ERRORS = {
         ValueError,
         lambda: dot_product_attention(Q, K, V, mask=DENSE[..., :5]),
         "tokamax.dot_product_attention: mask must broadcast to [batch... hq sq sk] = (2, 4, 12, 12), got shape",
+    ),
+    "additive mask": (
+        TypeError,
+        lambda: dot_product_attention(Q, K, V, mask=np.zeros((12, 12), np.float32)),
+        "tokamax.dot_product_attention: mask has dtype float32, allowed are bool; pass an additive mask as bias",
+    ),
+    "a mask of this library": (
+        TypeError,
+        lambda: dot_product_attention(Q, K, V, mask=masks.causal()),
+        "tokamax.dot_product_attention: mask must be an array, got ",
+    ),
+    "positions": (
+        TypeError,
+        lambda: tokamax_attention(Q, K, V, is_causal=True, q_indices=np.arange(12.0)),
+        "tokamax_attention: q_indices must hold integers, got float",
     ),
     "implementation": (
         ValueError,

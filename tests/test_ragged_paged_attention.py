@@ -377,6 +377,8 @@ RIGHT = dict(
     (dict(queries=jnp.ones((4, 3, 64))), ValueError,
      "the cache has 2 heads of keys, which does not divide the 3 of queries"),
     (dict(sliding_window=0), ValueError, "sliding_window must be an int of at least 1 or None, got 0"),
+    (dict(k_scale=0.0), ValueError, "k_scale must not be 0, by which nothing can be divided"),
+    (dict(q_scale="1"), TypeError, "q_scale must be a Python number (it is compiled in), got str"),
     (dict(attention_sink=jnp.ones((2, 2))), ValueError,
      "attention_sink must broadcast to [hq] = (4,), got shape (2, 2)"),
     (dict(attention_sink=jnp.ones(3)), ValueError, "attention_sink must broadcast to [hq] = (4,), got shape (3,)"),

@@ -196,7 +196,8 @@ def flash_attn_varlen_func(  # type: ignore[misc]  # only an overload has `unpac
                 NotImplementedError,
             )
         offsets = check.int32("cu_seqlens_k", cu_seqlens_k)
-        check.rank("cu_seqlens_k", offsets, "n+1")
+        tables = arguments.ranked(check, "block_table", block_table, "n pages")
+        check.shape("cu_seqlens_k", offsets, (tables.shape[0] + 1,), "n+1")
         out, lse = paged_attention(
             q, k, v, block_table, jnp.diff(offsets), cu_seqlens_q=cu_seqlens_q, **options, return_lse=True
         )

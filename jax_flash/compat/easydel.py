@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..attention import flash_attention as attend
-from ..batch_dims import as_bias
+from ..batch_dims import as_bias, local_window
 from ..checker import Checker
 from ..options import ArrayLike, Implementation, Number
 from .easydel_pages import ragged_page_attention_v2, ragged_page_attention_v3, unified_attention
@@ -108,20 +108,19 @@ def flash_attention(
         raise _CHECK.fail("block_tables: use jax_flash.paged_attention for pages", NotImplementedError)
     if not normalize_output:
         raise _CHECK.fail("normalize_output must be True", NotImplementedError)
-    mask, ids = _seen(mask_info)
+    mask, ids = _seen(_CHECK, mask_info)
     if mask is None and (cum_seqlens_q is not None or cum_seqlens_k is not None):
         raise _CHECK.fail(
             "cum_seqlens need an attention mask in mask_info, as on ejkernel's XLA platform; "
             "use jax_flash.flash_attention_varlen for packed sequences",
             NotImplementedError,
         )
-    window = (sliding_window, sliding_window) if isinstance(sliding_window, int) else sliding_window
     out: Array = attend(
         q.astype(dtype),
         k.astype(dtype),
         v.astype(dtype),
         causal=causal,
-        window=window,
+        window=local_window(_CHECK, sliding_window, "sliding_window"),
         align="top_left",
         mask=mask,
         segment_ids=ids,
@@ -184,13 +183,13 @@ def scaled_dot_product_attention(
     dtype = jnp.result_type(q, k, v)
     if bias is None and init_bias is not None:
         bias = init_bias()
-    mask, ids = _seen(mask_info)
+    mask, ids = _seen(_CHECK_SDPA, mask_info)
     out: Array = attend(
         q.astype(dtype),
         k.astype(dtype),
         v.astype(dtype),
         causal=causal,
-        window=(sliding_window, sliding_window) if isinstance(sliding_window, int) else sliding_window,
+        window=local_window(_CHECK_SDPA, sliding_window, "sliding_window"),
         align="top_left",
         mask=mask,
         segment_ids=None if mask is not None else ids,
@@ -203,10 +202,16 @@ def scaled_dot_product_attention(
     return out.astype(q.dtype)
 
 
-def _seen(info: Any) -> tuple[Array | None, tuple[Array, Array] | None]:
+def _seen(check: Checker, info: Any) -> tuple[Array | None, tuple[Array, Array] | None]:
     """A MaskInfo's mask `[b, heads | 1, sq, sk]`, and segment ids. Queries and keys with negative ids are padding."""
     if info is None:
         return None, None
+    if not hasattr(info, "_attention_mask"):
+        raise check.fail(
+            f"mask_info must be ejkernel's MaskInfo or None, got {type(info).__name__}; "
+            "MaskInfo.from_attention_mask makes one of an array",
+            TypeError,
+        )
     mask, ids = info._attention_mask, None
     if info._q_segment_ids is not None or info._kv_segment_ids is not None:
         given = info.get_or_compute_segment_ids(per_head=False)

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from ..checker import Checker
 from ..options import ArrayLike, Implementation, IndexLike
 from ..paged.attention import paged_attention
-from .ragged_paged_attention import ragged_paged_attention, ragged_paged_attention_update
+from .ragged_paged_attention import check_window, ragged_paged_attention, ragged_paged_attention_update
 
 _CHECK = Checker("easydel.unified_attention")
 
@@ -47,7 +48,7 @@ def ragged_page_attention_v2(
         cu_q_lens and num_seqs of `ragged_paged_attention`, whose heads are K0 V0 K1 V1 …
       softmax_aux: `[hq]`, sinks.
       softmax_scale: factor of q·kᵀ, 1/√d by default.
-      sliding_window: W keys are visible, the row's own among them.
+      sliding_window: W keys are visible, the row's own among them; or a pair, of which causal rows need only the first.
       mesh, in_specs, out_specs: where all three are given, the call runs in a `shard_map` with them.
       compute_dtype, optimized, mask_value, vmem_limit_bytes, platform, cfg: have no effect.
 
@@ -63,14 +64,13 @@ def ragged_page_attention_v2(
       >>> out = ragged_page_attention_v2(queries, kv_pages, context_lens, block_tables, query_start_loc, num_seqs)
     """
     del compute_dtype, optimized, mask_value, vmem_limit_bytes, platform, cfg
-    window = sliding_window[0] if isinstance(sliding_window, tuple) else sliding_window
 
     def call(*arrays: Any) -> Array:
         *given, sinks = arrays
         return ragged_paged_attention(
             *given,
             sm_scale=arrays[0].shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
-            sliding_window=window,
+            sliding_window=_left(sliding_window),
             soft_cap=logits_soft_cap,
             attention_sink=sinks,
             implementation=implementation,
@@ -94,7 +94,7 @@ def ragged_page_attention_v3(
     /,
     *,
     softmax_scale: float = 1.0,
-    sliding_window: int | None = None,
+    sliding_window: int | tuple[int, int] | None = None,
     logits_soft_cap: float | None = None,
     q_scale: float | None = None,
     k_scale: float | None = None,
@@ -135,7 +135,7 @@ def ragged_page_attention_v3(
         return ragged_paged_attention_update(
             *arrays,
             sm_scale=softmax_scale,
-            sliding_window=sliding_window,
+            sliding_window=_left(sliding_window),
             soft_cap=logits_soft_cap,
             q_scale=q_scale,
             k_scale=k_scale,
@@ -163,7 +163,7 @@ def unified_attention(
     *,
     softmax_scale: float | None = None,
     causal: bool = True,
-    sliding_window: int | None = None,
+    sliding_window: int | tuple[int, int] | None = None,
     logits_soft_cap: float | None = None,
     seq_threshold_3d: int | None = None,
     platform: Any = None,
@@ -213,6 +213,7 @@ def unified_attention(
     ):
         if given:
             raise _CHECK.fail(why, NotImplementedError)
+    window = check_window(_CHECK, _left(sliding_window) or None)  # ejkernel takes 0 for none here
 
     def call(*arrays: Any) -> Array:
         *pages, starts, slopes, _, sinks = arrays
@@ -220,11 +221,11 @@ def unified_attention(
             *pages,
             cu_seqlens_q=starts,
             causal=True,
-            window=(int(sliding_window) - 1, 0) if sliding_window else None,
+            window=None if window is None else (window - 1, 0),
             scale=softmax_scale,
             softcap=logits_soft_cap,
             alibi_slopes=slopes,
-            sinks=sinks,
+            sinks=None if sinks is None else jnp.asarray(sinks, jnp.float32),
             implementation=implementation,
         )
         return out
@@ -236,6 +237,10 @@ def unified_attention(
         *caches, query_start_loc, alibi_slopes, None, softmax_aux
     )
     return out
+
+
+def _left(window: Any) -> Any:
+    return window[0] if isinstance(window, tuple) else window
 
 
 def _sharded(call: Callable[..., Any], mesh: Any, in_specs: Any, out_specs: Any) -> Callable[..., Any]:

@@ -46,6 +46,7 @@ def patch(*modules: type, ranges: bool = False, implementation: Implementation |
     Deviations from gemma: a query that sees no key gives 0, not the mean of the values. gemma's captured
     `attention_weights` are computed by plain JAX in addition, where the collection `intermediates` is mutable.
     """
+    _CHECK.flag("ranges", ranges)
     for module in modules:
         if not (isinstance(module, type) and hasattr(module, "init_cache") and hasattr(module, "use_gqa")):
             raise _CHECK.fail(f"modules must be Attention classes of gemma, got {module!r}", TypeError)

@@ -100,6 +100,7 @@ def flash_attn_with_kvcache(  # type: ignore[misc]  # only an overload has `unpa
     query = arguments.ranked(check, "q", q, "b sq hq d")
     arguments.check_new(check, k, v, rotary_cos, rotary_sin, cache_seqlens)
     check.flag("return_softmax_lse", return_softmax_lse)
+    check.flag("rotary_interleaved", rotary_interleaved)
     window = arguments.window(check, window_size)
     cache = arguments.Cache.of(
         check, query.shape[0], k_cache, v_cache, cache_batch_idx, cache_leftpad, block_table

@@ -160,7 +160,8 @@ def paged_attention(
     if hk < 1 or hq % hk:
         raise check.fail(f"k_pages has {hk} heads, which does not divide q's {hq}")
     tables = check.int32("block_tables", block_tables)
-    check.shape("block_tables", tables, (n, *tables.shape[1:2]), "n, pages")
+    check.rank("block_tables", tables, "n pages")
+    check.shape("block_tables", tables, (n, tables.shape[1]), "n, pages")
     full = tables.shape[1] * page_size
     ends = jnp.full((n,), full, jnp.int32) if lengths is None else check.lengths("lengths", lengths, n, "n")
     scales = [

@@ -15,7 +15,6 @@ What differs:
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from .._jax import explicit_parts
-from ..checker import Checker
+from ..checker import Checker, is_int
 from ..options import ArrayLike, Implementation, IndexLike
 from ..paged import quantise
 from ..paged.attention import paged_attention
@@ -91,7 +90,11 @@ def ragged_paged_attention(
     pool = Pool.of(check, "kv_pages", kv_pages, "interleaved", None)
     _check_heads(check, "q", query, pool)
     batch = Batch.of(check, kv_lens, page_indices, cu_q_lens, num_seqs, "num_seqs", None, pool.page_size)
-    scores = _Scores(sm_scale, sliding_window, soft_cap, k_scale, v_scale, attention_sink)
+    scale = _softmax_scale(check, query, sm_scale)
+    k_scale, v_scale = (
+        _factor(check, name, x, pool.dtype) for name, x in (("k_scale", k_scale), ("v_scale", v_scale))
+    )
+    scores = _Scores(scale, sliding_window, soft_cap, k_scale, v_scale, attention_sink)
     return _attend(check, query, pool, batch, scores, implementation)
 
 
@@ -175,6 +178,11 @@ def ragged_paged_attention_update(
         )
     causal = check.flag("use_causal_mask", use_causal_mask)
     pool = Pool.of(check, "kv_cache", kv_cache, layout, key.shape[1])
+    scale = _softmax_scale(check, query, sm_scale)
+    q_scale, k_scale, v_scale = (
+        _factor(check, name, x, pool.dtype)
+        for name, x in (("q_scale", q_scale), ("k_scale", k_scale), ("v_scale", v_scale))
+    )
     batch = Batch.of(
         check, kv_lens, page_indices, cu_q_lens, distribution, "distribution", cu_kv_lens, pool.page_size
     )
@@ -183,9 +191,9 @@ def ragged_paged_attention_update(
         stored = _stored(key, k_scale, pool.dtype), _stored(value, v_scale, pool.dtype)
         pool = pool.append(batch, stored, implementation)
     if q_scale is not None:
-        sm_scale = sm_scale * q_scale
+        scale = scale * q_scale
         query = _rounded(query, q_scale, pool.dtype)
-    scores = _Scores(sm_scale, sliding_window, soft_cap, k_scale, v_scale, attention_sink, causal, draft_mask)
+    scores = _Scores(scale, sliding_window, soft_cap, k_scale, v_scale, attention_sink, causal, draft_mask)
     out = _attend(check, query, pool, batch, scores, implementation)
     return out if out_dtype is None else out.astype(out_dtype), pool.cache
 
@@ -236,6 +244,27 @@ class _Scores:
     draft_mask: ArrayLike | None = None
 
 
+def check_window(check: Checker, window: Any) -> int | None:
+    """The number of keys that a row sees, if it is limited."""
+    if window is not None and (not is_int(window) or window < 1):
+        raise check.fail(f"sliding_window must be an int of at least 1 or None, got {window!r}")
+    return None if window is None else int(window)
+
+
+def _softmax_scale(check: Checker, query: jax.Array, given: Any) -> float:
+    return query.shape[-1] ** -0.5 if given is None else check.number("sm_scale", given)
+
+
+def _factor(check: Checker, name: str, given: Any, dtype: Any) -> Any:
+    """A scale of stored numbers or of queries. For a float8 cache it may be an array, which paged_attention checks."""
+    if given is None or (dtype in FLOAT8 and isinstance(given, jax.Array)):
+        return given
+    factor = check.number(name, given)
+    if factor == 0:
+        raise check.fail(f"{name} must not be 0, by which nothing can be divided; 1 changes nothing")
+    return factor
+
+
 def _attend(
     check: Checker,
     query: jax.Array,
@@ -245,11 +274,7 @@ def _attend(
     implementation: Implementation | None,
 ) -> jax.Array:
     hq, d = query.shape[1:]
-    window = scores.window
-    if window is not None and (
-        isinstance(window, bool) or not hasattr(window, "__index__") or operator.index(window) < 1
-    ):
-        raise check.fail(f"sliding_window must be an int of at least 1 or None, got {window!r}")
+    window = check_window(check, scores.window)
     sinks = scores.sinks
     if sinks is not None:
         given = check.array("attention_sink", sinks).astype(jnp.float32)
@@ -277,7 +302,7 @@ def _attend(
         k_scale=k_scale if is_float8 else None,
         v_scale=v_scale if is_float8 else None,
         causal=scores.causal,
-        window=None if window is None else (int(window) - 1, 0 if scores.causal else None),
+        window=None if window is None else (window - 1, 0 if scores.causal else None),
         scale=scale,
         softcap=scores.softcap,
         sinks=sinks,
@@ -286,5 +311,5 @@ def _attend(
     )
     out = out[:, :hq] if unused else out
     if not is_float8 and scores.v_scale is not None:
-        out = out * jnp.asarray(scores.v_scale, out.dtype)
+        out = (out.astype(jnp.float32) * scores.v_scale).astype(out.dtype)
     return out

@@ -258,7 +258,7 @@ def make_splash_mha(
             f"mask must be a MultiHeadMask or a boolean array, of shape [hq, sq, sk], got {type(mask).__name__} of "
             f"shape {shape}"
         )
-    shards = tuple(int(x) for x in (head_shards, q_seq_shards))
+    shards = _CHECK.whole("head_shards", head_shards), _CHECK.whole("q_seq_shards", q_seq_shards)
     for name, count, size in zip(("head_shards", "q_seq_shards"), shards, shape):
         if count < 1 or size % count:
             raise _CHECK.fail(f"{name} is {count}, allowed are divisors of the mask's {size}")
@@ -267,7 +267,7 @@ def make_splash_mha(
         None,
         Band(),
         shape,
-        shards,  # type: ignore[arg-type]
+        shards,
         False,
         _CHECK.flag("save_residuals", save_residuals),
         attn_logits_soft_cap,
@@ -275,6 +275,7 @@ def make_splash_mha(
         implementation,
     )
     if isinstance(mask, jax.core.Tracer):
+        _CHECK.dtype("mask", mask, ("bool",), "; True is where a query sees a key")
         return replace(kernel, dense=_dense(mask, "it is traced"))
     heads = [NumpyMask(x) for x in np.asarray(mask)] if not hasattr(mask, "masks") else list(mask.masks)
     found = _of_heads(heads)
@@ -334,6 +335,11 @@ def _dense(seen: Any, why: str) -> Any:
 
 
 def _segments(ids: Any, query: Array, key: Array) -> tuple[Array, Array]:
+    if not (hasattr(ids, "q") and hasattr(ids, "kv")):
+        raise _CHECK.fail(
+            f"segment_ids must be SegmentIds(q, kv), got {type(ids).__name__}; SegmentIds(*pair) makes it of two",
+            TypeError,
+        )
     found = []
     for name, x, array in (("q", ids.q, query), ("kv", ids.kv, key)):
         numbers = _CHECK.int32(f"segment_ids.{name}", x)

@@ -157,9 +157,10 @@ def tokamax_attention(
         )
     scale = None if isinstance(logits_scale, type) else logits_scale  # AUTO is a class
     call = _Call.of(check, q, k, v, q_sharding, k_sharding)
+    wanted = check.flag("return_residuals", return_residuals)
     call.see(mask, is_causal, q_indices, k_indices)
     out, lse = call.attend(bias, scale, logits_soft_cap, implementation=implementation)
-    if not return_residuals:
+    if not wanted:
         return out
     return out, (jnp.maximum(lse, _LOWEST), jnp.isfinite(lse).astype(jnp.float32))
 
@@ -206,12 +207,12 @@ class _Call:
 
     def see(self, mask: Any, is_causal: bool, q_indices: Any, k_indices: Any) -> None:
         """Sets which keys the rows see: by this library's causal option, ranges of keys, and a dense array."""
-        parts = _Parts.of(mask)
+        parts = _Parts.of(self.check, mask)
         causal = self.check.flag("is_causal", is_causal) or parts.is_causal
         self.causal = causal and q_indices is None and k_indices is None
         rows, keys = (
-            jnp.arange(n, dtype=jnp.int32) if x is None else _int32(x)
-            for n, x in zip(self.scores[-2:], (q_indices, k_indices))
+            jnp.arange(n, dtype=jnp.int32) if x is None else _int32(self.check, name, x)
+            for n, name, x in zip(self.scores[-2:], ("q_indices", "k_indices"), (q_indices, k_indices))
         )
         lows: list[Array] = []
         highs: list[Array] = []
@@ -225,7 +226,8 @@ class _Call:
             end = rows + jnp.asarray(parts.band.offset, jnp.int32) + 1
             edges = [(end, highs, -1)]
             if parts.band.window_size is not None:
-                edges.append((end - _int32(parts.band.window_size), lows, 1))
+                size = _int32(self.check, "mask's window_size", parts.band.window_size)
+                edges.append((end - size, lows, 1))
             for edge, limits, sign in edges:
                 if k_indices is None:
                     limits.append(edge)
@@ -306,24 +308,36 @@ class _Parts:
     band: Any = None
 
     @classmethod
-    def of(cls, mask: Any) -> _Parts:
+    def of(cls, check: Checker, mask: Any) -> _Parts:
         if mask is None:
             return cls()
         if hasattr(mask, "window_size"):
             plain = isinstance(mask.offset, int) and mask.offset == 0 and mask.window_size is None
             return cls(is_causal=plain, band=None if plain else mask)
         if not hasattr(mask, "bool_mask"):
-            return cls(jnp.asarray(mask).astype(bool))
+            return cls(_booleans(check, "mask", mask))
         found = {name: getattr(mask, name) for name in ("q_start", "q_end", "k_start", "k_end")}
-        bounds = {name: _int32(x) for name, x in found.items() if x is not None}
-        seen = None if mask.bool_mask is None else jnp.asarray(mask.bool_mask).astype(bool)
+        bounds = {name: _int32(check, f"mask's {name}", x) for name, x in found.items() if x is not None}
+        seen = None if mask.bool_mask is None else _booleans(check, "mask's bool_mask", mask.bool_mask)
         band = None if mask.is_causal else getattr(mask, "causal_mask", None)
         return cls(seen, is_causal=mask.is_causal, band=band, **bounds)
 
 
-def _int32(x: Any) -> Array:
+def _booleans(check: Checker, name: str, x: Any) -> Array:
+    if isinstance(x, masks.Mask):
+        raise check.fail(f"{name} must be an array, got {x!r}; jax_flash.flash_attention takes it", TypeError)
+    array = check.array(name, x)
+    check.dtype(name, array, ("bool",), "; pass an additive mask as bias")
+    return array
+
+
+def _int32(check: Checker, name: str, x: Any) -> Array:
     """Converts integers to int32. Indices that int32 cannot hold are clipped to values outside all keys."""
-    x = jnp.asarray(x)
+    x = check.array(name, x)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise check.fail(
+            f"{name} must hold integers, got {x.dtype}; cast it with .astype('int32')", TypeError
+        )
     held = np.iinfo(x.dtype)
     return jnp.clip(x, max(held.min, -INT32_MAX), min(held.max, INT32_MAX)).astype(jnp.int32)
 
