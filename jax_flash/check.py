@@ -27,6 +27,9 @@ _OF_JAX_NN = ("query_seq_lengths", "key_value_seq_lengths")
 _LENGTHS = (*(name for name in _INT32 if _DIMS[name] in (("b",), ("n",))), *_OF_JAX_NN)
 _RANKS = {name: len(_DIMS[name]) for name in _INT32} | dict.fromkeys(_OF_JAX_NN, 1)
 _SCALES = ("k_scale", "v_scale")
+_LEAST_RANKS = dict.fromkeys(("query", "key", "value"), (3, "…, tokens, heads, d")) | dict.fromkeys(
+    ("k_pages", "v_pages"), (4, "p, ps, hk, d")
+)
 _INDEX = (*_RANKS, "segment_ids", "positions")
 _OPERANDS = {*FORWARD.operands, *OPTIONAL, *APPEND.operands, *APPEND_OPTIONAL} - {*_OTHERWISE_NAMED}
 _OPERANDS |= {"dropout_key", "rotary", "x"}
@@ -61,7 +64,8 @@ def check_inputs(*, page_layout: str = "nhd", **arrays: Any) -> None:
     Arguments that are None count as absent. Arrays of a vmapped call must be checked one entry at a time.
 
     Raises:
-      ValueError: for a wrong value, with its index, or shapes that contradict each other.
+      ValueError: for a wrong value, with its index, and for index arrays whose number of sequences or shape contradicts
+        the other operands. The shapes of these are checked by the call itself while it is traced, a mask's too.
       TypeError: for an unknown name, or an index array that is traced or that the functions refuse for its dtype.
 
     Example:
@@ -125,7 +129,10 @@ class _Call:
                     "check the rows of a vmapped call one at a time"
                 )
         else:
-            self.shapes[name] = np.shape(x[0] if name == "rotary" else x)
+            self.shapes[name] = shape = np.shape(x[0] if name == "rotary" else x)
+            least, dims = _LEAST_RANKS.get(name, (0, ""))
+            if len(shape) < least:
+                raise _CHECK.fail(f"{name} must have the dimensions [{dims}], got shape {shape}")
             if name in _SCALES and not isinstance(x, (jax.core.Tracer, jax.ShapeDtypeStruct)):
                 self.scales[name] = np.asarray(x)
 

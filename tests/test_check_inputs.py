@@ -272,6 +272,14 @@ WRONG = {
         dict(POOL, block_tables=i32([5, 0]), kv_lengths=i32(5), k_scale=scales_of_pages({5: 2})),
         "k_scale[0, 0] = nan; a scale must be finite and more than 0",
     ),
+    "key without heads": (
+        dict(FIXED, key=zeros(12, 16)),
+        "key must have the dimensions […, tokens, heads, d], got",
+    ),
+    "pool without heads": (
+        dict(k_pages=zeros(6, 4, 16)),
+        "k_pages must have the dimensions [p, ps, hk, d], got",
+    ),
     "page_layout": ({"page_layout": "dhn"}, 'page_layout is \'dhn\'; allowed are "nhd" and "hnd"'),
 }
 
