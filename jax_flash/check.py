@@ -27,9 +27,7 @@ _OF_JAX_NN = ("query_seq_lengths", "key_value_seq_lengths")
 _LENGTHS = (*(name for name in _INT32 if _DIMS[name] in (("b",), ("n",))), *_OF_JAX_NN)
 _RANKS = {name: len(_DIMS[name]) for name in _INT32} | dict.fromkeys(_OF_JAX_NN, 1)
 _SCALES = ("k_scale", "v_scale")
-_LEAST_RANKS = dict.fromkeys(("query", "key", "value"), (3, "…, tokens, heads, d")) | dict.fromkeys(
-    ("k_pages", "v_pages"), (4, "p, ps, hk, d")
-)
+_LEAST_RANKS = dict.fromkeys(("query", "key", "value"), 3) | dict.fromkeys(("k_pages", "v_pages"), 4)
 _INDEX = (*_RANKS, "segment_ids", "positions")
 _OPERANDS = {*FORWARD.operands, *OPTIONAL, *APPEND.operands, *APPEND_OPTIONAL} - {*_OTHERWISE_NAMED}
 _OPERANDS |= {"dropout_key", "rotary", "x"}
@@ -130,9 +128,8 @@ class _Call:
                 )
         else:
             self.shapes[name] = shape = np.shape(x[0] if name == "rotary" else x)
-            least, dims = _LEAST_RANKS.get(name, (0, ""))
-            if len(shape) < least:
-                raise _CHECK.fail(f"{name} must have the dimensions [{dims}], got shape {shape}")
+            if len(shape) < (least := _LEAST_RANKS.get(name, 0)):
+                raise _CHECK.fail(f"{name} must have at least {least} dimensions, got shape {shape}")
             if name in _SCALES and not isinstance(x, (jax.core.Tracer, jax.ShapeDtypeStruct)):
                 self.scales[name] = np.asarray(x)
 

@@ -139,7 +139,15 @@ class Checker:
             raise self.fail(f"{name} must be {allowed}, got {x}")
         return value
 
+    def divisor(self, name: str, x: Any, instead: str = "") -> float:
+        value = self.number(name, x, instead)
+        if value == 0:
+            raise self.fail(f"{name} must not be 0, by which nothing can be divided; 1 changes nothing")
+        return value
+
     def whole(self, name: str, x: Any, least: int | None = None) -> int:
+        known = isinstance(x, (jax.Array, np.ndarray)) and not isinstance(x, jax.core.Tracer)
+        x = x.item() if known and x.ndim == 0 else x
         if not is_int(x):
             raise self.fail(f"{name} must be an int, got {x!r}", TypeError)
         if least is not None and x < least:

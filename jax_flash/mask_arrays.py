@@ -30,7 +30,8 @@ def evaluated(check: Checker, f: Callable[..., Any], shape: tuple[int, int, int,
             TypeError,
         )
     made = np.asarray(made)
-    if made.dtype.kind not in "biu":  # such as numbers to add to the scores, of which 0 shows a key
+    # Numbers to add to the scores are refused, since 0 shows a key in these.
+    if made.dtype.kind not in "biu" or ((made != 0) & (made != 1)).any():
         raise check.fail(f"f must return booleans (True = may attend), got {made.dtype}", TypeError)
     if made.ndim > 4 or not all(n in (1, size) for n, size in zip(made.shape[::-1], shape[::-1])):
         raise check.fail(f"f must return booleans that broadcast to {shape}, got shape {made.shape}")

@@ -63,7 +63,8 @@ def test_pages_may_be_in_an_array_or_a_set():
     allocator.share(np.array(pages))
     assert allocator.release(jnp.array(pages)) == []
     assert allocator.release({*pages}) == sorted(pages)
-    assert allocator.release([]) == []
+    assert allocator.release([]) == allocator.release(np.array([])) == []
+    assert allocator.owners(jnp.int32(allocator.allocate(jnp.int32(1))[0])) == 1
 
 
 @pytest.mark.parametrize(

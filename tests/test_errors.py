@@ -338,8 +338,9 @@ def test_every_raise_of_the_checks_is_in_the_table():
     reached = set()
     for function, defaults, wrong, _, _ in TABLE:
         reached |= raising_lines(lambda f=function, a=defaults | wrong: trace(f, a))
-    devices = [partial(jax_flash.zigzag_positions, 8, n) for n in (2.0, 0)]
-    for call in (symbolic_heads, symbolic_head_dim, symbolic_shard, *devices):
+    numbers = [partial(jax_flash.zigzag_positions, 8, n) for n in (2.0, 0)]
+    numbers.append(partial(checker.Checker("f").divisor, "k_scale", 0))
+    for call in (symbolic_heads, symbolic_head_dim, symbolic_shard, *numbers):
         reached |= raising_lines(call)
     for module in (checker, validate):
         source = inspect.getsource(module)

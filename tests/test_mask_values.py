@@ -335,6 +335,11 @@ def dense_of(sq, sk):
             r"masks.from_function: f must return booleans \(True = may attend\), got float64",
         ),
         (
+            lambda: masks.from_function(lambda b, h, i, j: np.where(j <= i, 0, -10000), 4, 4),
+            TypeError,
+            "f must return booleans .* got int64",
+        ),
+        (
             lambda: masks.causal() & np.ones((2, 2), bool),
             TypeError,
             r"& takes two values of jax_flash.masks, got ndarray; masks.dense\(…\) makes one of a boolean",

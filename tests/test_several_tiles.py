@@ -126,6 +126,7 @@ LARGE_HEAD_DIMS = [
     for d, dv in ((192, 128), (192, 192), (256, 256), (160, 88), (232, 200), (512, 512), (136, 488))
     for case in (
         Case("window", window=(100, 33), **SIZES),
+        Case("window, lengths", window=(50, 3), align="top_left", kv_lengths=(97, SK), **SIZES | {"b": 2}),
         Case("top left", causal=True, align="top_left", **SIZES),
         Case(
             "sinks, lengths",
@@ -145,6 +146,7 @@ LARGE_HEAD_DIMS = [
         Case("one query", **SIZES | {"sq": 1}),
         Case("one key", **SIZES | {"sk": 1}),
         varlen("packed", (130, 1, 0, 200, 64), **OTHER_KEYS, **PACKED),
+        varlen("packed, window", (130, 1, 0, 200, 64), window=(60, 0), **OTHER_KEYS, **PACKED),
         varlen(
             "packed, some keys", (130, 1, 0, 200, 64), kv_lengths=(149, 0, 3, 9, 64), **OTHER_KEYS, **PACKED
         ),

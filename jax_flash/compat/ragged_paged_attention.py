@@ -15,6 +15,7 @@ What differs:
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,9 +92,7 @@ def ragged_paged_attention(
     _check_heads(check, "q", query, pool)
     batch = Batch.of(check, kv_lens, page_indices, cu_q_lens, num_seqs, "num_seqs", None, pool.page_size)
     scale = _softmax_scale(check, query, sm_scale)
-    k_scale, v_scale = (
-        _factor(check, name, x, pool.dtype) for name, x in (("k_scale", k_scale), ("v_scale", v_scale))
-    )
+    k_scale, v_scale = _factors(check, k_scale, v_scale, pool.dtype)
     scores = _Scores(scale, sliding_window, soft_cap, k_scale, v_scale, attention_sink)
     return _attend(check, query, pool, batch, scores, implementation)
 
@@ -179,10 +178,8 @@ def ragged_paged_attention_update(
     causal = check.flag("use_causal_mask", use_causal_mask)
     pool = Pool.of(check, "kv_cache", kv_cache, layout, key.shape[1])
     scale = _softmax_scale(check, query, sm_scale)
-    q_scale, k_scale, v_scale = (
-        _factor(check, name, x, pool.dtype)
-        for name, x in (("q_scale", q_scale), ("k_scale", k_scale), ("v_scale", v_scale))
-    )
+    q_scale = None if q_scale is None else check.divisor("q_scale", q_scale)
+    k_scale, v_scale = _factors(check, k_scale, v_scale, pool.dtype)
     batch = Batch.of(
         check, kv_lens, page_indices, cu_q_lens, distribution, "distribution", cu_kv_lens, pool.page_size
     )
@@ -252,17 +249,28 @@ def check_window(check: Checker, window: Any) -> int | None:
 
 
 def _softmax_scale(check: Checker, query: jax.Array, given: Any) -> float:
-    return query.shape[-1] ** -0.5 if given is None else check.number("sm_scale", given)
+    return (
+        query.shape[-1] ** -0.5
+        if given is None
+        else check.number("sm_scale", given, "multiply q by it and pass 1.0")
+    )
 
 
-def _factor(check: Checker, name: str, given: Any, dtype: Any) -> Any:
-    """A scale of stored numbers or of queries. For a float8 cache it may be an array, which paged_attention checks."""
-    if given is None or (dtype in FLOAT8 and isinstance(given, jax.Array)):
-        return given
-    factor = check.number(name, given)
-    if factor == 0:
-        raise check.fail(f"{name} must not be 0, by which nothing can be divided; 1 changes nothing")
-    return factor
+def _factors(check: Checker, k_scale: Any, v_scale: Any, dtype: Any) -> tuple[Any, Any]:
+    """The scales of stored keys and values: numbers or, for a float8 cache, also what paged_attention checks. The
+    v_scale of another cache multiplies the result, so it may be traced."""
+    found = []
+    for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):
+        is_array = not isinstance(x, numbers.Real)
+        if (
+            x is None
+            or (is_array and dtype in FLOAT8)
+            or (name == "v_scale" and isinstance(x, jax.core.Tracer))
+        ):
+            found.append(x)
+        else:
+            found.append(check.divisor(name, x, "multiply q by it and pass 1.0"))
+    return found[0], found[1]
 
 
 def _attend(

@@ -327,7 +327,7 @@ def _booleans(check: Checker, name: str, x: Any) -> Array:
     if isinstance(x, masks.Mask):
         raise check.fail(f"{name} must be an array, got {x!r}; jax_flash.flash_attention takes it", TypeError)
     array = check.array(name, x)
-    check.dtype(name, array, ("bool",), "; pass an additive mask as bias")
+    check.dtype(name, array, ("bool",), "; pass an additive mask as bias, or .astype(bool)")
     return array
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
 
 from ..checker import Checker
 
@@ -116,8 +119,12 @@ class PageAllocator:
 def _numbers(operation: str, pages: Iterable[int]) -> list[int]:
     """The numbers of pages that a list, an array or another iterable holds."""
     check = Checker(operation)
-    whole = hasattr(pages, "__array__") or not isinstance(pages, Iterable)
-    numbers = check.host_int32("pages", pages if whole else list(pages))
+    given: Any = pages
+    if isinstance(pages, Iterable) and not hasattr(pages, "__array__"):
+        given = list(pages)
+    if np.size(given) == 0:  # NumPy's empty arrays are of floats
+        return []
+    numbers = check.host_int32("pages", given)
     if numbers.ndim != 1:
         raise check.fail(f"pages must be a list of page numbers, got {pages!r}", TypeError)
     return [int(x) for x in numbers]

@@ -311,9 +311,7 @@ def check_pool_dtype(check: Checker, name: str, pool: jax.Array, owner: str, lik
 def _scales(check: Checker, name: str, given: Any, by_page: tuple[Any, Any]) -> jax.Array:
     """Scales as `[p, hk]`, or `[1, hk]` if a KV head has the same scale on all pages."""
     if isinstance(given, numbers.Real) and not isinstance(given, bool):
-        if check.number(name, given) == 0:
-            raise check.fail(f"{name} must not be 0, by which nothing can be divided; 1 changes nothing")
-        given = jnp.float32(given)
+        given = jnp.float32(check.divisor(name, given))
     scale = check.float32(name, given)
     if scale.ndim == 0:
         scale = jnp.broadcast_to(scale, by_page[1:])

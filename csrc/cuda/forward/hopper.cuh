@@ -70,8 +70,8 @@ struct ForwardSm90 {
   static constexpr int kConsumers = kM / kConsumerRows, kAllConsumers = kTeams * kConsumers;
   // CTAs that share a query tile: in each, one consumer computes S of its 64 rows. A K tile is loaded in
   // parts of its columns, of which each CTA multicasts half. More keys in a tile gain more than a second
-  // stage would: a part is loaded again while S of the others is multiplied, and V while S is. If V is K,
-  // those of the CTA's own columns are in V's stages, and no CTA multicasts.
+  // stage, since a part is loaded again while the others are multiplied, and V is loaded while S is computed.
+  // If V is K, the parts with the CTA's own columns are in V's stages, and no CTA multicasts.
   static constexpr bool kSharedValues = kSharesValues<KeyLoader>;
   static constexpr int kOwners = kConsumers / kSharers, kKeyParts = kSharers > 1 ? 4 : 1,
                        kLoadedParts = kSharedValues ? kKeyParts / 2 : kKeyParts,
@@ -93,9 +93,9 @@ struct ForwardSm90 {
   static constexpr int kN = kSmallKeyTile ? 64
                             : kDropout    ? R.block_n / kDropoutColumns * kDropoutColumns
                                           : R.block_n;
-  // Key tiles begin with the first key that a query tile sees, so that a window spans as few as possible:
-  // d256 with a window of 512 gains 3 %. Tiles of 128 keys gain nothing. Boxes of pages begin with pages, and
-  // the other kinds count keys from the sequence's first one.
+  // Tiles of 80 or 96 keys begin with the first key that a query tile sees, so that a window spans as few as
+  // possible: d256 with a window of 512 gains 3 %. Tiles of 128 keys gain nothing, since windows begin beside
+  // their borders. Boxes of pages begin with pages; segments and ranges have rules of their own.
   static constexpr bool kBeginsAtFirstKey =
       Kind == ScoreKind::kPlain && kN % kConsumerRows != 0 && !kPacksHeads && !kInPages<KeyLoader>;
   // Column tiles of S whose exponentials overlap P V. ptxas sinks nearly all of them below the wait for P V,

@@ -73,8 +73,7 @@ template <bool kGap>
 struct RowsOfTile : NeighbouringRows, GapOfTiles<kGap> {};
 
 // Which columns of V and O a CTA works on, if not on all: those of a slice or, in a cluster whose CTAs share
-// the tile, those of its rank, which are also its columns of Q and K. The slices of a query tile have
-// consecutive numbers, because they read the same Q and K. All of them write the same lse and row maxima.
+// the tile, of its rank. Slices of a query tile have consecutive numbers, because they read the same Q and K.
 struct SliceOfTile {
   int32_t column;  // first column
 
@@ -193,9 +192,8 @@ struct TileState : Ranges, Slice {
     band.shift -= first, band.k_len -= first;
     reload_shared();
   }
-  // Restricts the tile to the keys that segments leave visible. If all of these are of the rows' own segment,
-  // they become a sequence of their own, in which only the band hides keys. This is not done for scores that
-  // depend on positions.
+  // Restricts the tile to the keys that segments leave visible. If all are of the rows' own segment, and the
+  // score does not depend on positions, they become a sequence in which only the band hides keys.
   template <class C>
   __device__ __forceinline__ void trim(const Problem& p, const TileSegments& segments) {
     one_segment = false;
@@ -224,8 +222,7 @@ struct TileState : Ranges, Slice {
     tiles = tiles_of(seen, C::kN);
     reload_shared();
   }
-  // Restricts the tile to the keys from the first to the last that ranges and the band leave visible. These
-  // become a sequence of their own, so that the first key tile has no hidden keys before them.
+  // Restricts the tile to the keys from the first to the last that ranges and the band leave visible.
   template <class C>
   __device__ __forceinline__ void trim_to_ranges(const Problem& p, const TileSegments& segments) {
     tiles = {0, 0};
@@ -340,7 +337,7 @@ struct ForwardShared : Input::Buffer {
   alignas(1024) uint8_t k[kKeyStages][KTile::kBytes];
   alignas(1024) uint8_t v[kValueStages][VTile::kBytes];
   [[no_unique_address]] typename Output::Tiles o;
-  [[no_unique_address]] Exchange exchange;  // of S and P between CTAs that share the query tile
+  [[no_unique_address]] Exchange exchange;  // of P between CTAs that share the query tile
   using Tile = TileState<T, kConsumers, Ranges, Slice>;
   Tile tiles[kTileStates];
   // state_pipe: full when the state is complete or, with kEarlyLoad, when begin()'s part is.
