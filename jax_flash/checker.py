@@ -125,7 +125,7 @@ class Checker:
             raise self.fail(
                 f"{name} must be a Python number (it is compiled in), got a traced value{hint}", TypeError
             )
-        value = x.item() if isinstance(x, (jax.Array, np.ndarray)) and x.ndim == 0 else x
+        value = _without_array(x)
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise self.fail(
                 f"{name} must be a Python number (it is compiled in), got {type(x).__name__}", TypeError
@@ -146,8 +146,7 @@ class Checker:
         return value
 
     def whole(self, name: str, x: Any, least: int | None = None) -> int:
-        known = isinstance(x, (jax.Array, np.ndarray)) and not isinstance(x, jax.core.Tracer)
-        x = x.item() if known and x.ndim == 0 else x
+        x = _without_array(x)
         if not is_int(x):
             raise self.fail(f"{name} must be an int, got {x!r}", TypeError)
         if least is not None and x < least:
@@ -174,6 +173,12 @@ class Checker:
         ):
             raise self.fail(f"{name} must broadcast to [{dims}] = {wanted}, got shape {x.shape}{hint}")
         return x.reshape(full) if x.ndim < len(wanted) else x
+
+
+def _without_array(x: Any) -> Any:
+    """The number in a known array without dimensions; anything else as it is."""
+    known = isinstance(x, (jax.Array, np.ndarray)) and not isinstance(x, jax.core.Tracer)
+    return x.item() if known and x.ndim == 0 else x
 
 
 def is_int(x: Any) -> TypeGuard[int]:
