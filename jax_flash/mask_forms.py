@@ -252,9 +252,17 @@ class Blocks(Form):
 @pytree("seen")
 @dataclass(frozen=True, eq=False)
 class Dense(Form):
-    """A boolean for each row and key."""
+    """A boolean for each row and key.
+
+    `by_sequence`: in packed calls the array is [n|1, h|1, rows of a sequence, its keys], whatever its sizes. None: one
+    of two arrays that were joined is.
+    """
 
     seen: Array  # [b|1, hq|1, sq|1, sk|1]
+    by_sequence: bool | None = False
+
+    def joined(self, other: Dense, seen: Array) -> Dense:
+        return Dense(seen, self.by_sequence if self.by_sequence is other.by_sequence else None)
 
 
 @pytree("a", "b")
@@ -349,12 +357,12 @@ def ordered(pairs: Sequence[Pair]) -> list[Pair]:
 @dataclass(frozen=True)
 class Visible:
     """The keys that a mask leaves visible to the rows of a call: those in one of `pairs`, of the row's segment, in its
-    blocks, and for which `dense` is true."""
+    blocks, and where `dense` is true."""
 
     pairs: tuple[Pair, ...] = ()  # one or two, ascending and disjoint; empty: all keys are visible
     segments: Segments | None = None
     blocks: Blocks | None = None
-    dense: Array | None = None
+    dense: Dense | None = None
 
 
 def resolve(forms: Sequence[Form], rows: Rows) -> Visible:
@@ -368,7 +376,7 @@ def resolve(forms: Sequence[Form], rows: Rows) -> Visible:
         elif isinstance(each, Blocks):
             found = replace(found, blocks=each)
         elif isinstance(each, Dense):
-            found = replace(found, dense=with_rank(each.seen, 4))
+            found = replace(found, dense=replace(each, seen=with_rank(each.seen, 4)))
     return found
 
 
@@ -385,7 +393,7 @@ def seen(visible: Visible, rows: int, column: Array) -> Array:
     if visible.blocks is not None:
         result = result & _in_blocks(visible.blocks, rows, column.shape[-1])
     if visible.dense is not None:
-        result = result & visible.dense
+        result = result & visible.dense.seen
     return result
 
 

@@ -43,7 +43,7 @@ def joined(a: Form, b: Form) -> Form | None:
     """The keys that either of two conditions shows, if they are not made of ranges; None if there is no such form."""
     if isinstance(a, forms.Dense) and isinstance(b, forms.Dense):
         x, y = _of_one_shape("dense(…) | dense(…)", "arrays", _OF_ARRAYS, 4, a.seen, b.seen)
-        return forms.Dense(x | y)
+        return a.joined(b, x | y)
     if isinstance(a, forms.Blocks) and isinstance(b, forms.Blocks) and a.block == b.block:
         both = _of_one_shape("blocks(…) | blocks(…)", "chosen", _OF_CHOSEN, 4, a.chosen, b.chosen)
         lead = jnp.broadcast_shapes(*(x.shape[:-1] for x in both))
@@ -67,7 +67,7 @@ def _of_one_shape(masks: str, name: str, dims: str, rank: int, *arrays: Array) -
 
 def _both_arrays(a: forms.Dense, b: forms.Dense) -> forms.Dense:
     x, y = _of_one_shape("dense(…) & dense(…)", "arrays", _OF_ARRAYS, 4, a.seen, b.seen)
-    return forms.Dense(x & y)
+    return a.joined(b, x & y)
 
 
 def _both_blocks(a: forms.Blocks, b: forms.Blocks) -> forms.Blocks:

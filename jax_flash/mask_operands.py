@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from . import _jax, mask_bands
+from . import _jax, mask_bands, mask_elements
 from . import mask_forms as forms
 from ._jax import same_dim
 from .checker import Checker
 from .mask_forms import Form
 from .mask_joins import both_segments, merged
 from .mask_rows import Data, PackedKeys, Rows
+from .mask_sizes import Sizes, check_sizes
 from .masks import Mask
 from .operands import OPTIONAL
 from .paged import gather
@@ -29,54 +30,31 @@ Operands = dict[str, Array]
 _READ = ("cu_seqlens_q", "cu_seqlens_k", "kv_lengths", "q_segment_ids", "kv_segment_ids")
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """The dimensions of a call that the arrays of masks have.
-
-    `keys` is only set if keys are arrays of their own. `columns` are the keys that a sequence may have, in a ring those
-    of all devices.
-    """
-
-    batch: Any  # number of batch entries or sequences
-    heads: int
-    kv_heads: int
-    rows: Any
-    columns: Any
-    keys: Any = None
-    packed: bool = False
-    pages: bool = False
-    chunk: Any = None  # in a ring: the number of a device's rows that are consecutive in the sequence
-
-    def shape(self, dims: str) -> tuple[Any, ...]:
-        sizes = {"b": self.batch, "n": self.batch, "hq": self.heads, "sq": self.rows, "tq": self.rows}
-        sizes |= {"sk": self.keys, "tk": self.columns, "columns": self.columns}
-        return tuple(sizes[dim] for dim in dims.split())
-
-
 def apply(
     check: Checker, mask: Mask, spec: AttentionSpec, operands: Operands, ring: Ring | None = None
 ) -> AttentionSpec:
     """Adds what a mask says to the operands of a call, and returns its spec."""
     sizes = _sizes(spec, operands, ring)
     for condition in forms.flat(mask.conditions):
-        _check(check, condition, sizes)
+        check_sizes(check, condition, sizes)
     if spec.align != "top_left" and _has_one_diagonal(spec, sizes, ring):
         spec = replace(spec, align="top_left")
     mask, spec = mask_bands.without_numbers(mask, spec)
     mask, spec, window = mask_bands.without_arrays(mask, spec, ring)
-    blocks = any(isinstance(x, forms.Blocks) for x in mask.conditions)
-    if blocks and "draft_mask" in operands:
+    block = mask_elements.block_of(mask.conditions, sizes)
+    if any(block) and "draft_mask" in operands:
+        name = "masks.dense(…)" if block[0] in (1, mask_elements.WHOLE) else "masks.blocks(…)"
         raise check.fail(
-            "mask has masks.blocks(…), which no implementation has beside draft_mask", NotImplementedError
+            f"mask has {name}, which no implementation has beside draft_mask", NotImplementedError
         )
-    if blocks and ring is not None and not takes_blocks(spec, sizes.rows, sizes.keys):
+    if any(block) and ring is not None and not takes_blocks(spec, sizes.rows, sizes.keys):
         raise check.fail(
             "mask has masks.blocks(…), beside which causal, window and alibi_slopes need align='top_left' where "
             "lengths may move the diagonal",
             NotImplementedError,
         )
     if not (sizes.packed and same_dim(sizes.batch, 0)):  # otherwise no row belongs to a sequence
-        spec = _add(mask, window, spec, operands, ring, sizes)
+        spec = _add(mask, window, replace(spec, block=block), operands, ring, sizes)
     return replace(spec, operands=tuple(name for name in OPTIONAL if name in operands))
 
 
@@ -104,7 +82,7 @@ def _add(
         conditions, window = jax.tree.unflatten(tree, [of_mask.get(n, x) for n, x in enumerate(leaves)])
         ring_axes = () if ring is None else ring.axes
         conditions = merged(conditions, ring_axes)
-        found = _made(conditions, _rows(spec, operands | of_call, ring), of_call, sizes, ring_axes)
+        found = _made(conditions, spec, _rows(spec, operands | of_call, ring), of_call, sizes, ring_axes)
         return found | {name: mask_bands.operand(x) for name, x in window.items()}
 
     def shardings(shapes: Any) -> dict[str, NamedSharding]:
@@ -113,12 +91,16 @@ def _add(
     operands |= _jax.in_automatic_axes(made, (of_mask, of_call), shardings)
     if "ranges" in operands:
         spec = replace(spec, reach=forms.reach_of(mask.conditions))
-    blocks = [x.block for x in mask.conditions if isinstance(x, forms.Blocks)]
-    return replace(spec, block=blocks[0]) if blocks else spec
+    return spec
 
 
 def _made(
-    conditions: tuple[Form, ...], rows: Rows, operands: Operands, sizes: Sizes, ring_axes: tuple[str, ...]
+    conditions: tuple[Form, ...],
+    spec: AttentionSpec,
+    rows: Rows,
+    operands: Operands,
+    sizes: Sizes,
+    ring_axes: tuple[str, ...],
 ) -> Operands:
     """The operands by which a mask reaches the call."""
     found: Operands = {}
@@ -130,10 +112,14 @@ def _made(
         found["ranges"] = ranges[0] if sizes.packed else ranges
     if visible.segments is not None:
         found |= _segments(operands, visible.segments, sizes, ring_axes)
-    if visible.dense is not None:
-        found["mask"] = visible.dense
-    if visible.blocks is not None:
-        found["block_mask"] = _block_mask(visible.blocks, rows, sizes)
+    blocks, array = visible.blocks, visible.dense
+    shown = None if blocks is None else _block_mask(blocks, rows, sizes)
+    if array is not None and sizes.keys is not None:
+        found["mask"] = array.seen
+    elif array is not None:
+        shown = mask_elements.block_mask(array, blocks, shown, spec, rows, sizes)
+    if shown is not None:
+        found["block_mask"] = shown
     return found
 
 
@@ -275,60 +261,3 @@ def require_mask(check: Checker, mask: Any) -> Mask:
         f"mask must be a value of jax_flash.masks, got {type(mask).__name__}; boolean arrays are for flash_attention",
         TypeError,
     )
-
-
-def _check(check: Checker, x: Form, sizes: Sizes) -> None:
-    """Checks that the arrays of a condition have the sizes of the call."""
-
-    def fits(name: str, array: Any, dims: str, sizes: Sizes = sizes) -> None:
-        if array is None or jnp.ndim(array) == 0:
-            return
-        if sizes.packed and jnp.ndim(array) > len(dims.split()) and same_dim(array.shape[0], 1):
-            array = array[0]  # packed tokens are one batch entry
-        check.broadcastable(f"mask's {name}", array, sizes.shape(dims), dims)
-
-    entry = "n" if sizes.packed else "b"
-    for name in ("left", "right", "offset", "lengths", "first"):
-        fits(name, getattr(x, name, None), entry)
-    if isinstance(x, forms.Ranges):
-        for name, limit in (pair for limits in x.limits for pair in zip(("lo", "hi"), limits)):
-            if sizes.packed and x.by_sequence:
-                fits(name, limit, "n hq sq", replace(sizes, rows=jnp.shape(limit)[-1]))
-            else:
-                fits(name, limit, "hq tq" if sizes.packed else "b hq sq")
-    elif isinstance(x, forms.Blocks):
-        _check_blocks(check, x, sizes)
-    elif isinstance(x, forms.Spans):
-        fits("span ids", x.ids, "tq" if sizes.packed else "b sq")
-    elif isinstance(x, (forms.Segments, forms.Positions)):
-        if isinstance(x, forms.Segments):
-            arrays = {"segments of queries": x.q_ids, "segments of keys": x.kv_ids}
-        else:
-            arrays = {"q_positions": x.q_positions, "kv_positions": x.kv_positions}
-        of_keys = "b sk" if sizes.keys is not None else "n columns" if sizes.pages else "tk"
-        for (name, array), dims in zip(arrays.items(), ("tq" if sizes.packed else "b sq", of_keys)):
-            fits(name, array, dims)
-    elif isinstance(x, forms.Dense) and sizes.keys is None:
-        raise check.fail(
-            "mask has masks.dense(…), which is for flash_attention and ring_attention, as keys here have no array of "
-            "their own; masks.ranges(…), masks.from_function(…) with at most two ranges a row and masks.blocks(…) are "
-            "for every function",
-            NotImplementedError,
-        )
-    elif isinstance(x, forms.Dense):
-        fits("dense array", x.seen, "b hq sq columns")
-
-
-def _check_blocks(check: Checker, x: forms.Blocks, sizes: Sizes) -> None:
-    """Blocks of packed sequences count from the first row of each; rows past the last one see no key."""
-    shape = forms.with_rank(x.chosen, 4).shape
-    b, h, blocks = shape[0], shape[-3], shape[-2]
-    rows = blocks if sizes.packed else -(-sizes.rows // x.block[0])
-    good = len(shape) == 4 and (same_dim(b, 1) or same_dim(b, sizes.batch))
-    if not (good and h in (1, sizes.kv_heads, sizes.heads) and same_dim(blocks, rows)):
-        allowed = f"[{sizes.batch} or 1, {sizes.heads}, {sizes.kv_heads} or 1, {rows}, n]"
-        raise check.fail(f"mask's chosen blocks must have shape {allowed}, got {x.chosen.shape}")
-    if sizes.chunk is not None and sizes.chunk % x.block[0]:
-        raise check.fail(
-            f"mask's blocks of {x.block[0]} rows must divide the {sizes.chunk} consecutive rows of a device"
-        )

@@ -82,10 +82,11 @@ class Rows:
         return x[jnp.clip(self.sequence, 0, x.shape[0] - 1)][None, None]
 
     def of_sequences(self, x: Array) -> Array:
-        """The elements [1, h, s] of packed rows in an array [n|1, h|1, rows] of sequences; 0 past its last row."""
+        """The elements [1, h, s, …] of packed rows in an array [n|1, h|1, rows, …] of sequences; 0 past its rows."""
         assert self.sequence is not None
         sequence, row = jnp.minimum(self.sequence, x.shape[0] - 1), jnp.minimum(self.index[0], x.shape[2])
-        return jnp.pad(x, ((0, 0), (0, 0), (0, 1)))[sequence, :, row].T[None]
+        padded = jnp.pad(x, [(0, int(dim == 2)) for dim in range(x.ndim)])
+        return jnp.swapaxes(padded[sequence, :, row], 0, 1)[None]
 
     def of_keys(self, x: Array) -> SortedKeys:
         """An array with one element per key, [b|1, sk] or packed [1, tk], in which each row can search its own keys."""

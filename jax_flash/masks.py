@@ -252,7 +252,12 @@ def blocks(chosen: ArrayLike, block: tuple[int, int]) -> Mask:
 
 
 def dense(array: ArrayLike) -> Mask:
-    """A boolean `[b|1, hq|1, sq|1, sk|1]`, True where a row sees a key."""
+    """A boolean `[b|1, hq|1, sq|1, sk|1]`, True where a row sees a key.
+
+    Keys count from the first of the batch entry or sequence. Packed calls take rows that are packed tokens,
+    `[1, hq|1, tq|1, keys|1]`, or rows of each of n > 1 sequences, `[n, hq|1, rows|1, keys|1]`. In these and over pages
+    the array may have any number of keys (and of a sequence's rows); past them no row sees a key.
+    """
     x = Checker("masks.dense").array("array", array)
     if x.dtype != jnp.bool_ or x.ndim != 4:
         raise TypeError(f"masks.dense: array must be boolean of rank 4, got {x.dtype} of shape {x.shape}")
@@ -279,7 +284,7 @@ def from_function(f: Callable[..., Any], sq: int, sk: int, *, batch: int = 1, he
     if (found := mask_arrays.blocks_of(seen)) is not None:
         chosen, size = found
         return blocks(chosen, (size, size))
-    return dense(seen)
+    return Mask((forms.Dense(jnp.asarray(seen), by_sequence=True),))
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------

@@ -252,7 +252,9 @@ def seen_blocks(
 ) -> Array:
     """The pairs that a block mask `[b|1, h|1, blocks of rows, blocks of keys]` shows, given the positions of rows and
     those of keys `[sk]`: `[b|1, h|1, sq, sk]`. Rows of several sequences, of shape `…`, give `[…, h|1, sk]`. Rows and
-    keys past the last block see nothing."""
+    keys past the last block see nothing. In a packed batch blocks of one row are those of the packed rows."""
+    if spec.packed and spec.block[0] == 1:
+        row = jnp.arange(mask.shape[2], dtype=row.dtype)
     mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 1), (0, 1)))
     rows = jnp.clip(row // spec.block[0], 0, mask.shape[2] - 1)
     columns = jnp.minimum(column // spec.block[1], mask.shape[3] - 1)

@@ -44,7 +44,7 @@ def visible_pairs(spec: AttentionSpec, shapes: Shapes, values: Values) -> int:
     """The pairs (query, key) over which attention is computed, of all batch entries and query heads."""
     heads = shapes["query"][-2]
     sizes = _sizes(spec, shapes, values)
-    limits = _ranges(sizes, shapes, values)
+    limits = _ranges(sizes, values)
     if "draft_mask" in values and "ranges" not in values:
         drafts = np.broadcast_to(values["draft_mask"], (len(sizes), *values["draft_mask"].shape[1:]))
         return heads * sum(_in_band(x) - _in_drafts(x, ~m) for x, m in zip(sizes, drafts))
@@ -54,20 +54,26 @@ def visible_pairs(spec: AttentionSpec, shapes: Shapes, values: Values) -> int:
     if not others:
         return heads * sum(times * _in_band(size) for size, times in Counter(sizes).items())
     if others == {"block_mask"} and "ranges" not in values:
-        mask = np.broadcast_to(values["block_mask"], (len(sizes), *values["block_mask"].shape[1:]))
-        return sum(_in_block_mask(spec, *x) * (heads // mask.shape[1]) for x in zip(sizes, mask))
+        masks = _block_masks(spec, sizes, values)
+        return sum(_in_block_mask(spec, *x) * (heads // len(x[1])) for x in zip(sizes, masks))
     if others == {"q_segment_ids"} and "ranges" not in values:
         return heads * sum(_in_segments(size, *ids) for size, ids in zip(sizes, _segments(values)))
-    return sum(_in_mask(spec, size, heads, entry, values, limits) for entry, size in enumerate(sizes))
+    masks = _block_masks(spec, sizes, values)
+    return sum(_in_mask(spec, size, heads, entry, values, limits, masks) for entry, size in enumerate(sizes))
 
 
-def _ranges(sizes: list[_Sequence], shapes: Shapes, values: Values) -> list[np.ndarray]:
+def _ranges(sizes: list[_Sequence], values: Values) -> list[np.ndarray]:
     """The limits of each batch entry or sequence, [h, rows, 2 | 4]."""
     if "ranges" not in values:
         return []
     x = values["ranges"].astype(np.int64)
     if x.ndim == 4:
         return [x[z if len(x) > 1 else 0][:, :rows] for z, (rows, *_) in enumerate(sizes)]
+    return _of_sequences(x, sizes, values)
+
+
+def _of_sequences(x: np.ndarray, sizes: list[_Sequence], values: Values) -> list[np.ndarray]:
+    """The rows of each sequence in an array [h, packed rows, …]."""
     ends = np.cumsum([x.rows for x in sizes]) + int(np.clip(values["cu_seqlens_q"][0], 0, x.shape[1]))
     return [x[:, end - rows : end] for end, (rows, *_) in zip(ends, sizes)]
 
@@ -180,10 +186,21 @@ def _hidden_drafts(size: _Sequence, hidden: np.ndarray) -> np.ndarray:
     return found
 
 
+def _block_masks(spec: AttentionSpec, sizes: list[_Sequence], values: Values) -> list[np.ndarray]:
+    """The block mask of each batch entry or sequence, [h | 1, blocks of rows, blocks of keys]."""
+    if "block_mask" not in values:
+        return []
+    mask = values["block_mask"]
+    if spec.packed and spec.block[0] == 1:
+        return _of_sequences(mask[0], sizes, values)
+    return [*np.broadcast_to(mask, (len(sizes), *mask.shape[1:]))]
+
+
 def _in_blocks(spec: AttentionSpec, size: _Sequence, mask: np.ndarray) -> np.ndarray:
-    """What a block mask shows of a sequence, [b | 1, h | 1, rows, keys]."""
-    seen = np.repeat(np.repeat(mask, spec.block[0], 2), spec.block[1], 3)[:, :, : size.rows, : size.keys]
-    return np.pad(seen, [(0, 0), (0, 0), *((0, n - m) for n, m in zip(size[:2], seen.shape[2:]))])
+    """What a block mask shows of a sequence, [1, h | 1, rows, keys]."""
+    lengths, blocks = size[:2], mask.shape[1:]
+    row, key = (np.minimum(np.arange(n) // m, last) for n, m, last in zip(lengths, spec.block, blocks))
+    return np.pad(mask, [(0, 0), (0, 1), (0, 1)])[None, :, row[:, None], key]
 
 
 def _in_block_mask(spec: AttentionSpec, size: _Sequence, mask: np.ndarray) -> int:
@@ -222,6 +239,7 @@ def _in_mask(
     entry: int,
     values: Values,
     limits: list[np.ndarray],
+    masks: list[np.ndarray],
 ) -> int:
     """The visible pairs of a batch entry and all heads, from the whole picture of one head after another."""
     rows, keys = size.rows, size.keys
@@ -236,7 +254,7 @@ def _in_mask(
         picture &= ~_hidden_drafts(size, ~drafts[entry if len(drafts) > 1 else 0])
     hides = [values["mask"]] if "mask" in values else []
     hides += [values["bias"] != -np.inf] if "bias" in values else []
-    hides += [_in_blocks(spec, size, values["block_mask"])] if "block_mask" in values else []
+    hides += [_in_blocks(spec, size, masks[entry])] if masks else []
     own_ranges = len(limits) > 0 and len(limits[entry]) > 1
     different = heads if own_ranges or any(x.shape[1] > 1 for x in hides) else 1
     total = 0

@@ -183,6 +183,22 @@ VARLEN = (
         forms=("positions", "segments"),
         kv_lengths=(12, 2, 50),
     ),
+    *(
+        varlen(
+            f"packed {' and '.join(names)}, {seed}",
+            (9, 0, 40, 70),
+            k_sequences=(12, 2, 60, 90),
+            padding=(3, 4),
+            forms=names,
+            form_seed=seed,
+            hq=2,
+        )
+        for names, seed in [
+            *((("dense",), seed) for seed in (0, 2, 4, 6, 8)),
+            (("function",), 3),
+            (("dense", "blocks"), 4),
+        ]
+    ),
     varlen("packed ranges", (9, 0, 40), k_sequences=(12, 2, 60), causal=True, forms=("ranges",), sinks=True),
     varlen(
         "packed everything",

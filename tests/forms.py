@@ -153,8 +153,33 @@ def _segments(rng: Any, s: Sizes) -> tuple[masks.Mask, Sees]:
 
 
 def _dense(rng: Any, s: Sizes) -> tuple[masks.Mask, Sees]:
-    x = rng.random((len(s.lengths), 1, s.rows, s.keys)) < 0.7
-    return masks.dense(jnp.asarray(x)), lambda z, h, i, j: x[z][0][i, j]
+    """Of each row or of all, of each key or of all; in packed calls by sequence or by token, with keys left out."""
+    n, by_token = len(s.lengths), s.packed and (len(s.lengths) == 1 or rng.random() < 0.5)
+    heads, rows, keys = (
+        int(rng.choice([1, size])) if rng.random() < 0.4 else size for size in (s.heads, s.rows, s.keys)
+    )
+    if s.packed and keys > 2:
+        keys -= int(rng.integers(0, 2))
+    x = rng.random((1 if by_token and rows == 1 else n, heads, rows, keys)) < 0.7
+    array = s.per_row(np.moveaxis(x, 2, 3))[None].swapaxes(2, 3) if by_token and rows != 1 else x
+    return masks.dense(jnp.asarray(array)), lambda z, h, i, j: _element(x[z if len(x) > 1 else 0], h, i, j)
+
+
+def _function(rng: Any, s: Sizes) -> tuple[masks.Mask, Sees]:
+    """Rows and keys of each sequence, with too many ranges for a form of ranges."""
+    x = rng.random((len(s.lengths), int(rng.choice([1, s.heads])), s.rows, s.keys)) < 0.7
+    x[..., :1, :5:2], x[..., :1, 1:5:2] = True, False
+    sizes = dict(zip(("batch", "heads", "sq", "sk"), x.shape))
+    mask = masks.from_function(lambda b, h, i, j: x[b, h, i, j], **sizes)
+    return mask, lambda z, h, i, j: _element(x[z], h, i, j)
+
+
+def _element(x: np.ndarray, h: Any, i: Any, j: Any) -> Any:
+    """x [h | 1, rows | 1, keys | 1], False past its keys if it has several."""
+    h, i = h if len(x) > 1 else 0, i if x.shape[1] > 1 else 0
+    if x.shape[2] == 1:
+        return x[h, i, 0 * j]
+    return x[h, i, np.minimum(j, x.shape[2] - 1)] & (j < x.shape[2])
 
 
 def _blocks(rng: Any, s: Sizes) -> tuple[masks.Mask, Sees]:
@@ -178,10 +203,9 @@ def _blocks(rng: Any, s: Sizes) -> tuple[masks.Mask, Sees]:
 FORMS: dict[str, Callable[[Any, Sizes], tuple[masks.Mask, Sees]]] = {
     "causal": _causal, "band": _band, "window": _window, "ranges": _ranges, "prefix": _prefix, "spans": _spans,
     "chunked": _chunked, "first": _first, "diffusion": _diffusion, "either": _either, "positions": _positions,
-    "segments": _segments, "dense": _dense, "blocks": _blocks,
+    "segments": _segments, "dense": _dense, "blocks": _blocks, "function": _function,
 }  # fmt: skip
 TWO_RANGES = {"ranges", "first", "diffusion", "either"}  # `&` takes at most one of these
-FIXED_ONLY = {"dense"}
 
 
 def make(names: Sequence[str], s: Sizes, seed: int) -> tuple[masks.Mask, list[np.ndarray]]:

@@ -10,7 +10,7 @@ import oracle
 import pytest
 from cases import DTYPES, Case, make_inputs, operands, spec, varlen
 from conftest import IMPLEMENTATION
-from forms import FIXED_ONLY, FORMS, TWO_RANGES
+from forms import FORMS, TWO_RANGES
 from hypothesis import HealthCheck, Phase, assume, given, seed, settings
 from hypothesis import strategies as st
 
@@ -60,7 +60,7 @@ def scores(draw, rows, hq):
 def mask_values(draw, names):
     """Fields of a case with a mask of one or two forms, or with no mask."""
     chosen = draw(st.sampled_from([(), (), *((name,) for name in names), *permutations(names, 2)]))
-    assume(len(TWO_RANGES & {*chosen}) < 2)
+    assume(len(TWO_RANGES & {*chosen}) < 2 and not {"dense", "function"} <= {*chosen})
     return dict(forms=chosen, form_seed=draw(st.integers(0, 999)))
 
 
@@ -100,7 +100,7 @@ def varlen_cases(draw, dtypes):
         padding=(draw(st.integers(0, 5)), draw(st.integers(0, 5))),
         **draw(head_dims()), dtype=draw(st.sampled_from(dtypes)),
         kv_lengths=draw(maybe(st.lists(st.integers(-2, 70), min_size=n, max_size=n).map(tuple))),
-        **draw(scores(n, hq)), **draw(mask_values(sorted({*FORMS} - FIXED_ONLY))),
+        **draw(scores(n, hq)), **draw(mask_values(sorted(FORMS))),
     )  # fmt: skip
 
 

@@ -89,7 +89,20 @@ def test_spans_end_with_the_rows_of_their_sequence(implementation):
 
 
 @pytest.mark.parametrize(
-    "form", ["causal", "band", "window", "ranges", "prefix", "spans", "first", "either", "blocks"]
+    "form",
+    [
+        "causal",
+        "band",
+        "window",
+        "ranges",
+        "prefix",
+        "spans",
+        "first",
+        "either",
+        "blocks",
+        "dense",
+        "function",
+    ],
 )
 @pytest.mark.parametrize("tokens", [2, 24])
 def test_paged_calls_take_masks(form, tokens, implementation):
@@ -317,6 +330,7 @@ def test_flops_count_what_a_mask_shows(case):
 
 I = partial(np.zeros, dtype=np.int32)  # noqa: E741
 PACKED = [X[0][0], X[1][0], X[2][0], [0, S]]
+MANY_RANGES = masks.from_function(lambda b, h, i, j: (i + j) % 2 == 0, S, S)
 
 
 @pytest.mark.parametrize(
@@ -334,9 +348,10 @@ PACKED = [X[0][0], X[1][0], X[2][0], [0, S]]
          r"mask's dense array must broadcast to"),
         (lambda: flash_attention(*X, mask=masks.blocks(I((1, 1, 2, 1)), (16, 16))), ValueError,
          r"mask's chosen blocks must have shape \[2 or 1, 4, 2 or 1, 3, n\], got \(1, 1, 2, 1\)"),
-        (lambda: flash_attention_varlen(*PACKED, mask=masks.dense(np.ones((1, 1, S, S), bool))),
-         NotImplementedError,
-         r"flash_attention_varlen: mask has masks\.dense\(…\), which is for flash_attention"),
+        (lambda: flash_attention_varlen(*PACKED, mask=masks.dense(np.ones((1, 1, 5, S), bool))), ValueError,
+         r"mask's dense array must have shape \[1, 1 or 4, 1 or 48 tokens, keys\], or by sequence"),
+        (lambda: flash_attention_varlen(*PACKED, mask=masks.dense(np.ones((1, 1, S, S), bool)) & MANY_RANGES),
+         ValueError, r"mask joins masks\.from_function.* with masks\.dense.*, whose rows are packed tokens"),
         (lambda: flash_attention_varlen(*PACKED, mask=masks.segments(I(S - 1))), ValueError,
          r"mask's segments of queries must broadcast to \[tq\] = \(48,\), got shape \(47,\)"),
         (lambda: flash_attention_varlen(*PACKED, mask=masks.bidirectional_spans(I((2, S)))), ValueError,

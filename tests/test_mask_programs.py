@@ -248,17 +248,31 @@ def test_a_mask_takes_eight_bytes_a_range_and_row(count, kernel):
         assert own - causal <= 8 * count * tokens + 72 * tiles + 4096
 
 
-def test_packed_and_paged_calls_name_the_way_out_of_a_dense_array():
-    mask = masks.dense(np.ones((1, 1, S, S), bool))
-    (x, k, v), starts, tables = (x[0] for x in X), jnp.array([0, S]), jnp.array([[0, 1, 2]])
+def test_arrays_have_no_kernel_beside_a_draft_mask():
+    mask = masks.dense(np.ones((1, 1, 4, 48), bool))
+    (x, k, v), tables = (x[0] for x in X), jnp.array([[0, 1, 2]])
     pages = [y.reshape(3, 16, 2, D) for y in (k, v)]
-    for call in (
-        lambda: flash_attention_varlen(x, k, v, starts, mask=mask),
-        lambda: paged_attention(x[None], *pages, tables, starts[1:], mask=mask),
-        lambda: paged_attention(x, *pages, tables, starts[1:], cu_seqlens_q=starts, mask=mask),
+    with pytest.raises(NotImplementedError, match=r"masks\.dense.*no implementation has beside draft_mask"):
+        paged_attention(
+            x[None, :4], *pages, tables, jnp.array([S]), mask=mask, draft_mask=np.ones((1, 4, 4), bool)
+        )
+
+
+def test_arrays_beside_pages_hide_keys_past_their_own(implementation):
+    """An array of fewer keys than the pages hold, of one row, of one key, and of no key."""
+    x, lengths, tables = X[0][0], jnp.array([S]), jnp.array([[0, 1, 2]])
+    pages = [y[0].reshape(3, 16, 2, D) for y in X[1:]]
+    run = partial(paged_attention, x[None], *pages, tables, lengths, implementation=implementation)
+    for mask, same in (
+        (masks.dense(np.ones((1, 1, S, 20), bool)), masks.ranges(0, 20)),
+        (masks.dense((np.arange(30) < 9)[None, None, None]), masks.ranges(0, 9)),
+        (
+            masks.dense((np.arange(S)[:, None] < 9)[None, None]),
+            masks.ranges(0, np.where(np.arange(S) < 9, S, 0)),
+        ),
+        (masks.dense(np.ones((1, 1, S, 0), bool)), masks.ranges(0, 0)),
     ):
-        with pytest.raises(NotImplementedError, match=r"masks\.dense.*from_function.*blocks"):
-            call()
+        np.testing.assert_allclose(run(mask=mask), run(mask=same), rtol=1e-5, atol=1e-5)
 
 
 def test_packed_and_paged_calls_take_functions_and_ranges_of_one_batch_entry():

@@ -146,8 +146,23 @@ static SeenPanels panels_of_mask(const MaskOfHeads& mask, QueryRange rows, Colum
   return found;
 }
 
+// The panels that blocks of single keys leave to such rows.
+static SeenPanels panels_of_keys(const BlockMask& blocks, QueryRange rows, Columns columns, int32_t j0) {
+  const bool each_row = blocks.block_rows == 1;
+  const int64_t row = each_row ? blocks.row : 0;
+  const Columns own{columns.lo, min(columns.hi, blocks.columns - blocks.first_key - j0)};
+  QueryRange known = rows;
+  if (each_row) known.end = min(rows.end, blocks.rows - blocks.first_row);
+  if (own.empty() || known.end <= known.begin) return {0, 0};
+  const uint8_t* const first = blocks.seen + blocks.first_row * row + blocks.first_key;
+  SeenPanels found = panels_of_mask({{first, row, 0}, blocks.head}, known, own, j0);
+  found.all &= known.end < rows.end ? 0 : ~panel_bits(own.hi, columns.hi);
+  return found;
+}
+
 // The panels that a block mask leaves to such rows.
 static SeenPanels panels_of_blocks(const BlockMask& blocks, QueryRange rows, Columns columns, int32_t j0) {
+  if (blocks.block_keys == 1) return panels_of_keys(blocks, rows, columns, j0);
   SeenPanels found{0, panel_bits(columns.lo, columns.hi)};
   const int32_t heads = blocks.head != 0 ? rows.heads : 1, m = blocks.block_rows, n = blocks.block_keys;
   j0 += blocks.first_key, rows.begin += blocks.first_row, rows.end += blocks.first_row;

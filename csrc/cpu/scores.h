@@ -199,7 +199,12 @@ struct ScoreRow {
               : broadcast(kNegInf);
     }
     if (has<kOptions, kHole>()) x = (column < hole.lo) | (column >= hole.hi) ? x : broadcast(kNegInf);
-    if (has<kOptions, kBlocks>()) {
+    if (has<kOptions, kBlocks>() && blocks.block_keys == 1) {
+      const int32_t end = block_row < blocks.rows ? blocks.columns - first_key : 0;
+      const uint8_t* const row = blocks.seen + block_row * blocks.row + first_key;
+      const ColumnVector<false, 1> flags(row, c, {visible.lo, min(visible.hi, end)});
+      x = load_bytes(flags.data) != 0 ? x : broadcast(kNegInf);
+    } else if (has<kOptions, kBlocks>()) {
       // A block is at least as wide as a vector, so a vector overlaps at most two blocks.
       const int32_t j = first_key + c, block = j / blocks.block_keys;
       const int32_t next = (block + 1) * blocks.block_keys - j;

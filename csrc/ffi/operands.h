@@ -126,10 +126,9 @@ class OperandDecoder {
     if (p.ranges && p.limits != 2 && p.limits != 4) {
       return operand_error("ranges has " + std::to_string(p.limits) + " limits a row, allowed are 2 and 4");
     }
-    if (p.block_mask && (p.spec.block_rows < kLeastBlock || p.spec.block_keys < kLeastBlock ||
-                         p.spec.block_rows % kLeastBlock != 0 || p.spec.block_keys % kLeastBlock != 0)) {
+    if (p.block_mask && !(is_block_size(p.spec.block_rows) && is_block_size(p.spec.block_keys))) {
       return operand_error("block_mask has blocks of " + std::to_string(p.spec.block_rows) + " x " +
-                           std::to_string(p.spec.block_keys) + ", allowed are multiples of 16");
+                           std::to_string(p.spec.block_keys) + ", allowed are 1 and multiples of 16");
     }
     const int64_t value_end = int64_t{p.spec.value_start} + p.spec.value_dim;
     if (p.spec.shared_kv() &&

@@ -1,11 +1,15 @@
-// The operand `block_mask`, which says which blocks of keys each block of query rows sees.
+// The operand `block_mask`, which says which blocks of keys each block of query rows sees. A boolean mask
+// beside packed keys or pages is one, too: its blocks are single rows and keys, or all of a sequence's where
+// it broadcasts them.
 #pragma once
 
 #include "../band.h"
 
 namespace jax_flash {
 
-inline constexpr int32_t kLeastBlock = 16;  // block sizes are multiples of this
+inline constexpr int32_t kLeastBlock = 16;  // block sizes are multiples of this, or 1
+
+constexpr bool is_block_size(int32_t size) { return size == 1 || (size > 0 && size % kLeastBlock == 0); }
 
 // How much of a set of keys a set of rows sees.
 enum class SeenPiece : int32_t { kAll = 0, kNone = 1, kSome = 2 };
@@ -28,7 +32,7 @@ JF_HD SeenPiece seen_in(const Interval& rows, const Interval& columns, Sees sees
 }
 
 // The block mask of one sequence, from one head on. Rows past the last block see no key, and no row sees keys
-// past the last block.
+// past the last block. In a packed batch blocks of one row belong to the packed rows, others to a sequence.
 struct BlockMask {
   const uint8_t* seen = nullptr;  // [block of rows, block of keys]; null: hides nothing
   int64_t head = 0, row = 0;      // strides, in elements
@@ -79,6 +83,7 @@ JF_HD BlockMask block_mask_of(const Problem& p, int64_t leading, const Sequence&
                  p.mask_columns,
                  p.spec.block_rows,
                  p.spec.block_keys};
+  if (p.packed() && p.spec.block_rows == 1) mask.first_row = s.q_begin;
   if (const View& place = p.position) {
     const int32_t* first = place.as<const int32_t>() + place.leading_offset(p.leading, leading);
     constexpr int32_t kMost = 1 << 30;  // sums with rows and keys fit, and none is negative

@@ -153,7 +153,7 @@ struct GeneralScore : ScoreVariant<S> {
       hide_other_segments(s, operands, band, row, tile.key);
     if (in_segment == InSegment::kNone) for_each(s, [](float& x, int, int, int) { x = -INFINITY; });
     if (p.ranges) hide_outside_ranges(s, operands.row_ranges(p), band, row, tile.key);
-    if (kBlocks && p.block_mask) hide_outside_blocks(s, operands.block_mask(p), row, tile.key);
+    if (kBlocks && p.block_mask) hide_outside_blocks(s, operands.block_mask(p), band, row, tile.key);
     if (!kStaged && kBiasAndMask && p.mask && !mask_shows_all(tile, row)) {
       for_each_used<uint8_t>(s, operands.mask, p.mask, band, row, tile.key,
                              [](float& x, uint8_t seen) { hide_unless(x, seen); });

@@ -1,0 +1,60 @@
+"""A boolean array beside packed keys or pages: the call's block mask, whose blocks are single rows and keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import jax.numpy as jnp
+from jax import Array
+
+from . import reference
+from ._jax import same_dim
+from .mask_forms import Blocks, Dense, Form, with_rank
+from .mask_rows import Rows
+from .mask_sizes import Sizes
+from .spec import AttentionSpec
+
+WHOLE = 2**30  # the size of a block that has all rows or all keys of a sequence
+
+F = TypeVar("F", bound=Form)
+
+
+def block_of(conditions: Sequence[Form], sizes: Sizes) -> tuple[int, int]:
+    """The numbers of rows and of keys in a block of the call's block mask; 0 if it has none."""
+    array, blocks = _first(conditions, Dense), _first(conditions, Blocks)
+    if array is None or sizes.keys is not None:
+        return (0, 0) if blocks is None else blocks.block
+    if blocks is not None:
+        return 1, 1
+    *_, rows, keys = with_rank(array.seen, 4).shape
+    return (1 if _has_each(array, rows) else WHOLE, 1 if _has_each(array, keys) else WHOLE)
+
+
+def block_mask(
+    array: Dense, blocks: Blocks | None, shown: Array | None, spec: AttentionSpec, rows: Rows, sizes: Sizes
+) -> Array:
+    """The operand of blocks as large as `block_of` says. Rows of packed calls are packed tokens, unless a block has all
+    rows of a sequence. `blocks`, `shown`: the blocks that hold as well, and which of them are visible."""
+    seen, sequence = array.seen, rows.sequence
+    if sizes.packed and (array.by_sequence or not same_dim(seen.shape[0], 1)):
+        if _has_each(array, seen.shape[2]):
+            seen = rows.of_sequences(seen)
+        elif blocks is not None:  # by row, since rows differ in their blocks
+            seen = jnp.swapaxes(seen[jnp.clip(sequence, 0, seen.shape[0] - 1), :, 0], 0, 1)[None]
+    if blocks is None or shown is None:
+        return seen
+    columns = seen.shape[3] if _has_each(array, seen.shape[3]) else sizes.columns
+    key = jnp.arange(columns, dtype=jnp.int32)
+    beside = reference.seen_blocks(replace(spec, block=blocks.block), shown, rows.index[0], key, sequence)
+    return seen & (beside if sequence is None else jnp.swapaxes(beside, 0, 1)[None])
+
+
+def _has_each(array: Dense, size: int) -> bool:
+    """Whether an array has each row or key for itself, instead of one element for all."""
+    return bool(array.by_sequence) or not same_dim(size, 1)
+
+
+def _first(conditions: Sequence[Form], kind: type[F]) -> F | None:
+    return next((x for x in conditions if isinstance(x, kind)), None)
