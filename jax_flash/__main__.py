@@ -9,7 +9,8 @@ import sys
 
 from . import plan_command
 from ._version import __version__
-from .backends import ALL_PASSES, DTYPES, Backend, backends, cuda_major, why_not_on
+from .backends import ALL_PASSES, Backend, backends, cuda_major, why_not_on
+from .checker import DTYPES
 from .operands import MAX_HEAD_DIM, MAX_LATENT_DIM
 
 

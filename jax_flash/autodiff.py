@@ -144,21 +144,11 @@ def _transpose_differential(cotangents: Any, *arrays: Any, spec: AttentionSpec) 
 
     def gradients(operands: Operands) -> Operands:
         found = over_leading(run, spec, operands)
-        return {"t" + name: _sum_leading(x, linear["t" + name]) for name, x in found.items()}
+        return {"t" + name: derivatives.sum_where_one(x, linear["t" + name]) for name, x in found.items()}
 
     shardings = {name: x.sharding for name, x in linear.items()}
     found = _jax.in_automatic_axes(gradients, operands, shardings) if spec.paged else gradients(operands)
     return [found.get(name) for name in names]
-
-
-def _sum_leading(gradient: jax.Array, aval: Any) -> jax.Array:
-    """The sum over the leading dimensions in which an operand has size 1."""
-    shared = [
-        axis
-        for axis, (size, full) in enumerate(zip(aval.shape, gradient.shape))
-        if _jax.same_dim(size, 1) and not _jax.same_dim(full, 1)
-    ]
-    return gradient.sum(shared, keepdims=True) if shared else gradient
 
 
 def _lower_differential(ctx: mlir.LoweringRuleContext, *values: Any, spec: AttentionSpec) -> Any:

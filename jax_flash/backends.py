@@ -19,11 +19,11 @@ from typing import Any
 
 import jax
 
+from .checker import DTYPES
 from .operands import PASSES
 
 CUDA_LIBRARY = "libjax_flash_cuda.so"
 CUDA_MAJORS = (13, 12)
-DTYPES = ("float16", "bfloat16", "float32")
 ALL_PASSES = tuple(pass_.name for pass_ in PASSES)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 
 from . import _jax
-from .spec import AttentionSpec, Spec
+from .spec import Spec
 
 
 def batch(primitive: Primitive, in_full: int, args: Sequence[Any], axes: Sequence[Any], **params: Any) -> Any:
@@ -42,7 +42,7 @@ def named_sizes(spec: Spec, shapes: Mapping[str, tuple[Any, ...]]) -> dict[str, 
         for dim, size in zip(spec.dims[name], shape[leading(spec, name, len(shape)) :])
         if not dim.endswith("*")
     }
-    if isinstance(spec, AttentionSpec) and spec.value_dim:
+    if spec.value_dim:
         found["dv"] = spec.value_dim
     return found
 

@@ -15,8 +15,7 @@ from .operands import APPEND, APPEND_OPTIONAL, DIMS, ELEMENTS, FORWARD, OPTIONAL
 
 _CHECK = Checker("check_inputs")
 
-# The index arrays and their ranks; _check_* below hold the bounds that depend on other operands.
-# Not named like the arguments.
+# Operands that the functions make of other arguments.
 _OTHERWISE_NAMED = (
     "q_segment_ids", "kv_segment_ids", "position", "dropout", "tbias", "ranges", "block_mask", *WINDOW,
 )  # fmt: skip
@@ -25,6 +24,7 @@ _INT32 = [name for name in _DIMS if ELEMENTS[name] == "int32" and name not in _O
 _OFFSETS = tuple(name for name in _INT32 if _DIMS[name] == ("n1",))
 _OF_JAX_NN = ("query_seq_lengths", "key_value_seq_lengths")
 _LENGTHS = (*(name for name in _INT32 if _DIMS[name] in (("b",), ("n",))), *_OF_JAX_NN)
+# The index arrays and their ranks; _check_* below hold the bounds that depend on other operands.
 _RANKS = {name: len(_DIMS[name]) for name in _INT32} | dict.fromkeys(_OF_JAX_NN, 1)
 _SCALES = ("k_scale", "v_scale")
 _LEAST_RANKS = dict.fromkeys(("query", "key", "value"), 3) | dict.fromkeys(("k_pages", "v_pages"), 4)
@@ -70,8 +70,7 @@ def check_inputs(*, page_layout: str = "nhd", **arrays: Any) -> None:
       >>> check_inputs(query=q, cu_seqlens_q=jnp.array([0, 20, 17], jnp.int32))
       ValueError: check_inputs: cu_seqlens_q[2] = 17 is less than cu_seqlens_q[1] = 20; offsets must not …
     """
-    if page_layout not in ("nhd", "hnd"):
-        raise _CHECK.fail(f'page_layout is {page_layout!r}; allowed are "nhd" and "hnd"')
+    _CHECK.page_layout(page_layout)
     call = _Call(hnd=page_layout == "hnd")
     for name, x in arrays.items():
         call.add(name, x)

@@ -11,6 +11,7 @@ import numpy as np
 
 from ._jax import is_symbolic, same_dim
 from .operands import MAX_HEAD_DIM
+from .spec import PAGE_LAYOUTS
 
 DTYPES = ("float16", "bfloat16", "float32")
 INT32_MAX = 2**31 - 1
@@ -47,6 +48,10 @@ class Checker:
         native = getattr(dtype, "isnative", True)
         hint = "" if native else f"; cast it with .astype({dtype.newbyteorder('=').name!r})"
         return self.fail(f"{name} has dtype {dtype}, which JAX does not have{hint}", TypeError)
+
+    def page_layout(self, layout: str) -> None:
+        if layout not in PAGE_LAYOUTS:
+            raise self.fail(f"page_layout must be one of {PAGE_LAYOUTS}, got {layout!r}")
 
     def dtype(self, name: str, x: jax.Array, allowed: tuple[str, ...] = DTYPES, hint: str = "") -> None:
         if x.dtype.name not in allowed:

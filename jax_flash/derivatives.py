@@ -8,6 +8,7 @@ here (vmap adds them).
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -191,16 +192,20 @@ def _by_row_of_lse(sinks: jax.Array, lse: jax.Array) -> jax.Array:
 
 def _sinks_gradient(sinks: jax.Array, by_row: jax.Array) -> jax.Array:
     """The gradients by row, in lse's order, summed over the tokens that share a sink."""
-    return _jax.sharded_like(_sum_where_one(jnp.swapaxes(by_row, -1, -2), sinks), sinks)
+    return _jax.sharded_like(sum_where_one(jnp.swapaxes(by_row, -1, -2), sinks), sinks)
 
 
-def _sum_where_one(x: jax.Array, like: jax.Array) -> jax.Array:
-    """The sum of x over the dimensions in which `like` has size 1."""
-    summed = [axis for axis in range(x.ndim) if like.shape[axis] == 1 != x.shape[axis]]
-    return x.sum(summed, keepdims=True)
+def sum_where_one(x: jax.Array, like: Any) -> jax.Array:
+    """The sum of x over the first dimensions in which `like` has size 1."""
+    shared = [
+        axis
+        for axis, (size, full) in enumerate(zip(like.shape, x.shape))
+        if _jax.same_dim(size, 1) and not _jax.same_dim(full, 1)
+    ]
+    return x.sum(shared, keepdims=True) if shared else x
 
 
 def _row_bias_gradient(bias: jax.Array, lse: jax.Array, by_row: jax.Array) -> jax.Array:
     """dbias of a bias [b|1, hq|1, sq|1, 1], the same for all keys of a row: it shifts lse and the sinks' weights."""
     rows = jnp.where(lse != -jnp.inf, by_row, 0)[..., None]
-    return _jax.sharded_like(_sum_where_one(rows, bias).astype(bias.dtype), bias)
+    return _jax.sharded_like(sum_where_one(rows, bias).astype(bias.dtype), bias)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from . import _jax
+from .offsets import starts_of
 from .operands import FORWARD
 from .options import Arguments
 from .spec import AttentionSpec, result_names
@@ -74,7 +75,7 @@ def _by_sequence(operands: dict[str, Array]) -> Array:
     """
     row_max = operands["row_max"]
     heads, tokens = row_max.shape
-    offsets = lax.cummax(jnp.clip(operands["offsets"], 0, tokens))
+    offsets = starts_of(operands["offsets"], tokens)
     lo, hi = offsets[:-1], offsets[1:]
     count = tokens // _BLOCK + 1
     padded = jnp.pad(row_max, ((0, 0), (0, count * _BLOCK - tokens)), constant_values=-_INF)

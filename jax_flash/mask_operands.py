@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from . import _jax, mask_bands, mask_elements
+from . import _jax, mask_bands, mask_elements, offsets
 from . import mask_forms as forms
 from ._jax import same_dim
 from .checker import Checker
@@ -215,12 +215,12 @@ def _ring_rows(ring: Ring, sq: int, sk: int) -> Rows:
 def _varlen_rows(operands: Operands) -> Rows:
     """The rows of packed sequences with packed keys."""
     tokens = operands["key"].shape[0]
-    starts = lax.cummax(jnp.clip(operands["cu_seqlens_k"], 0, tokens))
+    starts = offsets.starts_of(operands["cu_seqlens_k"], tokens)
     keys = jnp.diff(starts)
     if "kv_lengths" in operands:
         keys = jnp.clip(operands["kv_lengths"], 0, keys)
     token = jnp.arange(tokens, dtype=jnp.int32)
-    owner = gather.owners(starts, tokens)
+    owner = offsets.owners(starts, tokens)
     place = token - starts[owner]
     used = (owner >= 0) & (place < jnp.pad(keys, (0, 1))[owner])
     rows = _packed_rows(operands, keys)
@@ -244,7 +244,7 @@ def _paged_rows(operands: Operands, capacity: Any) -> Rows:
 
 
 def _packed_rows(operands: Operands, keys: Array) -> Rows:
-    sequence, row, rows = gather.locate(operands["cu_seqlens_q"], operands["query"].shape[0])
+    sequence, row, rows = offsets.locate(operands["cu_seqlens_q"], operands["query"].shape[0])
     keys = jnp.pad(keys, (0, 1))[sequence]  # the padding is needed if there is no sequence at all
     outside = operands["cu_seqlens_q"].shape[0] - 1  # a sequence of their own, which no span reaches
     return Rows(row[None], rows[None], keys[None], jnp.where(row < 0, outside, sequence))

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ._jax import equally_varying, same_dim
+from .checker import INT32_MAX
 
 Data = int | Array  # a number, or one for each batch entry, int32 [b]
-MOST = 2**31 - 1
+MOST = INT32_MAX
 
 
 def plus(x: Array, y: Array | int) -> Array:

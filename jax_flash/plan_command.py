@@ -11,8 +11,9 @@ import jax
 
 from . import mask_forms as forms
 from .attention import flash_attention
-from .backends import DTYPES, compute_capability, extension, local_devices
+from .backends import compute_capability, extension, local_devices
 from .batching import named_sizes
+from .checker import DTYPES
 from .flop_count import spec_and_shapes
 from .masks import Mask
 from .operands import DIMS, ELEMENTS, MAX_HEAD_DIM, padded_head_dim

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -38,7 +38,7 @@ def bind(pass_: Pass, spec: Spec, operands: dict[str, jax.Array]) -> list[jax.Ar
     """Run one pass on named operands."""
     if "jax.experimental.roofline" in sys.modules:
         _register_roofline()
-    ring = spec.ring if isinstance(spec, AttentionSpec) else None
+    ring = spec.ring
     named = {name: operands[name] for name in operand_names(pass_, spec)}
     used = _jax.equally_varying(named, ring.axes if ring else ())
     any_manual, all_manual = _jax.manual_axes()
@@ -166,13 +166,13 @@ def _computed_once(results: Sequence[Any]) -> Sequence[Any]:
 
 def _value_dim(spec: Spec, columns: int) -> int:
     """The head dim of V: spec.value_dim if set, else the columns of its operand."""
-    return (isinstance(spec, AttentionSpec) and spec.value_dim) or columns
+    return spec.value_dim or columns
 
 
 def _loads_rows(spec: Spec, shapes: dict[str, tuple[Any, ...]], head_dims: tuple[int, int]) -> bool:
     """Whether CUDA kernels can load the rows of a call in place, 16 bytes at a time."""
     places: tuple[int, ...] = head_dims
-    if isinstance(spec, AttentionSpec) and spec.value_dim:
+    if spec.value_dim:
         places = (*places, spec.value_start, shapes["key"][-1])
     return all(x == padded_head_dim(x) for x in places)
 
@@ -183,8 +183,8 @@ def _require_cuda_kernel(pass_: Pass, spec: Spec, dtype: str, d: int, dv: int) -
     library = cuda_library()
     if library is None or not local_devices("cuda") or pass_.in_place:  # append_kv has one kernel for all
         return
-    loader = "paged" if isinstance(spec, AttentionSpec) and spec.paged else "dense"
-    latent = isinstance(spec, AttentionSpec) and spec.value_dim > 0
+    loader = "paged" if spec.paged else "dense"
+    latent = spec.value_dim > 0
     rows = [
         row
         for row in library.kernels
@@ -326,27 +326,22 @@ def _local(pass_: Pass) -> Primitive:
     return primitive
 
 
+def _lowered_by(lower: Callable[..., Any], suffix: str, pass_: Pass) -> Primitive:
+    primitive = declare(f"jax_flash_{pass_.name}{suffix}", pass_)
+    mlir.register_lowering(primitive, partial(lower, pass_=pass_))
+    return primitive
+
+
 def _partitioned(pass_: Pass) -> Primitive:
-    primitive = declare(f"jax_flash_{pass_.name}", pass_)
-    mlir.register_lowering(primitive, partial(_lower_partitioned, pass_=pass_))
+    primitive = _lowered_by(_lower_partitioned, "", pass_)
     _jax.require_devices_during_lowering(primitive)
-    return primitive
-
-
-def _partly_manual(pass_: Pass) -> Primitive:
-    primitive = declare(f"jax_flash_{pass_.name}_partly_manual", pass_)
-    mlir.register_lowering(primitive, partial(_lower_partly_manual, pass_=pass_))
-    return primitive
-
-
-def _ring(pass_: Pass) -> Primitive:
-    primitive = declare(f"jax_flash_{pass_.name}_ring", pass_)
-    mlir.register_lowering(primitive, partial(_lower_ring, pass_=pass_))
     return primitive
 
 
 LOCAL = {pass_: _local(pass_) for pass_ in (*PASSES, DELTA)}
 PARTITIONED = {pass_: _partitioned(pass_) for pass_ in (*PASSES, DELTA)}
-PARTLY_MANUAL = {pass_: _partly_manual(pass_) for pass_ in (*PASSES, DELTA)}
-RING = {pass_: _ring(pass_) for pass_ in PASSES if not pass_.in_place}
+PARTLY_MANUAL = {
+    pass_: _lowered_by(_lower_partly_manual, "_partly_manual", pass_) for pass_ in (*PASSES, DELTA)
+}
+RING = {pass_: _lowered_by(_lower_ring, "_ring", pass_) for pass_ in PASSES if not pass_.in_place}
 KINDS = (LOCAL, PARTITIONED, PARTLY_MANUAL, RING)

@@ -23,6 +23,7 @@ from . import philox
 from ._jax import same_dim
 from .largest import max_or_nan
 from .mask_rows import minus, plus
+from .offsets import starts_of
 from .spec import UNLIMITED, AttentionSpec
 
 _INF = float("inf")
@@ -139,7 +140,7 @@ def _place_varlen(spec: AttentionSpec, operands: dict[str, Array]) -> _Place:
 
 def _locate(cu_seqlens: Array, tokens: int) -> tuple[Array, Array, Array]:
     """Monotone cu_seqlens `[n + 1]`; per token `[tokens]` its sequence (n if outside all) and position in it."""
-    cu = lax.cummax(jnp.clip(cu_seqlens, 0, tokens))
+    cu = starts_of(cu_seqlens, tokens)
     n = cu.shape[0] - 1
     token = _iota(tokens)
     z = jnp.sum(cu[:, None] <= token[None], axis=0, dtype=jnp.int32) - 1

@@ -24,7 +24,7 @@ def _rule(context: Any, *shapes: Any, pass_: Pass, spec: Spec, **_: Any) -> Any:
     """The work of one call: FLOP by shapes, counted as `flops` does for unknown values; every operand is read once."""
     operands = dict(zip(operand_names(pass_, spec), shapes))
     unread = pass_.operands[pass_.in_full :] if pass_ is DELTA else pass_.operands[: pass_.in_place]
-    if isinstance(spec, AttentionSpec) and spec.value_dim:  # V is a part of K
+    if spec.value_dim:  # V is a part of K
         unread += ("value",)
     moved = [x.bytes for name, x in operands.items() if name not in unread]
     if pass_.in_place:  # these passes write no more than they are given

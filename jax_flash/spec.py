@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -172,6 +172,12 @@ class AppendSpec:
     implementation: str | None = None
     dynamic: bool = False
     split_columns: bool = False
+    # What attention has and append_kv does not.
+    paged: ClassVar[bool] = False
+    shared_kv: ClassVar[bool] = False
+    value_dim: ClassVar[int] = 0
+    value_start: ClassVar[int] = 0
+    ring: ClassVar[None] = None
 
     @property
     def dims(self) -> dict[str, tuple[str, ...]]:

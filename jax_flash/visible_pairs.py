@@ -47,7 +47,8 @@ def visible_pairs(spec: AttentionSpec, shapes: Shapes, values: Values) -> int:
     limits = _ranges(sizes, values)
     if "draft_mask" in values and "ranges" not in values:
         drafts = np.broadcast_to(values["draft_mask"], (len(sizes), *values["draft_mask"].shape[1:]))
-        return heads * sum(_in_band(x) - _in_drafts(x, ~m) for x, m in zip(sizes, drafts))
+        hidden = (_picture_of_band(x) & _hidden_drafts(x, ~m) for x, m in zip(sizes, drafts))
+        return heads * sum(_in_band(x) - int(y.sum()) for x, y in zip(sizes, hidden))
     others = values.keys() & {"mask", "bias", "block_mask", "q_segment_ids", "draft_mask"}
     if "ranges" in values and not others:
         return sum(_in_ranges(size, x) * (heads // len(x)) for size, x in zip(sizes, limits))
@@ -165,15 +166,11 @@ def _in_band(size: _Sequence) -> int:
     return int((past - first).sum())
 
 
-def _in_drafts(size: _Sequence, hidden: np.ndarray) -> int:
-    """The pairs of the band that a draft mask hides from a sequence."""
-    rows, keys = size.rows, size.keys
-    if rows > len(hidden):
-        return 0
+def _picture_of_band(size: _Sequence) -> np.ndarray:
+    """Which pairs are in the band, [rows, keys]."""
     first, past = _rows(size)
-    token = np.arange(keys - rows, keys)
-    in_band = (token >= first[:, None]) & (token < past[:, None])
-    return int((in_band & hidden[:rows, :rows]).sum())
+    column = np.arange(size.keys)
+    return (column >= first[:, None]) & (column < past[:, None])
 
 
 def _hidden_drafts(size: _Sequence, hidden: np.ndarray) -> np.ndarray:
@@ -243,9 +240,7 @@ def _in_mask(
 ) -> int:
     """The visible pairs of a batch entry and all heads, from the whole picture of one head after another."""
     rows, keys = size.rows, size.keys
-    first, past = _rows(size)
-    column = np.arange(keys)
-    picture = (column >= first[:, None]) & (column < past[:, None])
+    picture, column = _picture_of_band(size), np.arange(keys)
     if "q_segment_ids" in values:
         q_ids, kv_ids = values["q_segment_ids"][entry], values["kv_segment_ids"][entry]
         picture &= q_ids[:rows, None] == kv_ids[:keys]

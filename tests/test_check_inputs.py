@@ -280,7 +280,7 @@ WRONG = {
         dict(k_pages=zeros(6, 4, 16)),
         "k_pages must have at least 4 dimensions, got",
     ),
-    "page_layout": ({"page_layout": "dhn"}, 'page_layout is \'dhn\'; allowed are "nhd" and "hnd"'),
+    "page_layout": ({"page_layout": "dhn"}, "page_layout must be one of ('nhd', 'hnd'), got 'dhn'"),
 }
 
 

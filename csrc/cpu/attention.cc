@@ -88,10 +88,6 @@ float* decode_parts(int64_t floats) {
   return memory.get();
 }
 
-// Limit of the memory for partial outputs of tiles whose keys are split among threads. Tiles that exceed it
-// run on one thread, part after part.
-constexpr int64_t kMaxPartFloats = int64_t{1} << 22;
-
 // The number of threads worth waking for this many multiply-adds.
 int64_t workers_for(double multiplies) {
   constexpr double kPerWorker = 1 << 18;

@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "../core/split.h"
-#include "../core/visible/ranges.h"
 #include "kernels.h"
 #include "plan.h"
 
@@ -41,22 +40,15 @@ class DecodePlan {
   int64_t workers() const { return static_cast<int64_t>(bytes_ / kBytesPerWorker) + 1; }
 
  private:
-  static constexpr int64_t kTargetItems = 64;         // work items to aim at, more than there are threads
-  static constexpr int64_t kSmallestPart = 256;       // keys
-  static constexpr int64_t kMaxPartFloats = 1 << 22;  // tiles that exceed it run on one thread
+  static constexpr int64_t kTargetItems = 64;    // work items to aim at, more than there are threads
+  static constexpr int64_t kSmallestPart = 256;  // keys
   static constexpr double kBytesPerWorker = 1 << 17;
 
   void add(int64_t leading, int32_t index, const Starts& starts, int32_t tile_rows) {
     const Problem& p = problem_;
     RowTile tile{};
     tile.leading = leading;
-    if (p.packed()) {
-      const int32_t* q = starts.q_of(leading);
-      tile.sequence = p.paged() ? paged_sequence(p, leading, index, q)
-                                : varlen_sequence(p, leading, index, q, starts.k_of(leading));
-    } else {
-      tile.sequence = fixed_sequence(p, leading, index);
-    }
+    tile.sequence = starts.sequence(p, leading, index);
     tile.begin = 0;
     tile.end = p.packed() ? tile.sequence.q_len : p.q_rows;
     if (!is_decode(p, tile.end)) {
@@ -72,14 +64,14 @@ class DecodePlan {
       tile.heads = std::min(max_heads, p.kv_heads - x) * group;
       tiles_.push_back({tile, 0, 0});
     }
-    keys_ += keys_of(tile).size();
+    keys_ += keys_of(problem_, tile).size();
   }
 
   void cut(const Kernels& kernels) {
     const double key_bytes = double(problem_.head_dim + problem_.value_dim) * 4;
     for (size_t i = 0; i < tiles_.size(); ++i) {
       Tile& tile = tiles_[i];
-      const Interval keys = keys_of(tile.rows);
+      const Interval keys = keys_of(problem_, tile.rows);
       tile.rows.parts = parts(keys);
       tile.offset = part_floats_;
       tile.part_floats = kernels.part_floats(problem_, tile.rows);
@@ -100,12 +92,6 @@ class DecodePlan {
     if (s.num_splits > 0) return clamp_splits(s.num_splits, keys);
     if (s.batch_invariant) return clamp_splits(ceil_div(keys.size(), kInvariantSplit), keys);
     return clamp_splits(keys.size() / std::max(kSmallestPart, keys_ / kTargetItems), keys);
-  }
-
-  Interval keys_of(const RowTile& tile) const {
-    return seen_by_any(make_band(problem_, tile.leading, tile.sequence),
-                       row_ranges(problem_, tile.leading, tile.sequence, tile.head),
-                       {tile.begin, tile.end, tile.heads}, {0, tile.sequence.k_len});
   }
 
   const Problem& problem_;

@@ -106,9 +106,9 @@ static void multiply_values(const ValueOperands& x, int32_t blocks, const BlockC
                                  {.alpha = begin == Start::kRescale ? alpha + i * kBlockRows : nullptr});
       };
       const Columns first = next_run(block.panels(), block.seen, block.panels().lo);
-      multiply.template operator()<start>(within(first, block.used));
+      multiply.template operator()<start>(intersect(first, block.used));
       for (Columns run = first; run = next_run(block.panels(), block.seen, run.hi), !run.empty();) {
-        multiply.template operator()<Start::kAccumulate>(within(run, block.used));
+        multiply.template operator()<Start::kAccumulate>(intersect(run, block.used));
       }
     }
   }

@@ -196,12 +196,6 @@ static void store_gradient_rows(const GradientRow* rows, float softmax_scale, in
   }
 }
 
-// The smallest interval that holds all of these columns that a row sees; column 0 is key j0.
-JF_INLINE Columns seen_columns(const Head& head, Row row, int32_t j0, Columns columns) {
-  const Interval keys = head.seen(row, {j0 + columns.lo, j0 + columns.hi}).hull;
-  return keys.empty() ? Columns{0, 0} : Columns{keys.lo - j0, keys.hi - j0};
-}
-
 // The columns that products use for a block of rows. `seen` is the smallest interval that holds all columns
 // that some row may see, `panels` are the panels with such columns, and `mixed` those of them in which
 // segments, masks or holes may hide columns.
@@ -248,12 +242,12 @@ static void compute_gradient_rows(const Head& head, const QueryTile& q, int32_t 
   bool masked = false;
   for (int32_t k = 0; k < kPair; ++k) {
     const Row row{q.begin + r + k, head.head};
-    const Columns visible = seen_columns(head, row, j0, used.seen);
+    const Columns visible = head.seen_columns(row, j0, used.seen);
     masked |= visible.lo > used.lo || visible.hi < used.hi;
     rows[k] = {visible, q.lse[r + k], q.delta[r + k], nullptr, nullptr};
     if (visible.hi <= visible.lo) continue;
     for_each_run(used, used.panels & unfinished, [&](Columns run) {
-      const Columns own = within(run, visible);
+      const Columns own = intersect(run, visible);
       if (own.empty()) return;
       head.finish_scores(row, j0, own, used.mixed != 0, t.s + (r + k) * kGradientRow,
                          capped ? slopes[k].value : nullptr);

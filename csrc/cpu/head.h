@@ -127,7 +127,13 @@ struct Head {
     return ranges.seen(row.head - head, row.position, intersect(band.row(row.position), keys));
   }
 
-  // What rows [begin, end) at `heads` query heads see of an interval.
+  // The smallest interval that holds all of these columns that a row sees; column 0 is key j0.
+  JF_HD Columns seen_columns(Row row, int32_t j0, Columns columns) const {
+    const Interval keys = seen(row, {j0 + columns.lo, j0 + columns.hi}).hull;
+    return keys.empty() ? Columns{0, 0} : Columns{keys.lo - j0, keys.hi - j0};
+  }
+
+  // The keys of an interval that rows [begin, end) at `heads` query heads see.
   JF_HD SeenByRows seen(QueryRange rows, Interval keys) const {
     return seen_by_rows(band, ranges, rows, keys);
   }

@@ -30,10 +30,6 @@ JF_INLINE void for_each_run(Columns panels, uint64_t seen, Use use) {
   }
 }
 
-JF_INLINE Columns within(Columns a, Columns b) {
-  return {a.lo > b.lo ? a.lo : b.lo, a.hi < b.hi ? a.hi : b.hi};
-}
-
 // One bit for each panel of columns [lo, hi).
 JF_INLINE uint64_t panel_bits(int32_t lo, int32_t hi) {
   if (hi <= lo) return 0;

@@ -8,6 +8,7 @@
 
 #include "../core/problem.h"
 #include "../core/sequence.h"
+#include "../core/visible/ranges.h"
 #include "kernels.h"
 
 namespace jax_flash {
@@ -40,6 +41,13 @@ struct Starts {
   const int32_t* q_of(int64_t leading) const { return q.data() + leading * entries; }
   const int32_t* k_of(int64_t leading) const { return k.data() + leading * entries; }
 
+  // A batch entry or sequence of the problem that these are the starts of.
+  Sequence sequence(const Problem& p, int64_t leading, int32_t index) const {
+    if (!p.packed()) return fixed_sequence(p, leading, index);
+    return p.paged() ? paged_sequence(p, leading, index, q_of(leading))
+                     : varlen_sequence(p, leading, index, q_of(leading), k_of(leading));
+  }
+
  private:
   void read(const Problem& p, const View& view, int64_t leading, int32_t rows,
             std::vector<int32_t>& to) const {
@@ -47,6 +55,17 @@ struct Starts {
     clamp_starts(from, view.batch, p.batch, rows, to.data() + leading * entries);
   }
 };
+
+// The keys that the rows of a tile see through band and ranges.
+inline Interval keys_of(const Problem& p, const RowTile& tile) {
+  return seen_by_any(make_band(p, tile.leading, tile.sequence),
+                     row_ranges(p, tile.leading, tile.sequence, tile.head),
+                     {tile.begin, tile.end, tile.heads}, {0, tile.sequence.k_len});
+}
+
+// Limit of the memory for partial outputs of tiles whose keys are split among threads. Tiles that exceed it
+// run on one thread, part after part.
+inline constexpr int64_t kMaxPartFloats = int64_t{1} << 22;
 
 enum class Side {
   kQueries,  // query rows of one query head
@@ -103,19 +122,16 @@ class RowGrid {
   }
 
   bool fixed(int64_t slot, RowTile& item) const {
-    item.sequence = fixed_sequence(problem_, item.leading, static_cast<int32_t>(slot / per_entry_));
+    item.sequence = starts_.sequence(problem_, item.leading, static_cast<int32_t>(slot / per_entry_));
     if (side_ == Side::kPrefill && is_decode(problem_, problem_.q_rows)) return false;
     return rows(slot % per_entry_, side_ == Side::kKeys ? problem_.k_rows : problem_.q_rows, item);
   }
 
   bool packed(int64_t slot, RowTile& item) const {
-    const int32_t* q = starts_.q_of(item.leading);
-    const int32_t* own = side_ == Side::kKeys ? starts_.k_of(item.leading) : q;
+    const int32_t* own = side_ == Side::kKeys ? starts_.k_of(item.leading) : starts_.q_of(item.leading);
     if (slot < first_slot(own[0], tile_, 0)) return false;
     const int32_t z = sequence_of_slot(own, problem_.batch, tile_, slot);
-    item.sequence = problem_.paged()
-                        ? paged_sequence(problem_, item.leading, z, q)
-                        : varlen_sequence(problem_, item.leading, z, q, starts_.k_of(item.leading));
+    item.sequence = starts_.sequence(problem_, item.leading, z);
     if (side_ == Side::kPrefill && is_decode(problem_, own[z + 1] - own[z])) return false;
     return rows(slot - first_slot(own[z], tile_, z), own[z + 1] - own[z], item);
   }
@@ -180,9 +196,7 @@ class KeyGrid {
     RowTile tile;
     tile.leading = w.leading;
     tile.head = w.head;
-    tile.sequence = problem_.packed() ? varlen_sequence(problem_, w.leading, w.sequence,
-                                                        starts_.q_of(w.leading), starts_.k_of(w.leading))
-                                      : fixed_sequence(problem_, w.leading, w.sequence);
+    tile.sequence = starts_.sequence(problem_, w.leading, w.sequence);
     tile.begin = item.tile * tile_;
     tile.end = static_cast<int32_t>(std::min<int64_t>(key_rows(item.unit), tile.begin + tile_));
     return tile;

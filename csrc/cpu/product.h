@@ -8,6 +8,7 @@
 
 #include "isa.h"
 // isa.h goes first: it makes the core force-inlined.
+#include "../core/band.h"
 #include "convert.h"
 #include "rows.h"
 
@@ -385,11 +386,7 @@ static __attribute__((noinline)) void multiply_words(const Word* a, int64_t lda,
 }
 
 // A range of columns [lo, hi) of a tile; empty when hi <= lo.
-struct Columns {
-  int32_t lo, hi;
-
-  JF_HD bool empty() const { return hi <= lo; }
-};
+using Columns = Interval;
 
 inline constexpr int kMaxBlocks = kTileM / kBlockRows;
 

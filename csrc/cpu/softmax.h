@@ -39,12 +39,6 @@ struct KeyRange {
   int32_t begin;
 };
 
-// From the first to the last of a block's `used` columns that one of its rows sees; column 0 is key j0.
-JF_INLINE Columns visible_columns(const Head& head, Row row, int32_t j0, const BlockColumns& block) {
-  const Interval keys = head.seen(row, {j0 + block.used.lo, j0 + block.used.hi}).hull;
-  return keys.empty() ? Columns{0, 0} : Columns{keys.lo - j0, keys.hi - j0};
-}
-
 // BlockColumns of successive blocks from position i0 on, where `heads` rows share a position. Returns
 // whether any block sees a key.
 JF_INLINE bool block_columns(const Head& head, int32_t i0, int32_t blocks, int32_t heads, KeyRange range,
@@ -119,11 +113,11 @@ struct SoftmaxShift {
 JF_INLINE void softmax_maximum(const Head& head, Row row, KeyRange range, const BlockColumns& block, float* s,
                                Float lane_max, Softmax& state, SoftmaxShift& shifts, int32_t r) {
   const int32_t j0 = range.begin;
-  const Columns visible = visible_columns(head, row, j0, block), all = block.panels();
+  const Columns visible = head.seen_columns(row, j0, block.used), all = block.panels();
   const uint64_t unfinished = head.unfinished(block.mixed);
   if (head.has_options) lane_max = broadcast(kNegInf);
   for_each_run(all, block.seen & unfinished, [&](Columns run) {
-    const Columns own = within(visible, run), whole = own.empty() ? Columns{run.hi, run.hi} : vectors(own);
+    const Columns own = intersect(visible, run), whole = own.empty() ? Columns{run.hi, run.hi} : vectors(own);
     fill(s + run.lo, whole.lo - run.lo, kNegInf);
     fill(s + whole.hi, run.hi - whole.hi, kNegInf);
     if (own.empty()) return;

@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "../core/split.h"
-#include "../core/visible/ranges.h"
 #include "plan.h"
 
 namespace jax_flash {
@@ -21,7 +20,7 @@ class Splits {
       double sum = 0;
       for (int64_t i = 0; i < grid.slots(); ++i) {
         RowTile tile;
-        const double own = grid.at(l * per_entry() + i, tile) ? cost(tile, keys_of(tile)) : 0;
+        const double own = grid.at(l * per_entry() + i, tile) ? cost(tile, keys_of(problem_, tile)) : 0;
         middles_.push_back(sum + own / 2);
         sum += own;
       }
@@ -35,7 +34,7 @@ class Splits {
   // Sets `tile` to the tile at `index` with its number of parts. Returns false for a slot without rows.
   bool at(int64_t index, RowTile& tile) const {
     if (!grid_.at(index, tile)) return false;
-    const Interval keys = keys_of(tile);
+    const Interval keys = keys_of(problem_, tile);
     const AttentionSpec& s = problem_.spec;
     if (s.num_splits > 0) {
       tile.parts = clamp_splits(s.num_splits, keys);
@@ -51,7 +50,7 @@ class Splits {
   // Whether the parts of a tile are work items of their own, because the tile exceeds a fair share of the
   // work.
   bool is_parallel(const RowTile& tile) const {
-    return tile.parts > 1 && cost(tile, keys_of(tile)) > fair_share(tile);
+    return tile.parts > 1 && cost(tile, keys_of(problem_, tile)) > fair_share(tile);
   }
 
   // The first tile of the grid beyond this share of the total cost.
@@ -82,11 +81,6 @@ class Splits {
     return total_ / (tile.rows() < kPackedRows ? kTargetItems : kPackedTargetItems);
   }
   int64_t per_entry() const { return grid_.slots() * grid_.heads(); }
-  Interval keys_of(const RowTile& tile) const {
-    return seen_by_any(make_band(problem_, tile.leading, tile.sequence),
-                       row_ranges(problem_, tile.leading, tile.sequence, tile.head),
-                       {tile.begin, tile.end, tile.heads}, {0, tile.sequence.k_len});
-  }
   static double cost_of_key(const RowTile& tile) { return kCostOfLoading + tile.rows(); }
   static double cost(const RowTile& tile, Interval keys) { return cost_of_key(tile) * keys.size(); }
 

@@ -244,7 +244,7 @@ class TangentLoop {
     const int32_t j0 = keys_.range.begin;
     float *s = s_ + r * kTangentRow, *t = t_ + r * kTangentRow;
     RowBuffer slopes, tbias, keep;
-    TangentRow own{visible_columns(head_, row, j0, block),
+    TangentRow own{head_.seen_columns(row, j0, block.used),
                    lse_of(row),
                    __builtin_fabsf(p.spec.scale),
                    nullptr,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .. import no_derivative
+from .. import no_derivative, offsets
 from .._jax import equally_varying, in_automatic_axes
 from ..operands import APPEND, APPEND_DYNAMIC
 from ..options import (
@@ -204,7 +204,7 @@ def _slots(spec: AppendSpec, operands: Operands) -> _Slots:
     pool = gather.tokens_first(operands["k_pages"], spec.page_layout)
     pages, page_size = pool.shape[:2]
     if "cu_seqlens" in operands:
-        sequence, row, _ = gather.locate(operands["cu_seqlens"], operands["key"].shape[0])
+        sequence, row, _ = offsets.locate(operands["cu_seqlens"], operands["key"].shape[0])
     else:
         n, s = operands["key"].shape[:2]
         sequence, row = jnp.arange(n, dtype=jnp.int32)[:, None], jnp.arange(s, dtype=jnp.int32)[None]

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .. import reference
-from .._jax import is_symbolic, same_dim
+from .. import offsets, reference
+from .._jax import same_dim
+from ..checker import INT32_MAX
 from ..operands import OPTIONAL
 from ..spec import AttentionSpec, Layout
 
@@ -198,27 +199,7 @@ def _query_rows(spec: AttentionSpec, operands: Operands) -> tuple[jax.Array, jax
         n, sq = query.shape[:2]
         row = jnp.arange(sq, dtype=jnp.int32)[None]
         return jnp.arange(n, dtype=jnp.int32)[:, None], row, jnp.full((n, 1), sq, jnp.int32)
-    return locate(operands["cu_seqlens_q"], query.shape[0])
-
-
-def locate(cu_seqlens: jax.Array, tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """For each packed token: its sequence, its position in it (−1 outside every sequence), and the sequence's rows."""
-    cu = jax.lax.cummax(jnp.clip(cu_seqlens, 0, tokens))
-    token = jnp.arange(tokens, dtype=jnp.int32)
-    owner = owners(cu, tokens)
-    inside = (owner >= 0) & (owner < cu.shape[0] - 1)
-    sequence = jnp.where(inside, owner, 0)
-    length = jnp.diff(cu, append=cu[-1:])[sequence]
-    return sequence, jnp.where(inside, token - cu[sequence], -1), length
-
-
-def owners(starts: jax.Array, tokens: Any) -> jax.Array:
-    """The index of the last of the ascending starts that is at or before each token, −1 where there is none."""
-    if is_symbolic(starts.shape[0]):  # jnp.searchsorted needs a constant
-        counts = jnp.zeros(tokens, jnp.int32).at[starts].add(1, mode="drop")
-        return jnp.cumsum(counts, dtype=jnp.int32) - 1
-    token = jnp.arange(tokens, dtype=jnp.int32)
-    return jnp.searchsorted(starts, token, side="right").astype(jnp.int32) - 1
+    return offsets.locate(operands["cu_seqlens_q"], query.shape[0])
 
 
 def _gather(pool: jax.Array, tables: jax.Array, layout: str, scale: jax.Array | None) -> jax.Array:
@@ -256,7 +237,7 @@ def _pages_or_none(tables: jax.Array, pages: int) -> jax.Array:
 def table_capacity(tables: jax.Array, page_size: int) -> Any:
     """Keys that a row of the tables can hold, limited to int32; a symbolic size is returned as it is."""
     keys = tables.shape[1] * page_size
-    return min(keys, 2**31 - 1) if isinstance(keys, int) else keys
+    return min(keys, INT32_MAX) if isinstance(keys, int) else keys
 
 
 def tokens_first(pool: jax.Array, layout: str) -> jax.Array:

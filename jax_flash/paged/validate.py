@@ -15,7 +15,7 @@ from ..checker import INT32_MAX, Checker, is_int
 from ..operands import APPEND_OPTIONAL, MAX_HEAD_DIM, MAX_LATENT_DIM, MAX_POOL_COLUMNS
 from ..options import AppendArguments, PagedArguments, Pools
 from ..rotary import rotary_tables
-from ..spec import PAGE_LAYOUTS, SCALINGS, AppendSpec, AttentionSpec
+from ..spec import SCALINGS, AppendSpec, AttentionSpec
 from ..validate import (
     Operands,
     check_heads,
@@ -255,8 +255,7 @@ def _pools(check: Checker, arguments: Pools, names: tuple[str, str], owner: str,
     """The two pools, by the operands' names, and their scales, after checks against the argument `owner`, whose array
     is `like`."""
     layout = arguments.page_layout
-    if layout not in PAGE_LAYOUTS:
-        raise check.fail(f"page_layout must be one of {PAGE_LAYOUTS}, got {layout!r}")
+    check.page_layout(layout)
     dims = "p ps hk {}" if layout == "nhd" else "p hk ps {}"
     k = check.array("k_pages", arguments.k_pages)
     check.rank("k_pages", k, dims.format("d"))

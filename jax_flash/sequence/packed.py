@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ..offsets import starts_of
 from ..operands import FORWARD, OPTIONAL, WINDOW, Pass
 from ..spec import AttentionSpec, Ring
 from . import passes
@@ -67,7 +68,7 @@ def run(pass_: Pass, spec: AttentionSpec, ring: Ring, operands: Operands, call: 
 def _documents(offsets: Array, tokens: int, ring: Ring) -> tuple[Array, Array, Array]:
     """For each of this device's tokens: the number of its sequence, whether it has one, and its position in it."""
     position = lax.axis_index(ring.axes) * tokens + jnp.arange(tokens, dtype=jnp.int32)
-    starts = lax.cummax(jnp.clip(offsets, 0, tokens * ring.size))
+    starts = starts_of(offsets, tokens * ring.size)
     # 0: before the first sequence.
     document = jnp.searchsorted(starts, position, side="right").astype(jnp.int32)
     return document, (document > 0) & (document < starts.shape[0]), position - starts[document - 1]
