@@ -145,6 +145,11 @@ class Region:
     mesh: Mesh
     free: AbstractMesh
 
+    @property
+    def has_order(self) -> bool:
+        """Whether there are several free axes, so that the devices may be numbered along one or another first."""
+        return len([size for size in self.free.axis_sizes if size > 1]) > 1
+
 
 def partly_manual_region(ctx: mlir.LoweringRuleContext) -> Region | None:
     """The region being lowered; None where XLA has no axis to partition over, or where no mesh can be made."""
@@ -159,6 +164,37 @@ def partly_manual_region(ctx: mlir.LoweringRuleContext) -> Region | None:
             return None
         mesh = Mesh(np.array(devices).reshape(mesh.axis_sizes), mesh.axis_names)
     return Region(mesh, AbstractMesh(tuple(free.values()), tuple(free)))
+
+
+def marker(ctx: mlir.LoweringRuleContext, region: Region) -> tuple[Any, Any]:
+    """Zeros with a dimension for each free axis, split over it, and their type."""
+    free, mesh = region.free, region.mesh
+    kinds = [AxisType.Explicit if name in free.shape else AxisType.Manual for name in mesh.axis_names]
+    typed = AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=tuple(kinds))
+    aval = _core.ShapedArray(free.axis_sizes, np.dtype("int8"))
+    split = aval.update(sharding=NamedSharding(typed, PartitionSpec(*free.axis_names)))
+    lower = mlir.lower_fun(lambda: [jax.numpy.zeros(aval.shape, aval.dtype)], multiple_results=True)
+    (zeros,) = lower(ctx.replace(avals_in=[], avals_out=[aval]))
+    return _mlir.lower_with_sharding_in_types(ctx, zeros, split), aval
+
+
+def as_numbered(free: AbstractMesh, marked: Any) -> AbstractMesh:
+    """The free axes of a region in the order in which XLA numbers its devices, by the sharding of the marker; no axes
+    if the numbers have no such order.
+
+    That order may differ from the mesh's: XLA numbers them by the tiles of an operand, so that collectives along an
+    axis of the mesh would connect other devices.
+    """
+    tiles = marked._to_xla_hlo_sharding(len(free.axis_sizes))
+    numbers = np.asarray(tiles.tile_assignment_devices())
+    if tuple(tiles.tile_assignment_dimensions()) != free.axis_sizes:
+        return AbstractMesh((), ())
+    numbers = numbers.reshape(free.axis_sizes)
+    strides = [int(numbers.take(min(1, size - 1), axis).min()) for axis, size in enumerate(free.axis_sizes)]
+    order = np.argsort(strides, kind="stable")[::-1]
+    if not np.array_equal(numbers.transpose(order).ravel(), np.arange(free.size)):
+        return AbstractMesh((), ())
+    return AbstractMesh(*(tuple(x[axis] for axis in order) for x in (free.axis_sizes, free.axis_names)))
 
 
 def within(ctx: mlir.LoweringRuleContext, region: Region) -> mlir.LoweringRuleContext:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from . import mask_conjunctions as conjunctions
 from . import mask_forms as forms
 from .checker import Checker
 from .masks import Mask
@@ -30,7 +31,7 @@ class MaskChecker:
     neighbours: bool
 
     def run(self, mask: Mask) -> None:
-        for condition in forms.flat(mask.conditions):
+        for condition in conjunctions.flat(mask.conditions):
             for kind, check in _CHECKS.items():
                 if isinstance(condition, kind):
                     check(self, condition)

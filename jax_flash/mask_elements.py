@@ -11,7 +11,7 @@ from jax import Array
 
 from . import reference
 from ._jax import same_dim
-from .mask_forms import Blocks, Dense, Form, with_rank
+from .mask_forms import Blocks, Dense, Form, Pair, between, with_rank
 from .mask_rows import Rows
 from .mask_sizes import Sizes
 from .spec import AttentionSpec
@@ -49,6 +49,16 @@ def block_mask(
     key = jnp.arange(columns, dtype=jnp.int32)
     beside = reference.seen_blocks(replace(spec, block=blocks.block), shown, rows.index[0], key, sequence)
     return seen & (beside if sequence is None else jnp.swapaxes(beside, 0, 1)[None])
+
+
+def hull_of(seen: Array) -> Pair:
+    """From the first to the last key that each row sees, of a boolean array [b|1, h|1, s, sk]; by these ranges kernels
+    skip tiles."""
+    keys = seen.shape[3]
+    if same_dim(keys, 0):
+        return between(0, 0)
+    past = jnp.where(seen.any(3), keys - jnp.argmax(seen[..., ::-1], 3), 0)
+    return between(jnp.argmax(seen, 3), past)
 
 
 def _has_each(array: Dense, size: int) -> bool:

@@ -1,14 +1,12 @@
-"""The forms of masks, and what each leaves visible to a query row: ranges of keys, segments, blocks or booleans.
+"""The forms of masks, each a condition on query row and key: ranges of keys, segments, blocks or booleans.
 
-A mask is a conjunction of forms. `resolve` turns it, for the rows of one call, into a `Visible`: at most two ranges of
-keys for each row, and the conditions that ranges cannot express.
+`mask_conjunctions` combines them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -16,7 +14,7 @@ from jax import Array, lax
 from ._jax import same_dim
 from .mask_rows import MOST, Data, Rows, SortedKeys, minus, plus
 from .pytrees import pytree
-from .spec import UNLIMITED, Reach, narrower, wider
+from .spec import UNLIMITED, Reach
 
 Pair = tuple[Array, Array]  # lo, hi, int32, broadcastable to [b, h, s]: the keys lo ≤ j < hi
 Limits = tuple[Array | int, Array | int]
@@ -36,6 +34,19 @@ def with_rank(x: Array, rank: int) -> Array:
 class Form:
     """One condition on row and key."""
 
+    name: ClassVar[str]  # of its function in masks.py
+
+    def __str__(self) -> str:
+        return self.name
+
+    def most_ranges(self) -> int | None:
+        """The most ranges that a row may see; None for a form that is not made of ranges."""
+        return 1
+
+    def extent(self) -> tuple[int, int]:
+        """The numbers of rows and of keys that its arrays have, 0 where they have none."""
+        return 0, 0
+
     def pairs(self, rows: Rows) -> list[Pair] | None:
         """The one or two ranges that the rows see; None for a form that is not made of ranges."""
         return None
@@ -49,6 +60,8 @@ class Form:
 @dataclass(frozen=True, eq=False)
 class Band(Form):
     """Keys i + offset − left ≤ j ≤ i + offset + right; a side that is None is unlimited."""
+
+    name: ClassVar[str] = "window"
 
     left: Data | None = None
     right: Data | None = 0
@@ -69,6 +82,10 @@ class Band(Form):
             UNLIMITED if right is None else max(right + self.offset, 0),
         )
 
+    def __str__(self) -> str:
+        causal = self.left is None and isinstance(self.right, int) and self.right == 0
+        return "causal" if causal else self.name
+
 
 @pytree("limits")
 @dataclass(frozen=True, eq=False)
@@ -77,6 +94,8 @@ class Ranges(Form):
 
     `by_sequence`: in packed calls the arrays are [n|1, h|1, rows of a sequence] instead of [h|1, tq].
     """
+
+    name: ClassVar[str] = "ranges"
 
     limits: tuple[Limits, ...]
     by_sequence: bool = False
@@ -88,11 +107,20 @@ class Ranges(Form):
 
         return [between(of_rows(lo), of_rows(hi)) for lo, hi in self.limits]
 
+    def most_ranges(self) -> int:
+        return len(self.limits)
+
+    def extent(self) -> tuple[int, int]:
+        shape = jnp.broadcast_shapes(*(jnp.shape(limit) for pair in self.limits for limit in pair))
+        return (shape[-1] if shape else 0), 0
+
 
 @pytree("lengths")
 @dataclass(frozen=True, eq=False)
 class Prefix(Form):
     """Causal, and the first `lengths` keys."""
+
+    name: ClassVar[str] = "prefix_lm"
 
     lengths: Data
 
@@ -107,6 +135,8 @@ class Prefix(Form):
 @dataclass(frozen=True, eq=False)
 class Spans(Form):
     """Causal, but bidirectional within a run of equal ids that are not negative."""
+
+    name: ClassVar[str] = "bidirectional_spans"
 
     ids: Array  # [b, s], or [tq] packed
 
@@ -135,11 +165,16 @@ class Spans(Form):
         last = lax.cummin(jnp.where(ends, token, MOST), axis=1, reverse=True)
         return rows.index + (last - token) + 1
 
+    def extent(self) -> tuple[int, int]:
+        return self.ids.shape[-1], self.ids.shape[-1]
+
 
 @pytree()
 @dataclass(frozen=True, eq=False)
 class Chunks(Form):
     """Causal within chunks of `size` keys."""
+
+    name: ClassVar[str] = "chunked"
 
     size: int
 
@@ -155,6 +190,8 @@ class Chunks(Form):
 class FirstAndWindow(Form):
     """Causal: the `first` keys, the row's own key and the `left` keys before it."""
 
+    name: ClassVar[str] = "first_and_window"
+
     first: Data
     left: Data
 
@@ -168,11 +205,16 @@ class FirstAndWindow(Form):
     def reach(self) -> Reach:
         return Reach(right=0)
 
+    def most_ranges(self) -> int:
+        return 2
+
 
 @pytree()
 @dataclass(frozen=True, eq=False)
 class Diffusion(Form):
     """Block diffusion over n noised tokens and then the n clean ones."""
+
+    name: ClassVar[str] = "block_diffusion"
 
     block: int
 
@@ -184,11 +226,16 @@ class Diffusion(Form):
         clean = jnp.where(noised, n + start, n + jnp.minimum(start + self.block, n))
         return [between(start, own), between(n, clean)]
 
+    def most_ranges(self) -> int:
+        return 2
+
 
 @pytree("q_positions", "kv_positions", "left", "right")
 @dataclass(frozen=True, eq=False)
 class Positions(Form):
     """Keys whose position lies in [p − left, p + right] around the row's position p; kv_positions do not decrease."""
+
+    name: ClassVar[str] = "by_position"
 
     q_positions: Array  # [b, sq]
     kv_positions: Array  # [b, sk]
@@ -205,12 +252,17 @@ class Positions(Form):
             hi = keys.first_from(plus(self.q_positions, rows.each(self.right)[:, 0]), above=True)[:, None]
         return [between(lo, hi)]
 
+    def extent(self) -> tuple[int, int]:
+        return self.q_positions.shape[-1], self.kv_positions.shape[-1]
+
 
 @pytree("q_ids", "kv_ids")
 @dataclass(frozen=True, eq=False)
 class Segments(Form):
     """Keys of the row's own segment. If keys are packed or in pages, a segment's keys are neighbours, so that its rows
     see a range."""
+
+    name: ClassVar[str] = "segments"
 
     q_ids: Array  # [b, sq], packed [1, tq]
     kv_ids: Array  # [b, sk], packed [1, tk]
@@ -229,11 +281,19 @@ class Segments(Form):
         none = first == past
         return [between(jnp.where(none, 0, lo)[:, None], jnp.where(none, 0, hi + 1)[:, None])]
 
+    def most_ranges(self) -> None:
+        return None
+
+    def extent(self) -> tuple[int, int]:
+        return self.q_ids.shape[-1], self.kv_ids.shape[-1]
+
 
 @pytree("chosen")
 @dataclass(frozen=True, eq=False)
 class Blocks(Form):
     """Blocks of keys chosen for each block of queries."""
+
+    name: ClassVar[str] = "blocks"
 
     chosen: Array  # [b|1, hk|hq|1, ⌈sq/bq⌉, n]
     block: tuple[int, int]
@@ -248,6 +308,9 @@ class Blocks(Form):
         at = tuple(jnp.indices(index.shape, sparse=True)[:-1])
         return nothing.at[(*at, index)].set(True, mode="drop")
 
+    def most_ranges(self) -> None:
+        return None
+
 
 @pytree("seen")
 @dataclass(frozen=True, eq=False)
@@ -258,147 +321,16 @@ class Dense(Form):
     of two arrays that were joined is.
     """
 
+    name: ClassVar[str] = "dense"
+
     seen: Array  # [b|1, hq|1, sq|1, sk|1]
     by_sequence: bool | None = False
 
     def joined(self, other: Dense, seen: Array) -> Dense:
         return Dense(seen, self.by_sequence if self.by_sequence is other.by_sequence else None)
 
+    def most_ranges(self) -> None:
+        return None
 
-@pytree("a", "b")
-@dataclass(frozen=True, eq=False)
-class Either(Form):
-    """The keys that either of two masks shows."""
-
-    a: tuple[Form, ...]
-    b: tuple[Form, ...]
-
-    def pairs(self, rows: Rows) -> list[Pair]:
-        return union(pairs_of(self.a, rows), pairs_of(self.b, rows))
-
-    def reach(self) -> Reach:
-        a, b = reach_of(self.a), reach_of(self.b)
-        return Reach(
-            wider(a.left, b.left), wider(a.right, b.right), a.chunk if a.chunk == b.chunk else UNLIMITED
-        )
-
-
-def flat(forms: Sequence[Form]) -> Iterator[Form]:
-    """The conditions of a mask, those of `a | b` one by one."""
-    for x in forms:
-        if isinstance(x, Either):
-            yield from flat(x.a)
-            yield from flat(x.b)
-        else:
-            yield x
-
-
-def pairs_of(forms: Sequence[Form], rows: Rows) -> list[Pair]:
-    """The ranges that remain of all forms that are made of ranges; empty if there is no such form."""
-    found: list[Pair] = []
-    for each in forms:
-        pairs = each.pairs(rows)
-        if pairs is not None:
-            found = intersection(found, pairs) if found else pairs
-    return found
-
-
-def reach_of(forms: Sequence[Form]) -> Reach:
-    """A bound on what a row sees through all of these forms."""
-    found = Reach()
-    for each in forms:
-        found = Reach(*map(narrower, found, each.reach()))
-    return found
-
-
-def most_pairs(forms: Sequence[Form]) -> int | None:
-    """The most ranges that a row of this conjunction may have; None if some form is not made of ranges."""
-    total = 1
-    for each in forms:
-        if isinstance(each, (Segments, Blocks, Dense)):
-            return None
-        if isinstance(each, Ranges):
-            count = len(each.limits)
-        elif isinstance(each, Either):
-            count = (most_pairs(each.a) or 1) + (most_pairs(each.b) or 1)
-        else:
-            count = 2 if isinstance(each, (FirstAndWindow, Diffusion)) else 1
-        total += count - 1
-    return total
-
-
-def intersection(a: Sequence[Pair], b: Sequence[Pair]) -> list[Pair]:
-    """The keys in both of two unions of ranges; one of them is a single range."""
-    return [(jnp.maximum(x[0], y[0]), jnp.minimum(x[1], y[1])) for x in a for y in b]
-
-
-def union(a: Sequence[Pair], b: Sequence[Pair]) -> list[Pair]:
-    """The keys in either of two single ranges: one range if they touch, else two in ascending order."""
-    (lo, hi), (begin, end) = a[0], b[0]
-    return ordered([(lo, hi), (begin, end)])
-
-
-def ordered(pairs: Sequence[Pair]) -> list[Pair]:
-    """At most two ranges, ascending and disjoint; the second is empty if one range holds all keys."""
-    if len(pairs) < 2:
-        return list(pairs)
-    (a, b), (c, d) = pairs
-    a, b, c, d = jnp.broadcast_arrays(a, b, c, d)
-    # An empty range is moved to the end of the other range, where it changes nothing.
-    a, b = jnp.where(a < b, a, d), jnp.where(a < b, b, d)
-    c, d = jnp.where(c < d, c, b), jnp.where(c < d, d, b)
-    swap = c < a
-    a, b, c, d = jnp.where(swap, c, a), jnp.where(swap, d, b), jnp.where(swap, a, c), jnp.where(swap, b, d)
-    touch = c <= b
-    end = jnp.maximum(b, d)
-    return [(a, jnp.where(touch, end, b)), (jnp.where(touch, end, c), jnp.where(touch, end, d))]
-
-
-@dataclass(frozen=True)
-class Visible:
-    """The keys that a mask leaves visible to the rows of a call: those in one of `pairs`, of the row's segment, in its
-    blocks, and where `dense` is true."""
-
-    pairs: tuple[Pair, ...] = ()  # one or two, ascending and disjoint; empty: all keys are visible
-    segments: Segments | None = None
-    blocks: Blocks | None = None
-    dense: Dense | None = None
-
-
-def resolve(forms: Sequence[Form], rows: Rows) -> Visible:
-    """What a conjunction of forms leaves visible to the rows."""
-    limit = rows.keys[:, None]
-    clipped = [(jnp.clip(lo, 0, limit), jnp.clip(hi, 0, limit)) for lo, hi in pairs_of(forms, rows)]
-    found = Visible(tuple(ordered(clipped)))
-    for each in forms:  # a mask has at most one form of each of these kinds
-        if isinstance(each, Segments) and rows.packed_keys is None:
-            found = replace(found, segments=Segments(with_rank(each.q_ids, 2), with_rank(each.kv_ids, 2)))
-        elif isinstance(each, Blocks):
-            found = replace(found, blocks=each)
-        elif isinstance(each, Dense):
-            found = replace(found, dense=replace(each, seen=with_rank(each.seen, 4)))
-    return found
-
-
-def seen(visible: Visible, rows: int, column: Array) -> Array:
-    """Whether each of the rows sees the key at each column, boolean `[b|1, h|1, rows, sk]`; column: int32 [b|1, sk]."""
-    j = column[:, None, None, :]
-    result = jnp.ones((1, 1, rows, column.shape[-1]), bool)
-    if visible.pairs:
-        inside = [(lo[..., None] <= j) & (j < hi[..., None]) for lo, hi in visible.pairs]
-        result = result & (inside[0] if len(inside) == 1 else inside[0] | inside[1])
-    if visible.segments is not None:
-        q, k = visible.segments.q_ids, visible.segments.kv_ids
-        result = result & (q[:, None, :, None] == k[:, None, None, :])
-    if visible.blocks is not None:
-        result = result & _in_blocks(visible.blocks, rows, column.shape[-1])
-    if visible.dense is not None:
-        result = result & visible.dense.seen
-    return result
-
-
-def _in_blocks(blocks: Blocks, sq: int, sk: int) -> Array:
-    """`[b|1, h|1, sq, sk]`: whether the key's block is one of those chosen for the row's."""
-    bq, bk = blocks.block
-    shown = blocks.shown(-(-sk // bk))
-    return jnp.repeat(jnp.repeat(shown, bq, 2)[:, :, :sq], bk, 3)[..., :sk]
+    def extent(self) -> tuple[int, int]:
+        return self.seen.shape[-2], self.seen.shape[-1]

@@ -11,6 +11,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from . import _jax, mask_bands, mask_elements, offsets
+from . import mask_conjunctions as conjunctions
 from . import mask_forms as forms
 from ._jax import same_dim
 from .checker import Checker
@@ -35,7 +36,7 @@ def apply(
 ) -> AttentionSpec:
     """Adds what a mask says to the operands of a call, and returns its spec."""
     sizes = _sizes(spec, operands, ring)
-    for condition in forms.flat(mask.conditions):
+    for condition in conjunctions.flat(mask.conditions):
         check_sizes(check, condition, sizes)
     if spec.align != "top_left" and _has_one_diagonal(spec, sizes, ring):
         spec = replace(spec, align="top_left")
@@ -90,7 +91,7 @@ def _add(
 
     operands |= _jax.in_automatic_axes(made, (of_mask, of_call), shardings)
     if "ranges" in operands:
-        spec = replace(spec, reach=forms.reach_of(mask.conditions))
+        spec = replace(spec, reach=conjunctions.reach_of(mask.conditions))
     return spec
 
 
@@ -104,22 +105,25 @@ def _made(
 ) -> Operands:
     """The operands by which a mask reaches the call."""
     found: Operands = {}
-    visible = forms.resolve(conditions, rows)
-    if visible.pairs:
-        whole = jnp.zeros((1, 1, sizes.rows), jnp.int32)
-        limits = jnp.broadcast_arrays(whole, *(x for pair in visible.pairs for x in pair))
-        ranges = jnp.stack(limits[1:], -1)
-        found["ranges"] = ranges[0] if sizes.packed else ranges
-    if visible.segments is not None:
-        found |= _segments(operands, visible.segments, sizes, ring_axes)
-    blocks, array = visible.blocks, visible.dense
+    visible = conjunctions.resolve(conditions, rows)
+    blocks, array, pairs = visible.blocks, visible.dense, visible.pairs
     shown = None if blocks is None else _block_mask(blocks, rows, sizes)
     if array is not None and sizes.keys is not None:
         found["mask"] = array.seen
     elif array is not None:
         shown = mask_elements.block_mask(array, blocks, shown, spec, rows, sizes)
+        if spec.block == (1, 1):
+            hull = [mask_elements.hull_of(shown)]
+            pairs = tuple(conjunctions.intersection(pairs, hull) if pairs else hull)
     if shown is not None:
         found["block_mask"] = shown
+    if pairs:
+        whole = jnp.zeros((1, 1, sizes.rows), jnp.int32)
+        limits = jnp.broadcast_arrays(whole, *(x for pair in pairs for x in pair))
+        ranges = jnp.stack(limits[1:], -1)
+        found["ranges"] = ranges[0] if sizes.packed else ranges
+    if visible.segments is not None:
+        found |= _segments(operands, visible.segments, sizes, ring_axes)
     return found
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array
 
 from . import mask_arrays, mask_joins
+from . import mask_conjunctions as conjunctions
 from . import mask_forms as forms
 from .checker import Checker, is_int
 from .mask_forms import Form
@@ -43,8 +44,8 @@ class Mask:
     def __and__(self, other: Mask) -> Mask:
         _require_mask("&", other)
         together = mask_joins.merged((*self.conditions, *other.conditions))
-        of_ranges = [x for x in together if forms.most_pairs((x,)) is not None]
-        if (forms.most_pairs(of_ranges) or 1) > 2:
+        of_ranges = [x for x in together if conjunctions.most_pairs((x,)) is not None]
+        if (conjunctions.most_pairs(of_ranges) or 1) > 2:
             raise ValueError(
                 f"masks: {self!s} & {other!s} may leave a row three ranges of keys, allowed are two; "
                 "masks.from_function(…) or masks.dense(…) takes any"
@@ -58,13 +59,13 @@ class Mask:
         a, b = self.conditions, other.conditions
         if len(a) == len(b) == 1 and (joined := mask_joins.joined(a[0], b[0])) is not None:
             return Mask((joined,))
-        counts = forms.most_pairs(a), forms.most_pairs(b)
+        counts = conjunctions.most_pairs(a), conjunctions.most_pairs(b)
         if None in counts or counts[0] + counts[1] > 2:  # type: ignore[operator]
             raise ValueError(
                 f"masks: {self!s} | {other!s} cannot be written as two ranges of keys a row; "
                 "masks.from_function(…) or masks.dense(…) takes any"
             )
-        return Mask((forms.Either(a, b),))
+        return Mask((conjunctions.Either(a, b),))
 
     __ror__ = __or__
 
@@ -94,11 +95,11 @@ class Mask:
         return ["".join(".#"[int(x)] for x in row) for row in chosen]
 
     def _seen(self, sq: int, sk: int) -> Array:
-        visible = forms.resolve(self.conditions, Rows.fixed(sq, sk))
-        return forms.seen(visible, sq, jnp.arange(sk, dtype=jnp.int32)[None])
+        visible = conjunctions.resolve(self.conditions, Rows.fixed(sq, sk))
+        return conjunctions.seen(visible, sq, jnp.arange(sk, dtype=jnp.int32)[None])
 
     def __str__(self) -> str:
-        return " & ".join(_name(x) for x in self.conditions) or "everything"
+        return conjunctions.text_of(self.conditions)
 
     def __repr__(self) -> str:
         return "\n".join((f"Mask({self!s})", *self._corner()))
@@ -347,49 +348,12 @@ def _positive(function: str, name: str, x: Any) -> int:
 
 # --- text ------------------------------------------------------------------------------------------------------------
 
-_NAMES = {
-    forms.Band: "window",
-    forms.Ranges: "ranges",
-    forms.Prefix: "prefix_lm",
-    forms.Spans: "bidirectional_spans",
-    forms.Chunks: "chunked",
-    forms.FirstAndWindow: "first_and_window",
-    forms.Diffusion: "block_diffusion",
-    forms.Positions: "by_position",
-    forms.Segments: "segments",
-    forms.Blocks: "blocks",
-    forms.Dense: "dense",
-}
-
-
-def _name(x: Form) -> str:
-    if isinstance(x, forms.Either):
-        return f"({Mask(x.a)!s} | {Mask(x.b)!s})"
-    if isinstance(x, forms.Band) and x.left is None and isinstance(x.right, int) and x.right == 0:
-        return "causal"
-    return _NAMES[type(x)]
-
 
 def _sizes(conditions: tuple[Form, ...]) -> tuple[int, int]:
     """The numbers of rows and keys in the arrays of a mask; 8 if no array tells."""
-    rows, keys, of_blocks = [0], [0], [0]
-    for x in forms.flat(conditions):
-        if isinstance(x, forms.Ranges):
-            rows += jnp.broadcast_shapes(*(jnp.shape(limit) for pair in x.limits for limit in pair))[-1:]
-        elif isinstance(x, forms.Blocks):  # the last block may be longer than the rows
-            of_blocks.append(x.chosen.shape[-2] * x.block[0])
-        elif isinstance(x, (forms.Spans, forms.Segments, forms.Positions, forms.Dense)):
-            of_rows, of_keys = _lengths(x)
-            rows.append(of_rows)
-            keys.append(of_keys)
-    sq = max(rows) or max(of_blocks) or 8
-    return sq, max(keys) or sq
-
-
-def _lengths(x: forms.Spans | forms.Segments | forms.Positions | forms.Dense) -> tuple[int, int]:
-    if isinstance(x, forms.Dense):
-        return x.seen.shape[-2], x.seen.shape[-1]
-    if isinstance(x, forms.Spans):
-        return x.ids.shape[-1], x.ids.shape[-1]
-    q, k = (x.q_ids, x.kv_ids) if isinstance(x, forms.Segments) else (x.q_positions, x.kv_positions)
-    return q.shape[-1], k.shape[-1]
+    each = [*conjunctions.flat(conditions)]
+    rows, keys = (max(sizes, default=0) for sizes in zip(*(x.extent() for x in each))) if each else (0, 0)
+    # The last block may be longer than the rows.
+    of_blocks = [x.chosen.shape[-2] * x.block[0] for x in each if isinstance(x, forms.Blocks)]
+    rows = rows or max(of_blocks, default=0) or 8
+    return rows, keys or rows

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._jax import is_symbolic
+from ._jax import is_symbolic, manual_axes
 
 
 def starts_of(cu_seqlens: jax.Array, tokens: Any) -> jax.Array:
@@ -29,7 +29,8 @@ def locate(cu_seqlens: jax.Array, tokens: int) -> tuple[jax.Array, jax.Array, ja
 
 def owners(starts: jax.Array, tokens: Any) -> jax.Array:
     """The index of the last of the ascending starts that is at or before each token, −1 where there is none."""
-    if is_symbolic(starts.shape[0]):  # jnp.searchsorted needs a constant
+    # jnp.searchsorted needs a constant, and takes no array that varies over manual axes beside explicit ones.
+    if is_symbolic(starts.shape[0]) or manual_axes()[0]:
         counts = jnp.zeros(tokens, jnp.int32).at[starts].add(1, mode="drop")
         return jnp.cumsum(counts, dtype=jnp.int32) - 1
     token = jnp.arange(tokens, dtype=jnp.int32)

@@ -296,6 +296,9 @@ def _kernels_digest() -> str:
 
 def _partition(ctx: mlir.LoweringRuleContext, values: Any, pass_: Pass, spec: Spec, region: Any) -> Any:
     run = partitioned(pass_, spec, operand_names(pass_, spec), LOCAL[pass_].bind, region)
+    if region and region.has_order:
+        marker, aval = _jax.marker(ctx, region)
+        values, ctx = [*values, marker], ctx.replace(avals_in=[*ctx.avals_in, aval])
     axes = region and (tuple(region.mesh.shape.items()), tuple(region.free.shape.items()))
     identity = repr((__version__, _kernels_digest(), pass_.name, spec, axes))
     results = _jax.lower_partitioned(ctx, run, values, identity)

@@ -29,6 +29,7 @@ from .spec import AttentionSpec, Ring, Spec, result_names
 
 Axes = tuple[str, ...]
 Body = Callable[..., Sequence[jax.Array]]
+MARKER = "marker"  # an operand that is split over all free axes of a region, one by one
 _NO_MESH = AbstractMesh((), ())
 
 
@@ -43,7 +44,7 @@ def partitioned(
     """
 
     def run(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(body(*arrays, spec=spec))
+        return tuple(body(*arrays[: len(names)], spec=spec))  # a marker may follow
 
     rules = _Rules(pass_, spec, names, body, region)
     split = custom_partitioning(run)
@@ -94,11 +95,18 @@ class _Rules:
     region: Region | None
 
     @property
+    def operands(self) -> tuple[str, ...]:
+        """The operands' names; with several free axes of a region the last one is the marker of their order."""
+        return (*self.names, MARKER) if self.region and self.region.has_order else self.names
+
+    @property
     def results(self) -> tuple[str, ...]:
         return result_names(self.pass_, self.spec)
 
     def dims(self, name: str, shape: Sequence[int]) -> list[str]:
         """The names of an array's dimensions: l0, l1, … for leading ones, "" for broadcast ones of size 1."""
+        if name == MARKER:
+            return [""] * len(shape)
         core = self.spec.dims[name]
         lead = [f"l{i}" for i in range(len(shape) - len(core))]
         named = [dim.rstrip("*") for dim in (*lead, *core)]
@@ -144,7 +152,8 @@ class _Rules:
     def sharding_rule(self, mesh: Any, operand_types: Sequence[Any], result_types: Sequence[Any]) -> Any:
         """The rule in Shardy's notation, e.g. 'b sq (h g) d, b sk h d, b sk h dv -> b sq (h g) dv, b (h g) sq'."""
         mesh = self.region.free if self.region else mesh
-        arrays = [(n, t.shape) for n, t in zip((*self.names, *self.results), (*operand_types, *result_types))]
+        names = (*self.operands, *self.results)
+        arrays = [(n, t.shape) for n, t in zip(names, (*operand_types, *result_types), strict=True)]
         shapes = dict(arrays)
         hq, hk = self.heads(shapes)
         sizes: dict[str, int] = {}
@@ -175,15 +184,21 @@ class _Rules:
                 if not splittable and factor not in replicated:
                     replicated.append(factor)
         text = [" ".join(row) for row in factors]
-        rule = ", ".join(text[: len(self.names)]) + " -> " + ", ".join(text[len(self.names) :])
+        count = len(self.operands)
+        rule = ", ".join(text[:count]) + " -> " + ", ".join(text[count:])
         return rule, {"need_replication_factors": tuple(replicated), **sizes}
 
     # --- partitioning --------------------------------------------------------------------------------------------
 
     def partition(self, mesh: Any, operands: Any, results: Any) -> Any:
         """The mesh, the per-shard function, and the shardings of results and operands."""
-        named = dict(zip(self.names, operands))
-        mesh, free = (self.region.mesh, self.region.free) if self.region else (mesh, mesh)
+        named = dict(zip(self.operands, operands))
+        marker = named.pop(MARKER, None)
+        free = mesh
+        if self.region:
+            mesh, free = self.region.mesh, self.region.free
+            if marker:
+                free = _jax.as_numbered(free, marker.sharding)
         split = self.split(free, named)
 
         def sharding(name: str, shape: Sequence[int]) -> NamedSharding:
@@ -191,6 +206,8 @@ class _Rules:
             return NamedSharding(free, PartitionSpec(*entries))
 
         operand_shardings = tuple(sharding(name, x.shape) for name, x in named.items())
+        if marker:
+            operand_shardings = (*operand_shardings, marker.sharding)
         result_shardings = tuple(sharding(name, x.shape) for name, x in zip(self.results, results))
 
         def shard(*arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -250,7 +267,7 @@ class _Rules:
 
     def run_shard(self, split: Split, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         if self.pass_ is DELTA:  # each row by itself
-            return tuple(self.body(*arrays, spec=self.spec))
+            return tuple(self.body(*arrays[: len(self.names)], spec=self.spec))
         named = dict(zip(self.names, arrays))
         if "dropout" in named:
             named["dropout"] = self.with_offsets(split, named["dropout"], named["query"].shape)

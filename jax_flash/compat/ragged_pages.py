@@ -53,8 +53,8 @@ class Pool:
         parts = explicit_parts(x)[2:]
         if pool.shape != x.shape and (pool.heads % parts[0] or any(n > 1 for n in parts[1:])):
             raise check.fail(
-                f"{name} is {jax.typeof(x)}, but explicit mesh axes may not split K from V: with this layout they may "
-                f"split the third dimension into parts whose number divides {pool.heads}; reshard {name}"
+                f"{name} is {jax.typeof(x)}, but explicit mesh axes may not split K from V or the head dim: with this "
+                f"layout only the third dimension may have parts, whose number divides {pool.heads}; reshard {name}"
             )
         return pool
 

@@ -145,8 +145,9 @@ def append_kv(  # type: ignore[misc]  # only an overload has `unpacked`
 
 def _call(spec: AppendSpec, operands: Operands) -> tuple[jax.Array, ...]:
     """The pools and scales from the custom call, and the lengths from plain JAX."""
-    operands = equally_varying(operands)
-    k_pages, v_pages, *scales = bind(APPEND_DYNAMIC if spec.dynamic else APPEND, spec, operands)
+    # The lengths do not vary over axes that split only heads.
+    varying = equally_varying(operands)
+    k_pages, v_pages, *scales = bind(APPEND_DYNAMIC if spec.dynamic else APPEND, spec, varying)
     before = jax.typeof(operands["kv_lengths"]).sharding
     lengths = in_automatic_axes(lambda x: _lengths_after(x, _slots(spec, x)), operands, before)
     return k_pages, v_pages, lengths, *scales
@@ -210,11 +211,14 @@ def _slots(spec: AppendSpec, operands: Operands) -> _Slots:
         sequence, row = jnp.arange(n, dtype=jnp.int32)[:, None], jnp.arange(s, dtype=jnp.int32)[None]
     capacity = gather.table_capacity(tables, page_size)
     lengths = jnp.clip(operands["kv_lengths"], 0, capacity)
-    position = jnp.pad(lengths, (0, 1))[sequence] + row
+    packed = "cu_seqlens" in operands
+    position = (jnp.pad(lengths, (0, 1))[sequence] if packed else lengths[:, None]) + row
     inside = (row >= 0) & (position < capacity)
     at = jnp.where(inside, position // page_size, 0)
-    # The tables are padded, because they may be empty.
-    page = jnp.pad(tables, ((0, 1), (0, 1)), constant_values=-1)[sequence, at]
+    # The tables are padded, because they may be empty. XLA's partitioner aborts where tables that are split among
+    # devices are read by two indices inside shard_map (jaxlib 0.12.0).
+    padded = jnp.pad(tables, ((0, 1), (0, 1)), constant_values=-1)
+    page = padded[sequence, at] if packed else jnp.take_along_axis(padded[:-1], at, 1)
     return _Slots(sequence, position, page, inside & (page >= 0) & (page < pages), lengths)
 
 

@@ -52,9 +52,12 @@ struct BlockMask {
                      return sees_block(h, at, column) ? SeenPiece::kAll : SeenPiece::kNone;
                    });
   }
-  // Whether the blocks of head h let any of `rows` see any of `keys`; neither interval is empty. Unrolled
-  // loops would take registers from the kernels that skip tiles by it.
+  // Whether the blocks of head h let any of `rows` see any of `keys`; neither interval is empty. Single rows
+  // and keys are not asked, because there are too many: a call with such blocks has ranges, too, which hide
+  // the tiles before the first key and after the last. Unrolled loops would take registers from the kernels
+  // that skip tiles by it.
   JF_HD bool any_sees(int32_t h, const Interval& rows, const Interval& keys) const {
+    if (block_rows == 1 && block_keys == 1) return true;
 #if defined(__CUDA_ARCH__)
 #pragma unroll 1
 #endif

@@ -5,21 +5,41 @@
 #include <cstdint>
 
 #include "core/visible/blocks.h"
-#include "cuda/score/elements.cuh"
 
 namespace jax_flash {
 
-// S [rows from `row`, keys from `key`] ← −inf where the blocks do not show the key. The loop over blocks of
-// keys is not unrolled, which takes the fewest registers.
+// S [rows from `row`, keys from `key`] ← −inf where blocks of single keys do not show the key. Eight elements
+// are loaded at a time; more would take registers from calls with other masks.
+template <class S>
+__device__ __forceinline__ void hide_keys(S& s, const BlockMask& blocks, const Band& band, int32_t row,
+                                          int32_t key) {
+  constexpr int kColumns = 2 * S::kColumnTiles;
+  static_assert(kColumns <= 32);
+#pragma unroll
+  for (int slot = 0; slot < S::kSlots; ++slot) {
+    const int32_t i = row + S::row(slot), at = blocks.block_rows == 1 ? i + blocks.first_row : 0;
+    const uint8_t* const seen = blocks.seen + at * blocks.row + blocks.first_key;
+    const int32_t used = i < band.q_len ? band.k_len : 0;
+    const int32_t end = at < blocks.rows ? min(used, blocks.columns - blocks.first_key) : 0;
+    uint32_t hidden = 0;  // bit 2 n + e
+#pragma unroll 8
+    for (int c = 0; c < kColumns; ++c) {
+      const int32_t j = key + S::column(c / 2, c % 2);
+      const bool sees = j < end && seen[j];
+      if (j < used && !sees) hidden |= 1u << c;
+    }
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c)
+      if (hidden >> c & 1) s.at(slot, c / 2, c % 2) = -INFINITY;
+  }
+}
+
+// The same for blocks of any size. The loop over blocks of keys is not unrolled, which takes the fewest
+// registers.
 template <class S>
 __device__ __forceinline__ void hide_outside_blocks(S& s, const BlockMask& blocks, const Band& band,
                                                     int32_t row, int32_t key) {
-  if (blocks.block_keys == 1) {
-    hide_where(
-        s, band, key, [row](int slot) { return row + S::row(slot); },
-        [&](int32_t i, int32_t j) { return !blocks.sees(0, i, j); });
-    return;
-  }
+  if (blocks.block_keys == 1) return hide_keys(s, blocks, band, row, key);
   const int32_t first = key + blocks.first_key, last = (first + S::kColumns - 1) / blocks.block_keys;
 #pragma unroll 1
   for (int32_t column = first / blocks.block_keys; column <= last; ++column) {
