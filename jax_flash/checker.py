@@ -117,7 +117,9 @@ class Checker:
 
     def float32(self, name: str, x: Any) -> jax.Array:
         array = self.array(name, x)
-        if array.dtype == jnp.float64 and not isinstance(x, jax.Array):  # what JAX makes of host arrays without x64
+        if array.dtype == jnp.float64 and not isinstance(
+            x, jax.Array
+        ):  # what JAX makes of host arrays without x64
             array = array.astype(jnp.float32)
         if array.dtype != jnp.float32:
             raise self.fail(

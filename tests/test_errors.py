@@ -340,6 +340,7 @@ def test_every_raise_of_the_checks_is_in_the_table():
         reached |= raising_lines(lambda f=function, a=defaults | wrong: trace(f, a))
     numbers = [partial(jax_flash.zigzag_positions, 8, n) for n in (2.0, 0)]
     numbers.append(partial(checker.Checker("f").divisor, "k_scale", 0))
+    numbers.append(partial(checker.Checker("f").page_layout, "dhn"))
     for call in (symbolic_heads, symbolic_head_dim, symbolic_shard, *numbers):
         reached |= raising_lines(call)
     for module in (checker, validate):
