@@ -46,7 +46,9 @@ def apply(
     if any(block) and "draft_mask" in operands:
         name = "masks.dense(…)" if block[0] in (1, mask_elements.WHOLE) else "masks.blocks(…)"
         raise check.fail(
-            f"mask has {name}, which no implementation has beside draft_mask", NotImplementedError
+            f"mask has {name}, which no implementation has beside draft_mask; merge_attention joins a call of the keys "
+            "before the draft, with the mask, and one of the draft's own keys, with draft_mask",
+            NotImplementedError,
         )
     if any(block) and ring is not None and not takes_blocks(spec, sizes.rows, sizes.keys):
         raise check.fail(
