@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from . import reference
 from ._jax import same_dim
@@ -37,7 +37,9 @@ def block_mask(
 ) -> Array:
     """The operand of blocks as large as `block_of` says. Rows of packed calls are packed tokens, unless a block has all
     rows of a sequence. `blocks`, `shown`: the blocks that hold as well, and which of them are visible."""
-    seen, sequence = array.seen, rows.sequence
+    # The barrier keeps XLA from evaluating what follows while it compiles, if the array is a constant of the program.
+    seen: Array = lax.optimization_barrier(array.seen)
+    sequence = rows.sequence
     if sizes.packed and (array.by_sequence or not same_dim(seen.shape[0], 1)):
         if _has_each(array, seen.shape[2]):
             seen = rows.of_sequences(seen)

@@ -311,3 +311,16 @@ def test_arrays_of_any_rank_without_rank_promotion(implementation):
         np.testing.assert_allclose(missing[:, 0, 0, 0], [1, jnp.nan], rtol=1e-6)
         out = run(q.reshape(2, 4, 2, 8), *pages, mask=segments)
         np.testing.assert_allclose(out[0, 0], 1, rtol=1e-6)
+
+
+def test_arrays_beside_packed_keys_are_no_work_for_the_compiler(kernel):
+    """XLA evaluates what depends only on constants while it compiles, which took half a minute for 4 million pairs."""
+    mask = masks.dense(np.tril(np.ones((8, 8), bool))[None, None])
+    x, starts = jnp.ones((8, 2, 8)), jnp.array([0, 8], jnp.int32)
+    text = (
+        jax.jit(lambda x: flash_attention_varlen(x, x, x, starts, mask=mask, implementation=kernel))
+        .lower(x)
+        .as_text()
+    )
+    barrier = text.index("optimization_barrier")
+    assert "tensor<1x1x8x8xi1>" in text[barrier : text.index("\n", barrier)]
