@@ -10,7 +10,7 @@ from cases import DTYPES, Case, varlen
 from conftest import IMPLEMENTATION
 from pages import FLOAT8, paged, require
 
-from jax_flash import flash_attention, paged_attention
+from jax_flash import flash_attention, masks, paged_attention
 
 DECODE = Case("decode", b=4, sq=1, sk=30, kv_lengths=(13, 0, 1, 30))
 CHUNK = Case("chunk", b=3, sq=4, sk=30, kv_lengths=(25, 4, 2))
@@ -310,19 +310,28 @@ def rows_that_see(case, z, keys):
     return hit
 
 
-def test_garbage_of_every_kind_at_once(kernel):
-    """Random bits in tables, lengths and offsets give numbers or NaN, and never a crash."""
+GARBAGE = {
+    "causal": {"causal": True},
+    "a draft mask": {"draft_mask": np.random.default_rng(1).random((4, 3, 3)) < 0.5},
+    "a boolean array": {"mask": masks.dense(np.random.default_rng(2).random((1, 4, 9, 7)) < 0.5)},
+}
+
+
+@pytest.mark.parametrize("options", GARBAGE.values(), ids=GARBAGE)
+def test_garbage_of_every_kind_at_once(kernel, options):
+    """With random bits in tables, lengths and offsets every result is an average of the pool's values, 0 or NaN."""
     require(kernel)
     rng = np.random.default_rng(0)
     q = jnp.asarray(rng.standard_normal((9, 4, 16)), jnp.float32)
-    pool = jnp.asarray(rng.standard_normal((5, 3, 2, 16)), jnp.float32)
-    call = jax.jit(lambda *a: paged_attention(*a[:5], cu_seqlens_q=a[5], causal=True, implementation=kernel))
+    pool = jnp.asarray(rng.uniform(1, 2, (5, 3, 2, 16)), jnp.float32)
+    call = jax.jit(lambda *a: paged_attention(*a[:5], cu_seqlens_q=a[5], implementation=kernel, **options))
     for _ in range(20):
         tables, lengths, cu = (
             jnp.asarray(rng.integers(-(2**31), 2**31, shape) >> int(rng.integers(0, 30)), jnp.int32)
             for shape in ((4, 6), (4,), (5,))
         )
-        call(q, pool, pool, tables, lengths, cu).block_until_ready()
+        out = np.asarray(call(q, pool, pool, tables, lengths, cu))
+        assert (np.isnan(out) | (out == 0) | ((out > 0.999) & (out < 2.001))).all()
 
 
 @pytest.mark.parametrize("shape", ["no sequences", "no queries", "no table", "no pages", "no padding"])

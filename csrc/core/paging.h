@@ -16,8 +16,8 @@ JF_HD int32_t table_capacity(int64_t entries, int64_t page_size) {
   return static_cast<int32_t>(entries > kMost / page_size ? kMost : entries * page_size);
 }
 
-// What PageTable::find returns instead of a page: the table's entry lies outside the pool, or there is no
-// such key.
+// PageTable::find returns these instead of a page, where the table's entry lies outside the pool or there is
+// no such key.
 inline constexpr int32_t kMissingPage = -1, kNoPage = -2;
 
 struct PageSlot {

@@ -36,9 +36,9 @@ class ValueOfKernel {
   std::map<std::pair<int, const void*>, int> values_;
 };
 
-// Allows a kernel more dynamic shared memory than the 48 KB that it may use without. What was allowed is
-// remembered, since asking CUDA takes .3 µs, and only raised, because the kernels of append take different
-// sizes and all threads of the process share it.
+// Allows a kernel more dynamic shared memory than the 48 KB that it may use without. The limit is remembered,
+// since asking CUDA takes .3 µs, and only raised, because the kernels of append take different sizes and all
+// threads of the process share it.
 inline cudaError_t allow_shared(const void* kernel, int bytes) {
   static ValueOfKernel allowed;
   return allowed.with(kernel, [&](int& most) {

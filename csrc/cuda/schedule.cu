@@ -52,7 +52,7 @@ struct Starts {
 
 __device__ __forceinline__ TileWork empty_entry() { return {kNoSequence, 0, 0, 0, 0, 0, 0, 0}; }
 
-// What all tiles of padded sequence z have in common; their row and end are set later.
+// The fields that all tiles of padded sequence z share; their row and end are set later.
 template <Over over>
 __device__ TileWork sequence_tiles(const Problem& p, int64_t leading, const Starts& starts, int32_t block,
                                    const DecodeGrid& decode, int32_t z) {

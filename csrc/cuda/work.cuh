@@ -152,7 +152,7 @@ __device__ __forceinline__ int64_t slot_of_tile(const Problem& p, const BlockWor
          tile.row / block;
 }
 
-// What launch_segments has found for a slot of a table.
+// The result of launch_segments for a slot of a table.
 __device__ __forceinline__ SeenByTile seen_of_slot(const Problem& p, const Interval* table, int64_t slot) {
   if (!p.ranges) return {table[slot], {0, 0}};
   return {table[2 * slot], table[2 * slot + 1]};

@@ -67,7 +67,7 @@ class Work:
 class Visit:
     """The work of all devices at one distance.
 
-    Of each shard of keys, `size` tokens from `start` on are sent, from source to destination for each pair of `route`.
+    `size` tokens from `start` on of each shard of keys are sent, from source to destination for each pair of `route`.
     """
 
     distance: int

@@ -214,8 +214,8 @@ inline void keep_in_step(PersistentTiles& tiles, const Problem& p, int32_t worke
   tiles.heads_together = static_cast<uint32_t>(workers / std::max(1, tiles.tiles_per_head));
 }
 
-// The same if steps are listed: those KV heads that have about one tile for each worker. Of more heads, Q, dO
-// and the sums of dQ would not stay in L2. Groups are of equal size. A kernel orders the tiles of a group.
+// The same if steps are listed: those KV heads that have about one tile for each worker. With more heads, Q,
+// dO and the sums of dQ would not stay in L2. Groups are of equal size. A kernel orders the tiles of a group.
 inline uint32_t listed_heads_together(int32_t tiles_per_head, uint32_t heads, int32_t workers) {
   const auto running = static_cast<uint32_t>(std::max(1, workers / tiles_per_head));
   const uint32_t groups = std::max(1u, heads / running);
