@@ -40,8 +40,8 @@ struct ListOfTile : GapOfTiles<false> {
   const KeyPieces* list;                       // of the key tiles
   int32_t keys_of_piece;
   int32_t rows[kConsumers], heads[kConsumers];
-  // For a boolean mask: the words of the tile of the first rows and keys, the strides to those of further rows
-  // and keys, and the keys that the band shows to all rows of a consumer.
+  // For a boolean mask: the words of the tile of the first rows and keys, strides to those of further ones,
+  // and the keys that the band shows to all rows of a consumer.
   const uint32_t* mask_words;
   int64_t words_of_rows;
   int32_t words_of_keys;
