@@ -117,9 +117,8 @@ class Checker:
 
     def float32(self, name: str, x: Any) -> jax.Array:
         array = self.array(name, x)
-        if array.dtype == jnp.float64 and not isinstance(
-            x, jax.Array
-        ):  # what JAX makes of host arrays without x64
+        # Without x64 JAX makes float32 of host arrays.
+        if array.dtype == jnp.float64 and not isinstance(x, jax.Array):
             array = array.astype(jnp.float32)
         if array.dtype != jnp.float32:
             raise self.fail(

@@ -44,7 +44,7 @@ def block_mask(
         if _has_each(array, seen.shape[2]):
             seen = rows.of_sequences(seen)
         elif blocks is not None:  # by row, since rows differ in their blocks
-            seen = jnp.swapaxes(seen[jnp.clip(sequence, 0, seen.shape[0] - 1), :, 0], 0, 1)[None]
+            seen = _of_sequences(seen, rows)
     if blocks is None or shown is None:
         return seen
     columns = seen.shape[3] if _has_each(array, seen.shape[3]) else sizes.columns
@@ -53,14 +53,23 @@ def block_mask(
     return seen & (beside if sequence is None else jnp.swapaxes(beside, 0, 1)[None])
 
 
-def hull_of(seen: Array) -> Pair:
-    """From the first to the last key that each row sees, of a boolean array [b|1, h|1, s, sk]; by these ranges kernels
+def hull_of(shown: Array, block: tuple[int, int], rows: Rows) -> Pair:
+    """From the first to the last key that each row sees in a mask whose blocks have one key; by these ranges kernels
     skip tiles."""
-    keys = seen.shape[3]
+    keys = shown.shape[3]
     if same_dim(keys, 0):
         return between(0, 0)
-    past = jnp.where(seen.any(3), keys - jnp.argmax(seen[..., ::-1], 3), 0)
-    return between(jnp.argmax(seen, 3), past)
+    first = jnp.argmax(shown, 3)
+    past = jnp.where(shown.any(3), keys - jnp.argmax(shown[..., ::-1], 3), 0)
+    if rows.sequence is not None and block[0] == WHOLE:
+        first, past = (_of_sequences(x, rows) for x in (first, past))
+    return between(first, past)
+
+
+def _of_sequences(x: Array, rows: Rows) -> Array:
+    """The elements [1, h, s, …] of packed rows in an array [n|1, h|1, 1, …] with one for all rows of a sequence."""
+    assert rows.sequence is not None
+    return jnp.swapaxes(x[jnp.clip(rows.sequence, 0, x.shape[0] - 1), :, 0], 0, 1)[None]
 
 
 def _has_each(array: Dense, size: int) -> bool:

@@ -317,17 +317,14 @@ class Blocks(Form):
 class Dense(Form):
     """A boolean for each row and key.
 
-    `by_sequence`: in packed calls the array is [n|1, h|1, rows of a sequence, its keys], whatever its sizes. None: one
-    of two arrays that were joined is.
+    `by_sequence`: in packed calls the array is [n|1, h|1, rows of a sequence, its keys], whatever its sizes. None: it
+    joins arrays whose rows and keys do not mean the same where the array has not all of them.
     """
 
     name: ClassVar[str] = "dense"
 
     seen: Array  # [b|1, hq|1, sq|1, sk|1]
     by_sequence: bool | None = False
-
-    def joined(self, other: Dense, seen: Array) -> Dense:
-        return Dense(seen, self.by_sequence if self.by_sequence is other.by_sequence else None)
 
     def most_ranges(self) -> None:
         return None

@@ -43,7 +43,9 @@ def joined(a: Form, b: Form) -> Form | None:
     """The keys that either of two conditions shows, if they are not made of ranges; None if there is no such form."""
     if isinstance(a, forms.Dense) and isinstance(b, forms.Dense):
         x, y = _of_one_shape("dense(…) | dense(…)", "arrays", _OF_ARRAYS, 4, a.seen, b.seen)
-        return a.joined(b, x | y)
+        # Past the rows and keys of one array, another that has one for all may show more.
+        alike = a.by_sequence is b.by_sequence and all(map(same_dim, x.shape[2:], y.shape[2:]))
+        return forms.Dense(x | y, a.by_sequence if alike else None)
     if isinstance(a, forms.Blocks) and isinstance(b, forms.Blocks) and a.block == b.block:
         both = _of_one_shape("blocks(…) | blocks(…)", "chosen", _OF_CHOSEN, 4, a.chosen, b.chosen)
         lead = jnp.broadcast_shapes(*(x.shape[:-1] for x in both))
@@ -67,7 +69,7 @@ def _of_one_shape(masks: str, name: str, dims: str, rank: int, *arrays: Array) -
 
 def _both_arrays(a: forms.Dense, b: forms.Dense) -> forms.Dense:
     x, y = _of_one_shape("dense(…) & dense(…)", "arrays", _OF_ARRAYS, 4, a.seen, b.seen)
-    return a.joined(b, x & y)
+    return forms.Dense(x & y, a.by_sequence if a.by_sequence is b.by_sequence else None)
 
 
 def _both_blocks(a: forms.Blocks, b: forms.Blocks) -> forms.Blocks:

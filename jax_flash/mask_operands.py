@@ -44,7 +44,8 @@ def apply(
     mask, spec, window = mask_bands.without_arrays(mask, spec, ring)
     block = mask_elements.block_of(mask.conditions, sizes)
     if any(block) and "draft_mask" in operands:
-        name = "masks.dense(…)" if block[0] in (1, mask_elements.WHOLE) else "masks.blocks(…)"
+        blocks = all(not isinstance(x, forms.Dense) for x in mask.conditions)
+        name = "masks.blocks(…)" if blocks else "masks.dense(…)"
         raise check.fail(
             f"mask has {name}, which no implementation has beside draft_mask; merge_attention joins a call of the keys "
             "before the draft, with the mask, and one of the draft's own keys, with draft_mask",
@@ -114,8 +115,8 @@ def _made(
         found["mask"] = array.seen
     elif array is not None:
         shown = mask_elements.block_mask(array, blocks, shown, spec, rows, sizes)
-        if spec.block == (1, 1):
-            hull = [mask_elements.hull_of(shown)]
+        if spec.block[1] == 1:
+            hull = [mask_elements.hull_of(shown, spec.block, rows)]
             pairs = tuple(conjunctions.intersection(pairs, hull) if pairs else hull)
     if shown is not None:
         found["block_mask"] = shown

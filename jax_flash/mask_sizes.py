@@ -93,10 +93,10 @@ def _check_elements(check: Checker, x: forms.Dense, sizes: Sizes) -> None:
     """Boolean arrays where keys are packed or in pages, of which there may be any number."""
     b, h, rows, _ = forms.with_rank(x.seen, 4).shape
     own_rows = sizes.packed and (x.by_sequence or not same_dim(b, 1))
-    if x.by_sequence is None and not own_rows:
+    if x.by_sequence is None:
         raise check.fail(
-            "mask joins masks.from_function(…), whose rows count from the first of each sequence, with "
-            "masks.dense(…), whose rows are packed tokens; masks.dense(…) of one array takes any mask"
+            "mask joins masks.from_function(…) with masks.dense(…), or two masks.dense(…) of other rows or keys by |; "
+            "beside packed keys and pages masks.dense(…) of one array takes any mask"
         )
     entries = (1, sizes.batch) if own_rows or not sizes.packed else (1,)
     good = any(same_dim(b, n) for n in entries) and h in (1, sizes.heads)

@@ -47,8 +47,9 @@ def visible_pairs(spec: AttentionSpec, shapes: Shapes, values: Values) -> int:
     limits = _ranges(sizes, values)
     if "draft_mask" in values and "ranges" not in values:
         drafts = np.broadcast_to(values["draft_mask"], (len(sizes), *values["draft_mask"].shape[1:]))
-        hidden = (_picture_of_band(x) & _hidden_drafts(x, ~m) for x, m in zip(sizes, drafts))
-        return heads * sum(_in_band(x) - int(y.sum()) for x, y in zip(sizes, hidden))
+        few = [(x, ~m) for x, m in zip(sizes, drafts) if x.rows <= len(m)]  # others have no drafts
+        hidden = sum(int((_picture_of_band(x) & _hidden_drafts(x, m)).sum()) for x, m in few)
+        return heads * (sum(map(_in_band, sizes)) - hidden)
     others = values.keys() & {"mask", "bias", "block_mask", "q_segment_ids", "draft_mask"}
     if "ranges" in values and not others:
         return sum(_in_ranges(size, x) * (heads // len(x)) for size, x in zip(sizes, limits))

@@ -176,7 +176,7 @@ def _function(rng: Any, s: Sizes) -> tuple[masks.Mask, Sees]:
 
 def _element(x: np.ndarray, h: Any, i: Any, j: Any) -> Any:
     """x [h | 1, rows | 1, keys | 1], False past its keys if it has several."""
-    h, i = h if len(x) > 1 else 0, i if x.shape[1] > 1 else 0
+    h, i = h if len(x) != 1 else 0 * h, i if x.shape[1] != 1 else 0 * i
     if x.shape[2] == 1:
         return x[h, i, 0 * j]
     return x[h, i, np.minimum(j, x.shape[2] - 1)] & (j < x.shape[2])

@@ -351,7 +351,10 @@ MANY_RANGES = masks.from_function(lambda b, h, i, j: (i + j) % 2 == 0, S, S)
         (lambda: flash_attention_varlen(*PACKED, mask=masks.dense(np.ones((1, 1, 5, S), bool))), ValueError,
          r"mask's dense array must have shape \[1, 1 or 4, 1 or 48 tokens, keys\], or by sequence"),
         (lambda: flash_attention_varlen(*PACKED, mask=masks.dense(np.ones((1, 1, S, S), bool)) & MANY_RANGES),
-         ValueError, r"mask joins masks\.from_function.* with masks\.dense.*, whose rows are packed tokens"),
+         ValueError, r"mask joins masks\.from_function\(…\) with masks\.dense\(…\)"),
+        (lambda: flash_attention_varlen(
+            *PACKED, mask=masks.dense(np.ones((1, 1, S, 1), bool)) | masks.dense(np.ones((1, 1, S, 5), bool))
+        ), ValueError, r"or two masks\.dense\(…\) of other rows or keys by \|"),
         (lambda: flash_attention_varlen(*PACKED, mask=masks.segments(I(S - 1))), ValueError,
          r"mask's segments of queries must broadcast to \[tq\] = \(48,\), got shape \(47,\)"),
         (lambda: flash_attention_varlen(*PACKED, mask=masks.bidirectional_spans(I((2, S)))), ValueError,

@@ -271,6 +271,7 @@ def test_arrays_beside_pages_hide_keys_past_their_own(implementation):
             masks.ranges(0, np.where(np.arange(S) < 9, S, 0)),
         ),
         (masks.dense(np.ones((1, 1, S, 0), bool)), masks.ranges(0, 0)),
+        (masks.dense(np.ones((1, 1, 1, 0), bool)), masks.ranges(0, 0)),
     ):
         np.testing.assert_allclose(run(mask=mask), run(mask=same), rtol=1e-5, atol=1e-5)
 

@@ -385,8 +385,7 @@ static __attribute__((noinline)) void multiply_words(const Word* a, int64_t lda,
   }
 }
 
-// A range of columns [lo, hi) of a tile; empty when hi <= lo.
-using Columns = Interval;
+using Columns = Interval;  // of a tile
 
 inline constexpr int kMaxBlocks = kTileM / kBlockRows;
 
