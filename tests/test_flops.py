@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pages
 import pytest
-from cases import FIXED, VARLEN, Case, make_inputs, operands, spec, varlen
+from cases import ARRAYS, FIXED, VARLEN, Case, make_inputs, operands, spec, varlen
 
 from jax_flash import (
     append_kv,
@@ -22,7 +22,7 @@ from jax_flash import (
     ring_attention,
 )
 
-by_name = pytest.mark.parametrize("case", FIXED + VARLEN, ids=lambda case: case.name)
+by_name = pytest.mark.parametrize("case", FIXED + VARLEN + ARRAYS, ids=lambda case: case.name)
 
 
 def count(case, inputs, of="forward", **options):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FORMS, VARLEN, Case, varlen
+from cases import ARRAYS, FORMS, VARLEN, Case, varlen
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from pages import paged
@@ -18,7 +18,7 @@ import jax_flash
 from jax_flash import flash_attention, flash_attention_varlen, masks
 from jax_flash.flax import attention_fn
 
-OF_FORMS = FORMS + tuple(case for case in VARLEN if case.forms)
+OF_FORMS = FORMS + ARRAYS + tuple(case for case in VARLEN if case.forms)
 
 
 @pytest.mark.parametrize("case", OF_FORMS, ids=lambda case: case.name)

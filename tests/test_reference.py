@@ -12,9 +12,7 @@ from cases import BY_NAME, FIXED, VARLEN, Case, Inputs, make_inputs, operands, s
 
 from jax_flash import flash_attention, reference
 
-# The limits by which the oracle gives the pairs of packed boolean arrays are more than those of two ranges.
-OF_OPERANDS = [case for case in FIXED + VARLEN if not {"dense", "function"} & {*case.forms}]
-named = pytest.mark.parametrize("case", OF_OPERANDS, ids=lambda case: case.name)
+named = pytest.mark.parametrize("case", FIXED + VARLEN, ids=lambda case: case.name)
 
 
 def result(case: Case, inputs: Inputs) -> oracle.Result:
