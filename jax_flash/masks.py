@@ -352,7 +352,7 @@ def _positive(function: str, name: str, x: Any) -> int:
 def _sizes(conditions: tuple[Form, ...]) -> tuple[int, int]:
     """The numbers of rows and keys in the arrays of a mask; 8 if no array tells."""
     each = [*conjunctions.flat(conditions)]
-    rows, keys = (max(sizes, default=0) for sizes in zip(*(x.extent() for x in each))) if each else (0, 0)
+    rows, keys = (max(sizes) for sizes in zip((0, 0), *(x.extent() for x in each)))
     # The last block may be longer than the rows.
     of_blocks = [x.chosen.shape[-2] * x.block[0] for x in each if isinstance(x, forms.Blocks)]
     rows = rows or max(of_blocks, default=0) or 8

@@ -11,7 +11,6 @@ by zeros; and rows of P·V that see such a value become NaN.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -23,26 +22,11 @@ from . import philox
 from ._jax import same_dim
 from .largest import max_or_nan
 from .mask_rows import minus, plus
-from .offsets import starts_of
+from .places import Place, place_fixed, place_varlen
 from .spec import UNLIMITED, AttentionSpec
 
 _INF = float("inf")
 _PACKED = ("query", "key", "value")
-
-
-@dataclass(frozen=True)
-class _Place:
-    """The positions of the rows and columns of S; b is 1 where nothing depends on the batch entry."""
-
-    sequence: Array  # [b, sq | 1]  batch entry or sequence, the index into dropout and alibi
-    row: Array  # [b, sq]  i, the position within the sequence
-    column: Array  # [b, sk]  j
-    diagonal: Array  # [b, sq]  c(i)
-    row_used: Array  # [b, sq]  i < nq
-    rows: Array  # [b, sq | 1]  nq
-    new: Array  # [b, sq | 1]  nk − nq, the first of the sequence's new tokens among its keys
-    column_used: Array  # [b, sk]  j < nk
-    segments: tuple[Array, Array] | None  # [b, sq], [b, sk]  a row sees keys of its own segment only
 
 
 @partial(jax.jit, static_argnames=("spec", "round_to"), inline=True)
@@ -62,13 +46,13 @@ def attention(
       query is float64 (lse and row_max then are float64 too).
     """
     if spec.layout == "fixed":
-        return _attend(spec, operands, _place_fixed(spec, operands), round_to)
+        return _attend(spec, operands, place_fixed(spec, operands), round_to)
     batch = operands | {name: operands[name][None] for name in _PACKED}
-    return tuple(x[0] for x in _attend(spec, batch, _place_varlen(spec, operands), round_to))
+    return tuple(x[0] for x in _attend(spec, batch, place_varlen(spec, operands), round_to))
 
 
 def _attend(
-    spec: AttentionSpec, operands: dict[str, Array], place: _Place, round_to: jnp.dtype | None
+    spec: AttentionSpec, operands: dict[str, Array], place: Place, round_to: jnp.dtype | None
 ) -> tuple[Array, ...]:
     dtype = operands["query"].dtype
     wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
@@ -93,78 +77,6 @@ def _attend(
     sees_nonfinite = jnp.swapaxes((visible & nonfinite[:, :, None]).any(3), 1, 2)[..., None]  # [b, sq, hq, 1]
     o = jnp.where(row_read, _probability_value(p, v, sees_nonfinite), 0)  # [b, sq, hq, dv]
     return o.astype(dtype), lse, *row_max
-
-
-def _place_fixed(spec: AttentionSpec, operands: dict[str, Array]) -> _Place:
-    b, sq = operands["query"].shape[:2]
-    sk = operands["key"].shape[1]
-    nq = _length(operands.get("q_lengths"), sq)
-    nk = _length(operands.get("kv_lengths"), sk)
-    row, column = _iota(sq)[None], _iota(sk)[None]
-    segments = None
-    if "q_segment_ids" in operands:
-        segments = operands["q_segment_ids"], operands["kv_segment_ids"]
-    return _Place(
-        sequence=_iota(b)[:, None],
-        row=row,
-        column=column,
-        diagonal=_diagonal(spec, operands, row, nq, nk),
-        row_used=row < nq,
-        rows=nq,
-        new=nk - nq,
-        column_used=column < nk,
-        segments=segments,
-    )
-
-
-def _place_varlen(spec: AttentionSpec, operands: dict[str, Array]) -> _Place:
-    cu_q, z_q, row = _locate(operands["cu_seqlens_q"], operands["query"].shape[0])
-    cu_k, z_k, column = _locate(operands["cu_seqlens_k"], operands["key"].shape[0])
-    outside = cu_q.shape[0] - 1  # tokens outside every sequence form one more sequence, of length 0
-    nq = jnp.diff(cu_q, append=cu_q[-1:])
-    nk = jnp.diff(cu_k, append=cu_k[-1:])
-    if "kv_lengths" in operands:
-        nk = jnp.minimum(nk, jnp.append(jnp.maximum(operands["kv_lengths"], 0), jnp.int32(0)))
-    return _Place(
-        sequence=z_q[None],
-        row=row[None],
-        column=column[None],
-        diagonal=_diagonal(spec, operands, row, nq[z_q], nk[z_q])[None],
-        row_used=(z_q < outside)[None],
-        rows=nq[z_q][None],
-        new=(nk - nq)[z_q][None],
-        column_used=(column < nk[z_k])[None],
-        segments=(z_q[None], z_k[None]),
-    )
-
-
-def _locate(cu_seqlens: Array, tokens: int) -> tuple[Array, Array, Array]:
-    """Monotone cu_seqlens `[n + 1]`; per token `[tokens]` its sequence (n if outside all) and position in it."""
-    cu = starts_of(cu_seqlens, tokens)
-    n = cu.shape[0] - 1
-    token = _iota(tokens)
-    z = jnp.sum(cu[:, None] <= token[None], axis=0, dtype=jnp.int32) - 1
-    z = jnp.where(z < 0, n, z)
-    return cu, z, token - cu[z]
-
-
-def _length(lengths: Array | None, size: int) -> Array:
-    """The number of rows in use, `[b, 1]`, or `[1, 1]` if all are."""
-    if lengths is None:
-        return jnp.full((1, 1), size, jnp.int32)
-    return jnp.clip(lengths, 0, size)[:, None]
-
-
-def _diagonal(spec: AttentionSpec, operands: dict[str, Array], row: Array, nq: Array, nk: Array) -> Array:
-    """c(i): the key of this call on the diagonal of row i."""
-    diagonal = row + (nk - nq) if spec.align == "bottom_right" else row
-    return diagonal + first_offset(operands)
-
-
-def first_offset(operands: dict[str, Array]) -> Array | int:
-    """How far the call's first query lies behind its first key, in the sequence that the call is a part of."""
-    position = operands.get("position")
-    return 0 if position is None else position[0] - position[1]
 
 
 def band_limits(
@@ -196,12 +108,12 @@ def band_limits(
     return limit("window_left", spec.left, minus), limit("window_right", spec.right, plus)
 
 
-def _offset(place: _Place) -> Array:
+def _offset(place: Place) -> Array:
     """j − c(i), the distance of key j behind the diagonal of row i, `[b|1, 1, sq, sk]`."""
     return place.column[:, None, None, :] - place.diagonal[:, None, :, None]
 
 
-def _visible(spec: AttentionSpec, operands: dict[str, Array], place: _Place) -> Array:
+def _visible(spec: AttentionSpec, operands: dict[str, Array], place: Place) -> Array:
     """Whether query row i sees key j, `[b|1, hq|1, sq, sk]`."""
     visible = place.row_used[:, None, :, None] & place.column_used[:, None, None, :]
     first, last = band_limits(spec, operands, place.diagonal, place.sequence)
@@ -225,7 +137,7 @@ def _visible(spec: AttentionSpec, operands: dict[str, Array], place: _Place) -> 
     return visible
 
 
-def _in_ranges(ranges: Array, place: _Place) -> Array:
+def _in_ranges(ranges: Array, place: Place) -> Array:
     """Whether key j lies in one of the ranges of row i, `[b|1, hq|1, sq, sk]`; ranges: `[b|1, hq|1, sq, 2|4]`, packed
     `[hq|1, tq, 2|4]`."""
     if ranges.ndim == 3:
@@ -237,7 +149,7 @@ def _in_ranges(ranges: Array, place: _Place) -> Array:
     )
 
 
-def _in_blocks(spec: AttentionSpec, operands: dict[str, Array], place: _Place) -> Array:
+def _in_blocks(spec: AttentionSpec, operands: dict[str, Array], place: Place) -> Array:
     """Whether key j lies in a block that the block of row i sees, `[b|1, hq|1, sq, sk]`."""
     first_row, first_key = operands.get("position", (0, 0))
     if spec.layout == "fixed":
@@ -266,7 +178,7 @@ def seen_blocks(
     return of_rows[..., columns]
 
 
-def _drafts(spec: AttentionSpec, mask: Array, operands: dict[str, Array], place: _Place) -> Array:
+def _drafts(spec: AttentionSpec, mask: Array, operands: dict[str, Array], place: Place) -> Array:
     """The pairs that the draft mask shows, `[b, 1, sq, sk]`: new token a sees new token b, which is key new + b, if the
     mask is true there. It does not apply to a sequence with more rows than the mask has."""
     size = mask.shape[-1]
@@ -281,10 +193,10 @@ def _drafts(spec: AttentionSpec, mask: Array, operands: dict[str, Array], place:
 
 def draft_mask(spec: AttentionSpec, operands: dict[str, Array]) -> Array:
     """The draft mask of a fixed call as a mask, `[b, 1, sq, sk]`."""
-    return _drafts(spec, operands["draft_mask"], operands, _place_fixed(spec, operands))
+    return _drafts(spec, operands["draft_mask"], operands, place_fixed(spec, operands))
 
 
-def _score(spec: AttentionSpec, operands: dict[str, Array], place: _Place, visible: Array, s: Array) -> Array:
+def _score(spec: AttentionSpec, operands: dict[str, Array], place: Place, visible: Array, s: Array) -> Array:
     """s ← softcap(s) + bias − slope·|c(i) − j|, or softcap(s + bias) − …"""
     bias = jnp.where(visible, operands["bias"].astype(s.dtype), 0) if "bias" in operands else 0
     if spec.bias_first:
@@ -298,7 +210,7 @@ def _score(spec: AttentionSpec, operands: dict[str, Array], place: _Place, visib
     return s
 
 
-def _slopes(spec: AttentionSpec, operands: dict[str, Array], place: _Place) -> Array:
+def _slopes(spec: AttentionSpec, operands: dict[str, Array], place: Place) -> Array:
     """The alibi slope of each row, `[b|1, hq, sq|1, 1]`."""
     slopes = lax.stop_gradient(operands["alibi_slopes"])
     if spec.layout == "fixed":
@@ -308,7 +220,7 @@ def _slopes(spec: AttentionSpec, operands: dict[str, Array], place: _Place) -> A
     return slopes.T[None, :, :, None]
 
 
-def _sink(operands: dict[str, Array], place: _Place, dtype: DTypeLike) -> Array:
+def _sink(operands: dict[str, Array], place: Place, dtype: DTypeLike) -> Array:
     """The logit of each row's sink, `[b|1, hq|1, sq|1, 1]`: one more column of S, which has no value."""
     if "sinks" not in operands:
         return jnp.full((1, 1, 1, 1), -_INF, dtype)
@@ -330,14 +242,14 @@ def _softmax(s: Array, sink: Array) -> tuple[Array, Array]:
     return e / total, lse[..., 0]
 
 
-def _drop(spec: AttentionSpec, operands: dict[str, Array], place: _Place, p: Array) -> Array:
+def _drop(spec: AttentionSpec, operands: dict[str, Array], place: Place, p: Array) -> Array:
     if "dropout" not in operands:
         return p
     kept = philox.keep(
         operands["dropout"],
         spec.dropout_rate,
         batch=place.sequence[:, None, :, None],
-        head=_iota(p.shape[1])[None, :, None, None],
+        head=jnp.arange(p.shape[1], dtype=jnp.int32)[None, :, None, None],
         row=place.row[:, None, :, None],
         column=place.column[:, None, None, :],
     )
@@ -397,7 +309,3 @@ def _product_of_values(p: Array, v: Array) -> Array:
 
 def _round(x: Array, dtype: jnp.dtype | None) -> Array:
     return x if dtype is None else x.astype(dtype).astype(x.dtype)
-
-
-def _iota(n: int) -> Array:
-    return jnp.arange(n, dtype=jnp.int32)

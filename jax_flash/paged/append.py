@@ -204,14 +204,14 @@ def _slots(spec: AppendSpec, operands: Operands) -> _Slots:
     tables = operands["block_tables"]
     pool = gather.tokens_first(operands["k_pages"], spec.page_layout)
     pages, page_size = pool.shape[:2]
-    if "cu_seqlens" in operands:
+    packed = "cu_seqlens" in operands
+    if packed:
         sequence, row, _ = offsets.locate(operands["cu_seqlens"], operands["key"].shape[0])
     else:
         n, s = operands["key"].shape[:2]
         sequence, row = jnp.arange(n, dtype=jnp.int32)[:, None], jnp.arange(s, dtype=jnp.int32)[None]
     capacity = gather.table_capacity(tables, page_size)
     lengths = jnp.clip(operands["kv_lengths"], 0, capacity)
-    packed = "cu_seqlens" in operands
     position = (jnp.pad(lengths, (0, 1))[sequence] if packed else lengths[:, None]) + row
     inside = (row >= 0) & (position < capacity)
     at = jnp.where(inside, position // page_size, 0)

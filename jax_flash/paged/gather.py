@@ -15,6 +15,7 @@ from .. import offsets, reference
 from .._jax import same_dim
 from ..checker import INT32_MAX
 from ..operands import OPTIONAL
+from ..places import first_offset
 from ..spec import AttentionSpec, Layout
 
 Operands = dict[str, jax.Array]
@@ -118,7 +119,7 @@ def rows_missing_pages(spec: AttentionSpec, operands: Operands) -> jax.Array:
     nk = jnp.clip(operands["kv_lengths"], 0, table_capacity(tables, page_size))
     nk = jnp.pad(nk, (0, 1))[sequence]  # the padding is needed if there is no sequence at all
     diagonal = row + (nk - nq) if spec.align == "bottom_right" else row
-    diagonal = diagonal + reference.first_offset(operands)
+    diagonal = diagonal + first_offset(operands)
     first, last = reference.band_limits(spec, operands, diagonal, sequence)
     first = jnp.zeros_like(diagonal) if first is None else jnp.clip(first, 0, nk)
     last = nk - 1 if last is None else jnp.clip(last, -1, nk - 1)
