@@ -49,9 +49,12 @@ class Checker:
         hint = "" if native else f"; cast it with .astype({dtype.newbyteorder('=').name!r})"
         return self.fail(f"{name} has dtype {dtype}, which JAX does not have{hint}", TypeError)
 
-    def page_layout(self, layout: str) -> None:
-        if layout not in PAGE_LAYOUTS:
-            raise self.fail(f"page_layout must be one of {PAGE_LAYOUTS}, got {layout!r}")
+    def one_of(self, name: str, given: Any, allowed: tuple[str, ...]) -> None:
+        if not (isinstance(given, str) and given in allowed):  # an array is compared by element
+            raise self.fail(f"{name} must be one of {allowed}, got {given!r}")
+
+    def page_layout(self, layout: Any) -> None:
+        self.one_of("page_layout", layout, PAGE_LAYOUTS)
 
     def dtype(self, name: str, x: jax.Array, allowed: tuple[str, ...] = DTYPES, hint: str = "") -> None:
         if x.dtype.name not in allowed:

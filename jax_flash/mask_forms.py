@@ -305,7 +305,10 @@ class Blocks(Form):
         chosen = with_rank(self.chosen, 4)
         nothing = jnp.zeros((*chosen.shape[:-1], columns), bool)
         index = jnp.where(chosen < 0, MOST, chosen)
-        at = tuple(jnp.indices(index.shape, sparse=True)[:-1])
+        at = (  # not jnp.indices, which takes no symbolic sizes
+            lax.broadcasted_iota(jnp.int32, [n if i == axis else 1 for i in range(4)], axis)
+            for axis, n in enumerate(index.shape[:-1])
+        )
         return nothing.at[(*at, index)].set(True, mode="drop")
 
     def most_ranges(self) -> None:

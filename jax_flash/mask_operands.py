@@ -134,7 +134,7 @@ def _block_mask(blocks: forms.Blocks, rows: Rows, sizes: Sizes) -> Array:
     shown = blocks.shown(-(-sizes.columns // blocks.block[1]))
     if rows.whole is not None:  # a ring's calls select their blocks from those of all devices
         shown = jnp.swapaxes(rows.whole(jnp.swapaxes(shown, 2, 3)), 2, 3)
-    if shown.shape[1] == sizes.kv_heads:
+    if shown.shape[1] == sizes.kv_heads > 1:
         shown = jnp.repeat(shown, sizes.heads // sizes.kv_heads, 1)
     return shown
 

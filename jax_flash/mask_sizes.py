@@ -40,12 +40,16 @@ class Sizes:
 def check_sizes(check: Checker, x: Form, sizes: Sizes) -> None:
     """Checks that the arrays of a condition have the sizes of the call."""
 
-    def fits(name: str, array: Any, dims: str, sizes: Sizes = sizes) -> None:
+    def fits(name: str, array: Any, dims: str, sizes: Sizes = sizes, *, keys: bool = False) -> None:
+        """`keys`: the last dimension, of keys that rows search, must not be broadcast."""
         if array is None or jnp.ndim(array) == 0:
             return
         if sizes.packed and jnp.ndim(array) > len(dims.split()) and same_dim(array.shape[0], 1):
             array = array[0]  # packed tokens are one batch entry
-        check.broadcastable(f"mask's {name}", array, sizes.shape(dims), dims)
+        wanted = sizes.shape(dims)
+        check.broadcastable(f"mask's {name}", array, wanted, dims)
+        if keys:
+            check.dim(f"mask's {name}", "keys", array.shape[-1], wanted[-1], "the call")
 
     entry = "n" if sizes.packed else "b"
     for name in ("left", "right", "offset", "lengths", "first"):
@@ -59,15 +63,17 @@ def check_sizes(check: Checker, x: Form, sizes: Sizes) -> None:
     elif isinstance(x, forms.Blocks):
         _check_blocks(check, x, sizes)
     elif isinstance(x, forms.Spans):
-        fits("span ids", x.ids, "tq" if sizes.packed else "b sq")
+        fits("span ids", x.ids, "tq" if sizes.packed else "b sq", keys=True)
     elif isinstance(x, (forms.Segments, forms.Positions)):
         if isinstance(x, forms.Segments):
             arrays = {"segments of queries": x.q_ids, "segments of keys": x.kv_ids}
         else:
             arrays = {"q_positions": x.q_positions, "kv_positions": x.kv_positions}
-        of_keys = "b sk" if sizes.keys is not None else "n columns" if sizes.pages else "tk"
-        for (name, array), dims in zip(arrays.items(), ("tq" if sizes.packed else "b sq", of_keys)):
-            fits(name, array, dims)
+        (of_rows, q), (of_keys, k) = arrays.items()
+        fits(of_rows, q, "tq" if sizes.packed else "b sq")
+        fits(
+            of_keys, k, "b sk" if sizes.keys is not None else "n columns" if sizes.pages else "tk", keys=True
+        )
     elif isinstance(x, forms.Dense) and sizes.keys is None:
         _check_elements(check, x, sizes)
     elif isinstance(x, forms.Dense):
@@ -104,7 +110,7 @@ def _check_elements(check: Checker, x: forms.Dense, sizes: Sizes) -> None:
         return
     allowed = f"[1 or {sizes.batch}, 1 or {sizes.heads}, 1 or {sizes.rows}, keys]"
     if sizes.packed:
-        allowed = (
-            f"[1, 1 or {sizes.heads}, 1 or {sizes.rows} tokens, keys], or by sequence [{sizes.batch}, …]"
-        )
+        allowed = f"[1, 1 or {sizes.heads}, 1 or {sizes.rows} tokens, keys]"
+        if not same_dim(sizes.batch, 1):
+            allowed += f", or by sequence [{sizes.batch}, …]"
     raise check.fail(f"mask's dense array must have shape {allowed}, got {tuple(x.seen.shape)}")

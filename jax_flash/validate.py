@@ -150,11 +150,12 @@ def _dropout_rate(check: Checker, given: Any) -> float:
     rate = check.number("dropout_rate", given, MARK_STATIC)
     if not 0 <= rate < 1:
         raise check.fail(f"dropout_rate must be in [0, 1), got {rate}")
-    if philox.threshold(rate) == philox.NUMBERS:
+    threshold = philox.threshold(rate)
+    if threshold == philox.NUMBERS:
         raise check.fail(
             f"dropout_rate must be below 1 when rounded to a multiple of 1/{philox.NUMBERS}, got {rate}"
         )
-    return rate
+    return threshold / philox.NUMBERS  # the rate at which elements are dropped, exact in float32
 
 
 def _softcap(check: Checker, given: Any) -> float:
@@ -171,8 +172,7 @@ def static_spec(check: Checker, layout: Layout, operands: Operands, arguments: A
     check.flag("return_lse", arguments.return_lse)
     row_max = check.flag("return_max", arguments.return_max)
     left, right = band(check, arguments.causal, arguments.window)
-    if arguments.align not in ALIGNMENTS:
-        raise check.fail(f"align must be one of {ALIGNMENTS}, got {arguments.align!r}")
+    check.one_of("align", arguments.align, ALIGNMENTS)
     d = operands["query"].shape[-1]
     scale = d**-0.5
     if arguments.scale is not None:
@@ -201,7 +201,7 @@ def static_spec(check: Checker, layout: Layout, operands: Operands, arguments: A
 
 
 def implementation_name(check: Checker, x: Any) -> Implementation | None:
-    if x is not None and x not in IMPLEMENTATIONS:
+    if x is not None and not (isinstance(x, str) and x in IMPLEMENTATIONS):
         raise check.fail(f"implementation must be None or one of {IMPLEMENTATIONS}, got {x!r}")
     return cast("Implementation | None", x)
 
@@ -315,8 +315,7 @@ def ring(op: str, arguments: RingArguments) -> tuple[AttentionSpec, Operands]:
 
 def ring_names(check: Checker, arguments: RingArguments) -> None:
     for name, given, allowed in (("order", arguments.order, ORDERS), ("mode", arguments.mode, MODES)):
-        if given not in allowed:
-            raise check.fail(f"{name} must be one of {allowed}, got {given!r}")
+        check.one_of(name, given, allowed)
 
 
 def _segment_pair(check: Checker, ids: Any, sq: Any, sk: Any) -> Sequence[Any]:

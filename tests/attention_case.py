@@ -226,7 +226,7 @@ def spec(case: Case, inputs: Inputs) -> AttentionSpec:
         scale=case.d**-0.5 if case.scale is None else case.scale,
         softcap=case.softcap or 0.0,
         bias_first=case.bias_first and bool(case.softcap) and case.bias is not None,
-        dropout_rate=case.dropout_rate,
+        dropout_rate=round(case.dropout_rate * 32768) / 32768,
         operands=tuple(name for name in OPTIONAL if name in operands(inputs)),
         value_dim=case.d if case.shared_kv else 0,
     )

@@ -62,6 +62,12 @@ def test_the_largest_and_smallest_numbers_that_are_taken_give_no_nan(implementat
     np.testing.assert_allclose(out, np.broadcast_to(VALUE.mean(1, keepdims=True), out.shape), atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["align", "implementation"])
+def test_arrays_for_names_are_refused_by_the_argument(name):
+    with pytest.raises(ValueError, match=f"flash_attention: {name} must be .*one of"):
+        flash_attention(QUERY, KEY, VALUE, **{name: np.array([1.0, 2.0])})
+
+
 def test_a_softcap_of_0_is_none(implementation):
     got, wanted = (
         flash_attention(QUERY, KEY, VALUE, softcap=cap, implementation=implementation) for cap in (0, None)

@@ -105,7 +105,7 @@ def test_rows_that_share_a_block_are_hardly_correlated(rate):
 
 
 def test_the_same_bits_on_every_implementation(implementation):
-    key, rate = jax.random.key(17), 0.3
+    key, rate = jax.random.key(17), round(0.3 * 32768) / 32768
     dropout = [*np.asarray(jax.random.key_data(key)), 0, 0, 0, 0]
     expected = kept(dropout, rate, 2, 2, 5, 21) / (21 * (1 - rate))
     for got in weights(implementation, key, rate):
@@ -129,7 +129,15 @@ def test_the_rate_is_rounded_to_the_nearest_number(implementation):
     assert at_the_edge.any()
     assert np.array_equal(kept(dropout, 0.1, *sizes), expected)
     for got in weights(implementation, key, 0.1, *sizes):
-        np.testing.assert_allclose(got, expected / (201 * 0.9), atol=1e-6)
+        np.testing.assert_allclose(got, expected / (201 * (1 - 3277 / 32768)), atol=1e-6)
+
+
+@pytest.mark.parametrize("rate", [0.999, 0.9999])
+def test_large_rates_scale_by_what_they_keep(rate, implementation):
+    """Rounded, .9999 is 32765/32768, so that weights are multiplied by 10,922.7 and not by 10,000."""
+    forward, _ = weights(implementation, jax.random.key(0), rate, b=4, hq=8, sq=64, sk=64)
+    kept_part = 1 - round(rate * 32768) / 32768
+    np.testing.assert_allclose(forward[forward != 0] * 64 * kept_part, 1, rtol=1e-5)
 
 
 def test_another_key_drops_others(implementation):

@@ -239,6 +239,24 @@ def test_symbolic_sequences_with_a_mask_and_with_pages(kernel):
     assert_same(program.call(given), jax.jit(call)(given))
 
 
+def test_symbolic_sizes_with_chosen_blocks(kernel):
+    def call(x):
+        return flash_attention(
+            x["q"], x["kv"], x["kv"], mask=masks.blocks(x["chosen"], (16, 16)), implementation=kernel
+        )
+
+    def arrays(b, blocks):
+        q, kv = (jax.random.normal(jax.random.key(h), (b, 16 * blocks, h, 16)) for h in (4, 2))
+        chosen = jax.random.randint(jax.random.key(2), (b, 2, blocks, 2), -1, blocks, jnp.int32)
+        return {"q": q, "kv": kv, "chosen": chosen}
+
+    symbols = {"q": "b, 16*s, 4, 16", "kv": "b, 16*s, 2, 16", "chosen": "b, 2, s, 2"}
+    program = exported(call, with_symbols(arrays(2, 3), symbols), kernel)
+    for sizes in ((1, 2), (3, 4)):
+        given = arrays(*sizes)
+        assert_same(program.call(given), jax.jit(call)(given))
+
+
 def test_symbolic_sizes_that_might_differ_raise(kernel):
     arrays = {name: x for name, x in arrays_of(PLAIN).items() if name in ("query", "key", "value")}
     shapes = {"query": "b, s, 4, 16", "key": "c, t, 2, 16", "value": "c, t, 2, 16"}

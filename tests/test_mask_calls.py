@@ -15,7 +15,7 @@ from programs import require_devices
 from test_masks import draw, draw_packed
 
 import jax_flash
-from jax_flash import flash_attention, flash_attention_varlen, masks
+from jax_flash import flash_attention, flash_attention_varlen, masks, paged_attention
 from jax_flash.flax import attention_fn
 
 OF_FORMS = FORMS + ARRAYS + tuple(case for case in VARLEN if case.forms)
@@ -330,6 +330,11 @@ def test_flops_count_what_a_mask_shows(case):
 
 I = partial(np.zeros, dtype=np.int32)  # noqa: E741
 PACKED = [X[0][0], X[1][0], X[2][0], [0, S]]
+ONE_KEY = {
+    "kv_positions": masks.by_position(np.zeros((1, 48), np.int32), np.zeros((1, 1), np.int32)),
+    "span ids": masks.bidirectional_spans(np.zeros((2, 1), np.int32)),
+    "segments of keys": masks.segments(np.zeros((1, 48), np.int32), np.zeros(1, np.int32)),
+}
 MANY_RANGES = masks.from_function(lambda b, h, i, j: (i + j) % 2 == 0, S, S)
 
 
@@ -349,7 +354,7 @@ MANY_RANGES = masks.from_function(lambda b, h, i, j: (i + j) % 2 == 0, S, S)
         (lambda: flash_attention(*X, mask=masks.blocks(I((1, 1, 2, 1)), (16, 16))), ValueError,
          r"mask's chosen blocks must have shape \[2 or 1, 4, 2 or 1, 3, n\], got \(1, 1, 2, 1\)"),
         (lambda: flash_attention_varlen(*PACKED, mask=masks.dense(np.ones((1, 1, 5, S), bool))), ValueError,
-         r"mask's dense array must have shape \[1, 1 or 4, 1 or 48 tokens, keys\], or by sequence"),
+         r"mask's dense array must have shape \[1, 1 or 4, 1 or 48 tokens, keys\], got"),
         (lambda: flash_attention_varlen(*PACKED, mask=masks.dense(np.ones((1, 1, S, S), bool)) & MANY_RANGES),
          ValueError, r"mask joins masks\.from_function\(…\) with masks\.dense\(…\)"),
         (lambda: flash_attention_varlen(
@@ -363,6 +368,17 @@ MANY_RANGES = masks.from_function(lambda b, h, i, j: (i + j) % 2 == 0, S, S)
          r"mask's lo must broadcast to \[hq tq\] = \(4, 48\), got shape \(2, 1, 48\)"),
         (lambda: flash_attention_varlen(*PACKED, mask=masks.from_function(lambda b, h, i, j: j < b, 5, 5, batch=2)),
          ValueError, r"mask's lo must broadcast to \[n hq sq\] = \(1, 4, 5\), got shape \(2, 1, 5\)"),
+        (lambda: flash_attention_varlen(*PACKED[:3], [0, 3, S], mask=masks.dense(np.ones((1, 1, 5, S), bool))),
+         ValueError, r"must have shape \[1, 1 or 4, 1 or 48 tokens, keys\], or by sequence \[2, …\], got"),
+        *((lambda mask=mask: flash_attention(*X, mask=mask), ValueError, f"mask's {name} has keys 1, .* the call's 48")
+          for name, mask in ONE_KEY.items()),
+        (lambda: flash_attention_varlen(*PACKED, mask=masks.segments(I(S), I(1))), ValueError,
+         r"mask's segments of keys has keys 1, which differs from the call's 48"),
+        (lambda: flash_attention_varlen(*PACKED, mask=masks.bidirectional_spans(I((1, 1)))), ValueError,
+         r"mask's span ids has keys 1, which differs from the call's 48"),
+        (lambda: paged_attention(X[0][:, :1], *np.zeros((2, 4, 8, 2, 16)), I((2, 2)), I(2),
+                                 mask=masks.segments(I((2, 1)))), ValueError,
+         r"paged_attention: mask's segments of keys has keys 1, which differs from the call's 16"),
         (lambda: flash_attention_varlen(*PACKED, mask=np.ones((S, S), bool)), TypeError,
          r"mask must be a value of jax_flash\.masks, got ndarray"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from plans import A10, H200
+from plans import A10, A100, H200, T4
 from plans import plan_decode as plan
 
 from jax_flash.spec import AttentionSpec
@@ -30,6 +30,7 @@ def test_few_rows_of_a_kv_head_decode(q_rows, heads, block):
         {"float8": True, "d": 72, "dv": 72},
         {"varlen": True},
         {"operands": ("bias",)},
+        {"operands": ("bias", "block_mask"), "block": (64, 64)},
     ],
     ids=str,
 )
@@ -97,6 +98,41 @@ def test_packed_heads_fill_the_sms_with_slices_of_values():
 def test_what_the_packed_forward_lacks_decodes(options):
     """Calls that the forward with packed heads does not support, or would leave SMs idle in, run decode."""
     assert plan(q_rows=16, **options)["row"]["pass"] == "decode"
+
+
+@pytest.mark.parametrize("device", [H200, A100, T4], ids=["H200", "A100", "T4"])
+def test_block_masks_and_arrays_decode(device):
+    """Also where clusters, or the forward, would run the same call without a mask. Lists of key tiles take memory."""
+    blocks = {"operands": ("block_mask",), "block": (16, 64)}
+    calls = [
+        blocks,
+        blocks | {"block": (1, 1)},
+        blocks | {"varlen": True, "q_rows": 64},
+        blocks | {"batch": 1, "k_rows": 512},
+        {"operands": ("mask",), "paged": False},
+        {"operands": ("mask",), "paged": False, "batch": 1, "k_rows": 512},
+    ]
+    for options in calls:
+        chosen, plain = (plan(device, dtype="float16", **x) for x in (options, options | {"operands": ()}))
+        row = chosen["decode_row"] if options.get("varlen") else chosen["row"]
+        assert (row["pass"], row["design"]) == ("decode", "split_keys")
+        assert plain["workspace"] < chosen["workspace"] <= chosen["workspace_bound"]
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+def test_block_masks_of_latent_pools_decode(heads):
+    pools = {"heads": heads, "kv_heads": 1, "d": 576, "dv": 512, "value_dim": 512}
+    for operands in (("block_mask",), ("block_mask", "ranges")):
+        chosen = plan(operands=operands, block=(16, 64), **pools)
+        assert chosen["row"] == plan(**pools)["row"]
+        for varlen in (False, True):
+            chosen = plan(operands=operands, block=(16, 64), q_rows=70, varlen=varlen, **pools)
+            assert 0 < chosen["workspace"] <= chosen["workspace_bound"]
+
+
+def test_an_array_whose_rows_have_positions_runs_the_forward():
+    """Decode counts the rows of an array from the call's own first row."""
+    assert plan(operands=("mask", "position"), paged=False)["row"]["pass"] == "forward"
 
 
 def test_rows_of_a_group_that_tiles_do_not_hold_whole_decode():

@@ -60,8 +60,9 @@ inline constexpr int32_t kOfEveryKernel =
                       Operand::kTbias);
 
 // Operands that decode reads. Calls with any other operand do not run it.
-inline constexpr int32_t kOfDecode = kOfEveryKernel | bits_of(Operand::kAlibiSlopes, Operand::kDraftMask,
-                                                              Operand::kRanges, Operand::kBlockMask);
+inline constexpr int32_t kOfDecode =
+    kOfEveryKernel | bits_of(Operand::kAlibiSlopes, Operand::kDraftMask, Operand::kRanges,
+                             Operand::kBlockMask, Operand::kMask);
 
 // Optional operands of append_kv in call order, bits of AppendSpec::operands.
 enum class AppendOperand : int32_t {

@@ -189,7 +189,10 @@ def _value_columns(check: Checker, arguments: PagedArguments, operands: Operands
     """
     columns, start = arguments.value_dim, arguments.value_start
     if arguments.v_pages is not None:
-        for name, x in (("value_dim", columns), ("value_start", start or None)):
+        for name, x in (
+            ("value_dim", columns),
+            ("value_start", None if is_int(start) and start == 0 else start),
+        ):
             if x is not None:
                 raise check.fail(
                     f"{name} is {x!r}, but v_pages is given; it belongs to v_pages=None, where values are columns "
@@ -225,8 +228,7 @@ def _value_columns(check: Checker, arguments: PagedArguments, operands: Operands
 
 def _dynamic(check: Checker, arguments: AppendArguments, operands: Operands) -> bool:
     """Whether append_kv keeps the scales of the pages itself; it then needs both."""
-    if arguments.scale not in SCALINGS:
-        raise check.fail(f"scale must be one of {SCALINGS}, got {arguments.scale!r}")
+    check.one_of("scale", arguments.scale, SCALINGS)
     if arguments.scale == "static":
         return False
     pool = operands["k_pages"]

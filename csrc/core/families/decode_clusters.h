@@ -112,7 +112,8 @@ inline bool serves(const KernelRow& row, const Call& call) {
   constexpr int64_t kPadding = 32;  // most columns that a head dim is padded by
   const AttentionSpec& spec = call.spec;
   const Shapes& s = call.shapes;
-  if (spec.operands & ~kOfDecode || spec.layout == jax_flash::Layout::kVarlen || spec.num_splits > 0 ||
+  constexpr int32_t kOfClusters = kOfDecode & ~bits_of(Operand::kBlockMask, Operand::kMask);
+  if (spec.operands & ~kOfClusters || spec.layout == jax_flash::Layout::kVarlen || spec.num_splits > 0 ||
       spec.batch_invariant || s.q_rows == 0)
     return false;
   if (s.head_dim + kPadding <= row.head_dim || s.value_dim + kPadding <= row.value_dim) return false;

@@ -174,7 +174,7 @@ class Forward final : public PassTraits {
     if (spec.packed() || s.leading_rank > 0 || s.kv_heads == 0 || spec.num_splits > 0 || spec.batch_invariant)
       return false;
     constexpr int32_t kOfPackedHeads = bits_of(Operand::kKvLengths, Operand::kBlockTables, Operand::kKScale,
-                                               Operand::kVScale, Operand::kDraftMask, Operand::kBlockMask);
+                                               Operand::kVScale, Operand::kDraftMask);
     if (spec.operands & ~kOfPackedHeads) return false;
     const bool counts_tokens = spec.right >= 0 && spec.align != Align::kBottomRight;
     if (spec.left >= 0 || counts_tokens || spec.softcap > 0 || !(spec.scale > 0)) return false;
@@ -346,6 +346,7 @@ class Decode final : public PassTraits {
   bool serves(const KernelRow& row, const Call& call) const override {
     return row.is_latent() ? latent_.serves(row, call) : clusters::serves(row, call);
   }
+  bool takes_blocks(const KernelRow& row) const override { return row.is_latent(); }
   bool runs_every_sequence(const KernelRow& row) const override { return row.is_latent(); }
 
   int64_t shared_bytes(const KernelRow& row, const Call& call) const override {

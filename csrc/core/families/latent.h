@@ -11,9 +11,9 @@
 
 namespace jax_flash::latent {
 
-inline constexpr int64_t kMostBlocks = 256;  // CTAs, one per SM
-inline constexpr int64_t kMostRows = 64;     // query rows per chunk
-inline constexpr int64_t kLeastKeys = 16;    // keys per key tile
+inline constexpr int64_t kMostBlocks = 256;                // CTAs, one per SM
+inline constexpr int64_t kMostRows = 64, kLeastRows = 16;  // query rows per chunk
+inline constexpr int64_t kLeastKeys = 16;                  // keys per key tile
 // Tiles per CTA, because merging a part costs as much as some tiles.
 inline constexpr int64_t kLeastTiles = 4;
 inline constexpr int64_t kSplitKeys = 2048;  // keys per split in batch-invariant mode
@@ -32,9 +32,8 @@ class Decode : public PassTraits {
 
   bool serves(const KernelRow& row, const Call& call) const override {
     const Shapes& s = call.shapes;
-    return row.is_latent() && !(call.spec.operands & ~kOfDecode) && are_latent(call.spec, dims_of(s)) &&
-           s.heads > 0 && s.kv_heads > 0 && s.batch > 0 &&
-           entries(call, kMostRows) <= std::numeric_limits<int32_t>::max();
+    return row.is_latent() && decode_reads(call, row) && are_latent(call.spec, dims_of(s)) && s.heads > 0 &&
+           s.kv_heads > 0 && s.batch > 0 && entries(call, kMostRows) <= std::numeric_limits<int32_t>::max();
   }
   bool runs_every_sequence(const KernelRow&) const override { return true; }
 
@@ -78,7 +77,9 @@ class Decode : public PassTraits {
     const bool fixed = spec.num_splits > 0 || spec.batch_invariant;
     const Dim split_rows =
         fixed ? rows * slots : min(kMostBlocks * kMostRows, rows * (s.k_rows / kLeastKeys + 1)) * 2;
-    return aligned(partial_bytes(split_rows, s.value_dim)) + schedule_bound(spec, s, s.q_rows);
+    const Dim chunks = s.leading * tokens * ((group + (kLeastRows - 1)) / kLeastRows);
+    return aligned(partial_bytes(split_rows, s.value_dim)) + schedule_bound(spec, s, s.q_rows) +
+           aligned(decode_lists_bytes(spec, chunks, s.kv_heads, s.k_rows, kLeastKeys));
   }
 
  protected:

@@ -16,7 +16,7 @@ int32_t element_size(const Call& call) { return call.shapes.dtype == DType::kF32
 // A pass with a CTA for each query tile and head.
 class ByQueryTiles : public PassTraits {
  public:
-  bool takes_blocks() const override { return true; }
+  bool takes_blocks(const KernelRow&) const override { return true; }
 
   void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
                  LaunchPlan& plan) const override {
@@ -41,7 +41,7 @@ class Forward final : public ByQueryTiles {
 // compute it in a second kernel, over query tiles.
 class Backward final : public PassTraits {
  public:
-  bool takes_blocks() const override { return true; }
+  bool takes_blocks(const KernelRow&) const override { return true; }
 
   int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
     return backward_shared_bytes(row, element_size(call));
@@ -73,7 +73,7 @@ class Backward final : public PassTraits {
 
 class BiasGradient final : public PassTraits {
  public:
-  bool takes_blocks() const override { return true; }
+  bool takes_blocks(const KernelRow&) const override { return true; }
 
   int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
     return bias_gradient_shared_bytes(row, element_size(call));
@@ -110,10 +110,10 @@ constexpr int64_t kMostRowsDense = 16;  // the same without pages
 // Calls with few tokens decode even if many query heads share a KV head: decode reads each key once for every
 // kMostTile rows, but the forward, whose tiles have rows of one head only, once for each query head.
 constexpr int64_t kFewTokens = 8, kMostRowsOfFewTokens = 1024;
-constexpr int64_t kMostTile = 32;      // query rows of a column
-constexpr int64_t kLeastKeys = 32;     // keys per key tile
-constexpr int64_t kMostBlocks = 1024;  // most CTAs of a grid that splits sequences
-constexpr int64_t kSplitKeys = 2048;   // keys per split in batch-invariant mode
+constexpr int64_t kMostTile = 32, kLeastTile = 8;  // query rows of a column
+constexpr int64_t kLeastKeys = 32;                 // keys per key tile
+constexpr int64_t kMostBlocks = 1024;              // most CTAs of a grid that splits sequences
+constexpr int64_t kSplitKeys = 2048;               // keys per split in batch-invariant mode
 
 // The most query rows of a KV head that decode serves. Packed sequences may have one token.
 int64_t most_rows(const AttentionSpec& spec, const Dim& tokens) {
@@ -143,7 +143,7 @@ class Decode final : public PassTraits {
     if (row.is_latent()) return latent_.serves(row, call);
     const AttentionSpec& spec = call.spec;
     const Shapes& s = call.shapes;
-    if (spec.operands & ~kOfDecode || spec.layout == Layout::kVarlen) return false;
+    if (!decode_reads(call, row) || spec.layout == Layout::kVarlen) return false;
     // Rows of float8 are copied 16 bytes at a time.
     const bool whole = s.head_dim % 16 == 0 && s.value_dim % 16 == 0 && s.pool_columns % 16 == 0 &&
                        spec.value_start % 16 == 0;
@@ -155,6 +155,7 @@ class Decode final : public PassTraits {
            entries <= std::numeric_limits<int32_t>::max();
   }
 
+  bool takes_blocks(const KernelRow&) const override { return true; }
   bool runs_every_sequence(const KernelRow& row) const override { return row.is_latent(); }
 
   int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
@@ -206,7 +207,9 @@ class Decode final : public PassTraits {
     } else {
       split_rows = min(kMostBlocks * kMostTile, entries * (s.k_rows / kLeastKeys + 1) * column_rows) * 2;
     }
-    return aligned(partial_bytes(split_rows, s.value_dim));
+    const Dim columns = s.kv_heads * ((min(rows, most) + (kLeastTile - 1)) / kLeastTile);
+    return aligned(partial_bytes(split_rows, s.value_dim)) +
+           aligned(decode_lists_bytes(spec, entries, columns, s.k_rows, kLeastKeys));
   }
 
   LatentDecode latent_;

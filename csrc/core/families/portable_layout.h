@@ -157,7 +157,7 @@ constexpr int32_t decode_merge_pitch(const Row& r) { return decode_merge_columns
 // Whether Q is kept in shared memory, because in registers it would leave too few.
 constexpr bool decode_shares_queries(int32_t block_m, int32_t head_dim) { return block_m * head_dim > 2048; }
 
-inline constexpr int32_t kDecodeSegmentBytes = 88;  // size of decode::Segment
+inline constexpr int32_t kDecodeSegmentBytes = 96;  // size of decode::Segment
 inline constexpr int32_t kDecodeRowBytes = 12;      // a row's scale and the range of its keys
 
 struct DecodeLayout {

@@ -82,7 +82,7 @@ struct Candidates {
 
 bool takes_blocks(const KernelRow& row, const Call& call) {
   ScoreKind score;
-  return traits_of(row).takes_blocks() || (find_score(row, call, score) && score == ScoreKind::kBlocks);
+  return traits_of(row).takes_blocks(row) || (find_score(row, call, score) && score == ScoreKind::kBlocks);
 }
 
 bool runs(const KernelRow& row, const Call& call) {

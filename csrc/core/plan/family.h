@@ -16,8 +16,8 @@ class PassTraits {
   // Whether a row runs a call. The plan checks arch, dtypes, head dims, loader, score kinds and shared memory
   // itself.
   virtual bool serves(const KernelRow&, const Call&) const { return true; }
-  // Whether kernels of every score kind read block masks.
-  virtual bool takes_blocks() const { return false; }
+  // Whether a row's kernels of every score kind read block masks.
+  virtual bool takes_blocks(const KernelRow&) const { return false; }
   // Bytes of shared memory of a CTA, from the constexpr layout that the kernel is built with.
   virtual int64_t shared_bytes(const KernelRow& row, const Call& call) const = 0;
   // Whether `a` suits the call better than `b`; both run it with the same padding.

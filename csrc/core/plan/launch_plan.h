@@ -37,6 +37,7 @@ struct DecodeGrid {
   int32_t packed_rows = 0;  // the forward runs packed sequences with more query rows per KV head
   int64_t all_slots = 0;    // partial results of a column
   int64_t memory = -1;      // their offset in the workspace; -1: no sequence is split
+  int64_t lists = -1;       // offset of the lists of cuda/decode_lists.cu; -1: no block mask and no mask
 
   JF_HD bool fixed_parts() const { return parts > 0 || part_tiles > 0; }
   // Whether decode runs a packed sequence.

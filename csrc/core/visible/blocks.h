@@ -42,6 +42,11 @@ struct BlockMask {
 
   JF_HD explicit operator bool() const { return seen != nullptr; }
 
+  // The positions of the sequence's first row and key in a larger sequence, whose blocks these are.
+  JF_HD void begin_at(int32_t row, int32_t key) {
+    constexpr int32_t kMost = 1 << 30;  // sums with rows and keys fit, and none is negative
+    first_row = clamp_index(row, kMost), first_key = clamp_index(key, kMost);
+  }
   JF_HD bool sees_block(int32_t h, int32_t at, int32_t column) const {
     return at < rows && column < columns && seen[h * head + at * row + column] != 0;
   }
@@ -89,8 +94,7 @@ JF_HD BlockMask block_mask_of(const Problem& p, int64_t leading, const Sequence&
   if (p.packed() && p.spec.block_rows == 1) mask.first_row = s.q_begin;
   if (const View& place = p.position) {
     const int32_t* first = place.as<const int32_t>() + place.leading_offset(p.leading, leading);
-    constexpr int32_t kMost = 1 << 30;  // sums with rows and keys fit, and none is negative
-    mask.first_row = clamp_index(first[0], kMost), mask.first_key = clamp_index(first[place.column], kMost);
+    mask.begin_at(first[0], first[place.column]);
   }
   return mask;
 }

@@ -12,6 +12,7 @@
 #include "core/divisor.h"
 #include "core/plan/launch_plan.h"
 #include "core/problem.h"
+#include "core/visible/listed_tiles.h"
 #include "cuda/decode/units.h"
 
 namespace jax_flash::decode {
@@ -26,6 +27,23 @@ struct DecodeView {
   template <class T>
   __device__ __forceinline__ T* at(int32_t entry, int64_t b, int32_t h, int64_t i) const {
     return static_cast<T*>(data) + (entry * leading + b * batch + h * head + i * row);
+  }
+};
+
+// The lists of a call (core/visible/listed_tiles.h): for each column and sequence, tiles in ascending order.
+struct DecodeLists {
+  Interval* keys = nullptr;   // from the first to the last key that a row sees; null: the call has no lists
+  int32_t* counts = nullptr;  // tiles of each list
+  uint32_t* tiles = nullptr;  // ListedTile::packed()
+  int32_t most = 0;           // capacity of a list
+  int32_t columns = 0;        // columns with lists of their own
+  int32_t of_head = 0;        // of each KV head; 0: all KV heads share the lists of one
+  int32_t sequences = 0;
+
+  JF_HD explicit operator bool() const { return keys != nullptr; }
+  // The number of a list. chunk: of the query rows of the KV head.
+  JF_HD int32_t number(int32_t kv_head, int32_t chunk, int32_t sequence) const {
+    return (kv_head * of_head + chunk) * sequences + sequence;
   }
 };
 
@@ -60,6 +78,10 @@ struct DecodeCall {
   // Operands that move the band; moves_band says whether there is one.
   DecodeView position;  // element 0: the first query's position; element `row`: the first key's
   DecodeView window_left, window_right, window_offset;
+  DecodeView block_mask;  // the operand, or a boolean mask, whose blocks are single rows and keys
+  int32_t mask_rows, mask_columns;
+  Divisor block_rows, block_keys;
+  DecodeLists lists;
 };
 
 // The number of launches: entries of all leading dimensions but the last.
@@ -67,6 +89,11 @@ inline int64_t outer_entries(const Leading& leading) {
   int64_t n = 1;
   for (int i = 0; i + 1 < leading.rank; ++i) n *= leading.size[i];
   return n;
+}
+
+// Whether a call has score options.
+inline bool has_options(const Problem& p) {
+  return p.spec.softcap > 0 || p.alibi_slopes || p.draft_mask || p.ranges || p.block_mask || p.mask;
 }
 
 // Whether each page of a float8 pool has a scale; the kernel treats these scales as score options.
@@ -92,6 +119,38 @@ inline int32_t compared_sequences(const DecodeCall& call) {
   }
   return !any ? 0 : shared ? std::min(1, call.sequences) : call.sequences;
 }
+
+// Fills in the operand block_mask or mask; keys that a mask broadcasts are one block.
+inline void set_block_mask(const Problem& p, const DecodeView& mask, DecodeCall& call) {
+  call.block_mask = mask;
+  if (p.block_mask) {
+    call.mask_rows = p.mask_rows, call.mask_columns = p.mask_columns;
+    call.block_rows = Divisor(p.spec.block_rows), call.block_keys = Divisor(p.spec.block_keys);
+  } else if (p.mask) {
+    constexpr int32_t kAllKeys = std::numeric_limits<int32_t>::max();
+    call.mask_rows = p.q_rows, call.mask_columns = p.mask.column ? p.k_rows : 1;
+    call.block_keys = Divisor(p.mask.column ? 1 : kAllKeys);
+  }
+}
+
+// The lists of tiles of `tile` keys, of `columns` columns, `of_head` of each KV head. call.sequences must be
+// set.
+inline DecodeLists decode_lists(const DecodeCall& call, int32_t tile, int32_t columns, int32_t of_head) {
+  if (call.grid.lists < 0) return {};
+  const bool shared = call.block_mask.head == 0 && call.ranges.head == 0;
+  DecodeLists lists;
+  lists.columns = shared ? of_head : columns, lists.of_head = shared ? 0 : of_head;
+  lists.sequences = call.sequences, lists.most = static_cast<int32_t>(ceil_div(call.k_rows, tile));
+  const int64_t all = int64_t{lists.columns} * lists.sequences;
+  lists.keys = reinterpret_cast<Interval*>(static_cast<char*>(call.workspace) + call.grid.lists);
+  lists.counts = reinterpret_cast<int32_t*>(lists.keys + all);
+  lists.tiles = reinterpret_cast<uint32_t*>(lists.counts + all);
+  return lists;
+}
+
+// Makes the lists of a call, if it has any. block_rows: query rows of a column; tile: keys of a tile.
+cudaError_t launch_decode_lists(const DecodeCall& call, int32_t block_rows, int32_t tile,
+                                cudaStream_t stream);
 
 // The call for outer entry `outer`. block_rows: query rows of a column (DecodeGrid).
 template <int kTile>
@@ -129,8 +188,8 @@ DecodeCall make_call(const Problem& p, const DecodeGrid& grid, int32_t block_row
   call.q_rows = p.q_rows, call.k_rows = p.k_rows, call.head_dim = p.head_dim, call.value_dim = p.value_dim;
   call.pages = p.paged() ? p.pages : std::numeric_limits<int32_t>::max(), call.paged = p.paged();
   call.evicts_first = exceeds_l2(p);
-  call.same_lengths = !p.q_lengths && !p.kv_lengths && !p.spec.moves_band() && !p.ranges && !p.packed() &&
-                      call.chunks.value == 1;
+  call.same_lengths = !p.q_lengths && !p.kv_lengths && !p.spec.moves_band() && !p.ranges && grid.lists < 0 &&
+                      !p.packed() && call.chunks.value == 1;
   call.bottom_right = p.spec.align == Align::kBottomRight;
   call.left = p.spec.left < 0 ? kUnbounded : p.spec.left;
   call.right = p.spec.right < 0 ? kUnbounded : p.spec.right;
@@ -144,6 +203,9 @@ DecodeCall make_call(const Problem& p, const DecodeGrid& grid, int32_t block_row
   call.window_left = words(p.window_left), call.window_right = words(p.window_right);
   call.window_offset = words(p.window_offset);
   call.compared = compared_sequences(call);
+  const View& mask = p.block_mask ? p.block_mask : p.mask;
+  set_block_mask(p, view(mask, 1, mask.row), call);
+  call.lists = decode_lists(call, kTile, call.columns.value, call.chunks.value);
   if (call.same_lengths) {
     const Band band = make_band(p.spec, {0, 0, 0, 0, p.q_rows, p.k_rows});
     const Interval tiles = tiles_of(band.rows(0, p.q_rows), kTile);

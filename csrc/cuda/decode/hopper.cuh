@@ -71,9 +71,7 @@ cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace
         return decode::launch_latent<C>(decode::latent_sm90<C>, p, plan, workspace, stream);
       }
     };
-    return p.spec.softcap > 0 || p.alibi_slopes || p.draft_mask || p.ranges
-               ? run.template operator()<true>()
-               : run.template operator()<false>();
+    return decode::has_options(p) ? run.template operator()<true>() : run.template operator()<false>();
   } else {
     return decode::launch_in_clusters<decode::DecodeSm90<T, R>>(p, plan, workspace, stream);
   }

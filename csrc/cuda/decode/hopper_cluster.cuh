@@ -248,7 +248,7 @@ __device__ __forceinline__ void attend_in_clusters(const DecodeCall& call, int l
   const int32_t ctas = 1 << log_ctas, rank = static_cast<int32_t>(blockIdx.x) & (ctas - 1);
   const int32_t unit = static_cast<int32_t>(blockIdx.x) >> log_ctas;
   const int32_t own = call.columns.quotient(unit), column = unit - own * call.columns.value;
-  const ColumnRows rows = ColumnRows::of_column<C::kRows>(call, column);
+  const ColumnRows rows = ColumnRows::of_column(call, column, C::kRows);
   const Exchange<C> exchange{shared, static_cast<uint32_t>(rank), static_cast<uint32_t>(ctas), log_ctas};
   const int32_t number = kShares ? min(own, call.sequences - 1) : own;
   using Ring = ClusterRing<C, kShares>;

@@ -53,11 +53,14 @@ class LatentConsumer {
     const int32_t tile_end = segment.tile_end;
 #pragma unroll 1
     for (int32_t tile = segment.tile; tile < tile_end; ++tile, ++use) {
+      const ListedTile seen = listed_tile<C::kTile, C::Column::kSkips>(call, segment.work.list, tile);
       shared.k_pipe.wait_full(use);
       ptx::fence_async_shared();  // because cp.async made the copies
       multiply_keys(use);
       if (tile + 1 == tile_end) shared.q_pipe.release(number);
-      softmax.score(s, DecodeTile<S>{call, rows, segment.work, tile * C::kTile, call.scale, first_row()},
+      softmax.score(s,
+                    DecodeTile<S>{call, rows, segment.work, seen.number * C::kTile, call.scale, first_row(),
+                                  seen.pieces != 0},
                     shared.missing[use % C::kStages]);
       float alpha[S::kSlots];
       if (call.row_max) raise_row_maxima(call, rows, segment.work, first_row(), s);

@@ -111,12 +111,14 @@ class LatentGroup {
     for (int32_t tile = begin + group; tile < end; tile += C::kGroups, ++sum) {
       const uint32_t own = use + (tile - begin);
       const uint32_t k = ptx::shared_address(shared.k[own % C::kStages]);
+      const ListedTile seen = listed_tile<C::kTile, C::Column::kSkips>(call, segment.work.list, tile);
       shared.k_pipe.wait_full(own);
       S s;
       multiply_keys(s, k);
       add_sums(s);
-      softmax.score(s, DecodeTile<S>{call, rows, segment.work, tile * C::kTile, call.scale},
-                    shared.missing[own % C::kStages]);
+      softmax.score(
+          s, DecodeTile<S>{call, rows, segment.work, seen.number * C::kTile, call.scale, 0, seen.pieces != 0},
+          shared.missing[own % C::kStages]);
       float alpha[S::kSlots];
       if (call.row_max) raise_row_maxima(call, rows, segment.work, 0, s);
       if (softmax.update(s, alpha)) {

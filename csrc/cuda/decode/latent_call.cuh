@@ -45,13 +45,18 @@ LatentCall make_latent_call(const Problem& p, const DecodeGrid& grid, int32_t ro
   call.head_chunks = Divisor(chunks.heads);
   call.token_chunks = Divisor(of_sequence);
   call.chunk_tokens = chunks.tokens;
+  call.lists = decode_lists(call, kTile, p.kv_heads, 1);
   return call;
 }
 
+// launch_decode_lists() for entries of at most `rows` query rows, 16 or 64.
+cudaError_t launch_latent_lists(const LatentCall& call, int32_t rows, int32_t tile, cudaStream_t stream);
+
 // The entries of one KV head, as Rows of partition.cuh. kOptions: for kernels with score options, which skip
-// tiles that the ranges of all rows hide.
+// tiles that ranges or a block mask hide from all rows.
 template <int kRows, bool kOptions>
 struct LatentColumn {
+  static constexpr bool kSkips = kOptions;
   const LatentCall& call;
   int32_t kv_head;
 
@@ -91,7 +96,11 @@ struct LatentColumn {
       return none;
     }
     SequenceWork work(call, rows(found), found.sequence);
-    if (kOptions && call.ranges) work.keys = seen_by_column(call, rows(found), work).any;
+    if (kOptions && call.lists) {
+      work.take_list(call, call.lists.number(kv_head, 0, number));
+    } else if (kOptions && call.ranges) {
+      work.keys = seen_by_column(call, rows(found), work).any;
+    }
     return work;
   }
 };

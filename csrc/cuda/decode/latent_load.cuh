@@ -42,12 +42,13 @@ class LatentLoader {
     for (; !ahead.done(); ++segment) {
       const Queries queries = open(segment);
       const int32_t tile = ahead.tile, tile_end = ahead.tile_end;
-      look_up(tile);
+      look_up(seen_tile(tile));
+      ListedTile following = seen_tile(tile + 1);  // read one tile before its pages are looked up
 #pragma unroll 1
       for (int32_t n = tile; n < tile_end; ++n, ++use) {
         shared.k_pipe.wait_empty(use);
         load_keys(use);
-        if (n + 1 < tile_end) look_up(n + 1);
+        if (n + 1 < tile_end) look_up(following), following = seen_tile(n + 2);
         if (n == tile) load_queries(queries, segment);
       }
       ahead.advance();
@@ -86,6 +87,7 @@ class LatentLoader {
     keys = work.keys;
     pool = call.key.at<const T>(work.leading, call.paged ? 0 : work.index, column.kv_head, 0);
     table = call.paged ? call.block_tables.at<const int32_t>(work.leading, work.index, 0, 0) : nullptr;
+    list = work.list;
     if (is_first()) {
       const Parts parts = Parts::of(call.grid, partition, ahead, number);
       shared.segments[segment % C::Shared::kSegments] = {
@@ -95,14 +97,19 @@ class LatentLoader {
     return {column.rows(entry), work.leading, work.batch_row, work.q_begin};
   }
 
+  __device__ __forceinline__ ListedTile seen_tile(int32_t n) const {
+    return listed_tile<C::kTile, C::Column::kSkips>(call, list, n);
+  }
+
   // Looks up the pages of this thread's keys in a tile. load_keys() checks the entries later, so that nobody
   // waits for them here.
-  __device__ __forceinline__ void look_up(int32_t tile) {
+  __device__ __forceinline__ void look_up(ListedTile tile) {
+    const bool hidden = C::Column::kSkips && tile.part<C::kLoadWarps>(warp) == SeenPiece::kNone;
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
-      const int64_t key = int64_t{tile} * C::kTile + warp * kWarpRows + row + i * kStep;
+      const int64_t key = int64_t{tile.number} * C::kTile + warp * kWarpRows + row + i * kStep;
       slot[i] = kUnused;
-      if (key < keys.lo || key >= keys.hi) continue;
+      if (hidden || key < keys.lo || key >= keys.hi) continue;
       const int32_t entry = call.page_size.quotient(static_cast<int32_t>(key));
       slot[i] = static_cast<int32_t>(key) - entry * call.page_size.value;
       page[i] = table ? table[entry] : 0;
@@ -182,6 +189,7 @@ class LatentLoader {
   Interval keys;
   const T* pool;
   const int32_t* table;
+  int32_t list;          // the number of the segment's list of tiles, as in SequenceWork
   int warp, row, chunk;  // row: this thread's first row among those of its warp
   int chunks;            // chunks of a row of the operand that this thread copies
   int32_t page[kRowsOfThread], slot[kRowsOfThread];
@@ -193,6 +201,7 @@ template <class C, class Run>
 __device__ __forceinline__ void run_latent(const LatentCall& call, typename C::Shared& shared, Run run) {
   ptx::let_next_kernel_start();  // combine_latent() is launched while the last CTAs run
   if (threadIdx.x == 0) shared.init();
+  if (C::Column::kSkips && call.lists) ptx::wait_for_kernel_before();  // which makes the lists
   clear_outside<typename C::Element, C::kThreads>(call);
   const int32_t number = call.columns.quotient(static_cast<int32_t>(blockIdx.x));
   const typename C::Column column{call, static_cast<int32_t>(blockIdx.x) - number * call.columns.value};

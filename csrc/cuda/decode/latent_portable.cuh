@@ -106,13 +106,15 @@ class LatentWarps {
     const int32_t tile_end = segment.tile_end;
 #pragma unroll 1
     for (int32_t tile = segment.tile; tile < tile_end; ++tile, ++use) {
-      const int32_t key = tile * C::kTile;
+      const ListedTile seen = listed_tile<C::kTile, true>(call, segment.work.list, tile);
+      const int32_t key = seen.number * C::kTile;
       const uint32_t k = ptx::shared_address(shared.k[use % C::kStages]);
       shared.k_pipe.wait_full(use);
       multiply_keys(product, k);
       sync();
       if (!C::kHoldsQ && tile + 1 == tile_end) shared.q_pipe.release(number);
-      exponentiate(segment.work, rows, key, key >= common.lo && key + C::kTile <= common.hi, use);
+      const Hidden hidden{key < common.lo || key + C::kTile > common.hi, seen.pieces != 0};
+      exponentiate(segment.work, rows, key, hidden, use);
       sync();
       multiply_values(k);
       shared.k_pipe.release(use);
@@ -201,11 +203,15 @@ class LatentWarps {
 
   __device__ __forceinline__ static int row_of(int own) { return warp() + own * C::kWarps; }
 
+  // Whether the band, and a block mask, hide some of a tile's keys from some row.
+  struct Hidden {
+    bool by_band, by_blocks;
+  };
+
   // m ← the row's bound, raised by a factor 1/α if a score exceeds it by more than kLatentSlack; P = 2^(S −
-  // m); l ← α l + this lane's P. Each lane has one key of the tile. `whole`: all rows see all keys of the
-  // tile.
+  // m); l ← α l + this lane's P. Each lane has one key of the tile.
   __device__ __forceinline__ void exponentiate(const SequenceWork& work, const ColumnRows& rows, int32_t key,
-                                               bool whole, uint32_t use) {
+                                               Hidden hidden, uint32_t use) {
     constexpr int kWarpKeys = Shared::kWarpKeys;
     const int lane = lane_id(), column = C::kTile == 32 ? lane : min(lane, C::kTile - 1);
     const bool used = C::kTile == 32 || lane < C::kTile;
@@ -217,7 +223,7 @@ class LatentWarps {
 #pragma unroll
       for (int split = 0; split < C::kSplits; ++split) x += shared.scores[split][row][column];
       if (missing) x = NAN;
-      x = used && row < rows.count() ? score(work, rows, row, key + lane, x, whole) : -INFINITY;
+      x = used && row < rows.count() ? score(work, rows, row, key + lane, x, hidden) : -INFINITY;
       const float top = warp_max(x);
       if (call.row_max && lane == 0) raise_row_max(call, rows, work, row, top);
       float alpha = 1;
@@ -236,16 +242,17 @@ class LatentWarps {
     }
   }
 
-  // The score of a key, times log2(e), after softcap, ALiBi, the band, ranges and the draft mask.
+  // The score of a key, times log2(e), after softcap, ALiBi, the band and masks.
   __device__ __forceinline__ float score(const SequenceWork& work, const ColumnRows& rows, int32_t row,
-                                         int32_t key, float x, bool whole) const {
+                                         int32_t key, float x, Hidden hidden) const {
     x *= call.scale;
     if (call.softcap > 0) x = cap_exactly(x, call.softcap);
-    if (call.alibi_slopes || call.draft_mask || call.ranges || !whole) x = option(work, rows, row, key, x);
+    if (call.alibi_slopes || call.draft_mask || call.ranges || hidden.by_band || hidden.by_blocks)
+      x = option(work, rows, row, key, x, hidden.by_blocks);
     return x * kLog2e;
   }
   __device__ __forceinline__ float option(const SequenceWork& work, const ColumnRows& rows, int32_t row,
-                                          int32_t key, float x) const {
+                                          int32_t key, float x, bool hides) const {
     const int32_t position = rows.position(row);
     if (!work.band.row(position).contains(key)) return -INFINITY;
     if (call.ranges && !seen_by_ranges(call, rows, work, row, {key, key + 1}).contains(key)) return -INFINITY;
@@ -253,6 +260,7 @@ class LatentWarps {
       const float slope = *call.alibi_slopes.at<const float>(work.leading, work.index, rows.head(row), 0);
       x = subtract_distance(x, slope, static_cast<float>(work.band.diagonal(position) - key));
     }
+    if (hides && !block_mask_of(call, work).sees(rows.head(row), position, key)) return -INFINITY;
     return draft_mask_of(call, work).hides(position, key) ? -INFINITY : x;
   }
 

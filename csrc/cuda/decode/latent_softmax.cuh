@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cuda/decode/latent_state.cuh"
+#include "cuda/decode/score_tile.cuh"
 #include "cuda/decode/warp_attention.cuh"
 #include "cuda/mask.cuh"
 #include "cuda/score/decode.cuh"

@@ -59,12 +59,16 @@ template <class C>
 cudaError_t launch_latent(void (*kernel)(LatentCall), const Problem& p, const LaunchPlan& plan,
                           void* workspace, cudaStream_t stream) {
   static_assert(C::kValueDim <= kMergedColumns);
+  static_assert(C::kRows == 16 || C::kRows == 64);  // launch_latent_lists() has these
   const DecodeGrid& grid = plan.decode;
   const int64_t blocks = int64_t{grid.columns} * grid.ranges;
   const int32_t* starts = p.packed() ? query_starts(p, plan.queries, workspace) : nullptr;
   for (int64_t outer = 0; blocks > 0 && outer < outer_entries(p.leading); ++outer) {
     const LatentCall call = make_latent_call<C::kTile>(p, grid, C::kRows, outer, starts, workspace);
-    cudaError_t e = jax_flash::launch(kernel, blocks, C::kThreads, sizeof(typename C::Shared), stream, call);
+    cudaError_t e = launch_latent_lists(call, C::kRows, C::kTile, stream);
+    const bool early = call.lists && can_wait(reinterpret_cast<const void*>(kernel));
+    if (e == cudaSuccess)
+      e = launch_early(early, kernel, 1, blocks, C::kThreads, sizeof(typename C::Shared), stream, call);
     if (e == cudaSuccess) e = launch_combine<typename C::Element, C::kRows>(call, stream);
     if (e != cudaSuccess) return e;
   }

@@ -7,159 +7,14 @@
 
 #include "core/band.h"
 #include "core/split.h"
-#include "core/visible/elements.h"
-#include "core/visible/ranges.h"
 #include "cuda/decode/call.cuh"
-#include "cuda/work.cuh"
+#include "cuda/decode/sequence_work.cuh"
 
 namespace jax_flash::decode {
 
-struct SequenceWork;
-
-// The query rows of a column. Row r is at position (first + r) / group, of query head
-// kv_head · group + (first + r) % group. Rows whose position is past the sequence's queries are padding.
-struct ColumnRows {
-  static constexpr bool kGap = false;  // whether ranges may leave a gap between key tiles
-  const Divisor& group;
-  int32_t kv_head, first, end;
-
-  template <int kRows>
-  __device__ __forceinline__ static ColumnRows of_column(const DecodeCall& call, int32_t column) {
-    const int32_t kv_head = call.chunks.quotient(column);
-    const int32_t first = (column - kv_head * call.chunks.value) * kRows;
-    return {call.group, kv_head, first, min(call.rows, first + kRows)};
-  }
-  __device__ __forceinline__ int32_t count() const { return end - first; }
-  __device__ __forceinline__ int32_t position(int32_t row) const { return group.quotient(first + row); }
-  __device__ __forceinline__ int32_t head(int32_t row) const {
-    return kv_head * group.value + group.remainder(first + row);
-  }
-  __device__ __forceinline__ int32_t first_position() const { return group.quotient(first); }
-  __device__ __forceinline__ int32_t end_position() const { return group.quotient(end - 1) + 1; }
-  __device__ __forceinline__ SequenceWork sequence(const DecodeCall& call, int32_t number) const;
-};
-
-// One sequence of one leading entry, as the rows of a column see it.
-struct SequenceWork {
-  int32_t leading, index;  // index: the batch entry or sequence
-  int32_t batch_row;       // the batch index of per-token operands
-  int32_t q_begin;
-  Band band;
-  Interval keys;          // from the first to the last key that at least one of the rows sees
-  Interval gap = {0, 0};  // between them, where none of the rows sees a key
-
-  SequenceWork() = default;
-  // `number` counts the sequences of all leading entries.
-  __device__ __forceinline__ SequenceWork(const DecodeCall& call, const ColumnRows& rows, int32_t number) {
-    leading = call.sequences == call.batch.value ? 0 : call.batch.quotient(number);
-    index = batch_row = number - leading * call.batch.value;
-    q_begin = 0;
-    bool served = true;
-    int32_t q_len = call.q_rows;
-    if (call.starts) {
-      const int32_t* const start = call.starts.at<const int32_t>(leading, index, 0, 0);
-      q_begin = start[0], q_len = start[call.starts.batch] - q_begin, batch_row = 0;
-      served = call.grid.takes(q_len, call.group.value) && rows.first_position() < q_len;
-    } else if (call.q_lengths) {
-      q_len = clamp_index(*call.q_lengths.at<const int32_t>(leading, index, 0, 0), q_len);
-    }
-    int32_t k_len = call.k_rows;
-    if (call.kv_lengths) k_len = clamp_index(*call.kv_lengths.at<const int32_t>(leading, index, 0, 0), k_len);
-    band = {q_len, k_len, call.bottom_right ? k_len - q_len : 0, call.left, call.right};
-    if (call.moves_band) move_band(call);
-    keys = band.rows(rows.first_position(), rows.end_position());
-    if (!served) leave();
-  }
-  __device__ __forceinline__ void move_band(const DecodeCall& call) {
-    const auto element = [&](const DecodeView& view) {
-      return int64_t{*view.at<const int32_t>(leading, index, 0, 0)};
-    };
-    if (call.position) {
-      const int32_t* const first = call.position.at<const int32_t>(leading, 0, 0, 0);
-      band.shift += int64_t{first[0]} - first[call.position.row];
-    }
-    if (call.window_offset) band.shift += element(call.window_offset);
-    if (call.window_left) band.left = element(call.window_left);
-    if (call.window_right) band.right = element(call.window_right);
-  }
-  // Leaves the sequence to the forward kernel.
-  __device__ __forceinline__ void leave() { keys = {0, -1}; }
-  __device__ __forceinline__ bool served() const { return keys.hi >= 0; }
-  __device__ __forceinline__ int32_t end_position(const ColumnRows& rows) const {
-    return min(rows.end_position(), band.q_len);
-  }
-};
-
-__device__ __forceinline__ SequenceWork ColumnRows::sequence(const DecodeCall& call, int32_t number) const {
-  return {call, *this, number};
-}
-
-// The query of a row of the column. Padding rows repeat other rows, which is harmless as rows are
-// independent.
-template <class T>
-__device__ __forceinline__ const T* query_at(const DecodeCall& call, const ColumnRows& rows,
-                                             const SequenceWork& work, int32_t row) {
-  row = min(row, rows.count() - 1);
-  const int32_t position = call.starts ? min(rows.position(row), work.band.q_len - 1) : rows.position(row);
-  return call.query.at<const T>(work.leading, work.batch_row, rows.head(row), work.q_begin + position);
-}
-
-// The draft mask of a sequence; one without elements if it has none.
-__device__ __forceinline__ ElementMask draft_mask_of(const DecodeCall& call, const SequenceWork& work) {
-  const int32_t q_len = work.band.q_len;
-  if (!call.draft_mask || !has_drafts(q_len, call.draft_rows)) return {};
-  return {call.draft_mask.at<const uint8_t>(work.leading, work.index, 0, 0), call.draft_mask.row,
-          first_draft(q_len, work.band.k_len)};
-}
-
-// The keys among `keys` that the ranges of a row of the column show.
-__device__ __forceinline__ SeenKeys seen_by_ranges(const DecodeCall& call, const ColumnRows& rows,
-                                                   const SequenceWork& work, int32_t row, Interval keys) {
-  const int32_t position = min(rows.position(row), (call.starts ? work.band.q_len : call.q_rows) - 1);
-  const int32_t* const limits =
-      call.ranges.at<const int32_t>(work.leading, work.batch_row, rows.head(row), work.q_begin + position);
-  return RowRanges{limits, 0, 0, call.two_ranges}.seen(0, 0, keys);
-}
-
-// The keys that ranges leave to any and to all of the rows.
-__device__ __forceinline__ SeenByRows seen_by_column(const DecodeCall& call, const ColumnRows& rows,
-                                                     const SequenceWork& work) {
-  const int32_t* const limits = call.ranges.at<const int32_t>(work.leading, work.batch_row,
-                                                              rows.kv_head * rows.group.value, work.q_begin);
-  return seen_by_rows(work.band, RowRanges{limits, call.ranges.head, call.ranges.row, call.two_ranges},
-                      {rows.first_position(), rows.end_position(), rows.group.value}, work.keys);
-}
-
-// Keeps to the keys that ranges leave to the rows.
-__device__ __forceinline__ void skip_hidden_keys(const DecodeCall& call, const ColumnRows& rows,
-                                                 SequenceWork& work) {
-  if (!call.ranges) return;
-  const SeenByRows seen = seen_by_column(call, rows, work);
-  work.keys = seen.any, work.gap = seen.gap;
-}
-
-// The rows of a column in a kernel with score options, which skips tiles that the ranges of all rows hide.
-struct RowsWithOptions : ColumnRows {
-  static constexpr bool kGap = true;
-  __device__ __forceinline__ SequenceWork sequence(const DecodeCall& call, int32_t number) const {
-    SequenceWork work = ColumnRows::sequence(call, number);
-    skip_hidden_keys(call, *this, work);
-    return work;
-  }
-};
-
-// The gap between the key tiles of a sequence.
-template <int kTile, bool kGap = true>
-__device__ __forceinline__ GapOfTiles<kGap> gap_of(const SequenceWork& work) {
-  GapOfTiles<kGap> gap;
-  gap.set_gap(work.gap, kTile);
-  return gap;
-}
-
 template <int kTile>
 __device__ __forceinline__ SequenceUnits units_of(const DecodeCall& call, const SequenceWork& work) {
-  const Interval tiles = gap_of<kTile>(work).close(tiles_of(work.keys, kTile));
-  return {call.grid, call.end_tiles, tiles, work.served()};
+  return {call.grid, call.end_tiles, SeenTiles<kTile>{call, work}.all(), work.served()};
 }
 
 // in_order() for the packed sequences of a call; all threads of a CTA call this.
@@ -298,8 +153,8 @@ __device__ __forceinline__ Partition find_range(const DecodeCall& call, const Ro
 }
 
 // Iterates over a block's range, segment by segment: a segment is the units of the range that lie in one
-// sequence, or one split where the call fixes them. Within a segment it iterates over key tiles, whose
-// numbers leave out those of the gap (GapOfTiles).
+// sequence, or one split where the call fixes them. Within a segment it iterates over key tiles, by their
+// numbers in SeenTiles.
 template <int kTile>
 struct WorkIterator {
   int32_t unit, end;               // the segment's first unit, and the end of the range

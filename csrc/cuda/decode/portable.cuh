@@ -27,10 +27,13 @@ cudaError_t launch(const Problem& p, const LaunchPlan& plan, void* workspace, cu
   const int64_t blocks = int64_t{grid.columns} * grid.ranges;
   for (int64_t outer = 0; outer < outer_entries(p.leading); ++outer) {
     const DecodeCall call = make_call<C::kTile>(p, grid, C::kRows, outer, workspace);
-    // Launches share the partial results in the workspace, so only the first one may start early.
-    const bool early = p.packed() && outer == 0 && can_wait(reinterpret_cast<const void*>(decode_sm80<C>));
-    const cudaError_t e =
-        launch_early(early, decode_sm80<C>, 1, blocks, C::kThreads, C::kSharedBytes, stream, call);
+    cudaError_t e = launch_decode_lists(call, C::kRows, C::kTile, stream);
+    if (e != cudaSuccess) return e;
+    // Launches share the partial results in the workspace, so only the first one may start early, or those
+    // after the kernel that makes lists, which starts when the launch before has ended.
+    const bool early =
+        (call.lists || (p.packed() && outer == 0)) && can_wait(reinterpret_cast<const void*>(decode_sm80<C>));
+    e = launch_early(early, decode_sm80<C>, 1, blocks, C::kThreads, C::kSharedBytes, stream, call);
     if (e != cudaSuccess) return e;
   }
   return cudaSuccess;
@@ -46,8 +49,7 @@ cudaError_t launch_decode(const Problem& p, const LaunchPlan& plan, void* worksp
   // with them.
   constexpr bool kAlways = R.value_dim > 256;
   const auto run = [&]<class Stored>() {
-    const bool options =
-        p.spec.softcap > 0 || p.alibi_slopes || p.draft_mask || p.ranges || decode::scaled_by_page(p);
+    const bool options = decode::has_options(p) || decode::scaled_by_page(p);
     if (kAlways || options)
       return decode::launch<decode::DecodeShares<T, Stored, R, true>>(p, plan, workspace, stream);
     return decode::launch<decode::DecodeShares<T, Stored, R, kAlways>>(p, plan, workspace, stream);

@@ -157,14 +157,14 @@ class WarpRing {
   __device__ __forceinline__ void fill() {
     if (ahead.tile < ahead.tile_end) {
       if (kPrefetchesTable && prefetches && copied >= kStages)
-        next = keys.locate(call, position(0, gap()),
+        next = keys.locate(call, position(0, tiles()),
                            [&](int32_t) { return static_cast<int32_t>(ptx::load_shared(entry_of(filled))); });
       copy_rows<KTile, VTile>(memory + filled * kStageBytes, keys, keys.check(call, next));
       if (kPrefetchesTable && prefetches) copy_entry();
       ++ahead.tile, ++copied;
     }
     if (ahead.tile < ahead.tile_end) {
-      if (!kPrefetchesTable || !prefetches || copied < kStages) find(gap());
+      if (!kPrefetchesTable || !prefetches || copied < kStages) find(tiles());
     } else if (!ahead.done()) {
       ahead.advance();
       if (!ahead.done()) open();
@@ -193,29 +193,32 @@ class WarpRing {
     keys.open(call, rows, work);
     prefetches = kPrefetchesTable && call.paged && ahead.tile_end - ahead.tile >= kPrefetchedTiles,
     copied = 0;
-    find(gap_of<kTile, Rows::kGap>(work));
+    find(Tiles{call, work});
     __syncwarp();  // all lanes have read the segment that was stored here
     if (threadIdx.x % 32 == 0)
       segments[opened] = {work, Parts::of(call.grid, partition, ahead, number), ahead.tile, ahead.tile_end};
     if (++opened == kSegments) opened = 0;
     __syncwarp();
   }
-  // The gap between the tiles of the last segment. It is read again, because registers are few.
-  using Gap = GapOfTiles<Rows::kGap>;
-  __device__ __forceinline__ Gap gap() const {
-    return gap_of<kTile, Rows::kGap>(segments[opened > 0 ? opened - 1 : kSegments - 1].work);
+  // The tiles of the last segment. They are read again, because registers are few.
+  using Tiles = SeenTiles<kTile, Rows::kSkips>;
+  __device__ __forceinline__ Tiles tiles() const {
+    return {call, segments[opened > 0 ? opened - 1 : kSegments - 1].work};
   }
-  // The position of this lane's key in the i-th tile from the next one on.
-  __device__ __forceinline__ int64_t position(int i, const Gap& gap) const {
+  // The position of this lane's key in the i-th tile from the next one on; one past all keys if no row sees
+  // any of this warp's keys.
+  __device__ __forceinline__ int64_t position(int i, const Tiles& tiles) const {
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-    return int64_t{gap.tile(ahead.tile + i)} * kTile + warp * kKeys + lane % kKeys;
+    const ListedTile tile = tiles.at(ahead.tile + i);
+    if (Rows::kSkips && tile.part<kTile / kKeys>(warp) == SeenPiece::kNone) return INT64_MAX;
+    return int64_t{tile.number} * kTile + warp * kKeys + lane % kKeys;
   }
-  __device__ __forceinline__ void find(const Gap& gap) { next = keys.look_up(call, position(0, gap)); }
+  __device__ __forceinline__ void find(const Tiles& tiles) { next = keys.look_up(call, position(0, tiles)); }
   __device__ __forceinline__ uint32_t entry_of(int stage) const { return entries + stage * kKeys * 4; }
   // Starts to copy the table entry for the tile that will use this stage next.
   __device__ __forceinline__ void copy_entry() const {
     if (threadIdx.x % 32 >= kKeys) return;
-    (void)keys.locate(call, position(kStages, gap()), [&](int32_t entry) {
+    (void)keys.locate(call, position(kStages, tiles()), [&](int32_t entry) {
       ptx::cp_async_4(entry_of(filled), keys.table + entry, true);
       return 0;
     });

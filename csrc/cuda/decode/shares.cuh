@@ -9,6 +9,7 @@
 #include "cuda/decode/ring.cuh"
 #include "cuda/decode/warp_attention.cuh"
 #include "cuda/decode/warp_merge.cuh"
+#include "cuda/ptx/dependent.cuh"
 #include "cuda/ptx/shared.cuh"
 
 namespace jax_flash::decode {
@@ -73,8 +74,9 @@ __device__ __forceinline__ void attend_share(const DecodeCall& call) {
   const int32_t warp = static_cast<int32_t>(threadIdx.x) / 32;
   const int32_t number = call.columns.quotient(static_cast<int32_t>(blockIdx.x));
   const int32_t column = static_cast<int32_t>(blockIdx.x) - number * call.columns.value;
-  const typename C::Rows rows{ColumnRows::of_column<C::kRows>(call, column)};
+  const auto rows = C::Rows::of_column(call, column, C::kRows);
   if (call.starts && !are_in_order(call)) return;
+  if (C::Rows::kSkips && call.lists) ptx::wait_for_kernel_before();  // which makes the lists
   Range range;
   const Partition partition = find_range<C::kTile, C::kThreads>(call, rows, found, number, range);
   if (range.begin >= range.end) return;
@@ -109,12 +111,13 @@ __device__ __forceinline__ void attend_share(const DecodeCall& call) {
       if (threadIdx.x == 0 && segment->parts.count > 1)
         prepare_counter(PartialResults<C::kRows>(call).counter(segment->parts, column));
     }
-    const int32_t n = gap_of<C::kTile, C::Rows::kGap>(segment->work).tile(tile);
-    const int32_t key = n * C::kTile + warp * Ring::kKeys;
+    const ListedTile seen = SeenTiles<C::kTile, C::Rows::kSkips>{call, segment->work}.at(tile);
+    const int32_t key = seen.number * C::kTile + warp * Ring::kKeys;
     state.page_scales.load(call, rows, segment->work, key);
     const uint32_t k = ring.wait();
-    if (key < keys.hi && key + Ring::kKeys > keys.lo)
-      state.step(call, rows, segment->work, key, k, k + Ring::KTile::kBytes);
+    const SeenPiece piece = seen.part<C::kWarps>(warp);
+    if (piece != SeenPiece::kNone && key < keys.hi && key + Ring::kKeys > keys.lo)
+      state.step(call, rows, segment->work, key, k, k + Ring::KTile::kBytes, piece == SeenPiece::kSome);
     __syncwarp();
     ++tile;
   }

@@ -13,6 +13,7 @@
 #include "cuda/decode/key_scales.cuh"
 #include "cuda/decode/partition.cuh"
 #include "cuda/decode/row_max.cuh"
+#include "cuda/decode/score_tile.cuh"
 #include "cuda/decode/stored.cuh"
 #include "cuda/load/pages.cuh"
 #include "cuda/mask.cuh"
@@ -37,45 +38,6 @@ __device__ __forceinline__ float column_sum(float x) {
   x += __shfl_xor_sync(~0u, x, 8);
   return x + __shfl_xor_sync(~0u, x, 16);
 }
-
-// The tile of S for a score variant: the column's rows from `first_row` on, and the keys from `key` on.
-template <class S>
-struct DecodeTile {
-  const DecodeCall& call;
-  const ColumnRows& rows;
-  const SequenceWork& work;
-  int32_t key;
-  float key_scale;
-  int32_t first_row = 0;
-
-  __device__ __forceinline__ float scale() const { return key_scale; }
-  __device__ __forceinline__ float softcap() const { return call.softcap; }
-  __device__ __forceinline__ bool has_slopes() const { return bool(call.alibi_slopes); }
-  __device__ __forceinline__ float slope(int slot) const {
-    return *call.alibi_slopes.at<const float>(work.leading, work.index, rows.head(row(slot)), 0);
-  }
-  __device__ __forceinline__ float distance(int slot) const {
-    return static_cast<float>(work.band.diagonal(rows.position(row(slot))) - key - S::column(0));
-  }
-  __device__ __forceinline__ const Band& band() const { return work.band; }
-  __device__ __forceinline__ int32_t position(int slot) const { return rows.position(row(slot)); }
-  __device__ __forceinline__ bool has_ranges() const { return bool(call.ranges); }
-  __device__ __forceinline__ SeenKeys seen(int slot) const {
-    return seen_by_ranges(call, rows, work, row(slot), {key, key + S::kColumns});
-  }
-  __device__ __forceinline__ ElementMask draft_mask() const { return draft_mask_of(call, work); }
-
- private:
-  __device__ __forceinline__ int32_t row(int slot) const {
-    return min(first_row + S::row(slot), rows.count() - 1);
-  }
-};
-
-// The tile for rows whose mask already hides the keys outside their ranges, but not those between two ranges.
-template <class S>
-struct MaskedTile : DecodeTile<S> {
-  __device__ __forceinline__ bool has_ranges() const { return this->call.two_ranges; }
-};
 
 // The warp's state. A lane holds the query rows S::row(2 n + e) = 8 n + 2 (lane % 4) + e, for n < kTiles and
 // e < 2.
@@ -135,14 +97,16 @@ struct WarpAttention {
     }
   }
 
-  // Attends to the kKeys keys from `key` on, whose tiles are at `k` and `v` in shared memory.
+  // Attends to the kKeys keys from `key` on, whose tiles are at `k` and `v` in shared memory. hides: whether
+  // a block mask hides some of the tile's keys from some row.
   __device__ __forceinline__ void step(const DecodeCall& call, const ColumnRows& rows,
-                                       const SequenceWork& work, int32_t key, uint32_t k, uint32_t v) {
+                                       const SequenceWork& work, int32_t key, uint32_t k, uint32_t v,
+                                       bool hides = false) {
     S s;
     with_format(call.kv_dtype, [&]<DType kFormat>() { multiply_keys<kFormat>(s, k); });  // Sᵀ = K Qᵀ
     if constexpr (kRescaled) for_each(s, [&](float& x, int slot, int, int) { x *= scale_of_queries(slot); });
     page_scales.scale_keys(s);
-    Score().apply(s, MaskedTile<S>{{call, rows, work, key, scale}});  // softcap, ALiBi, ranges, draft mask
+    Score().apply(s, MaskedTile<S>{{call, rows, work, key, scale, 0, hides}});  // softcap, ALiBi, masks
     if (key < common.lo || key + kKeys > common.hi) mask(s, key);
     if (call.row_max) raise_row_maxima(call, rows, work, s);
     rescale(s);  // m ← max(m, rowmax S); O ← α O, l ← α l

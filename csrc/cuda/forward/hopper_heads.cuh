@@ -75,7 +75,7 @@ struct PackedHeadsScore : PlainScore<S> {
     const int32_t right = p.packing.right < 0 ? p.packing.tokens : min(p.packing.right, p.packing.tokens);
     hide_where(
         s, band, tile.key, [row = tile.row()](int slot) { return row + S::row(slot); },
-        [&](int32_t i, int32_t j) {
+        [&](int, int32_t i, int32_t j) {
           const int32_t token = i >> p.packing.shift;
           return j - first > token + right || drafts.hides(token, j);
         });

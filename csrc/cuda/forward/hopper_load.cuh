@@ -30,7 +30,6 @@ struct LoadWarp {
   // n: the tile's number, or the pieces of a listed tile.
   template <class N>
   __device__ __forceinline__ void load_key(const N& n, uint32_t use) {
-    loader.check();
 #pragma unroll
     for (int part = 0; part < C::kLoadedParts; ++part) {
       const uint32_t stage = shared.key_use(use, part), from = shared.key_loader(stage);
@@ -42,7 +41,6 @@ struct LoadWarp {
 
   template <class N>
   __device__ __forceinline__ void load_value(const N& n, uint32_t use) {
-    loader.check();
     shared.v_pipe.template wait_empty<C::kMulticast>(use, kValueLoader);
     loader.load_value(maps.keys, ptx::shared_address(shared.value(use)), shared.v_pipe.full_barrier(use), n);
   }
@@ -92,12 +90,13 @@ struct LoadWarp {
   template <bool kKeys, bool kValues>
   __device__ __forceinline__ void load(const BlockWork& work, const Interval& tiles, uint32_t tile_index) {
     const auto& tile = shared.tiles[tile_index % kTileStates];
+    const auto tile_of = [&](int32_t n) { return tile.tile(n); };
     const auto key = [&](int32_t n, uint32_t use) {
+      loader.look_up(maps.keys, n, tile_of);
       load_key(tile.tile(n), use);
-      loader.find(maps.keys, tile.tile(n - 1));
     };
     const bool used = !tiles.empty();
-    if (used) loader.begin(maps.keys, work, tile.tile(tiles.hi - 1));
+    if (used) loader.begin(maps.keys, work, tiles.hi - 1, tile_of);
     if constexpr (C::kHasColumns) loader.begin_columns(tile.column);
     if (kKeys && used) key(tiles.hi - 1, kv_index);
     if constexpr (kValues) {
@@ -114,8 +113,8 @@ struct LoadWarp {
       if (kValues && n == takes_next && leads()) shared.ending_pipe.arrive(tile_index);
       if (kKeys && n > tiles.lo) key(n - 1, kv_index + 1);
       if constexpr (kValues) {
+        loader.look_up(maps.keys, n, tile_of);
         load_value(tile.tile(n), kv_index);
-        loader.find(maps.keys, tile.tile(n - 1));
         if (n > tiles.lo) load_input(work, n - 1, kv_index + 1);
       }
     }

@@ -39,9 +39,10 @@ class DenseLoader {
 
   __device__ __forceinline__ explicit DenseLoader(const Problem& problem) : p(problem) {}
 
-  // Starts the key tiles of a query tile, which are loaded from the last to the first. `first`: the one that
-  // is loaded first.
-  __device__ __forceinline__ void begin(const Maps&, const BlockWork& work, int32_t /*first*/) {
+  // Starts the key tiles of a query tile, which are loaded from the last to the first. It is called with the
+  // number of the one that is loaded first, and tile_of(n), the key tile with number n.
+  template <class TileOf>
+  __device__ __forceinline__ void begin(const Maps&, const BlockWork& work, int32_t, TileOf) {
     const int32_t kv_head = p.kv_head(work.head);
     key = coordinates_of(p.key, work, kv_head, work.tile.k_begin);
     value = coordinates_of(p.value, work, kv_head, work.tile.k_begin);
@@ -53,10 +54,9 @@ class DenseLoader {
   __device__ __forceinline__ void release(const Pipe& state, uint32_t use) const {
     state.release_by_thread(use);
   }
-  // Called before the wait for the stage of the next load_key() or load_value().
-  __device__ __forceinline__ void check() const {}
-  // Called after the last part of a tile with the number of the warp's next tile.
-  __device__ __forceinline__ void find(const Maps&, int32_t) const {}
+  // Called with the number of the tile that this warp loads next, before it waits for the tile's stage.
+  template <class TileOf>
+  __device__ __forceinline__ void look_up(const Maps&, int32_t, TileOf) const {}
   // Load keys, or values, [n · kN, (n + 1) · kN); `barrier` counts their bytes. K of a tile is loaded before
   // V of the previous tile.
   __device__ __forceinline__ void load_key(const Maps& maps, uint32_t tile, uint32_t barrier, int32_t n,

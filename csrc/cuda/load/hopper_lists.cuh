@@ -40,7 +40,6 @@ class ListLoader {
   __device__ __forceinline__ void release(const Pipe& state, uint32_t use) const {
     state.release_by_thread(use);
   }
-  __device__ __forceinline__ void check() const {}
   __device__ __forceinline__ void load_key(const Maps& maps, uint32_t tile, uint32_t barrier,
                                            const KeyPieces& pieces, int, uint32_t) const {
     load<typename C::KTile>(tile, barrier, maps.key, key, pieces);

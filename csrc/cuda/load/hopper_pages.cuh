@@ -1,8 +1,9 @@
 // The loader of keys and values in the pages of a pool, for the sm_90a kernels; see load/hopper_dense.cuh.
 //
 // A tile is loaded in boxes of rows that lie in one page and in one tile. One warp loads K and another one V,
-// so that neither waits for the other's stages. A lane loads the same rows of every tile. It looks up their
-// page one tile before it loads them, and checks it before it waits for the stage.
+// so that neither waits for the other's stages. Each lane looks up the page of one box, and together they
+// look up those of as many tiles as have 32 boxes, while the tiles before are loaded: while memory is busy, a
+// lookup takes as long as the load of a small tile.
 #pragma once
 
 #include <cstdint>
@@ -68,11 +69,13 @@ class PageLoader {
   struct Maps {
     typename Boxes::Map key, value, missing;
     int32_t box, boxes;  // rows of a box, boxes of a tile
+    int32_t tiles;       // tiles of which a warp looks up the pages at once
     Divisor page_size, group;
   };
   static_assert(C::KTile::kPanel == 8 && C::VTile::kPanel == 8);
   static cudaError_t make_maps(Maps& maps, const Problem& p) {
     maps.box = std::gcd(p.page_size, C::kN), maps.boxes = C::kN / maps.box;
+    maps.tiles = kLanes / maps.boxes;
     maps.page_size = Divisor(p.page_size), maps.group = Divisor(p.heads / p.kv_heads);
     Problem missing = p;  // a page of NaN
     missing.kv_heads = missing.pages = 1, missing.page_size = maps.box;
@@ -90,12 +93,17 @@ class PageLoader {
 
   __device__ __forceinline__ explicit PageLoader(const Problem& problem) : p(problem) {}
 
-  __device__ __forceinline__ void begin(const Maps& maps, const BlockWork& of_tile, int32_t first) {
+  template <class TileOf>
+  __device__ __forceinline__ void begin(const Maps& maps, const BlockWork& of_tile, int32_t first,
+                                        TileOf tile_of) {
     work = &of_tile;
     const View& tables = p.block_tables;  // there is at most one leading dimension
     entries =
         tables.as<const int32_t>() + work->leading * tables.leading[0] + work->tile.index * tables.batch;
-    find(maps, first);
+    const auto lane = static_cast<int32_t>(threadIdx.x % 32);
+    own_tile = lane / maps.boxes, own_box = lane % maps.boxes;
+    next_first = first;
+    find(maps, tile_of(first - own_tile));
     head = maps.group.quotient(work->head);
   }
   __device__ __forceinline__ void begin_columns(int32_t column) { first_column = column; }
@@ -106,10 +114,16 @@ class PageLoader {
 
   // Keys on a page outside the pool become NaN. Values there, and rows past the keys, become zeros: TMA fills
   // a page behind the pool with zeros.
-  __device__ __forceinline__ void check() {
-    const bool in_pool = 0 <= page && page < p.pages;
-    missing = slot != kNoSlot && !in_pool;
-    if (slot == kNoSlot || !in_pool) page = p.pages, slot = 0;
+  template <class TileOf>
+  __device__ __forceinline__ void look_up(const Maps& maps, int32_t n, TileOf tile_of) {
+    if (n == next_first) {
+      const bool in_pool = 0 <= next_page && next_page < p.pages, used = next_slot != kNoSlot && in_pool;
+      missing = next_slot != kNoSlot && !in_pool;
+      page = used ? next_page : p.pages, slot = used ? next_slot : 0;
+      next_first -= maps.tiles;
+      find(maps, tile_of(next_first - own_tile));
+    }
+    loads = own_tile == next_first + maps.tiles - n;
   }
   __device__ __forceinline__ void load_key(const Maps& maps, uint32_t tile, uint32_t barrier, int32_t,
                                            int part, uint32_t) const {
@@ -120,17 +134,17 @@ class PageLoader {
     load<typename C::VTile, false>(maps, tile, barrier, maps.value, p.value,
                                    C::kHasColumns ? first_column : 0);
   }
-  // Looks up this lane's box of tile n. Nothing waits for its page before check().
-  __device__ __forceinline__ void find(const Maps& maps, int32_t n) {
-    const auto lane = static_cast<int32_t>(threadIdx.x % 32);
-    const int32_t position = n * C::kN + lane * maps.box;
-    slot = kNoSlot;
-    if (lane >= maps.boxes || position < 0 || position >= work->tile.k_len) return;
-    const int32_t entry = maps.page_size.quotient(position);
-    page = entries[entry], slot = position - entry * p.page_size;
-  }
 
  private:
+  // Looks up this lane's box of tile n. Nothing waits for its page before look_up() takes it.
+  __device__ __forceinline__ void find(const Maps& maps, int32_t n) {
+    const int32_t position = n * C::kN + own_box * maps.box;
+    next_slot = kNoSlot;
+    if (own_tile >= maps.tiles || position < 0 || position >= work->tile.k_len) return;
+    const int32_t entry = maps.page_size.quotient(position);
+    next_page = entries[entry], next_slot = position - entry * p.page_size;
+  }
+
   template <class Tile, bool kNanIfMissing>
   __device__ __forceinline__ void load(const Maps& maps, uint32_t tile, uint32_t barrier,
                                        const typename Boxes::Map& map, const View& view,
@@ -138,22 +152,27 @@ class PageLoader {
     const auto lane = static_cast<int32_t>(threadIdx.x % 32);
     __syncwarp();  // every lane must see the stage empty before it is filled and released again
     if (lane == 0) ptx::barrier_expect(barrier, Tile::kBytes);
+    if (!loads) return;
     if (kNanIfMissing && missing) {
-      Boxes::template load<Tile>(tile, lane * maps.box, maps.missing, barrier, {});
-    } else if (lane < maps.boxes) {
+      Boxes::template load<Tile>(tile, own_box * maps.box, maps.missing, barrier, {});
+    } else {
       const int32_t leading = view.leading[0] ? static_cast<int32_t>(work->leading) : 0;
-      Boxes::template load<Tile>(tile, lane * maps.box, map, barrier, {head, slot, page, leading, column});
+      Boxes::template load<Tile>(tile, own_box * maps.box, map, barrier, {head, slot, page, leading, column});
     }
   }
 
   static constexpr int32_t kNoSlot = -1;  // stands for a box past the keys
   const Problem& p;
   const BlockWork* work;
-  const int32_t* entries;    // of the block table's row
-  int32_t head;              // of K and V
-  int32_t first_column = 0;  // of V
-  int32_t page = 0, slot;    // this lane's box of the next tile
-  bool missing;              // its page lies outside the pool
+  const int32_t* entries;     // of the block table's row
+  int32_t head;               // of K and V
+  int32_t first_column = 0;   // of V
+  int32_t own_tile, own_box;  // this lane's box: of which tile of those that are looked up at once, and which
+  int32_t page, slot;         // where it lies
+  bool missing;               // its page lies outside the pool
+  bool loads = false;         // whether its tile is the one that is loaded now
+  int32_t next_page = 0, next_slot;  // the same for the following tiles
+  int32_t next_first;                // the number of the first of these
 };
 
 template <class C>

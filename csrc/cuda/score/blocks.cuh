@@ -34,29 +34,38 @@ __device__ __forceinline__ void hide_keys(S& s, const BlockMask& blocks, const B
   }
 }
 
-// The same for blocks of any size. The loop over blocks of keys is not unrolled, which takes the fewest
-// registers.
-template <class S>
-__device__ __forceinline__ void hide_outside_blocks(S& s, const BlockMask& blocks, const Band& band,
-                                                    int32_t row, int32_t key) {
-  if (blocks.block_keys == 1) return hide_keys(s, blocks, band, row, key);
-  const int32_t first = key + blocks.first_key, last = (first + S::kColumns - 1) / blocks.block_keys;
+// S ← −inf in blocks of keys that the slot's row does not see. first: the position of the first key, counted
+// from the first block; sees(slot, column): whether the row sees a block of keys. The loop over blocks is not
+// unrolled, which takes the fewest registers.
+template <class S, class Sees>
+__device__ __forceinline__ void hide_blocks(S& s, int32_t first, int32_t block_keys, Sees sees) {
+  const int32_t last = (first + S::kColumns - 1) / block_keys;
 #pragma unroll 1
-  for (int32_t column = first / blocks.block_keys; column <= last; ++column) {
-    const int32_t lo = column * blocks.block_keys - first - S::column(0);
+  for (int32_t column = first / block_keys; column <= last; ++column) {
+    const int32_t lo = column * block_keys - first - S::column(0);
 #pragma unroll
     for (int slot = 0; slot < S::kSlots; ++slot) {
-      if (blocks.sees_block(0, (row + S::row(slot) + blocks.first_row) / blocks.block_rows, column)) continue;
+      if (sees(slot, column)) continue;
 #pragma unroll
       for (int n = 0; n < S::kColumnTiles; ++n) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int step = S::column_step(n, e) - lo;
-          if (0 <= step && step < blocks.block_keys) s.at(slot, n, e) = -INFINITY;
+          if (0 <= step && step < block_keys) s.at(slot, n, e) = -INFINITY;
         }
       }
     }
   }
+}
+
+// S [rows from `row`, keys from `key`] ← −inf where blocks of any size do not show the key.
+template <class S>
+__device__ __forceinline__ void hide_outside_blocks(S& s, const BlockMask& blocks, const Band& band,
+                                                    int32_t row, int32_t key) {
+  if (blocks.block_keys == 1) return hide_keys(s, blocks, band, row, key);
+  hide_blocks(s, key + blocks.first_key, blocks.block_keys, [&](int slot, int32_t column) {
+    return blocks.sees_block(0, (row + S::row(slot) + blocks.first_row) / blocks.block_rows, column);
+  });
 }
 
 }  // namespace jax_flash

@@ -8,20 +8,20 @@
 
 namespace jax_flash {
 
-// S ← −inf where hidden(i, j), which is called only for rows and keys in use. Row i is row_of(slot), and the
-// first key is `key`. Few tiles run the loop, and it is not unrolled: its loads would take registers from all
-// other tiles.
-template <class S, class Row, class Hidden>
+// S ← −inf where hidden(slot, i, j), which is called only for rows and keys in use. Row i is row_of(slot),
+// and the first key is `key`. Where few tiles run the loop, it is not unrolled (kUnroll = 1), because its
+// loads would take registers from all other tiles.
+template <int kUnroll = 1, class S, class Row, class Hidden>
 __device__ __forceinline__ void hide_where(S& s, const Band& band, int32_t key, Row row_of, Hidden hidden) {
   static_assert(2 * S::kColumnTiles <= 32);
 #pragma unroll
   for (int slot = 0; slot < S::kSlots; ++slot) {
     const int32_t i = row_of(slot), end = i < band.q_len ? band.k_len : 0;
     uint32_t found = 0;  // bit 2 n + e
-#pragma unroll 1
+#pragma unroll kUnroll
     for (int at = 0; at < 2 * S::kColumnTiles; ++at) {
       const int32_t j = key + S::column(at / 2, at % 2);
-      if (j < end && hidden(i, j)) found |= 1u << at;
+      if (j < end && hidden(slot, i, j)) found |= 1u << at;
     }
 #pragma unroll
     for (int n = 0; n < S::kColumnTiles; ++n) {
@@ -37,7 +37,7 @@ template <class S, class Row>
 __device__ __forceinline__ void hide_drafts(S& s, const ElementMask& draft, const Band& band, int32_t key,
                                             Row row_of) {
   if (!draft.reaches(key + S::kColumns)) return;
-  hide_where(s, band, key, row_of, [&](int32_t i, int32_t j) { return draft.hides(i, j); });
+  hide_where(s, band, key, row_of, [&](int, int32_t i, int32_t j) { return draft.hides(i, j); });
 }
 
 // Adds the draft mask of calls over pages to a score variant.
