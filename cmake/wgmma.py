@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-SIZES = (16, 32, 64, 80, 96, 112, 128, 144, 160, 176, 192, 256)
+SIZES = (16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 256)
 TYPES = {"__half": "f16", "__nv_bfloat16": "bf16"}
 
 

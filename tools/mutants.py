@@ -266,6 +266,7 @@ def try_mutant(copy: Copy, mutant: Mutant, limit: float, nearest_only: bool) -> 
             copy.build(mutant.runs, "")
             folder = copy.root.with_name(f"{copy.root.name}-planted")
             bad = library.plant(mutant.file, mutant.planted(whole), mutant.objects, folder)
+            library.place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(bad, library.place)
         else:
             copy.write(mutant.file, mutant.planted(whole))

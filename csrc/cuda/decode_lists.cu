@@ -79,44 +79,51 @@ struct BlocksOfRows {
   }
 };
 
+// How the threads of a list look at its tiles: each at `keys` keys, which lie in one block if blocks are that
+// large, else at a piece.
+struct Looks {
+  int32_t of_tile = 1, keys;
+
+  JF_HD Looks(const DecodeCall& call, int32_t tile) : keys(tile) {
+    const bool moved = call.position.data != nullptr;
+    for (; of_tile < kPiecesOfTile && (moved || call.block_keys.value % keys != 0); of_tile *= 2) keys /= 2;
+  }
+};
+
 // One CTA makes the list with number `list`, of the keys in work.keys outside work.gap. tile: keys of a tile.
-// A thread looks at a piece of a tile at a time.
 __device__ void make_list(const DecodeCall& call, const ColumnRows& rows, const SequenceWork& work,
                           int32_t list, int32_t tile) {
-  constexpr int kMostWarps = kMostThreads / 32, kTilesOfWarp = 32 / kPiecesOfTile;
-  constexpr uint32_t kPiecesMask = (1u << kPiecesOfTile) - 1;
-  __shared__ uint32_t
-      seen_in_warp[kMostWarps];  // a bit for each lane that has the first piece of a seen tile
+  constexpr int kMostWarps = kMostThreads / 32;
+  __shared__ uint32_t seen_in_warp[kMostWarps];  // a bit for the first lane of each tile that is seen
   __shared__ Interval keys_in_warp[kMostWarps];
   const auto thread = static_cast<int32_t>(threadIdx.x), warp = thread / 32, lane = thread % 32,
-             warps = static_cast<int32_t>(blockDim.x / 32), piece = tile / kPiecesOfTile;
+             warps = static_cast<int32_t>(blockDim.x / 32);
+  const Looks looks(call, tile);
+  const int32_t tiles_of_warp = 32 / looks.of_tile;
   const BlocksOfRows blocks{call, rows, work, block_mask_of(call, work)};
   const Interval tiles = tiles_of(work.keys, tile);
   uint32_t* const to = call.lists.tiles + int64_t{list} * call.lists.most;
   int32_t count = 0;
   Interval seen_keys{INT32_MAX, 0};  // in whole pieces, by this warp
-  for (int32_t first = tiles.lo; first < tiles.hi; first += kTilesOfWarp * warps) {
-    const int32_t first_of_warp = first + kTilesOfWarp * warp, number = first_of_warp + lane / kPiecesOfTile;
+  for (int32_t first = tiles.lo; first < tiles.hi; first += tiles_of_warp * warps) {
+    const int32_t first_of_warp = first + tiles_of_warp * warp, number = first_of_warp + lane / looks.of_tile;
     SeenPiece seen = SeenPiece::kNone;
     if (number < tiles.hi) {
-      const int32_t begin = number * tile + lane % kPiecesOfTile * piece;
-      const Interval keys{max(begin, work.keys.lo), min(piece, work.keys.hi - begin) + begin};
+      const int32_t begin = number * tile + lane % looks.of_tile * looks.keys;
+      const Interval keys{max(begin, work.keys.lo), min(looks.keys, work.keys.hi - begin) + begin};
       const bool in_gap = work.gap.lo <= keys.lo && keys.hi <= work.gap.hi;
       if (!keys.empty() && !in_gap) seen = blocks.seen(keys);
     }
-    // Bit i of each belongs to piece i of the warp.
+    // Bit i of each belongs to lane i.
     const uint32_t any = __ballot_sync(~0u, seen != SeenPiece::kNone),
                    some = __ballot_sync(~0u, seen == SeenPiece::kSome);
     if (any) {
-      const auto place = [&](int32_t i) {
-        return (first_of_warp + i / kPiecesOfTile) * tile + i % kPiecesOfTile * piece;
-      };
-      seen_keys.lo = min(seen_keys.lo, place(__ffs(static_cast<int>(any)) - 1));
-      seen_keys.hi = place(31 - __clz(static_cast<int>(any))) + piece;
+      const int32_t begin = first_of_warp * tile;
+      seen_keys.lo = min(seen_keys.lo, begin + (__ffs(static_cast<int>(any)) - 1) * looks.keys);
+      seen_keys.hi = begin + (32 - __clz(static_cast<int>(any))) * looks.keys;
     }
-    const bool is_first = lane % kPiecesOfTile == 0;
-    const uint32_t own_any = any >> lane & kPiecesMask, own_some = some >> lane & kPiecesMask;
-    const uint32_t listed = __ballot_sync(~0u, is_first && own_any != 0);
+    const uint32_t own = (1u << looks.of_tile) - 1;
+    const uint32_t listed = __ballot_sync(~0u, lane % looks.of_tile == 0 && (any >> lane & own) != 0);
     if (lane == 0) seen_in_warp[warp] = listed;
     __syncthreads();
     int32_t at = count + __popc(listed & ((1u << lane) - 1));
@@ -127,7 +134,8 @@ __device__ void make_list(const DecodeCall& call, const ColumnRows& rows, const 
     if (listed >> lane & 1) {
       ListedTile found{number};
       for (int i = 0; i < kPiecesOfTile; ++i) {
-        const SeenPiece of = seen_piece_of(own_any >> i & 1, !(own_some >> i & 1));
+        const int look = lane + i * looks.of_tile / kPiecesOfTile;
+        const SeenPiece of = seen_piece_of(any >> look & 1, !(some >> look & 1));
         found.pieces |= static_cast<uint32_t>(of) << i * kPieceBits;
       }
       to[at] = found.packed();
@@ -139,9 +147,9 @@ __device__ void make_list(const DecodeCall& call, const ColumnRows& rows, const 
   if (warp > 0) return;
   for (int32_t i = 1; i < warps; ++i)
     seen_keys = {min(seen_keys.lo, keys_in_warp[i].lo), max(seen_keys.hi, keys_in_warp[i].hi)};
-  // Each lane looks at a key of the first piece, and at one of the last.
   seen_keys = intersect(seen_keys, work.keys);
-  if (count > 0) {
+  // Of a piece, which may be seen in part, each lane looks at a key.
+  if (count > 0 && looks.of_tile == kPiecesOfTile) {
     const int32_t low = seen_keys.lo + lane, high = seen_keys.hi - 1 - lane;
     const uint32_t from = __ballot_sync(~0u, low < seen_keys.hi && blocks.any_sees(low)),
                    to_end = __ballot_sync(~0u, high >= seen_keys.lo && blocks.any_sees(high));
@@ -181,13 +189,13 @@ __global__ void __launch_bounds__(kMostThreads)
   make_list(call, rows, work, static_cast<int32_t>(blockIdx.x), tile);
 }
 
-// Launches a CTA for each list, with as many threads as a list may have pieces.
+// Launches a CTA for each list, with a thread for each look if these are not too many.
 template <class Call, class... Arguments>
-cudaError_t launch_lists(void (*kernel)(Call, Arguments...), const Call& call, cudaStream_t stream,
-                         Arguments... arguments) {
+cudaError_t launch_lists(void (*kernel)(Call, Arguments...), const Call& call, int32_t tile,
+                         cudaStream_t stream, Arguments... arguments) {
   if (!call.lists) return cudaSuccess;
-  const auto threads =
-      std::clamp<int64_t>(ceil_div(int64_t{call.lists.most} * kPiecesOfTile, 32) * 32, 32, kMostThreads);
+  const int64_t looks = int64_t{call.lists.most} * Looks(call, tile).of_tile;
+  const auto threads = std::clamp<int64_t>(ceil_div(looks, 32) * 32, 32, kMostThreads);
   return launch(kernel, int64_t{call.lists.columns} * call.lists.sequences, static_cast<int32_t>(threads), 0,
                 stream, call, arguments...);
 }
@@ -196,11 +204,11 @@ cudaError_t launch_lists(void (*kernel)(Call, Arguments...), const Call& call, c
 
 cudaError_t launch_decode_lists(const DecodeCall& call, int32_t block_rows, int32_t tile,
                                 cudaStream_t stream) {
-  return launch_lists(list_tiles, call, stream, block_rows, tile);
+  return launch_lists(list_tiles, call, tile, stream, block_rows, tile);
 }
 
 cudaError_t launch_latent_lists(const LatentCall& call, int32_t rows, int32_t tile, cudaStream_t stream) {
-  return launch_lists(rows == 16 ? list_latent_tiles<16> : list_latent_tiles<64>, call, stream, tile);
+  return launch_lists(rows == 16 ? list_latent_tiles<16> : list_latent_tiles<64>, call, tile, stream, tile);
 }
 
 }  // namespace jax_flash::decode

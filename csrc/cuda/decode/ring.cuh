@@ -159,7 +159,8 @@ class WarpRing {
       if (kPrefetchesTable && prefetches && copied >= kStages)
         next = keys.locate(call, position(0, tiles()),
                            [&](int32_t) { return static_cast<int32_t>(ptx::load_shared(entry_of(filled))); });
-      copy_rows<KTile, VTile>(memory + filled * kStageBytes, keys, keys.check(call, next));
+      if (sees(tiles().at(ahead.tile)))
+        copy_rows<KTile, VTile>(memory + filled * kStageBytes, keys, keys.check(call, next));
       if (kPrefetchesTable && prefetches) copy_entry();
       ++ahead.tile, ++copied;
     }
@@ -205,13 +206,15 @@ class WarpRing {
   __device__ __forceinline__ Tiles tiles() const {
     return {call, segments[opened > 0 ? opened - 1 : kSegments - 1].work};
   }
-  // The position of this lane's key in the i-th tile from the next one on; one past all keys if no row sees
-  // any of this warp's keys.
+  // Whether some row sees some of this warp's keys of a tile.
+  __device__ __forceinline__ static bool sees(const ListedTile& tile) {
+    const int warp = static_cast<int>(threadIdx.x / 32);
+    return !Rows::kSkips || tile.part<kTile / kKeys>(warp) != SeenPiece::kNone;
+  }
+  // The position of this lane's key in the i-th tile from the next one on.
   __device__ __forceinline__ int64_t position(int i, const Tiles& tiles) const {
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-    const ListedTile tile = tiles.at(ahead.tile + i);
-    if (Rows::kSkips && tile.part<kTile / kKeys>(warp) == SeenPiece::kNone) return INT64_MAX;
-    return int64_t{tile.number} * kTile + warp * kKeys + lane % kKeys;
+    return int64_t{tiles.at(ahead.tile + i).number} * kTile + warp * kKeys + lane % kKeys;
   }
   __device__ __forceinline__ void find(const Tiles& tiles) { next = keys.look_up(call, position(0, tiles)); }
   __device__ __forceinline__ uint32_t entry_of(int stage) const { return entries + stage * kKeys * 4; }
