@@ -97,24 +97,24 @@ def check(call, case, block, heads, seed, implementation, **options):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_rows_over_pages_see_their_blocks(case, block, dtype, implementation):
+def test_rows_over_pages_see_their_blocks(case, block, dtype, kernel):
     """With another way to split keys, other pages and masks of one head, of KV heads or of query heads in turn."""
     i = CASES.index(case) + BLOCKS.index(block) + (dtype == "float32")
-    d = 16 if implementation != "cuda" else (64, 128, 256, 512)[i % (4 if dtype == "bfloat16" else 2)]
+    d = 16 if kernel != "cuda" else (64, 128, 256, 512)[i % (4 if dtype == "bfloat16" else 2)]
     case = case.replace(d=d, dv=d, dtype=dtype)
-    checks.require(implementation, dtype=dtype, d=d, dv=d)
+    checks.require(kernel, dtype=dtype, d=d, dv=d)
     call = pages.paged(case.replace(alibi_slopes=None, sinks=False), size=(8, 64)[i % 2], seed=i)
     call = replace(call, inputs=make_inputs(case, i))
-    check(call, case, block, (1, case.hk, case.hq)[i % 3], i, implementation, **SPLITS[i // 2 % 3])
+    check(call, case, block, (1, case.hk, case.hq)[i % 3], i, kernel, **SPLITS[i // 2 % 3])
 
 
 @pytest.mark.parametrize("pool", pages.FLOAT8)
-def test_pools_of_float8(pool, implementation):
+def test_pools_of_float8(pool, kernel):
     case = ONE_TOKEN.replace(d=64, dv=64, dtype="bfloat16")
-    checks.require(implementation, d=64, dv=64)
+    checks.require(kernel, d=64, dv=64)
     for i, block in enumerate(BLOCKS):
         call = pages.paged(case, size=16, pool_dtype=pool, seed=i, by_page=bool(i % 2))
-        check(call, case, block, case.hk, i, implementation, **SPLITS[i % 3])
+        check(call, case, block, case.hk, i, kernel, **SPLITS[i % 3])
 
 
 @pytest.mark.parametrize("heads", [16, 128])
@@ -134,12 +134,12 @@ def test_latent_pools(block, heads):
 @pytest.mark.parametrize(
     "case", [*CASES[:4], CASES[4].replace(sk=8200, kv_lengths=(8200, 5000))], ids=lambda c: c.name
 )
-def test_arrays_over_contiguous_keys(case, shape, shared_kv, implementation):
+def test_arrays_over_contiguous_keys(case, shape, shared_kv, kernel):
     """A boolean mask, of which heads, rows or keys are broadcast, as Flax's caches give it."""
     i = CASES.index(case) if case in CASES else 4
-    d = 16 if implementation != "cuda" else 512 if shared_kv else (64, 128)[i % 2]
+    d = 16 if kernel != "cuda" else 512 if shared_kv else (64, 128)[i % 2]
     case = case.replace(d=d, dv=d, dtype="bfloat16", shared_kv=shared_kv)
-    checks.require(implementation, d=d, dv=d)
+    checks.require(kernel, d=d, dv=d)
     b, hq, sq, sk = case.b, case.hq, case.sq, case.sk
     sizes = {"keys": (b, 1, 1, sk), "rows": (1, hq, sq, 1), "all": (b, hq, sq, sk)}
     rng = np.random.default_rng(i)
@@ -149,7 +149,7 @@ def test_arrays_over_contiguous_keys(case, shape, shared_kv, implementation):
     inputs = make_inputs(case, i)
     arrays = operands(inputs) | {"mask": jnp.asarray(seen)}
     right, low = references(case, static_of(case, inputs, arrays), inputs, arrays)
-    static = static_of(case, inputs, arrays, implementation=implementation, **SPLITS[i % 3])
+    static = static_of(case, inputs, arrays, implementation=kernel, **SPLITS[i % 3])
     out, lse = map(np.asarray, attend(static, arrays)[:2])
     oracle.assert_out(out, right.out, low.out, softcap=bool(case.softcap))
     oracle.assert_lse(lse, right.lse)
