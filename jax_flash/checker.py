@@ -32,7 +32,7 @@ class Checker:
         self._require_values(name, x)
         try:
             return jnp.asarray(x)
-        except TypeError:
+        except (TypeError, ValueError):  # the latter of lists that differ in length or hold None
             raise self._not_of_jax(name, x) from None
 
     def _require_values(self, name: str, x: Any) -> None:

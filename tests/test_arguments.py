@@ -62,6 +62,14 @@ def test_the_largest_and_smallest_numbers_that_are_taken_give_no_nan(implementat
     np.testing.assert_allclose(out, np.broadcast_to(VALUE.mean(1, keepdims=True), out.shape), atol=1e-6)
 
 
+@pytest.mark.parametrize("wrong", [[[1.0, 2.0], [3.0]], (None, None)], ids=["ragged", "None"])
+@pytest.mark.parametrize("name", ["query", "mask", "sinks"])
+def test_lists_that_are_no_arrays_are_refused_by_the_argument(name, wrong):
+    given = {"query": QUERY, "key": KEY, "value": VALUE} | {name: wrong}
+    with pytest.raises(TypeError, match=f"flash_attention: {name} must be .*array.*, got (list|tuple)"):
+        flash_attention(**given)
+
+
 @pytest.mark.parametrize("name", ["align", "implementation"])
 def test_arrays_for_names_are_refused_by_the_argument(name):
     with pytest.raises(ValueError, match=f"flash_attention: {name} must be .*one of"):
