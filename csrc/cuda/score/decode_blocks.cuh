@@ -27,7 +27,7 @@ __device__ __forceinline__ void hide_keys_from_all_rows(S& s, const BlockMask& m
   for (int n = 0; n < S::kColumnTiles; ++n) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int step = S::column_step(n, e);  // a multiple of 8 plus less than S::column(0) lacks of 8
+      const int step = S::column_step(n, e);  // S::column(0) + step % 8 < 8, so both are in one word
       if (seen[step / 32] >> step % 32 & 1) continue;
 #pragma unroll
       for (int slot = 0; slot < S::kSlots; ++slot) s.at(slot, n, e) = -INFINITY;
