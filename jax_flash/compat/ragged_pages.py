@@ -34,8 +34,7 @@ class Pool:
 
     @classmethod
     def of(cls, check: Checker, name: str, cache: Any, layout: str, used: int | None) -> Pool:
-        if layout not in LAYOUTS:
-            raise check.fail(f"layout must be one of {LAYOUTS}, got {layout!r}")
+        check.one_of("layout", layout, LAYOUTS)
         x = check.array(name, cache)
         if x.ndim not in (4, 5):
             raise check.fail(

@@ -41,8 +41,9 @@ inline Dim decode_lists_bytes(const AttentionSpec& spec, const Dim& entries, con
 // split_keys: keys of a split in batch-invariant mode.
 inline void plan_parts(const KernelRow& row, const Call& call, int64_t entries, int64_t split_keys,
                        Workspace& workspace, DecodeGrid& grid) {
-  const int64_t keys = std::max<int64_t>(call.shapes.k_rows, 1), tiles = ceil_div(keys, row.block_n);
-  const int64_t lists = decode_lists_bytes(call.spec, entries, grid.columns, keys, row.block_n).value();
+  const int64_t tiles = ceil_div(std::max<int64_t>(call.shapes.k_rows, 1), row.block_n);
+  const int64_t lists =
+      decode_lists_bytes(call.spec, entries, grid.columns, call.shapes.k_rows, row.block_n).value();
   if (lists > 0) grid.lists = workspace.add(lists);
   if (call.spec.num_splits > 0) {
     grid.parts = std::min(call.spec.num_splits, kMaxSplits);
