@@ -40,7 +40,7 @@ def tangents(spec: AttentionSpec, operands: Operands) -> Pair:
         by_score.add("tbias")
     if by_score:
         zeros = {"t" + n: _zeros(operands[n]) for n in ("query", "key", "value")}
-        made = zeros | operands
+        made = zeros | operands | {"lse": _seen_lse(operands)}
         if spec.shared_kv:
             made["tvalue"] = made["tkey"]
         tout, tlse = bind(TANGENT, spec, made)
@@ -114,11 +114,14 @@ def gradients(spec: AttentionSpec, wanted: tuple[str, ...], operands: Operands) 
         return _paged_gradients(spec, wanted, operands)
     out, lse = operands["out"], operands["lse"]
     dout, dlse = operands.get("dout"), operands.get("dlse")
-    # rowsum(dO ∘ O) − dlse; its readers ignore rows that see nothing
+    seen = _seen_lse(operands)
+    # rowsum(dO ∘ O) − dlse; its readers ignore rows that see nothing, but for those of sinks
     delta = _zeros(lse) if dout is None else _row_products(spec, operands)
+    if "sinks" in operands:
+        delta = jnp.where(seen == -jnp.inf, 0, delta)
     if dlse is not None:
         delta = delta - dlse
-    operands = {**operands, "dout": _zeros(out) if dout is None else dout, "delta": delta}
+    operands = {**operands, "lse": seen, "dout": _zeros(out) if dout is None else dout, "delta": delta}
     found: Gradients = {}
     if any(name in wanted for name in ("query", "key", "value")):
         found |= zip(("query", "key", "value"), bind(BACKWARD, spec, operands))
@@ -178,10 +181,21 @@ def _row_products(spec: AttentionSpec, operands: Operands) -> jax.Array:
     return by_row
 
 
+def _seen_lse(operands: Operands) -> jax.Array:
+    """lse, but −inf for rows that see nothing and have a sink, too: their q and dO may hold NaN. Such a row's lse is
+    its sink, and its out 0."""
+    lse = operands["lse"]
+    if "sinks" not in operands:
+        return lse
+    is_zero = jnp.swapaxes((operands["out"] == 0).all(-1), -1, -2)
+    return jnp.where((lse == _by_row_of_lse(operands["sinks"], lse)) & is_zero, -jnp.inf, lse)
+
+
 def _through_sinks(sinks: jax.Array, lse: jax.Array, x: jax.Array) -> jax.Array:
-    """exp(sink − lse)·x; 0 for rows not in use, whose lse is −inf."""
+    """exp(sink − lse)·x, with a weight of at most 1, however lse was rounded; 0 for rows not in use, whose lse is
+    −inf."""
     used = lse != -jnp.inf
-    weight = jnp.exp(_by_row_of_lse(sinks, lse) - jnp.where(used, lse, jnp.inf))
+    weight = jnp.exp(jnp.minimum(_by_row_of_lse(sinks, lse) - jnp.where(used, lse, jnp.inf), 0))
     return jnp.where(used, weight * x, 0)
 
 

@@ -34,7 +34,7 @@ IMPLEMENTATIONS = get_args(Implementation)
 MODES = get_args(RingMode)
 CAST = "; cast one of them by .astype(…)"  # the way out where dtypes differ
 OF_RANK_3 = ": [:, None] makes [b, 1, sq, sk] of it, [None] makes [1, hq, sq, sk]"
-SMALLEST_SOFTCAP = float(np.finfo(np.float32).tiny)  # the kernels divide by the softcap
+LARGEST_SOFTCAP = 1e32  # scores below 1e-38 of the softcap become 0
 
 Operands = dict[str, jax.Array]
 
@@ -158,12 +158,20 @@ def _dropout_rate(check: Checker, given: Any) -> float:
     return threshold / philox.NUMBERS  # the rate at which elements are dropped, exact in float32
 
 
-def _softcap(check: Checker, given: Any) -> float:
+def _softcap(check: Checker, given: Any, scale: float) -> float:
     """The softcap, 0 for none."""
     softcap = 0.0 if given is None else check.number("softcap", given, MARK_STATIC)
-    if softcap and softcap < SMALLEST_SOFTCAP:
-        least = "positive" if softcap < 0 else f"at least {SMALLEST_SOFTCAP:.2g}, as float32 needs it"
-        raise check.fail(f"softcap must be {least}, or None or 0 for none, got {softcap}")
+    if softcap < 0:
+        raise check.fail(f"softcap must be positive, or None or 0 for none, got {softcap}")
+    # The kernels compute scale / softcap and multiples of it in float32.
+    limits = np.finfo(np.float32)
+    least = max(float(limits.tiny), 4 * abs(scale) / float(limits.max))
+    most = min(LARGEST_SOFTCAP, abs(scale) / float(limits.tiny)) if scale else LARGEST_SOFTCAP
+    if softcap and not least <= softcap <= most:
+        raise check.fail(
+            f"softcap must be None, 0, or from {least:.2g} to {most:.2g} in float32 with a scale of {scale:.4g}, "
+            f"got {softcap}"
+        )
     return softcap
 
 
@@ -190,7 +198,7 @@ def static_spec(check: Checker, layout: Layout, operands: Operands, arguments: A
         right=right,
         align=arguments.align,
         scale=scale,
-        softcap=_softcap(check, arguments.softcap),
+        softcap=_softcap(check, arguments.softcap, scale),
         dropout_rate=rate,
         deterministic=check.flag("deterministic", arguments.deterministic),
         operands=tuple(name for name in OPTIONAL if name in operands),

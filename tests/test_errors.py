@@ -45,7 +45,7 @@ WINDOW_OF_3 = (
 IN_FLOAT32 = "must be within ±2e+38, as float32 needs it, got "
 COMPILED, STATIC = "(it is compiled in), got a traced value", "close over it, or mark it static in jax.jit"
 TRACED = f"must be a Python number {COMPILED}"
-TINY = "softcap must be at least 1.2e-38, as float32 needs it, or None or 0 for none, got 1e-40"
+TINY = "softcap must be None, 0, or from 1.2e-38 to 1e+32 in float32 with a scale of 0.3536, got 1e-40"
 
 BOTH = [  # (what is wrong, exception, sentence); both functions raise it, with their own name in front
     (dict(query=None), TypeError, "query must be an array, got None"),

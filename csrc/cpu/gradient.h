@@ -119,10 +119,11 @@ struct Gradient {
 };
 
 // P = exp(softmax_scale S − lse), clamped to 1, because the exponent may be positive if |lse| is so large
-// that its rounding error exceeds the difference of scores.
+// that its rounding error exceeds the difference of scores. The product is rounded as it was for lse, so that
+// the only key of a row has P = 1.
 template <int kDegree>
 JF_INLINE Float probability(Float s, float softmax_scale, float lse) {
-  const Float exponent = (s * softmax_scale - lse) * kLog2e;
+  const Float exponent = (rounded(s * softmax_scale) - lse) * kLog2e;
   return exp2_fast<kDegree>(exponent > 0.0f ? Float{} : exponent);
 }
 

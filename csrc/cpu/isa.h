@@ -46,6 +46,15 @@ typedef Half HalfUnaligned __attribute__((aligned(2)));
 
 inline constexpr float kNegInf = -__builtin_inff();
 
+// x, rounded: the compiler contracts no product in x with a sum outside.
+JF_INLINE Float rounded(Float x) {
+#if __has_builtin(__builtin_assoc_barrier)
+  return __builtin_assoc_barrier(x);
+#else
+  return x;
+#endif
+}
+
 JF_INLINE Float broadcast(float x) { return x - Float{}; }
 JF_INLINE Float load(const float* p) { return *reinterpret_cast<const Float*>(p); }
 JF_INLINE void store(float* p, Float x) { *reinterpret_cast<Float*>(p) = x; }

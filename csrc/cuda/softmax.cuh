@@ -6,6 +6,7 @@
 
 #include "core/score.h"
 #include "cuda/ptx/math.cuh"
+#include "cuda/row_result.cuh"
 
 namespace jax_flash {
 
@@ -111,27 +112,12 @@ struct OnlineSoftmax {
     return shift[slot] == kEmptyRow ? -INFINITY : -shift[slot] * kLn2;
   }
 
-  // 1 / Σ P, the factor of a row's O, and the row's lse. `sink`: a logit that is only added to the sum; −inf
-  // if there is none.
-  struct Final {
-    float factor, lse;
-  };
-  __device__ __forceinline__ Final finish(int slot, float sink) const {
-    return finish(slot, shift[slot] == kEmptyRow ? -INFINITY : -shift[slot], sink);
+  // sink: as in result_of_row().
+  __device__ __forceinline__ RowResult finish(int slot, float sink) const {
+    return result_of_row(shift[slot] == kEmptyRow ? -INFINITY : -shift[slot], row_sum(l[slot]), sink);
   }
 
  protected:
-  // `top`: scale · m.
-  __device__ __forceinline__ Final finish(int slot, float top, float sink) const {
-    const float sum = row_sum(l[slot]), sink_log2 = sink * kLog2e;
-    const float largest = fmaxf(top, sink_log2);
-    const float alpha = ptx::exp2(top - largest);
-    const float total = fmaf(sum, alpha, ptx::exp2(sink_log2 - largest));
-    const bool none = largest == -INFINITY && sum == 0;  // if all scores are NaN, largest is −∞ too
-    return {none ? 0 : alpha * ptx::reciprocal(total),
-            none ? -INFINITY : (largest + ptx::log2(total)) * kLn2};
-  }
-
   // The maxima of a thread's own elements of each row.
   template <class S>
   __device__ __forceinline__ static void thread_maxima(const S& s, float (&maxima)[kSlots]) {
@@ -330,8 +316,8 @@ struct UnboundedSoftmax : OnlineSoftmax<kSlots> {
     return m[slot] == -Base::kEmptyRow ? -INFINITY : m[slot] * scale * kLn2;
   }
 
-  __device__ __forceinline__ typename Base::Final finish(int slot, float sink) const {
-    return Base::finish(slot, m[slot] == -Base::kEmptyRow ? -INFINITY : m[slot] * scale, sink);
+  __device__ __forceinline__ RowResult finish(int slot, float sink) const {
+    return result_of_row(m[slot] == -Base::kEmptyRow ? -INFINITY : m[slot] * scale, row_sum(l[slot]), sink);
   }
 
  private:

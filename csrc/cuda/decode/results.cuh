@@ -11,6 +11,7 @@
 #include "cuda/decode/partition.cuh"
 #include "cuda/ptx/atomic.cuh"
 #include "cuda/ptx/math.cuh"
+#include "cuda/row_result.cuh"
 
 namespace jax_flash::decode {
 
@@ -33,24 +34,15 @@ __device__ __forceinline__ bool is_written(const DecodeCall& call, const ColumnR
   return !call.starts || rows.position(row) < work.band.q_len;
 }
 
-// The factor from a row's O to o, and its lse.
-struct RowResult {
-  float factor, lse;
-};
-
-// `all`: the softmax over all keys. `i`: the row's position.
+// `all`: the softmax over all keys, in powers of two. `i`: the row's position.
 __device__ __forceinline__ RowResult finish_row(const DecodeCall& call, const SequenceWork& work,
                                                 int32_t head, int32_t i, Softmax all) {
-  float sink = -INFINITY;  // the sink's logit, times log2(e)
-  if (call.sinks && i < work.band.q_len)
-    sink = *call.sinks.at<const float>(work.leading, work.batch_row, head, work.q_begin + i) * kLog2e;
-  const float largest = fmaxf(all.m, sink);
-  // A row without a visible key has m = −inf and l = 0. If all scores are NaN, m is −inf too, but l is NaN,
-  // and so must be the result.
-  if (i >= work.band.q_len || (largest == -INFINITY && all.l == 0)) return {0, -INFINITY};
-  const float alpha = ptx::exp2(all.m - largest);
-  const float total = fmaf(all.l, alpha, ptx::exp2(sink - largest));
-  return {alpha * ptx::reciprocal(total), (largest + ptx::log2(total)) * kLn2};
+  if (i >= work.band.q_len) return {0, -INFINITY};
+  const bool has_sink = static_cast<bool>(call.sinks);
+  const float sink = has_sink
+                         ? *call.sinks.at<const float>(work.leading, work.batch_row, head, work.q_begin + i)
+                         : -INFINITY;
+  return result_of_row(all.m, all.l, sink);
 }
 
 __device__ __forceinline__ void store_lse(const DecodeCall& call, int32_t leading, int32_t batch_row,

@@ -177,9 +177,11 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const typename C:
     S s;
     s.clear();
     multiply_add<T, C::kHeadSteps>(s, q, k);  // S = Q Kᵀ  [M, N]
+    if constexpr (C::State::kScaled) {        // S ← k_scale · S
+      for_each(s,
+               [&](float& x, int, int c, int e) { x *= block.key_scale * kv.key_scale(n, S::column(c, e)); });
+    }
     const ColumnsB<typename C::VTile, 16, true> v(kv.wait_second(n), 0);
-    if constexpr (C::State::kScaled)
-      for_each(s, [&](float& x, int, int, int) { x *= block.key_scale; });  // S ← k_scale · S
     score.apply(s, at, softmax);  // softcap, bias, alibi, segments, mask
     if (key < block.whole.lo || key + C::kN > block.whole.hi) mask(s, block.band, at.row(), key);
     if (p.row_max) at.raise_maxima(s, softmax.scale);

@@ -163,11 +163,10 @@ struct Float8Chunk {
 
 // load_pages() for a float8 pool, which is widened in registers. cp.async cannot convert, so the loads of as
 // many chunks as registers allow are issued first, and their stores follow. Keys on a missing page become
-// NaN, values there zeros. If each page has a scale, it is applied here.
+// NaN, values there zeros. scaled: multiplies by the value scales of the pages.
 template <class Tile, int kThreads>
 __device__ __forceinline__ void load_pages(uint32_t shared, const GlobalPages<uint8_t>& from,
-                                           const Float8Address* addresses, float Float8Address::* scale,
-                                           bool nan_if_missing, bool scaled) {
+                                           const Float8Address* addresses, bool nan_if_missing, bool scaled) {
   using T = typename Tile::Element;
   using Chunk = Float8Chunk<T>;
   constexpr int kTotal = Tile::kRows * Tile::kChunks, kSteps = (kTotal + kThreads - 1) / kThreads;
@@ -191,7 +190,7 @@ __device__ __forceinline__ void load_pages(uint32_t shared, const GlobalPages<ui
         const int row = at / Tile::kChunks, chunk = at % Tile::kChunks;
         if (at >= kTotal) continue;
         uint4 x = chunks[i].template wide<kFormat>();
-        if (scaled) x = Chunk::scaled(x, addresses[row].*scale);
+        if (scaled) x = Chunk::scaled(x, addresses[row].value_scale);
         ptx::store_shared(shared + Tile::offset(row, chunk), x);
       }
     });
@@ -221,8 +220,7 @@ struct PageSource {
     static_assert(Tile::kRows == kRows);
     const Address* const rows = addresses[use % (kStages + 1)];
     if constexpr (kFloat8) {
-      load_pages<Tile, kThreads>(shared, key, rows, &Float8Address::key_scale, true,
-                                 key_scales.data != nullptr);
+      load_pages<Tile, kThreads>(shared, key, rows, true, false);
     } else {
       load_pages<Tile, kThreads>(shared, key, rows, &KeyAddress::key);
     }
@@ -231,13 +229,19 @@ struct PageSource {
   __device__ __forceinline__ void load_second(uint32_t shared, int32_t, int32_t use) const {
     const Address* const rows = addresses[use % (kStages + 1)];
     if constexpr (kFloat8) {
-      load_pages<Tile, kThreads>(shared, value, rows, &Float8Address::value_scale, false,
-                                 value_scales.data != nullptr);
+      load_pages<Tile, kThreads>(shared, value, rows, false, value_scales.data != nullptr);
     } else {
       load_pages<Tile, kThreads>(shared, value, rows, &KeyAddress::value);
     }
   }
 
+  // The scale by page of key `row` of a tile, which the caller applies to S: rounded in the dtype of the
+  // queries, scaled keys would change lse. Until the next tile is waited for.
+  __device__ __forceinline__ float key_scale(int32_t use, int32_t row) const
+    requires(kFloat8)
+  {
+    return addresses[use % (kStages + 1)][row].key_scale;
+  }
   __device__ __forceinline__ int32_t* numbers() const { return tiles; }
   // Called by all threads before the first load. tile_at(i): the tile of use `first` + i.
   template <class, class, int, class TileAt>

@@ -119,6 +119,10 @@ class TileRing {
 
   // Called after the last pair, so that no copy outlives the thread block.
   __device__ __forceinline__ void finish() const { ptx::cp_async_wait<0>(); }
+  // The scale by page of key `row` of pair `n`, between wait_first() and wait_second().
+  __device__ __forceinline__ float key_scale(int32_t n, int32_t row) const {
+    return source_.key_scale(stage_of(n), row);
+  }
 
  private:
   // Counts the pairs up to the current one, `n`; modulo kStages this is its stage.
@@ -181,6 +185,7 @@ class TileRing<0, kThreads, First, Second, Source, kSkips> {
     return tile;
   }
   __device__ __forceinline__ void finish() const {}
+  __device__ __forceinline__ float key_scale(int32_t, int32_t row) const { return source_.key_scale(0, row); }
 
  private:
   template <class Load>
