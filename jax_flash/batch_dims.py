@@ -1,4 +1,4 @@
-"""Shared by the functions with other libraries' arguments: any number of batch dims, jax.nn's windows and biases."""
+"""Shared by the functions with other libraries' arguments: any number of batch dims, dtypes, jax.nn's windows."""
 
 from __future__ import annotations
 
@@ -12,12 +12,28 @@ from jax import Array
 
 from ._jax import same_dim
 from .checker import Checker
+from .options import Implementation
 
 
 def as_bias(bias: Any, dtype: Any) -> Array:
     """The bias in a dtype that the kernels support; other libraries add any number type to float32 scores."""
     x: Array = jnp.asarray(bias)
     return x if x.dtype in (jnp.float16, jnp.bfloat16, dtype) else x.astype(jnp.float32)
+
+
+def promote(arrays: Sequence[Array], *, dtype: Any = None) -> list[Array]:
+    """The arrays in one inexact dtype, which is `dtype` or the one that they promote to."""
+    arrays = [jnp.asarray(x) for x in arrays]
+    if dtype is None:
+        dtype = jnp.result_type(*arrays)
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            dtype = jnp.promote_types(jnp.float32, dtype)
+    return [x.astype(dtype) for x in arrays]
+
+
+def plain_if_float64(implementation: Implementation | None, dtype: Any) -> Implementation | None:
+    """The implementation, which is plain JAX for float64 if none is named."""
+    return "xla" if implementation is None and dtype == jnp.float64 else implementation
 
 
 def local_window(check: Checker, size: Any, name: str = "local_window_size") -> tuple[int, int] | None:

@@ -15,7 +15,7 @@ from jax import Array, lax
 
 from ._jax import same_dim
 from .attention import flash_attention
-from .batch_dims import as_bias, check_batch_dims, over_batch_dims
+from .batch_dims import as_bias, check_batch_dims, over_batch_dims, plain_if_float64, promote
 from .checker import Checker
 from .masks import Mask
 from .options import ArrayLike, Implementation, IndexLike, Number, Window
@@ -120,7 +120,7 @@ def attention_fn(
         raise _CHECK.fail(
             f"dropout_rng is required where dropout_rate is {dropout_rate}; pass a key, or deterministic=True"
         )
-    query, key, value = (promote_dtype or _promote)((query, key, value), dtype=dtype)
+    query, key, value = (promote_dtype or promote)((query, key, value), dtype=dtype)
     _check_shapes(query, key, value)
     decode_step = mask is not None and same_dim(query.shape[-3], 1)
     left = band(_CHECK, False, window)[0] if decode_step else UNLIMITED
@@ -154,7 +154,7 @@ def attention_fn(
             segment_ids=ids,
             dropout_rate=dropout_rate if "dropout_key" in arrays else 0.0,
             deterministic=deterministic_backward,
-            implementation="xla" if plain else _implementation(implementation, query.dtype),
+            implementation="xla" if plain else plain_if_float64(implementation, query.dtype),
             **arrays,
         )
         return out
@@ -235,10 +235,6 @@ def _sow(module: Any, weights: Array) -> None:
     module.sow(collection, "attention_weights", weights)
 
 
-def _implementation(implementation: Implementation | None, dtype: Any) -> Implementation | None:
-    return "xla" if implementation is None and dtype == jnp.float64 else implementation
-
-
 _LEAVE_OUT = "leave it out, or use flax's own dot_product_attention"
 _WAYS_OUT = {  # of unknown arguments
     "causal": "Flax's name is is_causal, as in layer(x, is_causal=True)",
@@ -278,16 +274,6 @@ def _check_precision(precision: Any) -> None:
                 "dot algorithms cannot be chosen",
                 NotImplementedError,
             ) from None
-
-
-def _promote(arrays: Sequence[Array], *, dtype: Any = None) -> list[Array]:
-    """The arrays in one inexact dtype, which is `dtype` or the one that they promote to."""
-    arrays = [jnp.asarray(x) for x in arrays]
-    if dtype is None:
-        dtype = jnp.result_type(*arrays)
-        if not jnp.issubdtype(dtype, jnp.inexact):
-            dtype = jnp.promote_types(jnp.float32, dtype)
-    return [x.astype(dtype) for x in arrays]
 
 
 def _segments(given: Any, query: Array, key: Array) -> Sequence[Array]:

@@ -2,8 +2,10 @@
 
 from . import (
     easydel,
+    equinox,
     flash_attn,
     gemma,
+    keras,
     levanter,
     maxtext,
     pallas_gpu,
@@ -15,8 +17,10 @@ from . import (
 
 __all__ = [
     "easydel",
+    "equinox",
     "flash_attn",
     "gemma",
+    "keras",
     "levanter",
     "maxtext",
     "pallas_gpu",

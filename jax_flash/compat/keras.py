@@ -1,0 +1,83 @@
+"""The attention of Keras 3 on its JAX backend, to be set in the place of the backend's own:
+
+    from keras.src.backend.jax import nn
+    from jax_flash.compat.keras import dot_product_attention
+
+    nn.dot_product_attention = dot_product_attention
+
+`keras.ops.dot_product_attention`, MultiHeadAttention, GroupQueryAttention and the models of keras_hub then run here,
+where Keras calls its backend's function: it does not for layers with dropout or with returned attention scores, nor for
+keras_hub's Gemma on CPUs. It holds for Keras 3.15.1. This module does not import Keras.
+"""
+
+from __future__ import annotations
+
+from jax import Array
+
+from ..attention import flash_attention as attend
+from ..batch_dims import as_bias, plain_if_float64, promote
+from ..checker import Checker
+from ..options import ArrayLike, Implementation, Number
+
+_CHECK = Checker("keras.dot_product_attention")
+
+
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    scale: Number | None = None,
+    is_causal: bool = False,
+    flash_attention: bool | None = None,
+    attn_logits_soft_cap: Number | None = None,
+    *,
+    implementation: Implementation | None = None,
+) -> Array:
+    """`flash_attention` with the arguments of `keras.ops.dot_product_attention`.
+
+    Args:
+      query, key, value: arrays or variables of Keras, `[b, sq, hq, d]`, `[b, sk, hk, d]` and `[b, sk, hk, dv]`, whose
+        dtypes are promoted to one: float16, bfloat16, float32, or float64, which always runs as plain JAX.
+      bias: added to the scores, `[b, hq, sq, sk]` or `[b, sq, sk]`, where each dimension may be 1. Differentiable.
+      mask: of the same shapes; True or nonzero where a query may attend.
+      scale: a number, the factor of q·kᵀ; 1/√d by default.
+      is_causal: query i attends to keys 0 … i, whatever the lengths.
+      flash_attention: has no effect.
+      attn_logits_soft_cap: c in `S ← c·tanh(S/c)`, which Keras ignores except on TPUs.
+      implementation: as in `flash_attention`.
+
+    Returns:
+      `[b, sq, hq, dv]` in the promoted dtype. Differentiable with respect to query, key, value and bias.
+
+    Raises:
+      ValueError: for a bias or a mask of another rank than 3 or 4, and for shapes that do not match.
+      ValueError, TypeError, NotImplementedError: as in `flash_attention`.
+
+    Deviations from Keras: a query without a visible key, such as padding with `mask_zero=True`, gives 0, not the mean
+    of all values. A mask of rank 3 never means `[b, hq, sk]`.
+
+    Source: the interface is Keras'; the algorithm is Dao, FlashAttention-2 (2023).
+    """
+    del flash_attention
+    q, k, v = promote([_CHECK.array(*x) for x in (("query", query), ("key", key), ("value", value))])
+    return attend(
+        q,
+        k,
+        v,
+        bias=None if bias is None else as_bias(_of_rank_4("bias", bias), q.dtype),
+        mask=None if mask is None else _of_rank_4("mask", mask).astype(bool),
+        scale=scale,
+        causal=is_causal,
+        align="top_left",
+        softcap=attn_logits_soft_cap,
+        implementation=plain_if_float64(implementation, q.dtype),
+    )
+
+
+def _of_rank_4(name: str, x: ArrayLike) -> Array:
+    array = _CHECK.array(name, x)
+    if array.ndim not in (3, 4):
+        raise _CHECK.fail(f"{name} must have rank 3 [b sq sk] or 4 [b hq sq sk], got shape {array.shape}")
+    return array[:, None] if array.ndim == 3 else array
