@@ -115,7 +115,7 @@ ERRORS = {
     ),
     "a traced rate": (
         lambda: jax.jit(lambda p: Layer(p=p)(X[0], Y[0], Y[0]))(0.1),
-        "dropout.p must be a Python number (it is compiled in), got a traced value; use equinox.filter_jit",
+        "dropout.p must be a Python number (it is compiled in), got a traced value; keep it a float",
     ),
 }
 

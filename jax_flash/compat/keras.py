@@ -45,7 +45,7 @@ def dot_product_attention(
       scale: a number, the factor of q·kᵀ; 1/√d by default.
       is_causal: query i attends to keys 0 … i, whatever the lengths.
       flash_attention: has no effect.
-      attn_logits_soft_cap: c in `S ← c·tanh(S/c)`, which Keras ignores except on TPUs.
+      attn_logits_soft_cap: c in `S ← c·tanh(S/c)`; `keras.ops` refuses it except on TPUs.
       implementation: as in `flash_attention`.
 
     Returns:
