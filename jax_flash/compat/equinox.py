@@ -76,7 +76,11 @@ def multihead_attention(
     ]
     q, k, v = promote(heads if process_heads is None else process_heads(*heads))
     off = next(x for x in (deterministic, inference, self.dropout.inference) if x is not None)
-    rate = 0.0 if off else _CHECK.number("dropout.p", self.dropout.p, "keep it a float, as equinox.filter_jit does")
+    rate = (
+        0.0
+        if off
+        else _CHECK.number("dropout.p", self.dropout.p, "keep it a float, as equinox.filter_jit does")
+    )
     if rate and key is None:
         raise _CHECK.fail(f"dropout.p is {rate}, which needs key (a jax.random.key), or inference=True")
     if mask is not None and not isinstance(mask, Mask) and mask.ndim == 3:
