@@ -30,7 +30,7 @@ class Layer:
     __call__ = multihead_attention
 
     def __init__(self, weights=WEIGHTS, p=0.0, inference=False):
-        products = [partial(jnp.dot, jnp.asarray(w, np.result_type(w))) for w in weights]
+        products = [partial(jnp.dot, jnp.asarray(w), precision="highest") for w in weights]
         self.query_proj, self.key_proj, self.value_proj, self.output_proj = products
         self.dropout = types.SimpleNamespace(p=p, inference=inference)
 
@@ -159,7 +159,9 @@ def test_it_is_equinox_s_own(name, mask, monkeypatch):
             monkeypatch.setattr(eqx.nn.MultiheadAttention, "__call__", method)
         jax.clear_caches()
         run = eqx.filter_jit(eqx.filter_value_and_grad(loss, has_aux=True))
-        found.append(jax.tree.leaves(eqx.filter(run((layer, jnp.asarray(X), jnp.asarray(Y))), eqx.is_array)))
+        with jax.default_matmul_precision("highest"):
+            results = run((layer, jnp.asarray(X), jnp.asarray(Y)))
+        found.append(jax.tree.leaves(eqx.filter(results, eqx.is_array)))
     assert len(found[0]) == len(found[1]) > 7
     for got, wanted in zip(found[1], found[0]):
         assert_close(got, wanted, 2e-5 * max(1, float(np.abs(wanted).max())))

@@ -128,6 +128,7 @@ def test_it_is_keras_s_own(name, monkeypatch):
             jax.value_and_grad(lambda *arrays: loss(*arrays), range(2 + len(weights)), has_aux=True)
         )
         assert ("jax_flash" in run.lower(x, y, *weights).as_text()) == (function is dot_product_attention)
-        found.append(jax.tree.leaves(run(x, y, *weights)))
+        with jax.default_matmul_precision("highest"):
+            found.append(jax.tree.leaves(run(x, y, *weights)))
     for got, wanted in zip(found[1], found[0]):
         assert_close(got, wanted, 1e-5 * max(1, float(np.abs(wanted).max())))

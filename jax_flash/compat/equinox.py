@@ -76,15 +76,12 @@ def multihead_attention(
     ]
     q, k, v = promote(heads if process_heads is None else process_heads(*heads))
     off = next(x for x in (deterministic, inference, self.dropout.inference) if x is not None)
-    rate = (
-        0.0
-        if off
-        else _CHECK.number("dropout.p", self.dropout.p, "keep it a float, as equinox.filter_jit does")
-    )
+    instead = "keep it a float, as equinox.filter_jit does"
+    rate = 0.0 if off else _CHECK.number("dropout.p", self.dropout.p, instead)
     if rate and key is None:
         raise _CHECK.fail(f"dropout.p is {rate}, which needs key (a jax.random.key), or inference=True")
-    if mask is not None and not isinstance(mask, Mask) and mask.ndim == 3:
-        mask = mask[None]
+    if getattr(mask, "ndim", 0) == 3:
+        mask = mask[None]  # [1, heads, sq, sk]
     out = flash_attention(
         q[None],
         k[None],
