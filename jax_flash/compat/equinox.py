@@ -80,7 +80,7 @@ def multihead_attention(
     rate = 0.0 if off else _CHECK.number("dropout.p", self.dropout.p, instead)
     if rate and key is None:
         raise _CHECK.fail(f"dropout.p is {rate}, which needs key (a jax.random.key), or inference=True")
-    if getattr(mask, "ndim", 0) == 3:
+    if mask is not None and not isinstance(mask, Mask) and mask.ndim == 3:
         mask = mask[None]  # [1, heads, sq, sk]
     out = flash_attention(
         q[None],
