@@ -265,7 +265,8 @@ def lower_partitioned(ctx: mlir.LoweringRuleContext, run: Any, values: Any, iden
     """
     kept = ctx.module_context.keepalives
     count = len(kept)
-    results = mlir.lower_fun(run, multiple_results=True)(ctx, *values)
+    with jax.disable_jit(False):  # without a call of its own, the partitioner could not be found again
+        results = mlir.lower_fun(run, multiple_results=True)(ctx, *values)
     kept[count:] = [_Kept(x) for x in (*kept[count:], *_with_stable_keys(ctx, results, identity))]
     return results
 

@@ -20,6 +20,7 @@ from meshes import (
     make_mesh,
     place,
     qkv,
+    within,
 )
 from programs import (
     assert_same,
@@ -73,6 +74,14 @@ def test_heads_over_two_axes(kernel, mesh):
     text, _ = check(attention(MHA, kernel), mesh, arrays_of(MHA), qkv(P(None, None, ("data", "model"))))
     assert not collectives(text)
     assert shard_shapes(text, "forward") == {(4, 6, 1, 8)}
+
+
+def test_lowered_where_jit_is_disabled_too(kernel, mesh):
+    run, arrays = with_gradients(attention(GQA, kernel)), place(mesh, arrays_of(GQA), qkv(BATCH_HEADS))
+    with within(mesh), jax.disable_jit():
+        text = jax.jit(run).lower(arrays).compile().as_text()
+    assert not collectives(text)
+    assert shard_shapes(text, "forward") == shard_shapes(text, "backward") == {(2, 6, 2, 8)}
 
 
 def test_outside_jit_too(kernel, mesh):
