@@ -303,13 +303,13 @@ class Blocks(Form):
 
         Indices outside the blocks are ignored, and repeated ones count once."""
         chosen = with_rank(self.chosen, 4)
-        nothing = jnp.zeros((*chosen.shape[:-1], columns), bool)
-        index = jnp.where(chosen < 0, MOST, chosen)
+        nothing = jnp.zeros((*chosen.shape[:-1], columns + 1), bool)
+        index = jnp.where((chosen < 0) | (chosen >= columns), columns, chosen)
         at = (  # not jnp.indices, which takes no symbolic sizes
             lax.broadcasted_iota(jnp.int32, [n if i == axis else 1 for i in range(4)], axis)
             for axis, n in enumerate(index.shape[:-1])
         )
-        return nothing.at[(*at, index)].set(True, mode="drop")
+        return nothing.at[(*at, index)].set(True)[..., :-1]
 
     def most_ranges(self) -> None:
         return None

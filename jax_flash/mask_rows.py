@@ -13,6 +13,7 @@ from jax import Array, lax
 
 from ._jax import equally_varying, same_dim
 from .checker import INT32_MAX
+from .indexing import take
 
 Data = int | Array  # a number, or one for each batch entry, int32 [b]
 MOST = INT32_MAX
@@ -134,7 +135,7 @@ def _search(values: tuple[Array, ...], above: bool, steps: int) -> Array:
         def step(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
             lo, hi = bounds
             middle = (lo + hi) // 2
-            element = elements.at[start + middle].get(mode="fill", fill_value=MOST)
+            element = take(elements, start + middle, MOST)
             before = (element <= wanted if above else element < wanted) & (lo < hi)
             return jnp.where(before, middle + 1, lo), jnp.where(before, hi, middle)
 

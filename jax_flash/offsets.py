@@ -31,7 +31,8 @@ def owners(starts: jax.Array, tokens: Any) -> jax.Array:
     """The index of the last of the ascending starts that is at or before each token, −1 where there is none."""
     # jnp.searchsorted needs a constant, and takes no array that varies over manual axes beside explicit ones.
     if is_symbolic(starts.shape[0]) or manual_axes()[0]:
-        counts = jnp.zeros(tokens, jnp.int32).at[starts].add(1, mode="drop")
+        # Empty sequences may start at the end.
+        counts = jnp.zeros(tokens + 1, jnp.int32).at[starts].add(1)[:-1]
         return jnp.cumsum(counts, dtype=jnp.int32) - 1
     token = jnp.arange(tokens, dtype=jnp.int32)
     return jnp.searchsorted(starts, token, side="right").astype(jnp.int32) - 1

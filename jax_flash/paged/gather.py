@@ -14,6 +14,7 @@ from jax import lax
 from .. import offsets, reference
 from .._jax import same_dim
 from ..checker import INT32_MAX
+from ..indexing import is_inside, take
 from ..operands import OPTIONAL
 from ..places import first_offset
 from ..spec import AttentionSpec, Layout
@@ -96,9 +97,11 @@ def scatter_gradient(
     """The gradient of a pool, from that of the gathered keys in its first columns. It is summed in float32 if sequences
     share pages."""
     by_token = tokens_first(pool, spec.page_layout)
-    pages, page_size = by_token.shape[:2]
+    page_size = by_token.shape[1]
     rows = in_columns(gradient, by_token.shape[-1]).reshape(*tables.shape, page_size, *by_token.shape[-2:])
-    total = jnp.zeros(by_token.shape, jnp.float32).at[_pages_or_none(tables, pages)].add(rows, mode="drop")
+    inside = is_inside(by_token, tables)
+    rows = jnp.where(inside[..., None, None, None], rows, 0)
+    total = jnp.zeros(by_token.shape, jnp.float32).at[jnp.where(inside, tables, 0)].add(rows, mode="drop")
     return tokens_first(total, spec.page_layout).astype(pool.dtype)
 
 
@@ -209,30 +212,23 @@ def _gather(pool: jax.Array, tables: jax.Array, layout: str, scale: jax.Array | 
     Those of a float8 pool are multiplied by their scale.
     """
     by_token = tokens_first(pool, layout)
-    pages = _pages_or_none(tables, pool.shape[0])
     if same_dim(pool.shape[0], 0):
         by_token = jnp.zeros((1, *by_token.shape[1:]), pool.dtype)
-        pages = jnp.ones_like(pages)
         scale = None
-    rows = by_token.at[pages].get(mode="fill", fill_value=0)
+    rows = take(by_token, tables, 0)
     if pool.dtype in FLOAT8:  # neither these pools nor their scales have a gradient
         rows = lax.stop_gradient(rows).astype(jnp.float32)
         if scale is not None:
             scale = lax.stop_gradient(scale)
-            rows = rows * scale_of_pages(scale, pages)[:, :, None, :, None]
+            rows = rows * scale_of_pages(scale, tables)[:, :, None, :, None]
     return rows.reshape(tables.shape[0], tables.shape[1] * rows.shape[2], *rows.shape[3:])
 
 
 def scale_of_pages(scale: jax.Array, pages: jax.Array) -> jax.Array:
-    """The scales `[1, hk]` or `[p, hk]` of these pages, […, hk]; 1 for a page past the pool."""
+    """The scales `[1, hk]` or `[p, hk]` of these pages, […, hk]; 1 for a page outside the pool."""
     if same_dim(scale.shape[0], 1):
         pages = jnp.zeros_like(pages)
-    return scale.at[pages].get(mode="fill", fill_value=1)
-
-
-def _pages_or_none(tables: jax.Array, pages: int) -> jax.Array:
-    """The tables, with negative entries replaced by an index past the pool, because JAX counts those from the end."""
-    return jnp.where(tables < 0, jnp.int32(pages), tables)
+    return take(scale, pages, 1)
 
 
 def table_capacity(tables: jax.Array, page_size: int) -> Any:
