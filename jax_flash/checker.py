@@ -36,10 +36,12 @@ class Checker:
             raise self._not_of_jax(name, x) from None
 
     def _require_values(self, name: str, x: Any) -> None:
-        """Refuses what holds no values. NumPy and JAX would make an array of an object of it."""
+        """Refuses what is no array yet. NumPy and JAX would make an array of an object of it."""
         if x is None or isinstance(x, (str, bytes, jax.ShapeDtypeStruct)):
             hint = "; jax.eval_shape runs a function on shapes" if isinstance(x, jax.ShapeDtypeStruct) else ""
             raise self.fail(f"{name} must be an array, got {x!r}{hint}", TypeError)
+        if isinstance(x, jax.Ref):
+            raise self.fail(f"{name} must be an array, got a jax.Ref; read it with ref[...]", TypeError)
 
     def _not_of_jax(self, name: str, x: Any) -> Exception:
         dtype = getattr(x, "dtype", None)
@@ -75,6 +77,7 @@ class Checker:
 
     def int32(self, name: str, x: Any) -> jax.Array:
         """An index array: int32 if it is JAX's; on the host, integers of any type whose values int32 holds."""
+        self._require_values(name, x)
         if not _holds_jax_arrays(x):
             return jnp.asarray(self.host_int32(name, x))
         array = jnp.asarray(x)

@@ -1,6 +1,7 @@
 """Which kinds of numbers and arrays are taken as arguments, and which errors the others raise."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -158,3 +159,16 @@ def test_options_are_keywords_and_unknown_ones_are_refused(function):
 def test_fixed_only_arguments_do_not_exist_for_packed_sequences(name):
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
         jax_flash.flash_attention_varlen(*[jnp.zeros((2, 1, 8))] * 3, jnp.zeros(2, jnp.int32), **{name: None})
+
+
+@pytest.mark.parametrize(
+    ("name", "x"), [("query", QUERY), ("kv_lengths", np.int32([3, 4])), ("mask", np.ones((S, S), bool))]
+)
+def test_a_reference_is_refused_by_the_name_of_its_argument(name, x):
+    def attend(ref):
+        return flash_attention(**dict(query=QUERY, key=KEY, value=VALUE) | {name: ref})
+
+    message = re.escape(f"flash_attention: {name} must be an array, got a jax.Ref; read it with ref[...]")
+    for call in (attend, jax.jit(attend)):
+        with pytest.raises(TypeError, match=message):
+            call(jax.new_ref(x))
