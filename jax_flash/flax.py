@@ -16,7 +16,7 @@ from jax import Array, lax
 from ._jax import same_dim
 from .attention import flash_attention
 from .batch_dims import as_bias, check_batch_dims, over_batch_dims, plain_if_float64, promote
-from .checker import Checker
+from .checker import MARK_STATIC, Checker
 from .masks import Mask
 from .options import ArrayLike, Implementation, IndexLike, Number, Window
 from .spec import UNLIMITED
@@ -31,7 +31,7 @@ def attention_fn(
     key: Array,
     value: Array,
     bias: Array | None = None,
-    mask: Array | Mask | None = None,
+    mask: ArrayLike | Mask | None = None,
     broadcast_dropout: bool = True,
     dropout_rng: Array | None = None,
     dropout_rate: float = 0.0,
@@ -113,6 +113,7 @@ def attention_fn(
         attn_weights_value_einsum=attn_weights_value_einsum,
     )
     _check_precision(precision)
+    dropout_rate = _CHECK.number("dropout_rate", dropout_rate, MARK_STATIC)
     if not 0.0 <= dropout_rate < 1.0:
         raise _CHECK.fail(f"dropout_rate must be in the range [0, 1), got {dropout_rate}")
     dropout = not deterministic and dropout_rate > 0.0

@@ -189,6 +189,11 @@ ERRORS = {
         lambda: attend(mask=AttentionMask(True, NamedArray(OFFSETS, (H,)))),
         "mask's causal_offset {kv_head} differs along kv_head; allowed are {batch}",
     ),
+    "traced dropout": (
+        TypeError,
+        lambda: jax.jit(lambda rate: attend(dropout=rate))(0.5),
+        "dropout must be a Python number (it is compiled in), got a traced value; close over it",
+    ),
     "dropout": (
         ValueError,
         lambda: attend(dropout=0.1, inference=False),

@@ -226,6 +226,11 @@ ERRORS = {
         lambda: tokamax_attention(Q, Quantised(), V),
         "tokamax_attention: key is quantised (Quantised); pass qwix.dequantize(key)",
     ),
+    "traced dropout": (
+        TypeError,
+        lambda: jax.jit(lambda rate: tokamax_attention(Q, K, V, dropout_rate=rate))(0.5),
+        "tokamax_attention: dropout_rate must be a Python number (it is compiled in), got a traced value",
+    ),
     "dropout": (
         NotImplementedError,
         lambda: tokamax_attention(Q, K, V, dropout_mask=DENSE, dropout_rate=0.5),

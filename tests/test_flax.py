@@ -304,8 +304,18 @@ def test_dropout_without_a_key_raises():
 @pytest.mark.parametrize("rate", [-0.5, 1.0, float("nan"), float("inf")])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_dropout_rates_that_flax_refuses_raise(rate, deterministic):
-    with pytest.raises(ValueError, match=r"^attention_fn: dropout_rate must be in the range \[0, 1\), got"):
+    allowed = r"in the range \[0, 1\)" if np.isfinite(rate) else "finite"
+    with pytest.raises(ValueError, match=f"^attention_fn: dropout_rate must be {allowed}, got"):
         ours(*qkv(B), dropout_rate=rate, deterministic=deterministic, dropout_rng=jax.random.key(0))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_traced_dropout_rate_raises_as_in_flash_attention(deterministic):
+    call = functools.partial(ours, *qkv(B), deterministic=deterministic, dropout_rng=jax.random.key(0))
+    with pytest.raises(
+        TypeError, match=r"^attention_fn: dropout_rate must be a Python number .* traced value"
+    ):
+        jax.jit(lambda rate: call(dropout_rate=rate))(0.5)
 
 
 @pytest.mark.parametrize("name", ["qk_attn_weights_einsum", "attn_weights_value_einsum"])

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from .._jax import is_symbolic
-from ..checker import Checker, is_int
+from ..checker import MARK_STATIC, Checker, is_int
 from ..options import ArrayLike
 from ..validate import require_dropout_key
 
@@ -145,7 +145,7 @@ def softcap(check: Checker, softcap: Any) -> float | None:
 
 def dropout(check: Checker, dropout_p: Any, dropout_key: ArrayLike | None) -> dict[str, Any]:
     """The two as options of flash_attention."""
-    if check.number("dropout_p", dropout_p) > 0:
+    if check.number("dropout_p", dropout_p, MARK_STATIC) > 0:
         require_dropout_key(check, "dropout_p", dropout_p, dropout_key)
     return dict(dropout_rate=dropout_p, dropout_key=dropout_key)
 

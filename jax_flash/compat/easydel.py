@@ -22,7 +22,7 @@ from jax import Array
 
 from ..attention import flash_attention as attend
 from ..batch_dims import as_bias, local_window
-from ..checker import Checker
+from ..checker import MARK_STATIC, Checker
 from ..options import ArrayLike, Implementation, Number
 from .easydel_pages import ragged_page_attention_v2, ragged_page_attention_v3, unified_attention
 
@@ -108,6 +108,7 @@ def flash_attention(
         raise _CHECK.fail("block_tables: use jax_flash.paged_attention for pages", NotImplementedError)
     if not normalize_output:
         raise _CHECK.fail("normalize_output must be True", NotImplementedError)
+    rate = _CHECK.number("dropout_prob", dropout_prob, MARK_STATIC)
     mask, ids = _seen(_CHECK, mask_info)
     if mask is None and (cum_seqlens_q is not None or cum_seqlens_k is not None):
         raise _CHECK.fail(
@@ -129,8 +130,8 @@ def flash_attention(
         bias=None if bias is None else as_bias(bias, dtype),
         bias_first=True,
         sinks=None if softmax_aux is None else _sinks(softmax_aux, q.shape[2]),
-        dropout_rate=dropout_prob,
-        dropout_key=jax.random.key(0 if dropout_seed is None else dropout_seed) if dropout_prob else None,
+        dropout_rate=rate,
+        dropout_key=jax.random.key(0 if dropout_seed is None else dropout_seed) if rate else None,
         implementation=implementation,
     )
     return out.astype(q.dtype)

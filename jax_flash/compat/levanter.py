@@ -14,7 +14,7 @@ from jax import Array
 from .. import masks
 from ..attention import flash_attention
 from ..batch_dims import as_bias, over_batch_dims
-from ..checker import Checker
+from ..checker import MARK_STATIC, Checker
 from ..options import Implementation
 
 NamedArray = Any  # haliax's class; haliax is imported only when one is made
@@ -107,7 +107,7 @@ def dot_product_attention(
     if attn_sink is not None:
         sinks = axes.sinks(check, attn_sink)
         (shared if sinks.ndim == 1 else arrays)["sinks"] = sinks
-    dropping = dropout > 0.0 and not inference
+    dropping = check.number("dropout", dropout, MARK_STATIC) > 0.0 and not inference
     if dropping:
         if prng is None:
             raise check.fail(f"dropout is {dropout} without inference, which needs prng")

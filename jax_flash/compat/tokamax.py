@@ -141,7 +141,7 @@ def tokamax_attention(
       >>> out = tokamax.dot_product_attention(q, k, v, is_causal=True, implementation=[tokamax_attention])
     """
     check = Checker("tokamax_attention")
-    if dropout_mask is not None or dropout_rate:
+    if dropout_mask is not None or check.number("dropout_rate", dropout_rate):
         raise check.fail(
             "dropout_mask is an array of all weights, which never exist here; "
             "jax_flash.flash_attention(…, dropout_rate=…, dropout_key=…) needs none",
