@@ -143,6 +143,8 @@ def dropout_operand(check: Checker, rate: float, key: Any) -> jax.Array | None:
         raise check.fail(
             f"dropout_key must be one jax.random.key, got dtype {key.dtype} and shape {key.shape}", TypeError
         )
+    if jax.debug_key_reuse.value and not raw:
+        jax.random.bits(key)  # consumes the key for JAX's checker, as key_data does not
     return jnp.concatenate([philox.key_words(words), jnp.zeros(4, jnp.uint32)])
 
 

@@ -124,3 +124,21 @@ def test_several_keys_are_refused(impl):
         TypeError, match=r"dropout_key must be one jax.random.key, got dtype key<.*> and shape \(2,\)"
     ):
         dropped(jax.random.split(jax.random.key(0, impl=impl)), "xla")
+
+
+@each_key
+def test_the_reuse_of_a_key_is_seen_where_jax_looks_for_it(implementation, impl):
+    def attend(key, query=QUERY):
+        options = dict(dropout_rate=0.5, dropout_key=key, implementation=implementation)
+        return flash_attention(query, KEY, VALUE, **options)
+
+    def gradient(key):
+        return jax.grad(lambda query: attend(key, query).sum())(QUERY)
+
+    once = [f(jax.random.key(0, impl=impl)) for f in (attend, gradient)]
+    with jax.debug_key_reuse(True):
+        for f, wanted in zip((attend, gradient), once):
+            for call in (f, jax.jit(f)):
+                np.testing.assert_allclose(call(jax.random.key(0, impl=impl)), wanted, atol=1e-6)
+                with pytest.raises(jax.errors.KeyReuseError):
+                    (lambda key: (call(key), call(key)))(jax.random.key(0, impl=impl))
