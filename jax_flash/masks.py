@@ -24,6 +24,7 @@ from . import mask_forms as forms
 from .checker import Checker, is_int
 from .mask_forms import Form
 from .mask_rows import MOST, Rows
+from .mask_sizes import Sizes, check_sizes
 from .pytrees import Static, pytree
 
 ArrayLike = Any
@@ -89,6 +90,9 @@ class Mask:
     def picture(self, sq: int, sk: int | None = None, *, entry: int = 0, head: int = 0) -> list[str]:
         """A line of text for each of `sq` query rows, `#` where it sees the key, for one batch entry and head."""
         sk = sq if sk is None else sk
+        b, h = jax.eval_shape(partial(self._seen, *_sizes(self.conditions))).shape[:2]
+        for condition in conjunctions.flat(self.conditions):
+            check_sizes(Checker("masks: picture"), condition, Sizes(b, h, h, sq, sk, sk))
         seen = np.asarray(self._seen(sq, sk))
         seen = np.broadcast_to(seen, (*seen.shape[:2], sq, sk))
         chosen = seen[min(entry, len(seen) - 1), min(head, seen.shape[1] - 1)]

@@ -1,8 +1,11 @@
 """What repr shows of a mask: a small picture, or its name."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jax_flash import masks
 
@@ -61,3 +64,24 @@ def test_repr_names_a_mask_that_it_cannot_draw():
         deleted,
     ):
         assert repr(mask) == f"Mask({mask!s})"
+
+
+IDS = np.zeros((2, 19), np.int32)
+
+
+@pytest.mark.parametrize(
+    ("mask", "named"),
+    [
+        (masks.bidirectional_spans(IDS), "span ids must broadcast to [b sq] = (2, 13), got shape (2, 19)"),
+        (masks.segments(IDS), "segments of queries must broadcast to [b sq]"),
+        (masks.segments(IDS[:, :13], IDS[:, :5]), "segments of keys must broadcast to [b sk]"),
+        (masks.ranges(0, IDS[:, None]) | masks.causal(), "lo must broadcast to [b hq sq]"),
+        (masks.by_position(IDS[:, :13], IDS[:, :5]), "kv_positions must broadcast to [b sk]"),
+        (masks.blocks([[[[0], [1]]]], (16, 16)), "chosen blocks must have shape"),
+        (masks.dense(np.ones((1, 1, 19, 19), bool)), "dense array must broadcast to"),
+    ],
+    ids=lambda x: str(x)[:12],
+)
+def test_a_picture_of_sizes_that_the_mask_does_not_have_is_refused(mask, named):
+    with pytest.raises(ValueError, match=re.escape(f"masks: picture: mask's {named}")):
+        mask.picture(13, 19)
