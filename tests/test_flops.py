@@ -320,3 +320,12 @@ def test_lengths_of_which_only_the_shape_is_known_are_full_beside_a_mask():
     for mask in (masks.chunked(2), masks.chunked(2) & masks.causal()):
         full = flops(*call, np.array([12, 12], np.int32), mask=mask)
         assert flops(*call, like((2,), np.int32), mask=mask) == full < flops(*call, 12)
+
+
+def test_a_mask_is_counted_where_no_transfer_is_allowed():
+    x, lo = np.zeros((2, 19, 2, 8), np.float32), jnp.arange(19)
+    call = functools.partial(flops, flash_attention, x, x, x)
+    mask = masks.ranges(lo, lo + 3) | masks.ranges(14, 17)
+    counted = call(mask=mask)
+    with jax.transfer_guard("disallow_explicit"):
+        assert call(mask=mask) == counted
