@@ -341,6 +341,7 @@ def test_every_raise_of_the_checks_is_in_the_table():
     numbers = [partial(jax_flash.zigzag_positions, 8, n) for n in (2.0, 0)]
     numbers.append(partial(checker.Checker("f").divisor, "k_scale", 0))
     numbers.append(partial(checker.Checker("f").page_layout, "dhn"))
+    numbers.append(lambda: checker.Checker("f").array("query", jax.new_ref(0.0)))
     for call in (symbolic_heads, symbolic_head_dim, symbolic_shard, *numbers):
         reached |= raising_lines(call)
     for module in (checker, validate):
