@@ -56,7 +56,7 @@ def test_numbers_that_float32_does_not_hold_are_refused(name, number):
         flash_attention(QUERY, KEY, VALUE, **{name: number})
 
 
-@pytest.mark.parametrize("options", [dict(scale=2e38), dict(softcap=2e38), dict(softcap=1.2e-38)], ids=str)
+@pytest.mark.parametrize("options", [dict(scale=2e38), dict(softcap=1e32), dict(softcap=1.2e-38)], ids=str)
 def test_the_largest_and_smallest_numbers_that_are_taken_give_no_nan(implementation, options):
     """Scores are 0 here, which times an infinite factor would be NaN."""
     out = flash_attention(0 * QUERY, KEY, VALUE, implementation=implementation, **options)
