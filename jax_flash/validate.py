@@ -168,11 +168,10 @@ def _softcap(check: Checker, given: Any, scale: float) -> float:
     # The kernels compute scale / softcap and multiples of it in float32.
     limits = np.finfo(np.float32)
     least = max(float(limits.tiny), 4 * abs(scale) / float(limits.max))
-    most = min(LARGEST_SOFTCAP, abs(scale) / float(limits.tiny)) if scale else LARGEST_SOFTCAP
-    if softcap and not least <= softcap <= most:
+    if softcap and not least <= softcap <= LARGEST_SOFTCAP:
         raise check.fail(
-            f"softcap must be None, 0, or from {least:.2g} to {most:.2g} in float32 with a scale of {scale:.4g}, "
-            f"got {softcap}"
+            f"softcap must be None, 0, or from {least:.2g} to {LARGEST_SOFTCAP:g} in float32 with a scale of "
+            f"{scale:.4g}, got {softcap}"
         )
     return softcap
 

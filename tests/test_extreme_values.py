@@ -44,6 +44,16 @@ def test_the_weight_of_a_large_sink(sink, sees, kernel):
     np.testing.assert_array_equal(moved[1], 1 if dominates else 0)
 
 
+@pytest.mark.parametrize("sq", [1, SQ])
+@pytest.mark.parametrize("sink", [np.nan, np.inf])
+def test_a_sink_that_is_no_number_shows(sink, sq, kernel):
+    q, k, v = arrays(kernel, 1, 1, 1)
+    sinks = jnp.asarray([sink], jnp.float32)
+    out, lse = flash_attention(q[:, :sq], k, v, sinks=sinks, return_lse=True, implementation=kernel)
+    assert np.isnan(np.asarray(out, np.float32)).all()
+    assert np.isnan(lse).all()
+
+
 @pytest.mark.parametrize("hides", ["mask", "segments", "causal"])
 def test_rows_that_see_only_a_sink_pass_no_nan_on(hides, kernel):
     """q and dO of such rows may hold anything."""

@@ -1,4 +1,4 @@
-"""`checkify.index_checks` reports no call that is right, though unused parts of its index arrays hold anything."""
+"""`checkify.index_checks` reports no attention that is right, though unused parts of its index arrays hold anything."""
 
 from functools import partial
 

@@ -46,7 +46,7 @@ typedef Half HalfUnaligned __attribute__((aligned(2)));
 
 inline constexpr float kNegInf = -__builtin_inff();
 
-// x, rounded: the compiler contracts no product in x with a sum outside.
+// x, rounded: GCC 12 and newer contract no product in x with a sum outside.
 JF_INLINE Float rounded(Float x) {
 #if __has_builtin(__builtin_assoc_barrier)
   return __builtin_assoc_barrier(x);

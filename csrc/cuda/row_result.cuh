@@ -17,8 +17,9 @@ struct RowResult {
 // top: scale · m in powers of two, −∞ if the row has seen no key. sum: Σ P. sink: a logit that is only added
 // to the sum; −∞ if there is none. The lse of a row that sees nothing is its sink to the last bit.
 __device__ __forceinline__ RowResult result_of_row(float top, float sum, float sink) {
-  // The product with a large finite logit would be infinite.
-  const float sink_log2 = sink == -INFINITY ? sink : fmaxf(fminf(sink * kLog2e, FLT_MAX), -FLT_MAX);
+  const float product = sink * kLog2e;  // of a large finite sink it is infinite
+  const bool overflows = isinf(product) && fabsf(sink) <= FLT_MAX;
+  const float sink_log2 = overflows ? copysignf(FLT_MAX, sink) : product;
   const float largest = fmaxf(top, sink_log2);
   const float alpha = ptx::exp2(top - largest);
   const float total = fmaf(sum, alpha, ptx::exp2(sink_log2 - largest));

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._jax import is_symbolic, same_dim
+from ..indexing import take
 from .gather import FLOAT8
 
 SMALLEST = -100  # the exponent of the smallest scale, which a page of zeros has
@@ -47,7 +48,7 @@ def append(
     before = jnp.where(continues, scale, 0)
     after = jnp.where((first < page_size)[:, None], jnp.maximum(before, needed), scale)
     pool = _requantised(pool, before / after, first, page)
-    by_row = after.at[page].get(mode="fill", fill_value=1)
+    by_row = take(after, page, 1)
     return pool.at[page, slot].set(stored(rows, by_row, pool.dtype), mode="drop"), after
 
 
@@ -56,10 +57,10 @@ def _requantised(pool: jax.Array, factor: jax.Array, first: jax.Array, page: jax
     pages, page_size = pool.shape[:2]
     count = page.shape[0]
     written = jnp.unique(page, size=count, fill_value=pages) if not is_symbolic(count) else page
-    before = pool.at[written].get(mode="fill", fill_value=0)  # [t, ps, hk, d]
-    by_head = factor.at[written].get(mode="fill", fill_value=1)[:, None, :, None]
+    before = take(pool, written, 0)  # [t, ps, hk, d]
+    by_head = take(factor, written, 1)[:, None, :, None]
     slot = jnp.arange(page_size, dtype=jnp.int32)
-    earlier = slot[None] < first.at[written].get(mode="fill", fill_value=0)[:, None]
+    earlier = slot[None] < take(first, written, 0)[:, None]
     moved = (before.astype(jnp.float32) * by_head).astype(pool.dtype)
     return pool.at[written].set(jnp.where(earlier[..., None, None], moved, before), mode="drop")
 
