@@ -11,9 +11,16 @@ from jax_flash import flash_attention
 SQ, SK, D = 40, 33, 16
 
 
-def arrays(implementation, *scales, seed=0):
+@pytest.fixture(params=["float32", "bfloat16"])
+def dtype(request, kernel):
+    """The dtypes of CUDA's portable kernels and of Hopper's."""
+    checks.require(kernel, "forward", "backward", dtype=request.param, d=D, dv=D)
+    return request.param
+
+
+def arrays(implementation, *scales, dtype=None, seed=0):
     """q, k, v [1, sq or sk, 1, d] times their scales."""
-    dtype = checks.usual_dtype(implementation)
+    dtype = dtype or checks.usual_dtype(implementation)
     checks.require(implementation, "forward", "backward", dtype=dtype, d=D, dv=D)
     rng = np.random.default_rng(seed)
     rows = (SQ, SK, SK)
@@ -22,9 +29,9 @@ def arrays(implementation, *scales, seed=0):
 
 @pytest.mark.parametrize("sees", ["nothing", "keys"])
 @pytest.mark.parametrize("sink", [1.1e8, -1.1e8, -1.5430098e10, 1.1e30, -1.1e30, 3e38, -3e38])
-def test_the_weight_of_a_large_sink(sink, sees, kernel):
+def test_the_weight_of_a_large_sink(sink, sees, dtype, kernel):
     """It is 1 where a row sees nothing or the sink is larger than all scores, else 0."""
-    q, k, v = arrays(kernel, 1, 1, 1)
+    q, k, v = arrays(kernel, 1, 1, 1, dtype=dtype)
     mask = jnp.full((SQ, SK), sees == "keys")
 
     def attend(sinks):
@@ -46,8 +53,8 @@ def test_the_weight_of_a_large_sink(sink, sees, kernel):
 
 @pytest.mark.parametrize("sq", [1, SQ])
 @pytest.mark.parametrize("sink", [np.nan, np.inf])
-def test_a_sink_that_is_no_number_shows(sink, sq, kernel):
-    q, k, v = arrays(kernel, 1, 1, 1)
+def test_a_sink_that_is_no_number_shows(sink, sq, dtype, kernel):
+    q, k, v = arrays(kernel, 1, 1, 1, dtype=dtype)
     sinks = jnp.asarray([sink], jnp.float32)
     out, lse = flash_attention(q[:, :sq], k, v, sinks=sinks, return_lse=True, implementation=kernel)
     assert np.isnan(np.asarray(out, np.float32)).all()
@@ -55,9 +62,9 @@ def test_a_sink_that_is_no_number_shows(sink, sq, kernel):
 
 
 @pytest.mark.parametrize("hides", ["mask", "segments", "causal"])
-def test_rows_that_see_only_a_sink_pass_no_nan_on(hides, kernel):
+def test_rows_that_see_only_a_sink_pass_no_nan_on(hides, dtype, kernel):
     """q and dO of such rows may hold anything."""
-    q, k, v = arrays(kernel, 1, 1, 1)
+    q, k, v = arrays(kernel, 1, 1, 1, dtype=dtype)
     rows = np.zeros(SQ, bool)
     rows[: SQ - SK] = True  # causal hides all keys from these
     options = {

@@ -18,7 +18,7 @@ struct RowResult {
 // to the sum; −∞ if there is none. The lse of a row that sees nothing is its sink to the last bit.
 __device__ __forceinline__ RowResult result_of_row(float top, float sum, float sink) {
   const float product = sink * kLog2e;  // of a large finite sink it is infinite
-  const bool overflows = isinf(product) && fabsf(sink) <= FLT_MAX;
+  const bool overflows = fabsf(product) > FLT_MAX && fabsf(sink) <= FLT_MAX;
   const float sink_log2 = overflows ? copysignf(FLT_MAX, sink) : product;
   const float largest = fmaxf(top, sink_log2);
   const float alpha = ptx::exp2(top - largest);
