@@ -95,7 +95,7 @@ def test_gradients_of_rows_whose_scores_lie_far_apart(scale, kernel):
     q, k, v = arrays(
         kernel, *(min(scale, 60.0 if checks.usual_dtype(kernel) != "float32" else scale),) * 2, 1
     )
-    _, vjp = jax.vjp(lambda v: flash_attention(q, k, v, scale=1.0, implementation=kernel), v)
+    _, vjp = jax.vjp(lambda v: flash_attention(q, k, v, scale=0.3, implementation=kernel), v)
     (dv,) = vjp(jnp.ones((1, SQ, 1, D), v.dtype))
     np.testing.assert_allclose(np.asarray(dv, np.float32).sum(1), SQ, rtol=2e-2)
 

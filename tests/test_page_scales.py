@@ -81,7 +81,7 @@ def test_each_scale_alone_and_beside_one_by_head(implementation, given, dtype):
 
 @pytest.mark.parametrize("scale", [0.1, 1e4])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("sq", [1, 20])
+@pytest.mark.parametrize("sq", [1, 20, 80])
 def test_key_scales_are_not_rounded_to_the_dtype_of_queries(sq, dtype, scale, implementation):
     """Keys times their scales may exceed float16, and lse has float32's precision, as with one scale by head."""
     require(implementation)
