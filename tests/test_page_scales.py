@@ -82,17 +82,15 @@ def test_each_scale_alone_and_beside_one_by_head(implementation, given, dtype):
 @pytest.mark.parametrize("scale", [0.1, 1e4])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("sq", [1, 20, 80])
-def test_key_scales_are_not_rounded_to_the_dtype_of_queries(sq, dtype, scale, implementation):
+def test_key_scales_are_not_rounded_to_the_dtype_of_queries(sq, dtype, scale, kernel):
     """Keys times their scales may exceed float16, and lse has float32's precision, as with one scale by head."""
-    require(implementation)
+    require(kernel)
     rng = np.random.default_rng(0)
     q = jnp.asarray(rng.standard_normal((1, sq, 2, 32)) / scale, dtype)
     pool = jnp.asarray(rng.standard_normal((2, 16, 2, 32)) * 30, FLOAT8[0])
     tables, lengths = jnp.asarray([[0, 1]], jnp.int32), jnp.asarray([32], jnp.int32)
     by_page, by_head = (
-        paged_attention(
-            q, pool, pool, tables, lengths, k_scale=x, return_lse=True, implementation=implementation
-        )
+        paged_attention(q, pool, pool, tables, lengths, k_scale=x, return_lse=True, implementation=kernel)
         for x in (jnp.full((2, 2), scale), jnp.full(2, scale))
     )
     np.testing.assert_allclose(by_page[1], by_head[1], rtol=1e-5, atol=1e-4)
