@@ -12,9 +12,8 @@ SQ, SK, D = 40, 33, 16
 
 
 @pytest.fixture(params=["float32", "bfloat16"])
-def dtype(request, kernel):
+def dtype(request):
     """The dtypes of CUDA's portable kernels and of Hopper's."""
-    checks.require(kernel, "forward", "backward", dtype=request.param, d=D, dv=D)
     return request.param
 
 
@@ -77,10 +76,12 @@ def test_rows_that_see_only_a_sink_pass_no_nan_on(hides, dtype, kernel):
     at = jnp.asarray(rows)[None, :, None, None]
     sinks = jnp.asarray([0.5], jnp.float32)
 
+    def attend(q, k, v, sinks):
+        return flash_attention(q, k, v, sinks=sinks, **options, implementation=kernel)
+
     def gradients(poison):
         given = jnp.where(at, jnp.asarray(poison, q.dtype), q)
-        call = lambda q, k, v, sinks: flash_attention(q, k, v, sinks=sinks, **options, implementation=kernel)  # noqa: E731
-        out, vjp = jax.vjp(call, given, k, v, sinks)
+        out, vjp = jax.vjp(attend, given, k, v, sinks)
         return vjp(jnp.where(at, jnp.asarray(poison, q.dtype), jnp.ones_like(out)))
 
     clean = gradients(0)
@@ -92,9 +93,7 @@ def test_rows_that_see_only_a_sink_pass_no_nan_on(hides, dtype, kernel):
 @pytest.mark.parametrize("scale", [3e2, 3e3, 3e4, 3e6])
 def test_gradients_of_rows_whose_scores_lie_far_apart(scale, kernel):
     """One key has all of a row's weight, so that the weights of a column of dV sum to the number of rows."""
-    q, k, v = arrays(
-        kernel, *(min(scale, 60.0 if checks.usual_dtype(kernel) != "float32" else scale),) * 2, 1
-    )
+    q, k, v = arrays(kernel, scale, scale, 1)
     _, vjp = jax.vjp(lambda v: flash_attention(q, k, v, scale=0.3, implementation=kernel), v)
     (dv,) = vjp(jnp.ones((1, SQ, 1, D), v.dtype))
     np.testing.assert_allclose(np.asarray(dv, np.float32).sum(1), SQ, rtol=2e-2)

@@ -38,8 +38,7 @@ __device__ __forceinline__ bool is_written(const DecodeCall& call, const ColumnR
 __device__ __forceinline__ RowResult finish_row(const DecodeCall& call, const SequenceWork& work,
                                                 int32_t head, int32_t i, Softmax all) {
   if (i >= work.band.q_len) return {0, -INFINITY};
-  const bool has_sink = static_cast<bool>(call.sinks);
-  const float sink = has_sink
+  const float sink = call.sinks
                          ? *call.sinks.at<const float>(work.leading, work.batch_row, head, work.q_begin + i)
                          : -INFINITY;
   return result_of_row(all.m, all.l, sink);
