@@ -28,11 +28,11 @@ from jax_flash import (
     flash_attention,
     flash_attention_varlen,
     flops,
-    mask_forms,
     masks,
     paged_attention,
 )
-from jax_flash.mask_rows import Rows
+from jax_flash.visible import conjunctions
+from jax_flash.visible.rows import Rows
 
 from . import decode_calls, measure
 
@@ -87,7 +87,7 @@ def attend_to_documents(how: str, q: Any, k: Any, v: Any) -> Any:
 def array_of(mask: Any, size: int) -> Any:
     """The mask of the first batch entry and head."""
     columns = jnp.arange(size, dtype=jnp.int32)[None]
-    seen = mask_forms.seen(mask_forms.resolve(mask.conditions, Rows.fixed(size, size)), size, columns)
+    seen = conjunctions.seen(conjunctions.resolve(mask.conditions, Rows.fixed(size, size)), size, columns)
     return jnp.broadcast_to(seen[:1, :1], (1, 1, size, size))
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from .check_masks import MaskChecker
 from .checker import Checker
 from .masks import Mask
 from .operands import APPEND, APPEND_OPTIONAL, DIMS, ELEMENTS, FORWARD, OPTIONAL, WINDOW
+from .visible.check import MaskChecker
 
 _CHECK = Checker("check_inputs")
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import dot_product, mask_operands, validate
+from . import dot_product, validate
 from ._jax import manual_axes
 from .attention import flash_attention
 from .checker import Checker
@@ -24,7 +24,8 @@ from .paged.attention import paged_attention
 from .ring import ring_attention
 from .spec import UNLIMITED, AttentionSpec
 from .varlen import flash_attention_varlen
-from .visible_pairs import Shapes, Values, count, keys_of_entry
+from .visible import operands as mask_operands
+from .visible.pairs import Shapes, Values, count, keys_of_entry
 
 _CHECK = Checker("flops")
 Pass = Literal["forward", "backward", "tangent"]

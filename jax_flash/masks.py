@@ -18,14 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from . import mask_arrays, mask_joins
-from . import mask_conjunctions as conjunctions
-from . import mask_forms as forms
 from .checker import Checker, is_int
-from .mask_forms import Form
-from .mask_rows import MOST, Rows
-from .mask_sizes import Sizes, check_sizes
 from .pytrees import Static, pytree
+from .visible import arrays as mask_arrays
+from .visible import conjunctions, forms, joins
+from .visible.forms import Form
+from .visible.rows import MOST, Rows
+from .visible.sizes import Sizes, check_sizes
 
 ArrayLike = Any
 _DRAWN = 16  # the most rows and keys in a picture
@@ -44,7 +43,7 @@ class Mask:
 
     def __and__(self, other: Mask) -> Mask:
         _require_mask("&", other)
-        together = mask_joins.merged((*self.conditions, *other.conditions))
+        together = joins.merged((*self.conditions, *other.conditions))
         of_ranges = [x for x in together if conjunctions.most_pairs((x,)) is not None]
         if (conjunctions.most_pairs(of_ranges) or 1) > 2:
             raise ValueError(
@@ -58,7 +57,7 @@ class Mask:
     def __or__(self, other: Mask) -> Mask:
         _require_mask("|", other)
         a, b = self.conditions, other.conditions
-        if len(a) == len(b) == 1 and (joined := mask_joins.joined(a[0], b[0])) is not None:
+        if len(a) == len(b) == 1 and (joined := joins.joined(a[0], b[0])) is not None:
             return Mask((joined,))
         counts = conjunctions.most_pairs(a), conjunctions.most_pairs(b)
         if None in counts or counts[0] + counts[1] > 2:  # type: ignore[operator]

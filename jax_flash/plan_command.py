@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 
-from . import mask_forms as forms
 from .attention import flash_attention
 from .backends import compute_capability, extension, local_devices
 from .batching import named_sizes
@@ -19,6 +18,7 @@ from .masks import Mask
 from .operands import DIMS, ELEMENTS, MAX_HEAD_DIM, padded_head_dim
 from .paged.attention import paged_attention
 from .varlen import flash_attention_varlen
+from .visible import forms
 from .workspace import mask_sizes
 
 # Shared memory that one CTA may use, in bytes, by compute capability (CUDA C++ programming guide, table of technical

@@ -21,9 +21,9 @@ from jax.typing import DTypeLike
 from . import philox
 from ._jax import same_dim
 from .largest import max_or_nan
-from .mask_rows import minus, plus
 from .places import Place, place_fixed, place_varlen
 from .spec import UNLIMITED, AttentionSpec
+from .visible.rows import minus, plus
 
 _INF = float("inf")
 _PACKED = ("query", "key", "value")

@@ -17,7 +17,7 @@ from . import _jax
 from .batching import leading
 from .operands import DELTA, DIFFERENTIAL, TANGENT, Pass
 from .spec import AttentionSpec, Spec, operand_names
-from .visible_pairs import count
+from .visible.pairs import count
 
 
 def _rule(context: Any, *shapes: Any, pass_: Pass, spec: Spec, **_: Any) -> Any:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import mask_operands, philox
+from . import philox
 from ._jax import is_symbolic, same_dim
 from .checker import DTYPES, INT32_MAX, MARK_STATIC, Checker, is_int
 from .masks import Mask
@@ -29,6 +29,7 @@ from .options import (
     VarlenArguments,
 )
 from .spec import ALIGNMENTS, ORDERS, UNLIMITED, AttentionSpec, Layout, Ring
+from .visible import operands as mask_operands
 
 IMPLEMENTATIONS = get_args(Implementation)
 MODES = get_args(RingMode)

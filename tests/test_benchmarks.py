@@ -7,6 +7,7 @@ from pathlib import Path
 
 import checkout  # noqa: F401
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import IMPLEMENTATION
@@ -16,6 +17,7 @@ from benchmarks import (
     compare,
     compare_cells,
     flop,
+    masks,
     measure,
     other_checkout,
     peers,
@@ -107,6 +109,15 @@ def test_flop_are_four_b_h_s_s_d_and_the_backward_two_and_a_half_times_that():
     assert (
         flop.kv_bytes(sequences=2, kv_heads=8, head_dim=128, keys=10, itemsize=2) == 2 * 2 * 8 * 128 * 10 * 2
     )
+
+
+@pytest.mark.parametrize("name", masks.AS_ARRAYS)
+def test_the_array_of_a_mask_shows_the_pairs_whose_flop_its_rate_counts(name):
+    size, d = 256, 16
+    mask = masks.cases(size, heads=4)[name][0]["mask"]
+    x = jnp.zeros((masks.BATCH, size, 1, d))
+    pairs = masks.BATCH * int(masks.array_of(mask, size).sum())
+    assert jax_flash.flops(jax_flash.flash_attention, x, x, x, mask=mask) == 4 * d * pairs
 
 
 def test_a_peer_that_cannot_run_a_case_says_why():

@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_flash import mask_conjunctions, mask_forms, masks
-from jax_flash.mask_rows import Rows
+from jax_flash import masks
+from jax_flash.visible import conjunctions, forms
+from jax_flash.visible.rows import Rows
 
 
 def seen(mask, sq, sk):
     """`[b, h, sq, sk]`, computed from the operands that the kernels would get."""
-    visible = mask_conjunctions.resolve(mask.conditions, Rows.fixed(sq, sk))
+    visible = conjunctions.resolve(mask.conditions, Rows.fixed(sq, sk))
     assert len(visible.pairs) in (0, 1, 2)
     for lo, hi in visible.pairs:
         assert lo.dtype == hi.dtype == jnp.int32
@@ -20,7 +21,7 @@ def seen(mask, sq, sk):
     if len(visible.pairs) == 2:  # ascending and disjoint
         (_, a), (b, _) = visible.pairs
         assert bool((a <= b).all())
-    x = np.asarray(mask_conjunctions.seen(visible, sq, jnp.arange(sk, dtype=jnp.int32)[None]))
+    x = np.asarray(conjunctions.seen(visible, sq, jnp.arange(sk, dtype=jnp.int32)[None]))
     return np.broadcast_to(x, (*x.shape[:2], sq, sk))
 
 
@@ -41,8 +42,8 @@ def test_a_scan_over_layers_has_a_window_of_its_own_in_each():
     sizes = jnp.array([1, 3], jnp.int32)
 
     def layer(_, left):
-        visible = mask_conjunctions.resolve(masks.window(left, 0).conditions, Rows.fixed(4, 4))
-        return None, mask_conjunctions.seen(visible, 4, jnp.arange(4, dtype=jnp.int32)[None])
+        visible = conjunctions.resolve(masks.window(left, 0).conditions, Rows.fixed(4, 4))
+        return None, conjunctions.seen(visible, 4, jnp.arange(4, dtype=jnp.int32)[None])
 
     _, both = jax.lax.scan(layer, None, sizes)
     np.testing.assert_array_equal(both[0][0, 0].sum(-1), [1, 2, 2, 2])
@@ -200,7 +201,7 @@ def test_either_of_two_masks(first, second):
 def test_a_function_is_kept_as_ranges_where_rows_have_two():
     mask = masks.from_function(lambda b, h, i, j: (j == i) | (j < 2 + h), 6, 6, heads=2)
     (condition,) = mask.conditions
-    assert isinstance(condition, mask_forms.Ranges)
+    assert isinstance(condition, forms.Ranges)
     i, j = np.ogrid[:6, :6]
     for h in range(2):
         np.testing.assert_array_equal(seen(mask, 6, 6)[0, h], (j == i) | (j < 2 + h))
@@ -229,18 +230,18 @@ def test_packed_rows_count_in_their_sequence():
         jnp.array([3, 4])[sequence][None],
         sequence,
     )
-    (pair,) = mask_conjunctions.resolve(masks.prefix_lm(jnp.array([2, 1])).conditions, rows).pairs
+    (pair,) = conjunctions.resolve(masks.prefix_lm(jnp.array([2, 1])).conditions, rows).pairs
     np.testing.assert_array_equal(pair[1][0, 0], [2, 2, 3, 1, 2, 3, 4])
     spans = masks.bidirectional_spans(jnp.array([-1, 4, 4, 4, 4, -1, -1]))
-    (pair,) = mask_conjunctions.resolve(spans.conditions, rows).pairs
+    (pair,) = conjunctions.resolve(spans.conditions, rows).pairs
     np.testing.assert_array_equal(pair[1][0, 0], [1, 3, 3, 2, 2, 3, 4])
 
 
 def test_a_mask_goes_through_jit_and_vmap():
     @jax.jit
     def count(mask):
-        visible = mask_conjunctions.resolve(mask.conditions, Rows.fixed(4, 4))
-        return mask_conjunctions.seen(visible, 4, jnp.arange(4, dtype=jnp.int32)[None]).sum()
+        visible = conjunctions.resolve(mask.conditions, Rows.fixed(4, 4))
+        return conjunctions.seen(visible, 4, jnp.arange(4, dtype=jnp.int32)[None]).sum()
 
     assert count(masks.prefix_lm(jnp.array([2], jnp.int32))) == 11
     several = jax.vmap(masks.prefix_lm)(jnp.array([[1], [4]], jnp.int32))

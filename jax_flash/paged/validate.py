@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .. import mask_operands
 from .._jax import same_dim
 from ..checker import INT32_MAX, Checker, is_int
 from ..operands import APPEND_OPTIONAL, MAX_HEAD_DIM, MAX_LATENT_DIM, MAX_POOL_COLUMNS
@@ -23,6 +22,7 @@ from ..validate import (
     score_operands,
     static_spec,
 )
+from ..visible import operands as mask_operands
 from .gather import FLOAT8
 
 SCALES = ("k_scale", "v_scale")

@@ -8,11 +8,11 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from . import mask_forms as forms
-from .mask_forms import Form
-from .mask_rows import MOST, Data
-from .masks import Mask
-from .spec import UNLIMITED, AttentionSpec, Ring, narrower
+from ..masks import Mask
+from ..spec import UNLIMITED, AttentionSpec, Ring, narrower
+from . import forms
+from .forms import Form
+from .rows import MOST, Data
 
 _SIDES = ("left", "right")
 

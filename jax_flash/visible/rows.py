@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ._jax import equally_varying, same_dim
-from .checker import INT32_MAX
-from .indexing import take
+from .._jax import equally_varying, same_dim
+from ..checker import INT32_MAX
+from ..indexing import take
 
 Data = int | Array  # a number, or one for each batch entry, int32 [b]
 MOST = INT32_MAX

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from . import mask_forms as forms
-from ._jax import equally_varying, in_automatic_axes, manual_axes, same_dim
-from .mask_forms import Form
+from .._jax import equally_varying, in_automatic_axes, manual_axes, same_dim
+from . import forms
+from .forms import Form
 
 _OF_ARRAYS = "b|1, hq|1, sq|1, sk|1"
 _OF_CHOSEN = "b|1, h|1, rows"

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from . import mask_conjunctions as conjunctions
-from . import mask_forms as forms
-from .checker import Checker
-from .masks import Mask
+from ..checker import Checker
+from ..masks import Mask
+from . import conjunctions, forms
 
 Host = Callable[[str, Any], np.ndarray]
 

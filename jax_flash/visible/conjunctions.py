@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import jax.numpy as jnp
 from jax import Array
 
-from .mask_forms import Blocks, Dense, Form, Pair, Segments, with_rank
-from .mask_rows import Rows
-from .pytrees import pytree
-from .spec import UNLIMITED, Reach, narrower, wider
+from ..pytrees import pytree
+from ..spec import UNLIMITED, Reach, narrower, wider
+from .forms import Blocks, Dense, Form, Pair, Segments, with_rank
+from .rows import Rows
 
 
 @pytree("a", "b")

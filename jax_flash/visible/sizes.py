@@ -7,10 +7,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from . import mask_forms as forms
-from ._jax import same_dim
-from .checker import Checker
-from .mask_forms import Form
+from .._jax import same_dim
+from ..checker import Checker
+from . import forms
+from .forms import Form
 
 
 @dataclass(frozen=True)

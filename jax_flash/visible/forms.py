@@ -1,6 +1,6 @@
 """The forms of masks, each a condition on query row and key: ranges of keys, segments, blocks or booleans.
 
-`mask_conjunctions` combines them.
+`conjunctions` combines them.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ._jax import same_dim
-from .mask_rows import MOST, Data, Rows, SortedKeys, minus, plus
-from .pytrees import pytree
-from .spec import UNLIMITED, Reach
+from .._jax import same_dim
+from ..pytrees import pytree
+from ..spec import UNLIMITED, Reach
+from .rows import MOST, Data, Rows, SortedKeys, minus, plus
 
 Pair = tuple[Array, Array]  # lo, hi, int32, broadcastable to [b, h, s]: the keys lo ≤ j < hi
 Limits = tuple[Array | int, Array | int]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .spec import UNLIMITED, AttentionSpec
+from ..spec import UNLIMITED, AttentionSpec
 
 Shapes = Mapping[str, tuple[int, ...]]
 Values = Mapping[str, np.ndarray]

@@ -10,21 +10,20 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from . import _jax, mask_bands, mask_elements, offsets
-from . import mask_conjunctions as conjunctions
-from . import mask_forms as forms
-from ._jax import same_dim
-from .checker import Checker
-from .mask_forms import Form
-from .mask_joins import both_segments, merged
-from .mask_rows import Data, PackedKeys, Rows
-from .mask_sizes import Sizes, check_sizes
-from .masks import Mask
-from .operands import OPTIONAL
-from .paged import gather
-from .sequence.passes import takes_blocks
-from .spec import AttentionSpec, Ring
-from .zigzag import zigzag_unpermute
+from .. import _jax, offsets
+from .._jax import same_dim
+from ..checker import Checker
+from ..masks import Mask
+from ..operands import OPTIONAL
+from ..paged import gather
+from ..sequence.passes import takes_blocks
+from ..spec import AttentionSpec, Ring
+from ..zigzag import zigzag_unpermute
+from . import bands, conjunctions, elements, forms
+from .forms import Form
+from .joins import both_segments, merged
+from .rows import Data, PackedKeys, Rows
+from .sizes import Sizes, check_sizes
 
 Operands = dict[str, Array]
 # The arrays of a call that masks read.
@@ -40,9 +39,9 @@ def apply(
         check_sizes(check, condition, sizes)
     if spec.align != "top_left" and _has_one_diagonal(spec, sizes, ring):
         spec = replace(spec, align="top_left")
-    mask, spec = mask_bands.without_numbers(mask, spec)
-    mask, spec, window = mask_bands.without_arrays(mask, spec, ring)
-    block = mask_elements.block_of(mask.conditions, sizes)
+    mask, spec = bands.without_numbers(mask, spec)
+    mask, spec, window = bands.without_arrays(mask, spec, ring)
+    block = elements.block_of(mask.conditions, sizes)
     if any(block) and "draft_mask" in operands:
         blocks = all(not isinstance(x, forms.Dense) for x in mask.conditions)
         name = "masks.blocks(…)" if blocks else "masks.dense(…)"
@@ -87,7 +86,7 @@ def _add(
         ring_axes = () if ring is None else ring.axes
         conditions = merged(conditions, ring_axes)
         found = _made(conditions, spec, _rows(spec, operands | of_call, ring), of_call, sizes, ring_axes)
-        return found | {name: mask_bands.operand(x) for name, x in window.items()}
+        return found | {name: bands.operand(x) for name, x in window.items()}
 
     def shardings(shapes: Any) -> dict[str, NamedSharding]:
         return {name: _sharding(spec, operands, name, x.shape) for name, x in shapes.items()}
@@ -114,9 +113,9 @@ def _made(
     if array is not None and sizes.keys is not None:
         found["mask"] = array.seen
     elif array is not None:
-        shown = mask_elements.block_mask(array, blocks, shown, spec, rows, sizes)
+        shown = elements.block_mask(array, blocks, shown, spec, rows, sizes)
         if spec.block[1] == 1:
-            hull = [mask_elements.hull_of(shown, spec.block, rows)]
+            hull = [elements.hull_of(shown, spec.block, rows)]
             pairs = tuple(conjunctions.intersection(pairs, hull) if pairs else hull)
     if shown is not None:
         found["block_mask"] = shown

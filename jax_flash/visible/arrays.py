@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .checker import Checker
+from ..checker import Checker
 
 BLOCKS = (256, 128)  # with smaller blocks kernels are slower than with the boolean array itself
 
@@ -66,8 +66,7 @@ def blocks_of(seen: np.ndarray) -> tuple[np.ndarray, int] | None:
         tiles = np.pad(seen, padding, mode="edge").reshape(*lead, rows, size, keys, size)
         shown = tiles.any((-3, -1))
         if (shown == tiles.all((-3, -1))).all():
-            order = np.argsort(~shown, axis=-1, kind="stable")[
-                ..., : max(1, int(shown.sum(-1).max(initial=0)))
-            ]
+            most = max(1, int(np.max(shown.sum(-1), initial=0)))
+            order = np.argsort(~shown, axis=-1, kind="stable")[..., :most]
             return np.where(np.take_along_axis(shown, order, -1), order, -1).astype(np.int32), size
     return None

@@ -9,12 +9,12 @@ from typing import TypeVar
 import jax.numpy as jnp
 from jax import Array, lax
 
-from . import reference
-from ._jax import same_dim
-from .mask_forms import Blocks, Dense, Form, Pair, between, with_rank
-from .mask_rows import Rows
-from .mask_sizes import Sizes
-from .spec import AttentionSpec
+from .. import reference
+from .._jax import same_dim
+from ..spec import AttentionSpec
+from .forms import Blocks, Dense, Form, Pair, between, with_rank
+from .rows import Rows
+from .sizes import Sizes
 
 WHOLE = 2**30  # the size of a block that has all rows or all keys of a sequence
 
