@@ -5,12 +5,14 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pages
 import pytest
 from cases import Case, varlen
 from conftest import IMPLEMENTATION
+from jax import lax
 from pages import paged, require
 from test_paged import MIXED, by_name
 
@@ -232,6 +234,33 @@ def test_batch_invariant_is_a_matter_of_the_sequence_alone(tokens, length, dtype
         assert x.tobytes() == y.tobytes(), (
             f"{name} has other bits: by {np.abs(np.float32(x) - np.float32(y)).max()}"
         )
+
+
+def test_batch_invariant_does_not_depend_on_the_tiles_of_queries_that_run_together(kernel):
+    """The CPU's threads take ranges of tiles, which other sequences move. Groups of 5 heads leave the last block of a
+    tile longer than the tile, and row 155 is the last of a tile that sees 512 keys, the size of a tile of keys.
+    """
+    require(kernel, Case("groups", d=8, dv=8))
+    tokens, keys, most = 200, 200 + 356, 4000  # tiles have 12 or 13 tokens, and 12 · 13 + 356 = 512
+    rng = np.random.default_rng(0)
+    own = jnp.asarray(rng.standard_normal((tokens, 5, 8)), jnp.float32)
+    pool = jnp.asarray(rng.standard_normal((64, 32, 1, 8)), jnp.float32)
+    tables = jnp.asarray(rng.integers(0, 64, (3, 125)), jnp.int32).at[1].set(jnp.arange(125) % 64)
+
+    @jax.jit
+    def among(before, after):
+        query = lax.dynamic_update_slice(jnp.ones((tokens + most, 5, 8)), own, (before, 0, 0))
+        out, lse = paged_attention(
+            query, pool, pool, tables, jnp.stack([before, keys, after]),
+            cu_seqlens_q=jnp.cumsum(jnp.stack([0, before, tokens, after]), dtype=jnp.int32),
+            causal=True, batch_invariant=True, return_lse=True, implementation=kernel,
+        )  # fmt: skip
+        return lax.dynamic_slice_in_dim(out, before, tokens), lax.dynamic_slice_in_dim(lse, before, tokens, 1)
+
+    wanted = among(0, 0)
+    for before, after in [(300, 0), (1000, 0), (most, 0), *((0, n) for n in range(100, 1200, 50))]:
+        every = np.ones(tokens, bool)
+        pages.assert_same_rows(every, among(before, after), wanted, f"among {before} and {after} tokens")
 
 
 def test_repeated_calls_give_the_same_bits(kernel):

@@ -120,7 +120,7 @@ static void attend_keys(const Head& head, const QueryRows& t, const PackedKeys& 
   const Problem& p = head.problem;
   BlockColumns columns[kMaxBlocks];
   const KeyRange range{t.keys, keys.range.begin};
-  if (!block_columns(head, t.tile->begin, t.blocks, t.tile->heads, range, columns)) return;
+  if (!block_columns(head, *t.tile, t.blocks, range, columns)) return;
   Float lane_max[kTileM];
   for (int32_t r = 0; r < t.blocks * kBlockRows; ++r) lane_max[r] = broadcast(kNegInf);
   const int32_t ld = row_words<E>(p.head_dim);

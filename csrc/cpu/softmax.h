@@ -39,14 +39,16 @@ struct KeyRange {
   int32_t begin;
 };
 
-// BlockColumns of successive blocks from position i0 on, where `heads` rows share a position. Returns
-// whether any block sees a key.
-JF_INLINE bool block_columns(const Head& head, int32_t i0, int32_t blocks, int32_t heads, KeyRange range,
+// BlockColumns of the blocks of a tile. Returns whether any block sees a key. The last block may be longer
+// than the tile. The position after the tile does not count: it may see keys that no row of the tile sees,
+// and whether these keys are visited at all depends on the tiles that run together.
+JF_INLINE bool block_columns(const Head& head, const RowTile& tile, int32_t blocks, KeyRange range,
                              BlockColumns* columns) {
-  const int32_t j0 = range.begin;
+  const int32_t j0 = range.begin, i0 = tile.begin, heads = tile.heads;
   bool any = false;
   for (int32_t b = 0; b < blocks; ++b) {
-    const int32_t first = i0 + b * kBlockRows / heads, end = i0 + ((b + 1) * kBlockRows + heads - 1) / heads;
+    const int32_t first = i0 + b * kBlockRows / heads;
+    const int32_t end = min(i0 + ((b + 1) * kBlockRows + heads - 1) / heads, tile.end);
     columns[b] = {};
     const SeenByRows seen = head.seen(QueryRange{first, end, heads}, range.keys);
     if (seen.any.empty()) continue;

@@ -199,7 +199,7 @@ class TangentLoop {
   void attend(const TangentTile& x) {
     BlockColumns columns[kMaxBlocks];
     const KeyRange range{x.keys, keys_.range.begin};
-    if (!block_columns(head_, x.tile->begin, x.blocks, x.tile->heads, range, columns)) return;
+    if (!block_columns(head_, *x.tile, x.blocks, range, columns)) return;
     const int32_t depth = depth_words<E>(problem_.head_dim), dv = problem_.value_dim;
     const int64_t row = 2 * half_, panel = row * kPanel;
     BlockPanels panels[kMaxBlocks];
