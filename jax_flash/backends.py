@@ -110,7 +110,7 @@ def backends() -> list[Backend]:
         devices=local_devices("cpu") if core else (),
     )
     everything = tuple(d for platform in ("cpu", "cuda") for d in local_devices(platform))
-    others = tuple(d for d in _default_devices() if d not in everything)
+    others = tuple(d for d in local_devices(None) if d not in everything)
     xla = Backend("xla", None, None, (), ALL_PASSES, DTYPES, (), everything + others)
     return [cpu, _cuda_backend(), xla]
 
@@ -183,18 +183,14 @@ def require_cuda(operation: str) -> None:
         raise NotImplementedError(f'{operation}: implementation "cuda" is {problem}; "xla" runs here')
 
 
-def local_devices(platform: str) -> tuple[jax.Device, ...]:
-    """This process's devices of a platform; none where jax has no such backend."""
+def local_devices(platform: str | None) -> tuple[jax.Device, ...]:
+    """This process's devices of a platform, None: of the default one; none where jax has no such backend.
+
+    JAX fails with an AssertionError if JAX_PLATFORMS is "cuda" and no plugin for it is installed.
+    """
     try:
         return tuple(jax.local_devices(backend=platform))
-    except RuntimeError:
-        return ()
-
-
-def _default_devices() -> tuple[jax.Device, ...]:
-    try:
-        return tuple(jax.local_devices())
-    except RuntimeError:
+    except (RuntimeError, AssertionError):
         return ()
 
 

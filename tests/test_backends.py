@@ -239,6 +239,15 @@ def test_the_command_prints_versions_implementations_and_what_each_device_runs()
     assert any('runs "cpu"' in line for line in lines)
 
 
+@pytest.mark.parametrize("platform", ["cuda", "rocm", "nothing"])
+def test_the_command_runs_where_jax_cannot_start_a_backend(platform):
+    """JAX raises an AssertionError or a RuntimeError for a platform whose plugin is missing."""
+    if jax.default_backend() == "gpu" and platform != "nothing":
+        pytest.skip("jax has a plugin for this machine's GPU")
+    told = run_command(env=os.environ | {"JAX_PLATFORMS": platform})
+    assert told.stdout.splitlines()[-1] == "no device: jax could not start a backend"
+
+
 def test_the_command_fails_only_where_something_required_is_missing(without_core, capsys):
     assert command.main([]) == 0
     assert command.main(["--require-built", "cpu"]) == 1
