@@ -84,7 +84,10 @@ float* scratch() {
 float* decode_parts(int64_t floats) {
   thread_local Floats memory;
   thread_local int64_t size = 0;
-  if (floats > size) memory = aligned_floats(size = floats);
+  if (floats > size) {
+    memory = aligned_floats(floats);
+    size = floats;  // only now, since the allocation may throw
+  }
   return memory.get();
 }
 
