@@ -51,6 +51,9 @@ CALLS = {
     "pages, packed, gradient": lambda by: paged_gradient(by, TOKENS, cu_seqlens_q=OFFSETS),
     "pages, tangent": lambda by: jax.jvp(partial(paged, implementation=by), (X, POOL), (X, POOL)),
     "float8 pages": float8,
+    "more drafts than keys": lambda by: paged(
+        jnp.ones((2, 12, 4, 8)), POOL[:, :1], by, draft_mask=jnp.ones((1, 12, 12), bool)
+    ),
 }
 
 

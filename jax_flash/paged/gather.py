@@ -192,8 +192,10 @@ def _any_missing(
     before: jax.Array, sequence: jax.Array, first: jax.Array, last: jax.Array, page_size: Any
 ) -> jax.Array:
     """Whether one of the keys from `first` to `last` is on a page outside the pool; `before` counts such pages."""
-    count = before[sequence, last // page_size + 1] - before[sequence, first // page_size]
-    return (first <= last) & (count > 0)
+    end = (
+        jnp.maximum(last, -1) // page_size + 1
+    )  # a sequence with fewer keys than rows has drafts before key 0
+    return (first <= last) & (before[sequence, end] - before[sequence, first // page_size] > 0)
 
 
 def _query_rows(spec: AttentionSpec, operands: Operands) -> tuple[jax.Array, jax.Array, jax.Array]:
