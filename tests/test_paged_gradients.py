@@ -38,6 +38,31 @@ def test_float8_pools_have_no_gradient_but_the_query_has(float8):
     pages.check(paged(CHUNK.replace(causal=True), 4, "nhd", float8), IMPLEMENTATION, gradients=True)
 
 
+def test_repeatable_gradients_of_16_bit_queries_over_float8_pools():
+    case = CHUNK.replace(causal=True, dtype="float16")
+    pages.check(paged(case, 4, "hnd", FLOAT8[0]), IMPLEMENTATION, gradients=True, deterministic=True)
+
+
+def test_gradients_of_lse_alone_over_float8_pools(implementation):
+    """out has no cotangent, and the gathered keys are wider than the query."""
+    require(implementation)
+    case = CHUNK.replace(causal=True, dtype="bfloat16")
+    small, plain = paged(case, 4, pool_dtype=FLOAT8[0]), paged(case, 4)
+    plain.arrays.update({name: small.arrays[name] for name in ("query", "block_tables", "kv_lengths")})
+    for name, scale in (("key", "k_scale"), ("value", "v_scale")):
+        wide = small.arrays[name].astype(jnp.bfloat16) * small.arrays[scale].astype(jnp.bfloat16)[:, None]
+        plain.arrays[name] = wide
+
+    def gradient(call, by):
+        def loss(query):
+            lse = call.call(by)({"query": query})[1]
+            return jnp.where(jnp.isfinite(lse), lse, 0).sum()
+
+        return np.asarray(jax.jit(jax.grad(loss))(call.arrays["query"]), np.float32)
+
+    np.testing.assert_allclose(gradient(small, implementation), gradient(plain, "xla"), rtol=0.02, atol=0.02)
+
+
 def test_gradients_of_shared_pages_add_up(implementation):
     """Three sequences have the same query and page, whose gradient is three times that of one sequence."""
     require(implementation)
