@@ -143,12 +143,11 @@ def _paged_gradients(spec: AttentionSpec, wanted: tuple[str, ...], operands: Ope
     """
     by_row, by_lse = _missing_rows(spec, operands)
     dense_spec, dense = gather.differentiable(spec, operands)
-    for name in {
-        "out",
-        "dout",
-    } & operands.keys():  # the keys of a float8 pool make the query float32, and these
-        dense[name] = jnp.where(by_row, 0, operands[name]).astype(dense["query"].dtype)
+    dtype = dense["query"].dtype  # float32 over float8 pools
+    dense["out"] = jnp.where(by_row, 0, operands["out"]).astype(dtype)
     dense["lse"] = jnp.where(by_lse, -jnp.inf, operands["lse"])
+    if "dout" in operands:
+        dense["dout"] = jnp.where(by_row, 0, operands["dout"]).astype(dtype)
     if "dlse" in operands:
         dense["dlse"] = jnp.where(by_lse, 0, operands["dlse"])
     # K and V are different columns of one pool.

@@ -192,9 +192,8 @@ def _any_missing(
     before: jax.Array, sequence: jax.Array, first: jax.Array, last: jax.Array, page_size: Any
 ) -> jax.Array:
     """Whether one of the keys from `first` to `last` is on a page outside the pool; `before` counts such pages."""
-    end = (
-        jnp.maximum(last, -1) // page_size + 1
-    )  # a sequence with fewer keys than rows has drafts before key 0
+    # If a sequence has fewer keys than drafts, `last` may lie before them all.
+    end = jnp.maximum(last, -1) // page_size + 1
     return (first <= last) & (before[sequence, end] - before[sequence, first // page_size] > 0)
 
 
