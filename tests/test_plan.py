@@ -145,7 +145,7 @@ def test_an_unknown_pass_or_dtype_is_named():
 def test_a_block_per_tile_and_head():
     forward = plan(device=A100, q_rows=1000)
     assert forward["queries"] == {"block": 128, "tiles": 8, "blocks": 8 * 8 * 2}
-    backward = plan("backward", k_rows=1500, leading=3)
+    backward = plan("backward", k_rows=1500, leading=3, heads=2)
     block = backward["keys"]["block"]
     assert backward["keys"]["blocks"] == math.ceil(1500 / block) * 2 * 2 * 3  # KV heads × batch × leading
     assert backward["queries"]["blocks"] == 0

@@ -81,7 +81,7 @@ def test_two_ctas_share_each_key_tile_of_large_head_dims():
     odd = plan("backward", d=192, dv=192, batch=16, device=H100 | {"sm_count": 131})
     assert odd["persistent_ctas"] == 130
     assert "clusters" not in plan("backward", d=128, dv=128)["text"]
-    columns = plan("backward", d=512, dv=512)  # each CTA has half of them, of all 64 keys
+    columns = plan("backward", d=512, dv=512, heads=2)  # each CTA has half of them, of all 64 keys
     assert "in 2-CTA clusters" in columns["text"]
     assert columns["keys"]["blocks"] == 24 * 2 * 2
     assert columns["persistent_ctas"] == 132
@@ -163,11 +163,11 @@ def test_the_gradient_of_a_bias_for_queries_and_keys_runs_on_hopper(d):
 
 def test_hoppers_backward_adds_dq_up_in_the_workspace():
     dq = lambda rows: 2 * rows * 8 * 64 * 4  # noqa: E731
-    assert (
-        plan("backward")["workspace"] == plan("backward", device=A100)["workspace"] == dq(1024)
-    )  # whole tiles
-    assert plan("backward", right=0, batch=16)["workspace"] == 8 * dq(1024) + 256  # and a counter of tiles
-    assert plan("backward", d=256, dv=256)["workspace"] == 4 * dq(1024)
+    own: dict[str, Any] = {"kv_heads": 8}  # no parts of dK and dV
+    sums = [plan("backward", **own, **on)["workspace"] for on in ({}, {"device": A100})]
+    assert sums == [dq(1024) + 256, dq(1024)]  # whole tiles; on Hopper a counter of tiles
+    assert plan("backward", right=0, batch=16, **own)["workspace"] == 8 * dq(1024) + 256
+    assert plan("backward", d=256, dv=256, **own)["workspace"] == 4 * dq(1024) + 256
 
 
 def test_a_cluster_for_each_head_of_a_short_call_clears_and_rounds_dq():
@@ -201,7 +201,7 @@ def test_hoppers_repeatable_backward_counts_the_tickets_of_key_tiles():
 
 
 def test_hoppers_backward_shares_key_tiles_out():
-    few, many = plan("backward"), plan("backward", batch=16)
+    few, many = plan("backward", heads=2), plan("backward", batch=16)
     assert few["keys"]["blocks"] == few["persistent_ctas"] == 12 * 2 * 2
     assert many["keys"]["blocks"] == 12 * 2 * 16
     assert many["persistent_ctas"] == 132

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from plans import A100, T4, plan
 
@@ -42,7 +44,8 @@ def test_ranges_take_memory_for_each_block_and_each_tile():
     fixed = plan(operands=("ranges",))
     blocks, tiles = 2 * 16 * 32, 2 * 6 * 16  # of 64 and 192 rows, in both batch entries
     assert fixed["workspace"] == -(-(blocks + tiles) // 256) * 256
-    plain, ranges = plan("backward", batch=3), plan("backward", operands=("ranges",), batch=3)
+    three: dict[str, Any] = {"batch": 3, "heads": 2}
+    plain, ranges = plan("backward", **three), plan("backward", operands=("ranges",), **three)
     blocks, tiles = 3 * 16 * 32, 3 * 12 * 16  # of 64 query rows and of 128 keys
     counter = 256 if ranges["persistent_ctas"] < ranges["keys"]["blocks"] else 0
     assert ranges["workspace"] - plain["workspace"] == -(-(blocks + tiles) // 256) * 256 + counter

@@ -201,6 +201,16 @@ PACKED_HEADS = [
 ]
 
 
+# CUDA divides the batch among CTAs that sum the gradient of one bias, and the query heads of a KV head.
+PARTS = [
+    Case("bias of a batch", b=6, sq=40, sk=56, hq=4, hk=2, bias=(1, 4, 40, 56), kv_lengths=(56, 40, 0, 9, 56, 56)),
+    Case("row of a bias, segments", b=9, sq=70, sk=40, hq=2, bias=(1, 1, 1, 40), segments=2, softcap=3.0),
+    Case("bias of a batch, ranges", b=4, sq=33, sk=70, hq=2, bias=(2, 33, 70), alibi_slopes=(4, 2), forms=("ranges",)),
+    Case("one KV head", b=2, sq=140, sk=150, hq=6, hk=1, causal=True, q_lengths=(140, 77), sinks=True),
+    varlen("packed, one KV head", (90, 0, 140), hq=4, hk=1, causal=True, padding=(3, 2)),
+]  # fmt: skip
+
+
 def scores(case):
     """The number of scores: rows × keys × heads."""
     if case.layout == "fixed":
@@ -246,6 +256,11 @@ def test_every_head_dim(case):
 
 @pytest.mark.parametrize("case", in_dtypes(EACH_MASK), ids=lambda case: case.name)
 def test_each_mask(case):
+    check(case)
+
+
+@pytest.mark.parametrize("case", in_dtypes(PARTS), ids=lambda case: case.name)
+def test_parts_of_a_batch_and_of_a_group_of_heads(case):
     check(case)
 
 

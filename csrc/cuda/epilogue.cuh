@@ -129,4 +129,22 @@ __device__ __forceinline__ void store_rows_from_registers(const O& o, const Glob
   store_rows_from_registers(o, out.data, out.columns, StridedRows{out.stride}, row, end);
 }
 
+// The same for gradients, which are float32 if `in_floats`: then `out` counts in T, of which a float has two.
+template <class T, class O>
+__device__ __forceinline__ void store_gradient_rows(const O& o, const GlobalRows<T> out, int32_t row,
+                                                    int32_t end, bool in_floats) {
+  static_assert(2 * sizeof(T) == sizeof(float));
+  if (!in_floats) return store_rows_from_registers(o, out, row, end);
+  const int32_t first = static_cast<int32_t>(threadIdx.x % 4 * 2);
+#pragma unroll
+  for (int slot = 0; slot < O::kSlots; ++slot) {
+    const int32_t i = row + O::row(slot);
+    float* const to = reinterpret_cast<float*>(out.data + i * out.stride) + first;
+#pragma unroll
+    for (int n = 0; n < O::kColumnTiles; ++n)
+      ptx::store_global(to + n * 8, make_float2(o.at(slot, n, 0), o.at(slot, n, 1)),
+                        i < end && n * 8 < out.columns);
+  }
+}
+
 }  // namespace jax_flash

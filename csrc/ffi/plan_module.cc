@@ -234,6 +234,7 @@ nb::dict plan_of(nb::kwargs given) {
   result["decode"] = decode_of(chosen.decode);
   result["cluster_size"] = chosen.cluster_size;
   result["persistent_ctas"] = chosen.persistent_ctas;
+  result["parts"] = chosen.parts;
   result["shared"] = chosen.shared;
   result["workspace"] = chosen.workspace;
   result["workspace_bound"] = to_python(workspace_bound(pass, spec, dims_of(shapes)));

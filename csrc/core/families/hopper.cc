@@ -3,6 +3,7 @@
 
 #include "core/families/decode_clusters.h"
 #include "core/families/decode_parts.h"
+#include "core/families/head_parts.h"
 #include "core/families/hopper_layout.h"
 #include "core/families/latent.h"
 #include "core/plan/choose.h"
@@ -13,7 +14,6 @@ namespace {
 
 using hopper::kConsumerRows;
 static_assert(kConsumerRows == kSegmentPart);
-
 constexpr int64_t kCounterBytes = 4;
 
 // Plans as many persistent CTAs as fit, for `blocks` tiles of `steps` keys or rows. Tiles of unequal length
@@ -243,7 +243,11 @@ class Backward final : public PassTraits {
   void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
                  LaunchPlan& plan) const override {
     const Shapes& s = call.shapes;
-    plan.keys = tile_grid(call, s.k_rows, s.kv_heads, row.block_n, workspace);
+    plan.parts = lists_tiles(plan.score) ? 1 : HeadParts(row, call).best();
+    const int64_t heads = s.kv_heads * plan.parts;
+    plan.keys = tile_grid(call, s.k_rows, heads, row.block_n, workspace);
+    if (heads > s.kv_heads)
+      plan.part_sums = workspace.add(part_gradients_bytes(call.spec, dims_of(s), heads).value());
     if (plan.score == ScoreKind::kRanges) {
       add_ranges(call, s.k_rows, row.block_m, plan.keys, workspace);
     } else if (lists_tiles(plan.score)) {
@@ -269,7 +273,8 @@ class Backward final : public PassTraits {
     return schedule_bound(spec, s, s.k_rows) +
            max(max(segments_bound(spec, s, s.k_rows), ranges_bound(spec, s, s.k_rows)),
                step_lists_bound(spec, s)) +
-           aligned(dq_sums_bytes(spec, s, kLargestQueryTile)) + tickets + aligned(kCounterBytes);
+           aligned(dq_sums_bytes(spec, s, kLargestQueryTile)) + part_gradients_bound(spec, s) + tickets +
+           aligned(kCounterBytes);
   }
 
  private:
@@ -321,14 +326,15 @@ class BiasGradient final : public PassTraits {
 
   void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
                  LaunchPlan& plan) const override {
-    plan_bias_tiles(row, call, plan);
+    plan_bias_tiles(row, call, workspace, plan);
     add_segments(call, call.shapes.q_rows, plan.queries, workspace);
     plan_persistent(plan.queries.blocks, false, 0, row, call, workspace, plan);
     plan.tile_counter = workspace.add(kCounterBytes);
   }
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
-    return segments_bound(spec, s, s.q_rows) + aligned(kCounterBytes);
+    return segments_bound(spec, s, s.q_rows) + kMostPartElements * int64_t{sizeof(float)} +
+           aligned(kCounterBytes);
   }
 };
 

@@ -81,12 +81,12 @@ class BiasGradient final : public PassTraits {
 
   void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
                  LaunchPlan& plan) const override {
-    plan_bias_tiles(row, call, plan);
+    plan_bias_tiles(row, call, workspace, plan);
     add_segments(call, call.shapes.q_rows, plan.queries, workspace);
   }
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
-    return segments_bound(spec, s, s.q_rows);
+    return segments_bound(spec, s, s.q_rows) + kMostPartElements * int64_t{sizeof(float)};
   }
 };
 

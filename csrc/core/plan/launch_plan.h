@@ -71,6 +71,10 @@ struct LaunchPlan {
   bool rounds_dq = false;       // clusters of all key tiles of a KV head clear and round dQ themselves
   int64_t shared = 0;           // bytes of shared memory per CTA
   int64_t workspace = 0;        // bytes of the workspace that are used
+  // The parts of the work on one tile, by different CTAs: in the backward parts of the query heads of a KV
+  // head, in the bias gradient parts of the batch. Their results are float32, and another kernel adds them.
+  int32_t parts = 1;
+  int64_t part_sums = -1;  // offset of these results in the workspace; -1: none
 
   bool general() const { return score != ScoreKind::kPlain; }
 };

@@ -70,6 +70,7 @@ std::string text_of(const LaunchPlan& plan, const KernelRow& row) {
   if (plan.cluster_size > 1) text += " in " + std::to_string(plan.cluster_size) + "-CTA clusters";
   if (row.teams > 1) text += " of " + count(row.teams, "teams");
   if (plan.keys.blocks) text += ", " + count(plan.keys.blocks, "key tiles");
+  if (plan.parts > 1) text += ", each in " + count(plan.parts, "parts");
   return text + ", " + count(plan.shared, "bytes of shared memory") + ", " +
          count(plan.workspace, "bytes of workspace");
 }

@@ -138,6 +138,21 @@ inline Dim dq_sums_bytes(const AttentionSpec& spec, const DimShapes& s, int64_t 
   return dq_tiles_of_all_heads(spec, s, tile) * tile * s.head_dim * 4;
 }
 
+// dK and dV of all parts of the query heads, in float32 (LaunchPlan::parts).
+inline Dim part_gradients_bytes(const AttentionSpec& spec, const DimShapes& s, const Dim& heads) {
+  return s.leading * (spec.packed() ? Dim(1) : s.batch) * s.k_rows * heads * (s.head_dim + s.value_dim) *
+         int64_t{sizeof(float)};
+}
+
+// The most rows of these; an upper bound of their bytes, 0 if heads cannot be divided.
+inline constexpr int64_t kMostPartRows = 1 << 17;
+inline Dim part_gradients_bound(const AttentionSpec& spec, const DimShapes& s) {
+  const Dim rows = s.leading * (spec.packed() ? Dim(1) : s.batch) * s.k_rows, one = max(s.kv_heads, 1);
+  const Dim divides = min((s.heads + -1) / one, 1) * min(kMostPartRows / max(rows * one * 2, 1), 1);
+  return aligned(divides * min(rows * s.heads, kMostPartRows) * (s.head_dim + s.value_dim) *
+                 int64_t{sizeof(float)});
+}
+
 // The tickets that order the additions to dQ.
 inline Dim dq_tickets_bytes(const AttentionSpec& spec, const DimShapes& s, int64_t tile) {
   return dq_tiles_of_all_heads(spec, s, tile) * 4;
@@ -183,12 +198,32 @@ inline void add_step_lists(const Call& call, int32_t rows, TileGrid& grid, Works
   grid.other_block = rows;
 }
 
+// The most elements of all parts of dbias.
+inline constexpr int64_t kMostPartElements = 1 << 22;
+
+// The parts of the batch for `tiles` tiles of a dbias that all batch entries share: enough to occupy the
+// device, if the batch can be divided by them. Dropout's numbers depend on a batch entry's index.
+inline int32_t batch_parts(const KernelRow& row, const Call& call, int64_t tiles) {
+  constexpr int64_t kWaves = 2;
+  const Shapes& s = call.shapes;
+  if (s.leading_rank > 0 || s.bias[0] > 1 || call.spec.dropout_rate > 0 || tiles == 0) return 1;
+  const int64_t elements = s.bias[1] * s.bias[2] * s.bias[3];
+  const int64_t wanted = ceil_div(kWaves * call.device.sm_count * row.blocks, tiles);
+  int64_t parts = std::max<int64_t>(1, std::min({s.batch, wanted, kMostPartElements / elements}));
+  while (s.batch % parts) --parts;
+  return static_cast<int32_t>(parts);
+}
+
 // The tiles of dbias, whose CTAs are counted in plan.queries.
-inline void plan_bias_tiles(const KernelRow& row, const Call& call, LaunchPlan& plan) {
+inline void plan_bias_tiles(const KernelRow& row, const Call& call, Workspace& workspace, LaunchPlan& plan) {
   const Shapes& s = call.shapes;
   plan.queries.block = row.block_m, plan.queries.tiles = ceil_div(s.bias[2], row.block_m);
   plan.keys.block = row.block_n, plan.keys.tiles = ceil_div(s.bias[3], row.block_n);
-  plan.queries.blocks = s.leading * s.bias[0] * s.bias[1] * plan.queries.tiles * plan.keys.tiles;
+  const int64_t tiles = s.leading * s.bias[0] * s.bias[1] * plan.queries.tiles * plan.keys.tiles;
+  plan.parts = batch_parts(row, call, tiles);
+  plan.queries.blocks = tiles * plan.parts;
+  if (plan.parts > 1)
+    plan.part_sums = workspace.add(plan.parts * s.bias[1] * s.bias[2] * s.bias[3] * int64_t{sizeof(float)});
 }
 
 // Adds the workspace for the visible intervals that segments and ranges give the tiles of a grid over `rows`

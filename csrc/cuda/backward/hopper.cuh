@@ -27,6 +27,7 @@
 #include "core/families/hopper_layout.h"
 #include "core/plan/launch_plan.h"
 #include "core/plan/workspace.h"
+#include "cuda/backward/head_parts.cuh"
 #include "cuda/backward/hopper_cluster.cuh"
 #include "cuda/backward/hopper_consumer.cuh"
 #include "cuda/backward/hopper_head.cuh"
@@ -214,12 +215,24 @@ inline void keep_in_step(PersistentTiles& tiles, const Problem& p, int32_t worke
   tiles.heads_together = static_cast<uint32_t>(workers / std::max(1, tiles.tiles_per_head));
 }
 
-// The same if steps are listed: those KV heads that have about one tile for each worker. With more heads, Q,
-// dO and the sums of dQ would not stay in L2. Groups are of equal size. A kernel orders the tiles of a group.
-inline uint32_t listed_heads_together(int32_t tiles_per_head, uint32_t heads, int32_t workers) {
-  const auto running = static_cast<uint32_t>(std::max(1, workers / tiles_per_head));
+// The number of KV heads that have about one tile for each worker, in groups of equal size. With more heads
+// together, Q, dO and the sums of dQ would not stay in L2.
+inline uint32_t heads_of_one_wave(const PersistentTiles& tiles, int32_t workers) {
+  const uint32_t heads = tiles.count / tiles.tiles_per_head;
+  const auto running = static_cast<uint32_t>(std::max(1, workers / tiles.tiles_per_head));
   const uint32_t groups = std::max(1u, heads / running);
   return static_cast<uint32_t>(ceil_div(heads, groups));
+}
+
+// Decides which heads' tiles run together, unless steps are listed: there a kernel orders the tiles of a
+// group.
+inline void order_tiles(PersistentTiles& tiles, const Problem& p, const LaunchPlan& plan, int32_t cluster) {
+  const int32_t workers = plan.persistent_ctas / cluster;
+  tiles.heads_together = backward_heads_together(p, cluster);
+  keep_in_step(tiles, p, workers);
+  // With few tiles, a long one that starts late would be the last to end.
+  if (plan.parts > 1 && !tiles.back_and_forth && !p.spec.deterministic)
+    tiles.heads_together = std::max(tiles.heads_together, heads_of_one_wave(tiles, workers));
 }
 
 // log2 of the query tiles per ticket. A ticket covers 256 rows, but at most a sixteenth of a sequence,
@@ -242,6 +255,7 @@ inline KeyGrid make_key_grid(const Problem& p, const LaunchPlan& plan, void* wor
     grid.segments = tables.rows, grid.gaps = tables.gaps, grid.blocks = tables.blocks;
   }
   if (lists_tiles(plan.score)) grid.lists = step_lists(p, plan.keys, workspace);
+  grid.head_parts = plan.parts;
   if (plan.dq_tickets >= 0)
     grid.tickets = reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + plan.dq_tickets);
   return grid;
@@ -267,29 +281,30 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
     if (e != cudaSuccess) return e;
     PersistentTiles tiles{schedule_of(grid, workspace), static_cast<int32_t>(grid.tiles),
                           static_cast<uint32_t>(grid.blocks), tile_counter(plan, workspace), 1};
-    const int32_t workers = plan.persistent_ctas / C::kCluster;
-    if (!kListsSteps<C> && !plan.rounds_dq) {
-      tiles.heads_together = backward_heads_together(p, C::kCluster);
-      keep_in_step(tiles, p, workers);
-    }
+    const Problem parts = with_head_parts(p, plan, workspace);
+    if (!kListsSteps<C> && !plan.rounds_dq) order_tiles(tiles, parts, plan, C::kCluster);
     constexpr auto kTicketShift = kInClusters<C> ? cluster_ticket_shift : query_ticket_shift;
     const KeyGrid key_grid = make_key_grid(p, plan, workspace, sums, kTicketShift(p, C::kM));
     if constexpr (kListsSteps<C>) {
       const uint32_t heads = tiles.count / tiles.tiles_per_head;
-      tiles.heads_together = listed_heads_together(tiles.tiles_per_head, heads, workers);
+      tiles.heads_together = heads_of_one_wave(tiles, plan.persistent_ctas / C::kCluster);
       e = launch_step_order(key_grid.lists, tiles.tiles_per_head, heads, tiles.heads_together, stream);
       if (e != cudaSuccess) return e;
     }
     constexpr size_t kShared = sizeof(typename C::Shared);
     if constexpr (kInClusters<C>) {
       e = launch_clusters(backward_cluster_sm90<C>, C::kCluster, plan.persistent_ctas, C::kThreads, kShared,
-                          stream, p, maps, tiles, key_grid);
+                          stream, parts, maps, tiles, key_grid);
     } else {
       e = launch_clusters(backward_sm90<C>, plan.cluster_size,
                           plan.rounds_dq ? grid.blocks : plan.persistent_ctas, C::kThreads, kShared, stream,
-                          p, maps, tiles, key_grid);
+                          parts, maps, tiles, key_grid);
     }
     if (e != cudaSuccess) return e;
+    if (plan.parts > 1) {
+      e = sum_head_parts<T>(p, parts, plan.parts, stream);
+      if (e != cudaSuccess) return e;
+    }
   }
   if (plan.rounds_dq) return cudaSuccess;
   Problem scaled = p;

@@ -116,10 +116,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     if (warp == 3 && leads) producer.load_douts();
   } else if (warpgroup == 1) {
     ptx::take_registers<C::kDvRegisters>();
-    ScoreConsumer<C>(p, shared).run();
+    ScoreConsumer<C>(p, shared, grid).run();
   } else if (warpgroup == 2) {
     ptx::take_registers<C::kDkRegisters>();
-    ScoreGradientConsumer<C>(p, shared).run();
+    ScoreGradientConsumer<C>(p, shared, grid).run();
   } else {
     ptx::give_registers<C::kDqRegisters>();
     QueryGradientConsumer<C>(p, shared, grid).run();

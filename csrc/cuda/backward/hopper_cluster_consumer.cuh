@@ -34,10 +34,12 @@ struct ClusterConsumer {
 
   const Problem& p;
   typename C::Shared& shared;
+  const KeyGrid& grid;
   uint32_t tile_index = 0, step_use = 0;  // key tiles and steps so far
 
-  __device__ __forceinline__ ClusterConsumer(const Problem& problem, typename C::Shared& memory)
-      : p(problem), shared(memory) {}
+  __device__ __forceinline__ ClusterConsumer(const Problem& problem, typename C::Shared& memory,
+                                             const KeyGrid& key_grid)
+      : p(problem), shared(memory), grid(key_grid) {}
 
   __device__ __forceinline__ static uint32_t warp_row() {
     return static_cast<uint32_t>(ptx::thread_index()) % kWarpgroup / 32 * 16;
@@ -296,11 +298,12 @@ struct ScoreConsumer : ClusterConsumer<C> {
         const float factor = dropout_scale(p.spec);
         for (auto& half : dv) for_each(half, [&](float& x, int, int, int) { x *= factor; });
       }
+      const bool in_floats = this->grid.head_parts > 1;
       auto to = tile().dvalue;
-      to.skip_columns(first_own_column<C, DoHalf>());
-      store_rows_from_registers(dv[0], to, this->key(), tile().work.tile.end);
-      to.skip_columns(DoHalf::kColumns);
-      store_rows_from_registers(dv[1], to, this->key(), tile().work.tile.end);
+      to.skip_columns(first_own_column<C, DoHalf>(), in_floats ? 2 : 1);
+      store_gradient_rows(dv[0], to, this->key(), tile().work.tile.end, in_floats);
+      to.skip_columns(DoHalf::kColumns, in_floats ? 2 : 1);
+      store_gradient_rows(dv[1], to, this->key(), tile().work.tile.end, in_floats);
       shared.state_pipe.release(tile_index);
     }
   }

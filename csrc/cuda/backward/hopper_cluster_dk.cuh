@@ -130,13 +130,14 @@ struct ScoreGradientConsumer : ClusterConsumer<C> {
         shared.v_pipe.wait_full(tile_index);
         shared.v_pipe.release(tile_index);
       }
+      const bool in_floats = this->grid.head_parts > 1;
       auto to = tile().dkey;
-      to.skip_columns(first_own_column<C, QHalf>());
+      to.skip_columns(first_own_column<C, QHalf>(), in_floats ? 2 : 1);
 #pragma unroll
       for (auto& half : dk) {
         for_each(half, [&](float& x, int, int, int) { x *= p.spec.scale; });  // dK ← scale · dK
-        store_rows_from_registers(half, to, this->key(), tile().work.tile.end);
-        to.skip_columns(QHalf::kColumns);
+        store_gradient_rows(half, to, this->key(), tile().work.tile.end, in_floats);
+        to.skip_columns(QHalf::kColumns, in_floats ? 2 : 1);
       }
       shared.state_pipe.release(tile_index);
     }

@@ -16,16 +16,10 @@ inline constexpr int32_t kTicketSteps = 2;  // log2 of the most query tiles and 
 template <class C>
 struct QueryGradientConsumer : ClusterConsumer<C> {
   using Base = ClusterConsumer<C>;
-  using Base::p, Base::shared, Base::tile, Base::tile_index;
+  using Base::Base, Base::p, Base::shared, Base::grid, Base::tile, Base::tile_index;
   using typename Base::DsTile, typename Base::KHalf, typename Base::T;
 
   static constexpr int kOwnColumns = C::HeadDim / C::kCluster;
-
-  const KeyGrid& grid;
-
-  __device__ __forceinline__ QueryGradientConsumer(const Problem& problem, typename C::Shared& memory,
-                                                   const KeyGrid& key_grid)
-      : Base(problem, memory), grid(key_grid) {}
 
   __device__ __forceinline__ static bool leads() { return ptx::thread_index() % kWarpgroup == 0; }
 

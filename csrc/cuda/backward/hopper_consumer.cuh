@@ -385,10 +385,11 @@ struct GradientConsumer {
         const float factor = (C::Score::kDropout ? dropout_scale(p.spec) : 1.0f) / C::Score::kWeightScale;
         for_each(dv, [&](float& x, int, int, int) { x *= factor; });
       }
-      store_rows_from_registers(dv, tile().dvalue, key(), tile().work.tile.end);
+      const bool in_floats = grid.head_parts > 1;
+      store_gradient_rows(dv, tile().dvalue, key(), tile().work.tile.end, in_floats);
       const float dk_factor = p.spec.scale * (C::kOmitsDropoutScale ? dropout_scale(p.spec) : 1);
       for_each(dk, [&](float& x, int, int, int) { x *= dk_factor; });  // dK ← scale · dK
-      store_rows_from_registers(dk, tile().dkey, key(), tile().work.tile.end);
+      store_gradient_rows(dk, tile().dkey, key(), tile().work.tile.end, in_floats);
       shared.state_pipe.release(tile_index);
     }
   }

@@ -61,6 +61,9 @@ struct KeyGrid {
   const SeenByBlock* blocks = nullptr;
   const Interval* gaps = nullptr;
   StepLists lists{};  // for kernels with listed steps
+  // The parts of the query heads of a KV head. With several, the kernel has a KV head for each part, and dkey
+  // and dvalue are float32.
+  int32_t head_parts = 1;
 };
 
 // Whether the statistics warp marks the steps in which some row does not see all keys.
@@ -180,10 +183,10 @@ struct KeyTileState {
   WalkOf<Operands> walk;       // the query tiles in which some row sees one of the keys
   Interval whole[kConsumers];  // query tiles in which every row sees all keys of a consumer
   [[no_unique_address]] BlocksOf<Operands, kConsumers> blocks;
-  Interval seen;       // query rows that see a key of the sequence
-  Interval clean;      // query rows whose Q and dO may be multiplied, because they are seen or zero
-  int32_t clean_keys;  // rows of K and V that may be multiplied, because they are in use or zero
-  int32_t kv_head;
+  Interval seen;             // query rows that see a key of the sequence
+  Interval clean;            // query rows whose Q and dO may be multiplied, because they are seen or zero
+  int32_t clean_keys;        // rows of K and V that may be multiplied, because they are in use or zero
+  int32_t kv_head;           // of key and value
   const float *lse, *delta;  // at the first head
   float* sums;               // dQ's accumulator, at the first head and query tile
   uint32_t* tickets;         // likewise, if dQ is added in order
@@ -238,6 +241,7 @@ struct KeyTileState {
     if (tile.q_begin + seen.hi >= p.q_rows) clean.hi = kNone;
     clean_keys = tile.k_begin + tile.k_len < p.k_rows ? max(tile.k_len - tile.row, 0) : kNone;
     find_rows(p);
+    kv_head = static_cast<int32_t>(static_cast<uint32_t>(kv_head) / static_cast<uint32_t>(grid.head_parts));
     reload_shared();
     const int64_t first = grid.sums.first_tile<C::kM>(p, work);
     sums = sum_tile<C::kM>(p, grid.sums.data, first);

@@ -21,6 +21,7 @@
 
 #include "core/families/hopper_layout.h"
 #include "core/plan/launch_plan.h"
+#include "cuda/bias_gradient/batch_parts.cuh"
 #include "cuda/bias_gradient/hopper_consumer.cuh"
 #include "cuda/bias_gradient/hopper_load.cuh"
 #include "cuda/hopper/pipeline.cuh"
@@ -65,6 +66,7 @@ struct BiasGradientSm90 {
     int32_t rows, columns;     // tiles of a head
     const Interval* segments;  // visible keys of each query tile of a batch entry, or null
     uint32_t* counter;
+    bool in_floats;  // dbias is float32: the sum of a part of the batch
   };
   struct Shared {
     // A part of Q followed by that of K, or of dO followed by that of V.
@@ -117,8 +119,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 }
 
 template <class C>
-cudaError_t launch_bias_gradient_sm90(const Problem& p, const LaunchPlan& plan, void* workspace,
+cudaError_t launch_bias_gradient_sm90(const Problem& call, const LaunchPlan& plan, void* workspace,
                                       cudaStream_t stream) {
+  const Problem p = with_batch_parts(call, plan, workspace);
   typename C::Maps maps;
   const struct {
     CUtensorMap& map;
@@ -136,10 +139,11 @@ cudaError_t launch_bias_gradient_sm90(const Problem& p, const LaunchPlan& plan, 
   auto* const counter = reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + plan.tile_counter);
   if (cudaError_t e = cudaMemsetAsync(counter, 0, sizeof(uint32_t), stream); e != cudaSuccess) return e;
   const auto rows = static_cast<int32_t>(plan.queries.tiles), columns = static_cast<int32_t>(plan.keys.tiles);
-  const typename C::Grid grid{static_cast<uint32_t>(plan.queries.blocks), rows, columns,
-                              segments_of(plan.queries, workspace), counter};
-  return launch(bias_gradient_sm90<C>, plan.persistent_ctas, C::kThreads, sizeof(typename C::Shared), stream,
-                p, maps, grid);
+  const typename C::Grid grid{static_cast<uint32_t>(plan.queries.blocks), rows,    columns,
+                              segments_of(plan.queries, workspace),       counter, plan.parts > 1};
+  const cudaError_t e = launch(bias_gradient_sm90<C>, plan.persistent_ctas, C::kThreads,
+                               sizeof(typename C::Shared), stream, p, maps, grid);
+  return e == cudaSuccess ? add_batch_parts(call, plan, workspace, stream) : e;
 }
 
 template <class T, Row R>

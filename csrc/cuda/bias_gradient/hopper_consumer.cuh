@@ -176,15 +176,23 @@ struct BiasConsumer : BiasRole<C> {
 
   __device__ __forceinline__ void store(const BiasTile& tile) {
     const View& view = this->p.dbias;
-    T* const to = view.as<T>() + tile.leading * view.leading[0] + view.offset(tile.b, tile.h, 0, tile.column);
+    const int64_t first = tile.leading * view.leading[0] + view.offset(tile.b, tile.h, 0, tile.column);
+    if (this->grid.in_floats) return store_elements(view.as<float>() + first, tile);
+    T* const to = view.as<T>() + first;
     if (!C::kGeneral && view.row % 8 == 0 && reinterpret_cast<uintptr_t>(to) % 16 == 0)
       return store_chunks(to, tile);
+    store_elements(to, tile);
+  }
+
+  template <class B>
+  __device__ __forceinline__ void store_elements(B* to, const BiasTile& tile) {
+    const View& view = this->p.dbias;
     const bool pairs = view.row % 2 == 0;
 #pragma unroll
     for (int slot = 0; slot < S::kSlots; ++slot) {
       const int32_t row = tile.row + tile_row() + S::row(slot);
       if (row >= this->p.dbias_rows) continue;
-      T* const out = to + row * view.row + S::column(0);
+      B* const out = to + row * view.row + S::column(0);
       const int32_t left = this->p.dbias_columns - tile.column - S::column(0);
 #pragma unroll
       for (int n = 0; n < S::kColumnTiles; ++n) {
@@ -192,8 +200,8 @@ struct BiasConsumer : BiasRole<C> {
         if (pairs && step + 1 < left) {
           ptx::store_pair(out + step, sum.at(slot, n, 0), sum.at(slot, n, 1));
         } else {
-          if (step < left) out[step] = T(sum.at(slot, n, 0));
-          if (step + 1 < left) out[step + 1] = T(sum.at(slot, n, 1));
+          if (step < left) out[step] = B(sum.at(slot, n, 0));
+          if (step + 1 < left) out[step + 1] = B(sum.at(slot, n, 1));
         }
       }
     }

@@ -5,6 +5,7 @@
 
 #include "core/families/portable_layout.h"
 #include "core/plan/launch_plan.h"
+#include "cuda/bias_gradient/batch_parts.cuh"
 #include "cuda/bias_gradient/bias_tile.cuh"
 #include "cuda/gradient.cuh"
 #include "cuda/launch.h"
@@ -143,7 +144,7 @@ __device__ __forceinline__ void store_bias_tile(const Problem& p, const BiasTile
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     bias_gradient_sm80(const __grid_constant__ Problem p, const Interval* segments, int32_t rows,
-                       int32_t columns) {
+                       int32_t columns, DType result) {
   uint8_t* const shared = ptx::dynamic_shared();
   const BiasTile own(p, blockIdx.x, rows, columns, C::kM, C::kN);
   typename C::S sum;
@@ -157,9 +158,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     sums[(warp_row + C::S::row(slot)) * C::kN + C::S::column(n) + e] = x;
   });
   __syncthreads();
-  if (p.bias_dtype == DType::kF32) {
+  if (result == DType::kF32) {
     store_bias_tile<float32, C>(p, own, sums);
-  } else if (p.bias_dtype == DType::kF16) {
+  } else if (result == DType::kF16) {
     store_bias_tile<float16, C>(p, own, sums);
   } else {
     store_bias_tile<bfloat16, C>(p, own, sums);
@@ -167,11 +168,14 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
 }
 
 template <class C>
-cudaError_t launch_bias_gradient_sm80(const Problem& p, const LaunchPlan& plan, const void* workspace,
+cudaError_t launch_bias_gradient_sm80(const Problem& p, const LaunchPlan& plan, void* workspace,
                                       cudaStream_t stream) {
-  return launch(bias_gradient_sm80<C>, plan.queries.blocks, C::kThreads, C::kSharedBytes, stream, p,
-                segments_of(plan.queries, workspace), static_cast<int32_t>(plan.queries.tiles),
-                static_cast<int32_t>(plan.keys.tiles));
+  const cudaError_t e =
+      launch(bias_gradient_sm80<C>, plan.queries.blocks, C::kThreads, C::kSharedBytes, stream,
+             with_batch_parts(p, plan, workspace), segments_of(plan.queries, workspace),
+             static_cast<int32_t>(plan.queries.tiles), static_cast<int32_t>(plan.keys.tiles),
+             plan.parts > 1 ? DType::kF32 : p.bias_dtype);
+  return e == cudaSuccess ? add_batch_parts(p, plan, workspace, stream) : e;
 }
 
 template <class T, Row R>

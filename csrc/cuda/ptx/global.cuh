@@ -13,6 +13,11 @@ __device__ __forceinline__ void store_global(void* to, const uint4& x, bool used
       "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(static_cast<int>(used)));
 }
 
+__device__ __forceinline__ void store_global(float* to, float2 x, bool used) {
+  asm volatile("{.reg .pred used; setp.ne.s32 used, %3, 0; @used st.global.v2.f32 [%0], {%1, %2};}" ::"l"(to),
+               "f"(x.x), "f"(x.y), "r"(static_cast<int>(used)));
+}
+
 __device__ __forceinline__ void store_global(float* to, float x, bool used) {
   asm volatile("{.reg .pred used; setp.ne.s32 used, %2, 0; @used st.global.f32 [%0], %1;}" ::"l"(to), "f"(x),
                "r"(static_cast<int>(used)));

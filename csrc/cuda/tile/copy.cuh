@@ -16,8 +16,10 @@ struct GlobalRows {
   int64_t stride;
   int32_t columns;
 
-  // Drops the first `count` columns, possibly all of them.
-  __device__ __forceinline__ void skip_columns(int32_t count) { data += count, columns -= count; }
+  // Drops the first `count` columns, possibly all of them. `size`: of an element, in T.
+  __device__ __forceinline__ void skip_columns(int32_t count, int32_t size = 1) {
+    data += count * size, columns -= count;
+  }
 };
 
 // The chunks of a tile that a thread copies: one chunk of every kPanelsAtOnce-th panel, in every kStep-th
