@@ -244,10 +244,9 @@ class Backward final : public PassTraits {
                  LaunchPlan& plan) const override {
     const Shapes& s = call.shapes;
     plan.parts = lists_tiles(plan.score) ? 1 : HeadParts(row, call).best();
-    const int64_t heads = s.kv_heads * plan.parts;
-    plan.keys = tile_grid(call, s.k_rows, heads, row.block_n, workspace);
-    if (heads > s.kv_heads)
-      plan.part_sums = workspace.add(part_gradients_bytes(call.spec, dims_of(s), heads).value());
+    plan.keys = tile_grid(call, s.k_rows, s.kv_heads * plan.parts, row.block_n, workspace);
+    if (plan.parts > 1)
+      plan.part_sums = workspace.add(part_gradients_bytes(call.spec, dims_of(s), plan.parts).value());
     if (plan.score == ScoreKind::kRanges) {
       add_ranges(call, s.k_rows, row.block_m, plan.keys, workspace);
     } else if (lists_tiles(plan.score)) {

@@ -139,9 +139,9 @@ inline Dim dq_sums_bytes(const AttentionSpec& spec, const DimShapes& s, int64_t 
 }
 
 // dK and dV of all parts of the query heads, in float32 (LaunchPlan::parts).
-inline Dim part_gradients_bytes(const AttentionSpec& spec, const DimShapes& s, const Dim& heads) {
-  return s.leading * (spec.packed() ? Dim(1) : s.batch) * s.k_rows * heads * (s.head_dim + s.value_dim) *
-         int64_t{sizeof(float)};
+inline Dim part_gradients_bytes(const AttentionSpec& spec, const DimShapes& s, int64_t parts) {
+  return s.leading * (spec.packed() ? Dim(1) : s.batch) * s.k_rows * s.kv_heads * parts *
+         (s.head_dim + s.value_dim) * int64_t{sizeof(float)};
 }
 
 // The most rows of these; an upper bound of their bytes, 0 if heads cannot be divided.
