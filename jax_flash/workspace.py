@@ -28,8 +28,8 @@ def workspace_bound(pass_: str, spec: AttentionSpec, shapes: dict[str, tuple[Any
 
     Returns:
       An int, or a symbolic dimension. It holds the schedules of packed sequences' tiles; what segments leave to each
-      tile; for a backward that need not be deterministic, dquery in float32; for few query rows, the partial results
-      of split keys; for the forward, a tile counter and a boolean mask as bits.
+      tile; for a backward, dquery in float32, and dkey and dvalue if CTAs share key tiles; for few query rows, the
+      partial results of split keys; for the forward, a tile counter and a boolean mask as bits.
     """
     core, _ = extension()
     assert core is not None  # the caller has asked for it

@@ -30,7 +30,7 @@ class HeadParts {
   // The divisor of the group that takes the least time.
   int32_t best() const {
     int64_t parts = 1;
-    for (int64_t n = 2; n <= group_; ++n) {
+    for (int64_t n = 2; n <= group_ && key_rows_ <= kMostDividedKeys; ++n) {
       if (group_ % n == 0 && n * key_rows_ <= kMostPartRows && time(n) < time(parts)) parts = n;
     }
     return static_cast<int32_t>(parts);

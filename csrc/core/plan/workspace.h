@@ -144,11 +144,12 @@ inline Dim part_gradients_bytes(const AttentionSpec& spec, const DimShapes& s, i
          (s.head_dim + s.value_dim) * int64_t{sizeof(float)};
 }
 
-// The most rows of these; an upper bound of their bytes, 0 if heads cannot be divided.
-inline constexpr int64_t kMostPartRows = 1 << 17;
+// The most rows of these, and of the keys of all KV heads whose query heads are divided. An upper bound of
+// the bytes, 0 if they are not divided.
+inline constexpr int64_t kMostPartRows = 1 << 17, kMostDividedKeys = (1 << 15) - 1;
 inline Dim part_gradients_bound(const AttentionSpec& spec, const DimShapes& s) {
   const Dim rows = s.leading * (spec.packed() ? Dim(1) : s.batch) * s.k_rows, one = max(s.kv_heads, 1);
-  const Dim divides = min((s.heads + -1) / one, 1) * min(kMostPartRows / max(rows * one * 2, 1), 1);
+  const Dim divides = min((s.heads + -1) / one, 1) * min(kMostDividedKeys / max(rows * one, 1), 1);
   return aligned(divides * min(rows * s.heads, kMostPartRows) * (s.head_dim + s.value_dim) *
                  int64_t{sizeof(float)});
 }
