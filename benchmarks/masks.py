@@ -32,7 +32,6 @@ from jax_flash import (
     paged_attention,
 )
 from jax_flash.visible import conjunctions
-from jax_flash.visible.rows import Rows
 
 from . import decode_calls, measure
 
@@ -86,8 +85,7 @@ def attend_to_documents(how: str, q: Any, k: Any, v: Any) -> Any:
 
 def array_of(mask: Any, size: int) -> Any:
     """The mask of the first batch entry and head."""
-    columns = jnp.arange(size, dtype=jnp.int32)[None]
-    seen = conjunctions.seen(conjunctions.resolve(mask.conditions, Rows.fixed(size, size)), size, columns)
+    seen = conjunctions.array_of(mask.conditions, size, size)
     return jnp.broadcast_to(seen[:1, :1], (1, 1, size, size))
 
 

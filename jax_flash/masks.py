@@ -23,7 +23,7 @@ from .pytrees import Static, pytree
 from .visible import arrays as mask_arrays
 from .visible import conjunctions, forms, joins
 from .visible.forms import Form
-from .visible.rows import MOST, Rows
+from .visible.rows import MOST
 from .visible.sizes import Sizes, check_sizes
 
 ArrayLike = Any
@@ -98,8 +98,7 @@ class Mask:
         return ["".join(".#"[int(x)] for x in row) for row in chosen]
 
     def _seen(self, sq: int, sk: int) -> Array:
-        visible = conjunctions.resolve(self.conditions, Rows.fixed(sq, sk))
-        return conjunctions.seen(visible, sq, jnp.arange(sk, dtype=jnp.int32)[None])
+        return conjunctions.array_of(self.conditions, sq, sk)
 
     def __str__(self) -> str:
         return conjunctions.text_of(self.conditions)

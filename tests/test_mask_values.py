@@ -42,8 +42,7 @@ def test_a_scan_over_layers_has_a_window_of_its_own_in_each():
     sizes = jnp.array([1, 3], jnp.int32)
 
     def layer(_, left):
-        visible = conjunctions.resolve(masks.window(left, 0).conditions, Rows.fixed(4, 4))
-        return None, conjunctions.seen(visible, 4, jnp.arange(4, dtype=jnp.int32)[None])
+        return None, conjunctions.array_of(masks.window(left, 0).conditions, 4, 4)
 
     _, both = jax.lax.scan(layer, None, sizes)
     np.testing.assert_array_equal(both[0][0, 0].sum(-1), [1, 2, 2, 2])
@@ -240,8 +239,7 @@ def test_packed_rows_count_in_their_sequence():
 def test_a_mask_goes_through_jit_and_vmap():
     @jax.jit
     def count(mask):
-        visible = conjunctions.resolve(mask.conditions, Rows.fixed(4, 4))
-        return conjunctions.seen(visible, 4, jnp.arange(4, dtype=jnp.int32)[None]).sum()
+        return conjunctions.array_of(mask.conditions, 4, 4).sum()
 
     assert count(masks.prefix_lm(jnp.array([2], jnp.int32))) == 11
     several = jax.vmap(masks.prefix_lm)(jnp.array([[1], [4]], jnp.int32))

@@ -156,6 +156,12 @@ def seen(visible: Visible, rows: int, column: Array) -> Array:
     return result
 
 
+def array_of(forms: Sequence[Form], rows: int, keys: int) -> Array:
+    """Whether each of the `rows` of a fixed call sees each of the `keys`; broadcastable to [b, h, rows, keys]."""
+    visible = resolve(forms, Rows.fixed(rows, keys))
+    return seen(visible, rows, jnp.arange(keys, dtype=jnp.int32)[None])
+
+
 def _in_blocks(blocks: Blocks, sq: int, sk: int) -> Array:
     """`[b|1, h|1, sq, sk]`: whether the key's block is one of those chosen for the row's."""
     bq, bk = blocks.block
