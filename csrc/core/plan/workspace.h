@@ -128,8 +128,13 @@ inline Dim dq_tiles(const AttentionSpec& spec, const Dim& rows, const Dim& seque
   return (rows + (tile - 1)) / tile + (spec.packed() ? sequences : Dim(0));
 }
 
+// The batch entries of all leading entries; packed sequences are one.
+inline Dim token_entries(const AttentionSpec& spec, const DimShapes& s) {
+  return s.leading * (spec.packed() ? Dim(1) : s.batch);
+}
+
 inline Dim dq_tiles_of_all_heads(const AttentionSpec& spec, const DimShapes& s, int64_t tile) {
-  const Dim heads = s.leading * (spec.packed() ? Dim(1) : s.batch) * s.heads;
+  const Dim heads = token_entries(spec, s) * s.heads;
   return heads * dq_tiles(spec, s.q_rows, s.batch, tile);
 }
 
@@ -140,15 +145,15 @@ inline Dim dq_sums_bytes(const AttentionSpec& spec, const DimShapes& s, int64_t 
 
 // dK and dV of all parts of the query heads, in float32 (LaunchPlan::parts).
 inline Dim part_gradients_bytes(const AttentionSpec& spec, const DimShapes& s, int64_t parts) {
-  return s.leading * (spec.packed() ? Dim(1) : s.batch) * s.k_rows * s.kv_heads * parts *
-         (s.head_dim + s.value_dim) * int64_t{sizeof(float)};
+  return token_entries(spec, s) * s.k_rows * s.kv_heads * parts * (s.head_dim + s.value_dim) *
+         int64_t{sizeof(float)};
 }
 
 // The most rows of these, and of the keys of all KV heads whose query heads are divided. An upper bound of
 // the bytes, 0 if they are not divided.
 inline constexpr int64_t kMostPartRows = 1 << 17, kMostDividedKeys = (1 << 15) - 1;
 inline Dim part_gradients_bound(const AttentionSpec& spec, const DimShapes& s) {
-  const Dim rows = s.leading * (spec.packed() ? Dim(1) : s.batch) * s.k_rows, one = max(s.kv_heads, 1);
+  const Dim rows = token_entries(spec, s) * s.k_rows, one = max(s.kv_heads, 1);
   const Dim divides = min((s.heads + -1) / one, 1) * min(kMostDividedKeys / max(rows * one, 1), 1);
   return aligned(divides * min(rows * s.heads, kMostPartRows) * (s.head_dim + s.value_dim) *
                  int64_t{sizeof(float)});

@@ -7,6 +7,7 @@
 
 #include "core/plan/launch_plan.h"
 #include "core/problem.h"
+#include "cuda/backward/query_sums.cuh"
 #include "cuda/launch.h"
 #include "cuda/ptx/math.cuh"
 
@@ -19,11 +20,11 @@ inline Problem with_head_parts(const Problem& p, const LaunchPlan& plan, void* w
   Problem parts = p;
   parts.kv_heads *= plan.parts;
   auto* data = reinterpret_cast<float*>(static_cast<char*>(workspace) + plan.part_sums);
-  const int64_t batch = p.packed() ? 1 : p.batch;
   for (auto [view, columns] : {std::pair{&parts.dkey, p.head_dim}, std::pair{&parts.dvalue, p.value_dim}}) {
     const int64_t row = int64_t{parts.kv_heads} * columns, entry = row * p.k_rows;
-    *view = {data, {2 * batch * entry}, p.packed() ? 0 : 2 * entry, 2 * columns, 2 * row, 2};
-    data += p.leading.count() * batch * entry;
+    const int64_t leading = p.packed() ? entry : p.batch * entry;
+    *view = {data, {2 * leading}, p.packed() ? 0 : 2 * entry, 2 * columns, 2 * row, 2};
+    data += sum_entries(p) * entry;
   }
   return parts;
 }
@@ -63,7 +64,7 @@ __global__ void __launch_bounds__(kPartThreads)
 // dK and dV of `p` from those of `parts`, the call of the kernel.
 template <class T>
 cudaError_t sum_head_parts(const Problem& p, const Problem& parts, int32_t count, cudaStream_t stream) {
-  const int64_t rows = p.leading.count() * (p.packed() ? 1 : p.batch) * p.k_rows * p.kv_heads;
+  const int64_t rows = sum_entries(p) * p.k_rows * p.kv_heads;
   const int64_t units = rows * std::max(p.head_dim, p.value_dim) / kPartColumns;
   return launch(add_parts<T>, {ceil_div(units, kPartThreads), 2}, kPartThreads, 0, stream, p,
                 parts.dkey.as<const float>(), parts.dvalue.as<const float>(), count);
