@@ -128,7 +128,7 @@ cuda-emulate: $(INSTALLED)  ## the CUDA kernels' results on a host emulator (nee
 # What the emulator lacks, and cases that are large there and have smaller ones beside them.
 NOT_EMULATED = xla or on_the_host or refused or many_long_sequences or many_sequences or 320-451 or \
   (matter_of_the_sequence and float32)
-EMULATED_TESTS = tests/test_several_tiles.py tests/test_segments.py tests/test_index_arrays.py tests/test_append.py tests/test_append_float8.py tests/test_paged.py \
+EMULATED_TESTS = tests/test_several_tiles.py tests/test_one_tile.py tests/test_segments.py tests/test_index_arrays.py tests/test_append.py tests/test_append_float8.py tests/test_paged.py \
   tests/test_decode_masks.py::test_rows_over_pages_see_their_blocks tests/test_decode_masks.py::test_arrays_over_contiguous_keys \
   tests/test_paged_splits.py tests/test_paged_gradients.py tests/test_transforms.py::test_nested_vmaps_map_different_arguments \
   tests/test_transforms.py::test_scan_is_the_loop 'tests/test_attention.py::test_a_call_repeated_gives_the_same_bits[True]' \

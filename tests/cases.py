@@ -212,10 +212,10 @@ FIXED_TILES = (
     Case("more tiles than teams", causal=True, sq=140, sk=140, d=64, dv=64, hq=136, hk=4, b=1),
     Case("more tiles than teams, equally long", sq=128, sk=100, d=64, dv=64, hq=272, hk=4, b=1),
     Case("more tiles than blocks, equally long", sq=192, sk=300, d=64, dv=64, hq=140, hk=4, b=1),
-    Case("more tiles than blocks, causal", causal=True, sq=200, sk=290, d=32, dv=32, hq=70, hk=2, b=1),
+    Case("more tiles than teams, causal", causal=True, sq=300, sk=290, d=32, dv=32, hq=90, hk=2, b=1),
     Case("more tiles than blocks, window", window=(40, 40), sq=300, sk=300, d=128, dv=128, hq=48, hk=2, b=1),
     Case(
-        "more tiles than blocks, window, d32", window=(40, 40), sq=400, sk=400, d=32, dv=32, hq=48, hk=2, b=1
+        "more tiles than teams, window, d32", window=(40, 40), sq=400, sk=400, d=32, dv=32, hq=68, hk=2, b=1
     ),
     Case(
         "more tiles than blocks, lengths", kv_lengths=(270,), sq=192, sk=300, d=64, dv=64, hq=140, hk=4, b=1

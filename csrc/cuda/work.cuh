@@ -93,6 +93,23 @@ __device__ __forceinline__ BlockWork find_packed_work(const Problem& p, const Ti
   return work;
 }
 
+// The work of the tile that begins with `row`, of a head of a batch entry in a fixed layout. `number`: the
+// head's, among those of all entries.
+template <Over over>
+__device__ __forceinline__ BlockWork fixed_work(const Problem& p, uint32_t heads, uint32_t number,
+                                                int32_t row, int32_t block) {
+  constexpr bool kQueries = over == Over::kQueries;
+  BlockWork work;
+  work.head = static_cast<int32_t>(number % heads) * (kQueries ? 1 : p.heads / p.kv_heads);
+  number /= heads;
+  work.batch_row = static_cast<int32_t>(number % p.batch);
+  work.leading = number / p.batch;
+  const Sequence s = fixed_sequence(p, work.leading, work.batch_row);
+  const int32_t rows = kQueries ? p.q_rows : p.k_rows;
+  work.tile = {s.index, 0, 0, s.q_len, s.k_len, row, row + min(block, rows - row), 0};
+  return work;
+}
+
 // The work of a tile. The tiles of a group of heads have consecutive numbers. With a causal mask the longest
 // come first (the last queries, the first keys), so that the last CTAs to run have short ones. kUneven: tiles
 // differ without a causal mask, too, and the first key tiles of all heads come first, because all rows may
@@ -120,20 +137,14 @@ __device__ __forceinline__ BlockWork find_work(const Problem& p, const TileWork*
     tile = kQueries ? tiles - 1 - t : t;
     rest = first + number % together;
   }
-  BlockWork work;
-  work.head = static_cast<int32_t>(rest % heads) * (kQueries ? 1 : p.heads / p.kv_heads);
-  rest /= heads;
-  work.batch_row = static_cast<int32_t>(rest % p.batch);
-  work.leading = rest / p.batch;
-  const Sequence s = fixed_sequence(p, work.leading, work.batch_row);
-  const int32_t row = tile * block, rows = kQueries ? p.q_rows : p.k_rows;
-  work.tile = {s.index, 0, 0, s.q_len, s.k_len, row, row + min(block, rows - row), 0};
-  return work;
+  return fixed_work<over>(p, heads, rest, tile * block, block);
 }
 
 // The work of this CTA in grids with one CTA per tile.
 template <Over over>
 __device__ __forceinline__ BlockWork find_work(const Problem& p, const GridTiles& tiles, int32_t block) {
+  if (tiles.count == 1 && !p.packed())  // saves divisions, which short calls would feel
+    return fixed_work<over>(p, over == Over::kQueries ? p.heads : p.kv_heads, blockIdx.x, 0, block);
   return find_work<over>(p, tiles.schedule, tiles.count, block, {blockIdx.x, gridDim.x});
 }
 

@@ -5,6 +5,7 @@
 #include "core/families/decode_parts.h"
 #include "core/families/head_parts.h"
 #include "core/families/hopper_layout.h"
+#include "core/families/hopper_tiles.h"
 #include "core/families/latent.h"
 #include "core/plan/choose.h"
 #include "core/plan/family.h"
@@ -30,52 +31,6 @@ void plan_persistent(int64_t blocks, bool unequal, int64_t steps, const KernelRo
     plan.tile_counter = workspace.add(kCounterBytes);
 }
 
-// Chooses the shape of the forward's tiles for a call. The limits were measured on one H200
-// (docs/experiments).
-class TileChoice {
- public:
-  explicit TileChoice(const Call& call) : call_(call), visible_keys_(call.visible_keys()) {}
-
-  // One consumer warpgroup: the grid fits in one wave, so larger tiles would leave SMs idle.
-  bool wants_one_consumer() const { return waves(kConsumerRows) <= 1; }
-
-  // With few keys, or few waves of tiles, two teams hide each other's prologue and epilogue, which outweighs
-  // their smaller key tile.
-  bool wants_teams() const {
-    constexpr int64_t kFewKeysOfBand = 1024 + 1;  // a window of 1,024 before the row's own key
-    constexpr int64_t kFewKeys = 256;
-    const bool band = call_.spec.left >= 0 || call_.spec.right >= 0;
-    if (visible_keys_ <= (band ? kFewKeysOfBand : kFewKeys)) return true;
-    return !call_.spec.packed() &&
-           few_waves();  // for packed sequences only an upper bound of the tiles is known
-  }
-
- private:
-  // Waves of query tiles with `rows` rows, one tile per SM at a time.
-  int64_t waves(int64_t rows) const {
-    const Shapes& s = call_.shapes;
-    const int64_t sequences = call_.spec.packed() ? 1 : s.batch;
-    return ceil_div(ceil_div(s.q_rows, rows) * s.heads * sequences * s.leading,
-                    std::max(1, call_.device.sm_count));
-  }
-
-  // Whether the last wave of large tiles would leave more SMs idle than the last wave of the teams' smaller
-  // tiles. The cost of a wave, in rows of large tiles, was measured at d = 64, the only head dim with teams.
-  // If tiles differ in length, short ones fill the last wave, and teams pay only if all their tiles run at
-  // once.
-  bool few_waves() const {
-    constexpr int64_t kLargeTile = 192, kTeamTile = 128;             // rows
-    constexpr int64_t kCostOfOneTeam = 164, kCostOfBothTeams = 280;  // rows
-    constexpr int64_t kMostWaves = 8, kMostTeamWaves = 2;
-    const int64_t large = waves(kLargeTile), small = waves(kTeamTile);
-    const bool few = call_.tiles_differ() ? small <= kMostTeamWaves : large <= kMostWaves;
-    return few && small / 2 * kCostOfBothTeams + small % 2 * kCostOfOneTeam <= large * kLargeTile;
-  }
-
-  const Call& call_;
-  int64_t visible_keys_;
-};
-
 class Forward final : public PassTraits {
  public:
   // Tensor maps have room for one leading dimension. Over pages a TMA box is a multiple of 8 rows of a page.
@@ -96,10 +51,9 @@ class Forward final : public PassTraits {
     if (packs_heads(a) != packs_heads(b)) return packs_heads(a);
     if (call.spec.paged()) return false;
     if (call.spec.has(Operand::kBlockMask)) return a.block_m > b.block_m;
-    const TileChoice choice(call);
-    const bool a_small = a.block_m == kConsumerRows, b_small = b.block_m == kConsumerRows;
-    if (a_small != b_small) return a_small == choice.wants_one_consumer();
-    return (a.teams > 1) != (b.teams > 1) && (a.teams > 1) == choice.wants_teams();
+    const hopper::Consumers best = hopper::TileChoice(call).best(), has = hopper::consumers_of(a),
+                            other = hopper::consumers_of(b);
+    return has != other && (has == best || (other != best && other == hopper::Consumers::kOne));
   }
 
   void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,

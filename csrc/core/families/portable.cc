@@ -13,6 +13,13 @@ namespace {
 
 int32_t element_size(const Call& call) { return call.shapes.dtype == DType::kF32 ? 4 : 2; }
 
+// Whether a row of one_tile, which masks element by element and skips nothing, holds all rows of a head.
+bool holds_all_rows(const KernelRow& row, const Call& call) {
+  const Shapes& s = call.shapes;
+  return !call.spec.packed() && !call.spec.has(Operand::kBlockMask) && 0 < s.q_rows &&
+         s.q_rows <= row.block_m && 0 < s.k_rows && s.k_rows <= row.block_n;
+}
+
 // A pass with a CTA for each query tile and head.
 class ByQueryTiles : public PassTraits {
  public:
@@ -21,6 +28,7 @@ class ByQueryTiles : public PassTraits {
   void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
                  LaunchPlan& plan) const override {
     plan.queries = tile_grid(call, call.shapes.q_rows, call.shapes.heads, row.block_m, workspace);
+    if (row.is_one_tile()) return;
     add_segments(call, call.shapes.q_rows, plan.queries, workspace);
     add_mask_tiles(call, plan.queries, workspace);
   }
@@ -32,15 +40,33 @@ class ByQueryTiles : public PassTraits {
 
 class Forward final : public ByQueryTiles {
  public:
+  bool serves(const KernelRow& row, const Call& call) const override {
+    return !row.is_one_tile() || holds_all_rows(row, call);
+  }
+  bool better(const KernelRow& a, const KernelRow& b, const Call&) const override {
+    return a.is_one_tile() && a.block_n < b.block_n;
+  }
+  // Decode reads the keys once for all query heads of a KV head, and divides them among idle SMs.
+  bool beats_decode(const KernelRow& row, const Call& call) const override {
+    const Shapes& s = call.shapes;
+    return row.is_one_tile() && s.heads == s.kv_heads && call.entries() * s.heads > call.device.sm_count;
+  }
+
   int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
     return forward_shared_bytes(row, element_size(call), call.spec.paged());
   }
 };
 
 // CTAs own key tiles and compute their dK and dV. dQ is added to float32 sums; deterministic calls
-// compute it in a second kernel, over query tiles.
+// compute it in a second kernel, over query tiles. With all keys in one tile dQ is complete.
 class Backward final : public PassTraits {
  public:
+  bool serves(const KernelRow& row, const Call& call) const override {
+    return !row.is_one_tile() || holds_all_rows(row, call);
+  }
+  bool better(const KernelRow& a, const KernelRow& b, const Call&) const override {
+    return a.is_one_tile() && a.block_n < b.block_n;
+  }
   bool takes_blocks(const KernelRow&) const override { return true; }
 
   int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
@@ -51,6 +77,7 @@ class Backward final : public PassTraits {
                  LaunchPlan& plan) const override {
     const Shapes& s = call.shapes;
     plan.keys = tile_grid(call, s.k_rows, s.kv_heads, row.block_n, workspace);
+    if (row.is_one_tile()) return;
     add_segments(call, s.k_rows, plan.keys, workspace);
     add_mask_tiles(call, plan.keys, workspace);
     if (call.spec.deterministic) {

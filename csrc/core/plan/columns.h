@@ -18,11 +18,11 @@ inline constexpr Pass forward = Pass::kForward, backward = Pass::kBackward,
                       append = Pass::kAppend;
 inline constexpr uint32_t dense = bit(Loader::kDense), paged = bit(Loader::kPaged), both = dense | paged,
                           runtime = both;
-inline constexpr Design tiles = Design::kTiles, packed_heads = Design::kPackedHeads,
-                        split_keys = Design::kSplitKeys, cluster = Design::kCluster,
-                        cluster_columns = Design::kClusterColumns, latent = Design::kLatent,
-                        latent_few = Design::kLatentFew, tokens = Design::kTokens, bulk = Design::kBulk,
-                        dynamic = Design::kDynamic;
+inline constexpr Design tiles = Design::kTiles, one_tile = Design::kOneTile,
+                        packed_heads = Design::kPackedHeads, split_keys = Design::kSplitKeys,
+                        cluster = Design::kCluster, cluster_columns = Design::kClusterColumns,
+                        latent = Design::kLatent, latent_few = Design::kLatentFew, tokens = Design::kTokens,
+                        bulk = Design::kBulk, dynamic = Design::kDynamic;
 inline constexpr uint32_t float16 = bit(DType::kF16), bfloat16 = bit(DType::kBF16), half = float16 | bfloat16,
                           single = bit(DType::kF32), float32 = single,
                           float8 = bit(DType::kF8E4M3) | bit(DType::kF8E5M2);

@@ -42,6 +42,7 @@ constexpr bool lists_tiles(ScoreKind kind) {
 // The algorithm of a kernel. csrc/kernels.def describes them.
 enum class Design : int32_t {
   kTiles,
+  kOneTile,
   kPackedHeads,
   kSplitKeys,
   kCluster,
@@ -76,6 +77,11 @@ struct Row {
   constexpr bool takes(Loader loader) const { return loaders >> static_cast<int32_t>(loader) & 1; }
   constexpr bool takes(ScoreKind kind) const { return scores >> static_cast<int32_t>(kind) & 1; }
   constexpr bool is_paged() const { return loaders == 1u << static_cast<int32_t>(Loader::kPaged); }
+  constexpr bool is_one_tile() const { return design == Design::kOneTile; }
+  // Kernels for options need more registers than the plain one, which `blocks` is chosen for.
+  constexpr int32_t blocks_for(ScoreKind kind) const {
+    return kind == ScoreKind::kPlain ? blocks : is_one_tile() ? (blocks + 1) / 2 : 1;
+  }
   constexpr bool is_latent() const { return design == Design::kLatent || design == Design::kLatentFew; }
 
   // Columns of V and O in a tile. Up to this width O of 16 query rows fits in a warp's registers. Wider

@@ -24,8 +24,9 @@ const char* name_of(ScoreKind kind) {
 }
 
 const char* name_of(Design design) {
-  constexpr const char* kNames[] = {"tiles",  "packed_heads", "split_keys", "cluster", "cluster_columns",
-                                    "latent", "latent_few",   "tokens",     "bulk",    "dynamic"};
+  constexpr const char* kNames[] = {"tiles",           "one_tile", "packed_heads", "split_keys", "cluster",
+                                    "cluster_columns", "latent",   "latent_few",   "tokens",     "bulk",
+                                    "dynamic"};
   return kNames[static_cast<int>(design)];
 }
 

@@ -1,6 +1,6 @@
 // dK and dV: one thread block per key tile and KV head, which iterates over the query tiles of the KV head's
-// query heads. dQ is added to float32 sums in global memory on the way, unless the call is
-// deterministic and another kernel computes it.
+// query heads. dQ is added to float32 sums in global memory on the way, unless the tile has all keys and dQ
+// is complete, or the call is deterministic and another kernel computes it.
 #pragma once
 
 #include <algorithm>
@@ -77,6 +77,26 @@ __device__ __forceinline__ void add_dq(const Problem& p, const KeyBlockStateOf<C
                                        const QueryStep& step, const typename C::DQ& dq, Placement at) {
   at.column += first_column<C>();
   add_to_sums<C::kM>(sum_tile<C::kM>(p, block.sums, step.head * tiles + step.tile), p.head_dim, dq, at);
+}
+
+// Stores a step's dQ, the sum over all keys.
+template <class C>
+__device__ __forceinline__ void store_dq(const Problem& p, const KeyBlockStateOf<C>& block,
+                                         const QueryStep& step, const typename C::DQ& dq,
+                                         const Placement& at) {
+  using T = typename C::Element;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+  for (int slot = 0; slot < C::DQ::kSlots; ++slot) {
+    const int32_t row = step.tile * C::kM + at.row + slot / 2 * at.row_step + slot % 2 * 8 + lane / 4;
+    T* const to = block.dquery + step.head * p.dquery.head + row * p.dquery.row;
+#pragma unroll
+    for (int n = 0; n < C::DQ::kColumnTiles; ++n) {
+      const int32_t column = at.column + n / 2 * at.column_step + n % 2 * 8 + lane % 4 * 2;
+      if (row < p.q_rows && column < p.head_dim)
+        ptx::store_pair(to + column, dq.at(slot, n, 0) * p.spec.scale, dq.at(slot, n, 1) * p.spec.scale);
+    }
+  }
 }
 
 // Scales dK and dV and writes them, through the shared memory of K and V.
@@ -183,7 +203,12 @@ __device__ __forceinline__ void backward_keys(const Problem& p, KeyBlockStateOf<
     add_transposed_product<C, typename C::QSlice>(dk, ds_tile, q + slice_offset<C, typename C::QTile>(),
                                                   at.dk);  // dK += dSᵀ Q
     barriers.wait_ds_full(step);
-    if (block.sums) {
+    if constexpr (C::kOneTile) {
+      typename C::DQ dq;
+      multiply_ds_k<C>(dq, ds_tile, k, at.dq);  // dQ = dS K
+      barriers.arrive_ds_empty();
+      store_dq<C>(p, block, step, dq, at.dq);
+    } else if (block.sums) {
       typename C::DQ dq;
       multiply_ds_k<C>(dq, ds_tile, k, at.dq);  // dQ = dS K
       barriers.arrive_ds_empty();
@@ -214,6 +239,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
   uint8_t* const shared = ptx::dynamic_shared();
   if (threadIdx.x == 0) {
     block.template prepare<C::kM>(p, grid, C::kN, sums, first_column<C>());
+    if constexpr (C::kOneTile) block.take_all_queries(p, C::kM);
     if constexpr (!C::kPlain) prepare_score<C>(p, block, 0);
     KeyBarriers<C>(ptx::shared_address(shared + C::kLayout.barriers)).init();
   }

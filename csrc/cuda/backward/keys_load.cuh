@@ -19,6 +19,7 @@ struct KeyBlockState : GradientBlock<T>, GapOfTiles<kRanges> {
   Interval rows;   // from the first to the last query that may see one of the block's keys
   Interval whole;  // queries that see all of them
   GlobalRows<T> dkey, dvalue;
+  T* dquery;           // of the group's first head, where the block has all keys
   float* sums;         // sums of dQ at the sequence's first query tile and the group's first head, or null
   int32_t score_head;  // the head, within the group, that `score` is prepared for
 
@@ -28,6 +29,12 @@ struct KeyBlockState : GradientBlock<T>, GapOfTiles<kRanges> {
     const TileWork& tile = this->work.tile;
     return this->score.hides(p, step.head - score_head, {row, min(row + block_m, tile.q_len)},
                              {tile.row, tile.used_keys()});
+  }
+
+  // Makes the block go through all query tiles, since it stores the dQ of rows that see no key, too.
+  __device__ void take_all_queries(const Problem& p, int32_t block_m) {
+    this->tiles = {0, static_cast<int32_t>(ceil_div(p.q_rows, block_m))};
+    dquery = p.dquery.as<T>() + this->work.offset(p, p.dquery, this->work.head, 0);
   }
 
   // `column`: the first column of dK and dV that the CTA works on.

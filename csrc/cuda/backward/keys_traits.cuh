@@ -31,7 +31,8 @@ struct BackwardKeysSm80 {
   static constexpr int kDqColumns = R.block_m == 16 || (kWarps >= 8 && kHeadDim % 64 == 0) ? 4 : 2,
                        kDqRows = kWarps / kDqColumns;
   static constexpr int kM = !kPlain && R.block_m / 2 % (16 * kDqRows) == 0 ? R.block_m / 2 : R.block_m;
-  static constexpr int kBlocks = kPlain ? R.blocks : 1;
+  static constexpr int kBlocks = R.blocks_for(Kind);
+  static constexpr bool kOneTile = R.is_one_tile();  // the CTA has all keys, so that its dQ is complete
   static constexpr int kGroupKeys = kN < 32 ? kN : 32, kGroups = kN / kGroupKeys,
                        kGroupWarps = kWarps / kGroups;
   static constexpr int kSRows = kM / 16 < kGroupWarps ? kM / 16 : kGroupWarps;

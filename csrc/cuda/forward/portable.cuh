@@ -43,7 +43,7 @@ struct ForwardSm80 {
   static constexpr int kSliceColumns = R.slice_columns(), kHeadDim = R.head_dim, kValueDim = kSliceColumns;
   static constexpr bool kPlain = Kind == ScoreKind::kPlain, kPermuted = is_general(Kind);
   static constexpr int kM = R.block_m, kN = forward_keys(R, Kind);
-  static constexpr int kWarps = R.warps, kThreads = kWarps * 32, kBlocks = kPlain ? R.blocks : 1;
+  static constexpr int kWarps = R.warps, kThreads = kWarps * 32, kBlocks = R.blocks_for(Kind);
   static constexpr int kWarpRows = kM / kWarps;
   static constexpr int kHeadSteps = kHeadDim / kStepK<T>, kKeySteps = kN / kStepK<T>;
   using QTile = SharedTile<T, kM, kHeadDim>;

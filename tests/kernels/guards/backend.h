@@ -40,7 +40,8 @@ struct Aim {
   DType dtype;
   int32_t head_dim, value_dim;  // at most
   int32_t block_m;
-  bool latent;  // V is the first columns of K
+  int32_t most_rows;  // of queries and of keys; 0: any number
+  bool latent;        // V is the first columns of K
   Variant variant;
 
   // The only score option allowed is the kernel's own.

@@ -120,6 +120,10 @@ class DenseCase : protected RandomCase {
     if (aim_->pass == Pass::kForward) p_.heads = 6 * p_.kv_heads;  // more tiles than CTAs
     p_.q_rows = std::max(p_.q_rows, 1);
     p_.k_rows = std::max(p_.k_rows, 1);
+    if (aim_->most_rows > 0) {
+      p_.spec.layout = Layout::kFixed;
+      p_.q_rows = std::min(p_.q_rows, aim_->most_rows), p_.k_rows = std::min(p_.k_rows, aim_->most_rows);
+    }
     if (chunks_) make_chunks();
     p_.head_dim = width_within(aim_->head_dim);
     p_.value_dim = width_within(aim_->value_dim);

@@ -52,7 +52,9 @@ DType dtype_of(const KernelRow& row) {
 }
 
 Aim aim_at(const KernelRow& row, Variant variant) {
-  return {row.pass, dtype_of(row), row.head_dim, row.value_dim, row.block_m, row.is_latent(), variant};
+  return {row.pass,        dtype_of(row), row.head_dim,
+          row.value_dim,   row.block_m,   row.is_one_tile() ? row.block_n : 0,
+          row.is_latent(), variant};
 }
 
 // Examples differ in their tokens (one, or several whose query heads share tiles) and their options (the
@@ -94,7 +96,7 @@ Problem example_of(const KernelRow& row, Variant variant, Style style) {
   p.heads = row.pass == Pass::kDecode ? row.block_m : 1;
   p.head_dim = row.head_dim, p.value_dim = row.value_dim;
   if (row.is_latent()) s.value_dim = row.value_dim;
-  p.q_rows = 1, p.k_rows = 256;
+  p.q_rows = 1, p.k_rows = aim.most_rows > 0 ? aim.most_rows : 256;
   p.dbias_batch = p.dbias_heads = p.dbias_rows = 1, p.dbias_columns = p.k_rows;
   if (row.takes(Loader::kPaged)) {
     s.layout = Layout::kPaged;

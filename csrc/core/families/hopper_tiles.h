@@ -1,0 +1,71 @@
+// The choice between the query tiles of the Hopper forward.
+#pragma once
+
+#include <algorithm>
+
+#include "core/families/hopper_layout.h"
+#include "core/plan/call.h"
+
+namespace jax_flash::hopper {
+
+// The consumer warpgroups of a query tile, or two teams with two of them each.
+enum class Consumers { kOne, kTwo, kThree, kTeams };
+
+inline Consumers consumers_of(const KernelRow& row) {
+  if (row.teams > 1) return Consumers::kTeams;
+  return row.block_m == kConsumerRows       ? Consumers::kOne
+         : row.block_m == 2 * kConsumerRows ? Consumers::kTwo
+                                            : Consumers::kThree;
+}
+
+// Chooses the shape of the forward's tiles for a call. The limits were measured on one H200
+// (docs/experiments).
+class TileChoice {
+ public:
+  explicit TileChoice(const Call& call) : call_(call), visible_keys_(call.visible_keys()) {}
+
+  // If the grid of small tiles fits in one wave, larger ones would leave SMs idle, and teams would, too.
+  Consumers best() const {
+    if (waves(kConsumerRows) <= 1) return Consumers::kOne;
+    if (!call_.spec.packed() && waves(2 * kConsumerRows) <= 1) return Consumers::kTwo;
+    return wants_teams() ? Consumers::kTeams : Consumers::kThree;
+  }
+
+ private:
+  // With few keys, or few waves of tiles, two teams hide each other's prologue and epilogue, which outweighs
+  // their smaller key tile.
+  bool wants_teams() const {
+    constexpr int64_t kFewKeysOfBand = 1024 + 1;  // a window of 1,024 before the row's own key
+    constexpr int64_t kFewKeys = 256;
+    const bool band = call_.spec.left >= 0 || call_.spec.right >= 0;
+    if (visible_keys_ <= (band ? kFewKeysOfBand : kFewKeys)) return true;
+    return !call_.spec.packed() &&
+           few_waves();  // for packed sequences only an upper bound of the tiles is known
+  }
+
+  // Waves of query tiles with `rows` rows, one tile per SM at a time.
+  int64_t waves(int64_t rows) const {
+    const Shapes& s = call_.shapes;
+    const int64_t sequences = call_.spec.packed() ? 1 : s.batch;
+    return ceil_div(ceil_div(s.q_rows, rows) * s.heads * sequences * s.leading,
+                    std::max(1, call_.device.sm_count));
+  }
+
+  // Whether the last wave of large tiles would leave more SMs idle than the last wave of the teams' smaller
+  // tiles. The cost of a wave, in rows of large tiles, was measured at d = 64, the only head dim with teams.
+  // If tiles differ in length, short ones fill the last wave, and teams pay only if all their tiles run at
+  // once.
+  bool few_waves() const {
+    constexpr int64_t kLargeTile = 192, kTeamTile = 128;             // rows
+    constexpr int64_t kCostOfOneTeam = 164, kCostOfBothTeams = 280;  // rows
+    constexpr int64_t kMostWaves = 8, kMostTeamWaves = 2;
+    const int64_t large = waves(kLargeTile), small = waves(kTeamTile);
+    const bool few = call_.tiles_differ() ? small <= kMostTeamWaves : large <= kMostWaves;
+    return few && small / 2 * kCostOfBothTeams + small % 2 * kCostOfOneTeam <= large * kLargeTile;
+  }
+
+  const Call& call_;
+  int64_t visible_keys_;
+};
+
+}  // namespace jax_flash::hopper

@@ -1,0 +1,139 @@
+"""Sequences whose queries and keys lie in one tile each: CUDA kernels of design one_tile, and when plan() takes them.
+
+The plan needs no GPU. The kernels run on a GPU, or on the emulator (`make cuda-emulate`).
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import checks
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import Case, make_inputs, poisoned
+from conftest import IMPLEMENTATION
+from plans import A100, H100, plan, tile
+
+from jax_flash import flash_attention, masks
+
+EMULATED = "emulated" in sys.modules
+on_kernels = pytest.mark.skipif(
+    not EMULATED and IMPLEMENTATION != "cuda", reason="neither a GPU's kernels nor emulated ones are tested"
+)
+SIZES = ((32, 32), (64, 64), (49, 49), (1, 7), (17, 33), (33, 17), (64, 5), (5, 64), (16, 16))
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"causal": True},
+    "top left": {"causal": True, "align": "top_left"},
+    "window": {"window": (9, 3)},
+    "lengths": {"q_lengths": (3, 0), "kv_lengths": (0, 5), "causal": True},
+    "bias": {"bias": "heads"},
+    "bias of a batch": {"bias": "all", "bias_dtype": "float32", "softcap": 3.0},
+    "mask": {"mask": "heads"},
+    "segments": {"segments": 3},
+    "sinks": {"sinks": True},
+    "sinks by token": {"sinks": "token", "causal": True},
+    "slopes": {"alibi_slopes": (8,)},
+    "dropout": {"dropout_rate": 0.3},
+    "negative scale": {"scale": -0.3},
+}
+
+
+def case_of(option: str, sq: int, sk: int, d: int, dtype: str) -> Case:
+    arrays = {"heads": (1, 8, sq, sk), "all": (2, 8, sq, sk)}
+    options = {k: arrays.get(v, v) if isinstance(v, str) else v for k, v in OPTIONS[option].items()}
+    if "q_lengths" in options:
+        options |= {"q_lengths": (min(3, sq), 0), "kv_lengths": (0, min(5, sk))}
+    sizes = {"b": 2, "hq": 8, "hk": 2 if option in ("plain", "bias", "causal") else 8, "sq": sq, "sk": sk}
+    return Case(f"{option} {sq} × {sk} d{d}, {dtype}", d=d, dv=d, dtype=dtype, **sizes, **options)
+
+
+CASES = [
+    case_of(option, *size, d=(32, 64, 24, 40)[(i + j) % 4], dtype=("bfloat16", "float16")[(i // 2 + j) % 2])
+    for i, option in enumerate(OPTIONS)
+    for j, size in enumerate(SIZES)
+    if not EMULATED or (i + j) % 3 == 0
+]
+
+
+@on_kernels
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_results_and_gradients(case):
+    """With NaN wherever nothing is read; every second case is deterministic, which has no kernels of its own."""
+    inputs = poisoned(case, make_inputs(case))
+    deterministic = sum(map(ord, case.name)) % 2 == 1
+    got = checks.run(case, inputs, IMPLEMENTATION, at_once=True, deterministic=deterministic)
+    right, low = checks.references(case)
+    oracle.assert_result(got, right, low, case)
+
+
+@on_kernels
+@pytest.mark.parametrize("d", [32, 64])
+def test_deterministic_gradients_are_the_same_bits(d):
+    """dQ is complete in one CTA, so that nothing is added in an order that may change."""
+    q, k, v, dout = (jax.random.normal(jax.random.key(i), (8, 49, 4, d), jnp.bfloat16) for i in range(4))
+
+    def gradients(deterministic: bool) -> list[np.ndarray]:
+        def attend(q, k, v):
+            return flash_attention(q, k, v, deterministic=deterministic, implementation=IMPLEMENTATION)
+
+        return [np.asarray(x, np.float32) for x in jax.vjp(attend, q, k, v)[1](dout)]
+
+    for x, y in zip(gradients(True), gradients(False), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@on_kernels
+def test_ranges_and_the_largest_score():
+    """Masks as values, and return_max, in kernels that skip no tile."""
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, 40, 4, 32), jnp.bfloat16) for i in range(3))
+    mask = masks.prefix_lm(jnp.array([7, 0]))
+
+    def attend(implementation):
+        return flash_attention(q, k, v, mask=mask, return_max=True, implementation=implementation)
+
+    (out, most), (wanted, largest) = attend(IMPLEMENTATION), attend("xla")
+    np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(wanted, np.float32), atol=2e-2)
+    np.testing.assert_allclose(most, largest, rtol=1e-2)
+
+
+def design(**options: Any) -> str:
+    sizes = {"d": 32, "dv": 32, "q_rows": 49, "k_rows": 49, "batch": 1024, "heads": 4, "kv_heads": 4}
+    return plan(**sizes | options)["row"]["design"]
+
+
+@pytest.mark.parametrize("pass_", ["forward", "backward"])
+@pytest.mark.parametrize("device", [H100, A100])
+def test_one_tile_holds_up_to_64_queries_and_keys(pass_, device):
+    call: dict[str, Any] = {"pass_": pass_, "device": device}
+    for d in (8, 32, 64):
+        of: dict[str, Any] = {"d": d, "dv": d}
+        sizes = {"q_rows": 32, "k_rows": 32, "batch": 512, "heads": 8, "kv_heads": 8}
+        assert tile(plan(**call, **of, **sizes)) == (32, 32)
+        if d == 64 and pass_ == "forward":  # Hopper's kernel for tiles of 128 rows is faster
+            assert design(**call, **of) == "tiles"
+            continue
+        assert design(**call, **of) == design(**call, **of, q_rows=64, k_rows=64) == "one_tile"
+        assert design(**call, **of, q_rows=65) == design(**call, **of, k_rows=65) == "tiles"
+        assert tile(plan(**call, **of, **sizes | {"k_rows": 33})) == (64, 64)
+    for name in ("bias", "mask", "q_segment_ids", "ranges", "dropout", "sinks", "kv_lengths"):
+        assert design(**call, operands=(name,)) == "one_tile"
+    assert design(**call, d=72, dv=72) != "one_tile"
+    assert design(**call, dtype="float32") == design(**call, varlen=True) == "tiles"
+
+
+def test_a_gradient_in_one_tile_needs_no_sums():
+    for deterministic in (False, True):
+        chosen = plan("backward", d=32, dv=32, q_rows=49, k_rows=49, batch=1024, deterministic=deterministic)
+        assert (chosen["row"]["design"], chosen["workspace"]) == ("one_tile", 0)
+
+
+def test_decode_runs_where_query_heads_share_keys_or_heads_are_few():
+    few: dict[str, Any] = {"q_rows": 1, "k_rows": 64, "batch": 64}
+    assert design(**few) == "one_tile"
+    assert design(**few | {"batch": 33}) != "one_tile"  # 132 heads, as many as SMs
+    assert plan(**few, d=32, dv=32, heads=8, kv_heads=2)["row"]["pass"] == "decode"
