@@ -79,22 +79,26 @@ __device__ __forceinline__ void add_dq(const Problem& p, const KeyBlockStateOf<C
   add_to_sums<C::kM>(sum_tile<C::kM>(p, block.sums, step.head * tiles + step.tile), p.head_dim, dq, at);
 }
 
-// Stores a step's dQ, the sum over all keys.
+// Stores a step's dQ, the sum over all keys: 0 in rows that see none, for which 0 · V may be NaN. `lse`: of
+// the step's rows.
 template <class C>
 __device__ __forceinline__ void store_dq(const Problem& p, const KeyBlockStateOf<C>& block,
-                                         const QueryStep& step, const typename C::DQ& dq,
+                                         const QueryStep& step, const float* lse, const typename C::DQ& dq,
                                          const Placement& at) {
   using T = typename C::Element;
   const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
   for (int slot = 0; slot < C::DQ::kSlots; ++slot) {
-    const int32_t row = step.tile * C::kM + at.row + slot / 2 * at.row_step + slot % 2 * 8 + lane / 4;
+    const int32_t in_tile = at.row + slot / 2 * at.row_step + slot % 2 * 8 + lane / 4;
+    const int32_t row = step.tile * C::kM + in_tile;
+    const bool sees = block.rows.contains(row) && lse[in_tile] != -INFINITY;
     T* const to = block.dquery + step.head * p.dquery.head + row * p.dquery.row;
 #pragma unroll
     for (int n = 0; n < C::DQ::kColumnTiles; ++n) {
       const int32_t column = at.column + n / 2 * at.column_step + n % 2 * 8 + lane % 4 * 2;
       if (row < p.q_rows && column < p.head_dim)
-        ptx::store_pair(to + column, dq.at(slot, n, 0) * p.spec.scale, dq.at(slot, n, 1) * p.spec.scale);
+        ptx::store_pair(to + column, sees ? dq.at(slot, n, 0) * p.spec.scale : 0,
+                        sees ? dq.at(slot, n, 1) * p.spec.scale : 0);
     }
   }
 }
@@ -206,8 +210,8 @@ __device__ __forceinline__ void backward_keys(const Problem& p, KeyBlockStateOf<
     if constexpr (C::kOneTile) {
       typename C::DQ dq;
       multiply_ds_k<C>(dq, ds_tile, k, at.dq);  // dQ = dS K
-      barriers.arrive_ds_empty();
-      store_dq<C>(p, block, step, dq, at.dq);
+      store_dq<C>(p, block, step, statistics, dq, at.dq);
+      barriers.arrive_ds_empty();  // lse, too, has been read
     } else if (block.sums) {
       typename C::DQ dq;
       multiply_ds_k<C>(dq, ds_tile, k, at.dq);  // dQ = dS K
