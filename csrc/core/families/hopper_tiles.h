@@ -52,7 +52,7 @@ class TileChoice {
   }
 
   // Whether the last wave of large tiles would leave more SMs idle than the last wave of the teams' smaller
-  // tiles. The cost of a wave, in rows of large tiles, was measured at d = 64, the only head dim with teams.
+  // tiles. The cost of a wave, in rows of large tiles, was measured at d = 64.
   // If tiles differ in length, short ones fill the last wave, and teams pay only if all their tiles run at
   // once.
   bool few_waves() const {

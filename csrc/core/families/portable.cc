@@ -61,8 +61,11 @@ class Forward final : public ByQueryTiles {
 // compute it in a second kernel, over query tiles. With all keys in one tile dQ is complete.
 class Backward final : public PassTraits {
  public:
+  // One CTA goes through all query heads of a KV head, which other rows divide among idle SMs.
   bool serves(const KernelRow& row, const Call& call) const override {
-    return !row.is_one_tile() || holds_all_rows(row, call);
+    const Shapes& s = call.shapes;
+    const bool fills = s.heads == s.kv_heads || call.entries() * s.kv_heads >= call.device.sm_count;
+    return !row.is_one_tile() || (fills && holds_all_rows(row, call));
   }
   bool better(const KernelRow& a, const KernelRow& b, const Call&) const override {
     return a.is_one_tile() && a.block_n < b.block_n;

@@ -50,7 +50,8 @@ struct DecodeGrid {
 // `decode` and `decode_kernel` belong to decode, `score` and `shared` to the forward.
 //
 // The forward runs over query tiles. The backward runs over key tiles and adds dQ to float32 sums or,
-// where dQ has to be repeatable, a second kernel over query tiles computes dQ. The bias gradient runs over
+// where dQ has to be repeatable, a second kernel over query tiles computes dQ; where all keys lie in one tile
+// it stores dQ. The bias gradient runs over
 // the tiles of dbias, whose CTAs are counted in `queries`.
 struct LaunchPlan {
   int32_t kernel = -1;         // index into the built rows; -1: none runs

@@ -31,8 +31,10 @@ struct KeyBlockState : GradientBlock<T>, GapOfTiles<kRanges> {
                              {tile.row, tile.used_keys()});
   }
 
-  // Makes the block go through all query tiles, since it stores the dQ of rows that see no key, too.
+  // Makes the block go through all query tiles, since it stores the dQ of rows that see no key, too. Keys
+  // that no row sees are not read.
   __device__ void take_all_queries(const Problem& p, int32_t block_m) {
+    if (rows.empty()) this->work.tile.k_len = 0;
     this->tiles = {0, static_cast<int32_t>(ceil_div(p.q_rows, block_m))};
     dquery = p.dquery.as<T>() + this->work.offset(p, p.dquery, this->work.head, 0);
   }

@@ -29,7 +29,7 @@ template <int kM>
 inline constexpr int kSumRows = kM < hopper::kConsumerRows ? kM : hopper::kConsumerRows;
 
 struct QuerySums {
-  float* data;    // null: another kernel computes dQ
+  float* data;    // null: another kernel computes dQ, or one CTA has all keys
   int32_t tiles;  // query tiles per head
 
   // The number of the first tile of a sequence and its head.
