@@ -102,7 +102,8 @@ def test_gradients_repeat(deterministic):
 @on_kernels
 def test_keys_that_no_row_sees_are_not_read():
     """Where a batch entry has no query, its gradients are 0 whatever its keys and values hold."""
-    case = Case("no query", sq=40, sk=40, d=32, dv=32, q_lengths=(0, 40), dtype="bfloat16")
+    sizes = {"sq": 40, "sk": 40, "hq": 4, "hk": 4, "d": 32, "dv": 32}
+    case = Case("no query", q_lengths=(0, 40), dtype="bfloat16", **sizes)
     inputs = make_inputs(case)
     spoiled = {name: inputs.positional[name].at[0].set(np.nan) for name in ("key", "value")}
     got = checks.run(case, checks.with_arrays(inputs, **spoiled), IMPLEMENTATION)

@@ -102,7 +102,8 @@ def test_the_same_in_16_bit(case, dtype):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("size", [70, 40])  # on CUDA two tiles of dQ, and one that needs no sums
 def test_rows_past_a_length_have_no_gradient_whatever_values_the_others_see(size, dtype, deterministic):
-    case = Case("lengths", sq=size, sk=size, q_lengths=(size - 5, 3), kv_lengths=(size, size), dtype=dtype)
+    sizes = {"sq": size, "sk": size, "hq": 4, "hk": 4}
+    case = Case("lengths", q_lengths=(size - 5, 3), kv_lengths=(size, size), dtype=dtype, **sizes)
     inputs = make_inputs(case)
     value = inputs.positional["value"].at[:, 5].set(np.inf)
     got = checks.run(
