@@ -52,9 +52,8 @@ class TileChoice {
   }
 
   // Whether the last wave of large tiles would leave more SMs idle than the last wave of the teams' smaller
-  // tiles. The cost of a wave, in rows of large tiles, was measured at d = 64.
-  // If tiles differ in length, short ones fill the last wave, and teams pay only if all their tiles run at
-  // once.
+  // tiles. The cost of a wave, in rows of large tiles, was measured at d = 64. If tiles differ in length,
+  // short ones fill the last wave, and teams pay only if all their tiles run at once.
   bool few_waves() const {
     constexpr int64_t kLargeTile = 192, kTeamTile = 128;             // rows
     constexpr int64_t kCostOfOneTeam = 164, kCostOfBothTeams = 280;  // rows

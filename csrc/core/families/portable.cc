@@ -43,9 +43,6 @@ class Forward final : public ByQueryTiles {
   bool serves(const KernelRow& row, const Call& call) const override {
     return !row.is_one_tile() || holds_all_rows(row, call);
   }
-  bool better(const KernelRow& a, const KernelRow& b, const Call&) const override {
-    return a.is_one_tile() && a.block_n < b.block_n;
-  }
   // Decode reads the keys once for all query heads of a KV head, and divides them among idle SMs.
   bool beats_decode(const KernelRow& row, const Call& call) const override {
     const Shapes& s = call.shapes;
@@ -66,9 +63,6 @@ class Backward final : public PassTraits {
     const Shapes& s = call.shapes;
     const bool fills = s.heads == s.kv_heads || call.entries() * s.kv_heads >= call.device.sm_count;
     return !row.is_one_tile() || (fills && holds_all_rows(row, call));
-  }
-  bool better(const KernelRow& a, const KernelRow& b, const Call&) const override {
-    return a.is_one_tile() && a.block_n < b.block_n;
   }
   bool takes_blocks(const KernelRow&) const override { return true; }
 
