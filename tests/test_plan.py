@@ -44,6 +44,19 @@ def test_less_shared_memory_means_smaller_tiles():
     assert tile(plan("backward", d=256, dv=256, device=RTX4090)) == (32, 32)
 
 
+@pytest.mark.parametrize(("d", "keys"), [(32, 64), (64, 64), (96, 64), (128, 32), (256, 32)])
+def test_large_float32_tiles_need_work_for_every_sm(d, keys):
+    call = {"d": d, "dv": d, "dtype": "float32"}
+    small = tile(plan(**call, batch=1, q_rows=1024))
+    assert small[0] == 64
+    assert tile(plan(**call, batch=3, q_rows=1024)) == (128, keys)
+    assert tile(plan(**call, batch=2, q_rows=1024)) == small  # 128 tiles, 132 SMs
+    assert tile(plan(**call, batch=200, q_rows=64)) == small  # half of each tile would be padding
+    assert tile(plan(**call, batch=200, q_rows=1024, varlen=True)) == small
+    assert tile(plan(**call, batch=3, q_rows=3 * 1024, varlen=True)) == (128, keys)
+    assert tile(plan(**call, batch=3, q_rows=1024, operands=("bias",))) == small
+
+
 @pytest.mark.parametrize("device", [H100, A100, RTX4090])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("head_dims", HEAD_DIMS)

@@ -210,6 +210,18 @@ PARTS = [
     varlen("packed, one KV head", (90, 0, 140), hq=4, hk=1, causal=True, padding=(3, 2)),
 ]  # fmt: skip
 
+# A float32 tile has 128 query rows if tiles of that size have work for every SM.
+SIZES_132 = {"b": 1, "hq": 68, "hk": 34, "sq": 250, "sk": 330}
+LARGE_FLOAT32 = [
+    case.replace(name=f"{case.name} d{d}", d=d, dv=d)
+    for d in (32, 64, 96, 128, 256)
+    for case in (
+        Case("causal", causal=True, q_lengths=(237,), kv_lengths=(300,), sinks=True, **SIZES_132),
+        Case("window", window=(100, 33), **SIZES_132),
+        varlen("packed", (256, 100, 1, 240), causal=True, hq=68, hk=17, padding=(3, 2)),
+    )
+]
+
 
 def scores(case):
     """The number of scores: rows × keys × heads."""
@@ -261,6 +273,12 @@ def test_each_mask(case):
 
 @pytest.mark.parametrize("case", in_dtypes(PARTS), ids=lambda case: case.name)
 def test_parts_of_a_batch_and_of_a_group_of_heads(case):
+    check(case)
+
+
+@pytest.mark.skipif(EMULATED, reason="too many heads for the emulator")
+@pytest.mark.parametrize("case", in_dtypes(LARGE_FLOAT32, ("float32",)), ids=lambda case: case.name)
+def test_large_float32_tiles(case):
     check(case)
 
 

@@ -252,7 +252,7 @@ struct WarpAttention {
 #pragma unroll
           for (int n = 0; n < kTiles; ++n) {
             const uint2 b = queries(n, i + j);
-            ptx::mma_quick<M>(kOdd && (i + j) % 2 ? odd.x[m][n] : s.x[m][n], a[j], b.x, b.y);
+            ptx::mma<M>(kOdd && (i + j) % 2 ? odd.x[m][n] : s.x[m][n], a[j], b.x, b.y);
           }
       }
     }
@@ -271,7 +271,7 @@ struct WarpAttention {
 #pragma unroll
         for (int j = 0; j < FragmentsV::kAtOnce; ++j)
 #pragma unroll
-          for (int n = 0; n < kTiles; ++n) ptx::mma_quick<M>(o[n][i + j], a[j], b[n][k][0], b[n][k][1]);
+          for (int n = 0; n < kTiles; ++n) ptx::mma<M>(o[n][i + j], a[j], b[n][k][0], b[n][k][1]);
       }
     }
   }

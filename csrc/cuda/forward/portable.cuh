@@ -119,7 +119,7 @@ __device__ __forceinline__ void add_values(typename C::O& o, typename C::S& s, c
     softmax.exponentiate(s, 0, S::kColumnTiles);
     at.operands().dropout_at(at.row(), at.key).template elements<S>().drop(s, 0, S::kColumnTiles);
 #pragma unroll
-    for (int k_step = 0; k_step < C::kKeySteps; ++k_step)
+    for (int k_step = 0; k_step < C::kKeySteps; k_step += kStepsAtOnce<T>)
       multiply_add_step<T>(o, RegistersA<T, S>{s}, v, k_step);
   };
   if constexpr (C::Score::kDropout && !C::Score::kDropoutInSoftmax) {
@@ -127,11 +127,11 @@ __device__ __forceinline__ void add_values(typename C::O& o, typename C::S& s, c
   } else {
     if (C::Score::kDropout && at.operands().dropout.needs_scalar_path()) return drop_first();
 #pragma unroll
-    for (int k_step = 0; k_step < C::kKeySteps; ++k_step) {
+    for (int k_step = 0; k_step < C::kKeySteps; k_step += kStepsAtOnce<T>) {
       const int tile = k_step * kTiles;
       if constexpr (C::Score::kDropout)
         if (tile % 4 == 0 && tile > 0) at.operands().dropout_at(at.row(), at.key).draw(numbers, tile);
-      softmax.exponentiate(s, tile, tile + kTiles);
+      softmax.exponentiate(s, tile, tile + kTiles * kStepsAtOnce<T>);
       if constexpr (C::Score::kDropout) {
         multiply_add_step<T>(o, DroppedA<T, S>{s, numbers}, v, k_step);
       } else {

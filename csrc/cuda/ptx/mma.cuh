@@ -15,10 +15,9 @@
 
 #include <cstdint>
 
-namespace jax_flash::ptx {
+#include "cuda/ptx/mma_steps.cuh"
 
-template <class T>
-__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+namespace jax_flash::ptx {
 
 #if __CUDA_ARCH__ >= 800
 
@@ -49,56 +48,43 @@ __device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-__device__ __forceinline__ uint32_t to_tf32(float x) {
-  uint32_t y;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
-  return y;
-}
-
-// Splits x into high, the nearest TF32, and low, the nearest TF32 of x − high. cvt.rna.tf32 is five
-// instructions on sm_90, so kQuick rounds with integer arithmetic instead: `low` is then truncated (mma
-// ignores the lower 13 bits), and a NaN may be lost in `high` but never in `low`.
-template <bool kQuick, int kCount>
-struct SplitTf32 {
+// Each element as high, the nearest TF32, and low = x − high, of which mma ignores the lower 13 bits: the
+// relative error is 2⁻²¹. cvt.rna.tf32 is five instructions on sm_90, so integer arithmetic rounds. It may
+// lose a NaN in `high`, but never in `low`.
+template <int kCount>
+struct Operand<float, kCount> {
   uint32_t high[kCount], low[kCount];
-  __device__ __forceinline__ explicit SplitTf32(const uint32_t (&x)[kCount]) {
+  __device__ __forceinline__ void set(const uint32_t (&x)[kCount]) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      high[i] = kQuick ? (x[i] + 0x1000u) & ~0x1FFFu : to_tf32(__uint_as_float(x[i]));
-      const float rest = __uint_as_float(x[i]) - __uint_as_float(high[i]);
-      low[i] = kQuick ? __float_as_uint(rest) : to_tf32(rest);
+      high[i] = (x[i] + 0x1000u) & ~0x1FFFu;
+      low[i] = __float_as_uint(__uint_as_float(x[i]) - __uint_as_float(high[i]));
     }
   }
 };
 
-// A B ≈ high · high + high · low + low · high. Steps are accumulated outside the tensor core, which truncates
+// A B ≈ high · high + high · low + low · high. Few steps are accumulated in the tensor core, which truncates
 // when it adds: over many steps that error would be visible.
-template <bool kQuick>
-__device__ __forceinline__ void mma_split(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  const SplitTf32<kQuick, 4> as(a);
-  const SplitTf32<kQuick, 2> bs({b0, b1});
-  float step[4] = {};
-  mma_tf32(step, as.low, bs.high);
-  mma_tf32(step, as.high, bs.low);
-  mma_tf32(step, as.high, bs.high);
+template <int kSteps>
+__device__ __forceinline__ void mma_steps(float (&c)[4], const Operand<float, 4> (&a)[kSteps],
+                                          const Operand<float, 2> (&b)[kSteps]) {
+  float sum[4] = {};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) c[i] += step[i];
+  for (int i = 0; i < kSteps; ++i) {
+    mma_tf32(sum, a[i].low, b[i].high);
+    mma_tf32(sum, a[i].high, b[i].low);
+    mma_tf32(sum, a[i].high, b[i].high);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) c[i] += sum[i];
 }
 
-// The relative error of a product is 2⁻²².
 template <>
 __device__ __forceinline__ void mma<float>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  mma_split<false>(c, a, b0, b1);
-}
-
-// As mma, with a relative error of 2⁻²¹ for float32. For kernels whose time cvt.rna.tf32 would determine.
-template <class T>
-__device__ __forceinline__ void mma_quick(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (sizeof(T) == 4) {
-    mma_split<true>(c, a, b0, b1);
-  } else {
-    mma<T>(c, a, b0, b1);
-  }
+  Operand<float, 4> as[1];
+  Operand<float, 2> bs[1];
+  as[0].set(a), bs[0].set({b0, b1});
+  mma_steps(c, as, bs);
 }
 
 #else
@@ -135,11 +121,6 @@ __device__ __forceinline__ void mma<float>(float (&c)[4], const uint32_t (&a)[4]
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) c[i] += step[i];
-}
-
-template <class T>
-__device__ __forceinline__ void mma_quick(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  mma<T>(c, a, b0, b1);
 }
 
 #endif

@@ -195,8 +195,8 @@ __device__ __forceinline__ void add_values(typename C::O& o, typename C::S& s, t
     constexpr int kTiles = kStepK<T> / 8;  // column tiles of S per k step
     const V v(ring.wait_v(n), 0), tv(ring.wait_tv(n), 0);
 #pragma unroll
-    for (int k_step = 0; k_step < C::kKeySteps; ++k_step) {
-      exponentiate(k_step * kTiles, (k_step + 1) * kTiles);
+    for (int k_step = 0; k_step < C::kKeySteps; k_step += kStepsAtOnce<T>) {
+      exponentiate(k_step * kTiles, (k_step + kStepsAtOnce<T>)*kTiles);
       multiply_add_step<T>(o, RegistersA<T, S>{s}, tv, k_step);
       multiply_add_step<T>(o, RegistersA<T, S>{ds}, v, k_step);
     }

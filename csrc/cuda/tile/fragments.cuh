@@ -8,25 +8,42 @@
 
 namespace jax_flash {
 
-// How many k steps are unrolled. float32 has twice as many steps with nine times the instructions, so it
-// unrolls only two, except for an A in registers, which must be indexed at compile time.
-template <class T, int kSteps, class A>
-inline constexpr int kUnrolled = sizeof(T) == 2 || A::kInRegisters ? kSteps : 2;
+// k steps that multiply_add_step() takes at once.
+template <class T>
+inline constexpr int kStepsAtOnce = static_cast<int>(sizeof(T)) / 2;
 
-// C += A B for one k step. A and B are operands of tile/operands.cuh.
+// How often the loop over k is unrolled. float32 has several times the instructions, so it is not, except for
+// an A in registers, which must be indexed at compile time.
+template <class T, int kSteps, class A>
+inline constexpr int kUnrolled = sizeof(T) == 2 || A::kInRegisters ? kSteps : 1;
+
+// C += A B for kStepsAtOnce k steps. A and B are operands of tile/operands.cuh.
 template <class T, class A, class B, class C>
 __device__ __forceinline__ void multiply_add_step(C& c, const A& a, const B& b, int k) {
-  uint32_t af[C::kRowTiles][4];
+  constexpr int kSteps = kStepsAtOnce<T>;
+  ptx::Operand<T, 4> as[C::kRowTiles][kSteps];
 #pragma unroll
-  for (int m = 0; m < C::kRowTiles; ++m) a.load(af[m], m, k);
+  for (int m = 0; m < C::kRowTiles; ++m) {
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      uint32_t x[4];
+      a.load(x, m, k + i);
+      as[m][i].set(x);
+    }
+  }
 #pragma unroll
   for (int n = 0; n < C::kColumnTiles; n += 2) {
-    uint32_t bf[4];
-    b.load(bf, n, k);
+    ptx::Operand<T, 2> first[kSteps], second[kSteps];
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      uint32_t x[4];
+      b.load(x, n, k + i);
+      first[i].set({x[0], x[1]}), second[i].set({x[2], x[3]});
+    }
 #pragma unroll
     for (int m = 0; m < C::kRowTiles; ++m) {
-      ptx::mma<T>(c.x[m][n], af[m], bf[0], bf[1]);
-      ptx::mma<T>(c.x[m][n + 1], af[m], bf[2], bf[3]);
+      ptx::mma_steps(c.x[m][n], as[m], first);
+      ptx::mma_steps(c.x[m][n + 1], as[m], second);
     }
   }
 }
@@ -34,8 +51,9 @@ __device__ __forceinline__ void multiply_add_step(C& c, const A& a, const B& b, 
 // C += A B over kSteps k steps.
 template <class T, int kSteps, class A, class B, class C>
 __device__ __forceinline__ void multiply_add(C& c, const A& a, const B& b) {
+  static_assert(kSteps % kStepsAtOnce<T> == 0);
 #pragma unroll kUnrolled < T, kSteps, A>
-  for (int k = 0; k < kSteps; ++k) multiply_add_step<T>(c, a, b, k);
+  for (int k = 0; k < kSteps; k += kStepsAtOnce<T>) multiply_add_step<T>(c, a, b, k);
 }
 
 // S = Q Kᵀ for rows [row, row + 16 · row tiles) of the tile of Q [M, d] and keys from `key` on of the tile of

@@ -4,12 +4,13 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "cuda/ptx/mma_steps.cuh"
 #include "emulator.h"
 
 namespace jax_flash::ptx {
 
 template <class T>
-void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   struct Argument {
     float* c;
     const uint32_t* a;
@@ -45,15 +46,14 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   });
 }
 
-// Rounds each operand to 22 bits, the precision of the three TF32 products.
+// The part of an operand that the three TF32 products see.
 inline float to_two_tf32(uint32_t bits) {
-  auto nearest = [](float x) { return __uint_as_float((__float_as_uint(x) + 0x1000) & ~0x1FFFu); };
-  const float x = __uint_as_float(bits), high = nearest(x);
-  return high + nearest(x - high);
+  const float high = __uint_as_float((bits + 0x1000) & ~0x1FFFu), rest = __uint_as_float(bits) - high;
+  return high + __uint_as_float(__float_as_uint(rest) & ~0x1FFFu);
 }
 
 template <>
-inline void mma<float>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void mma<float>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   struct Argument {
     float* c;
     const uint32_t* a;
@@ -75,11 +75,6 @@ inline void mma<float>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint3
       }
     }
   });
-}
-
-template <class T>
-void mma_quick(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  mma<T>(c, a, b0, b1);
 }
 
 }  // namespace jax_flash::ptx
