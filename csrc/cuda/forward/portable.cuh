@@ -114,24 +114,22 @@ __device__ __forceinline__ void add_values(typename C::O& o, typename C::S& s, c
                                            const ForwardTile<C>& at) {
   using T = typename C::Element;
   using S = typename C::S;
-  constexpr int kTiles = kStepK<T> / 8;  // column tiles of S per k step
+  constexpr int kSteps = kStepsAtOnce<T>, kTiles = kSteps * kStepK<T> / 8;  // of k; of S, along the keys
   const auto drop_first = [&] {
     softmax.exponentiate(s, 0, S::kColumnTiles);
     at.operands().dropout_at(at.row(), at.key).template elements<S>().drop(s, 0, S::kColumnTiles);
-#pragma unroll
-    for (int k_step = 0; k_step < C::kKeySteps; k_step += kStepsAtOnce<T>)
-      multiply_add_step<T>(o, RegistersA<T, S>{s}, v, k_step);
+    multiply_add<T, C::kKeySteps>(o, RegistersA<T, S>{s}, v);
   };
   if constexpr (C::Score::kDropout && !C::Score::kDropoutInSoftmax) {
     drop_first();
   } else {
     if (C::Score::kDropout && at.operands().dropout.needs_scalar_path()) return drop_first();
 #pragma unroll
-    for (int k_step = 0; k_step < C::kKeySteps; k_step += kStepsAtOnce<T>) {
-      const int tile = k_step * kTiles;
+    for (int k_step = 0; k_step < C::kKeySteps; k_step += kSteps) {
+      const int tile = k_step / kSteps * kTiles;
       if constexpr (C::Score::kDropout)
         if (tile % 4 == 0 && tile > 0) at.operands().dropout_at(at.row(), at.key).draw(numbers, tile);
-      softmax.exponentiate(s, tile, tile + kTiles * kStepsAtOnce<T>);
+      softmax.exponentiate(s, tile, tile + kTiles);
       if constexpr (C::Score::kDropout) {
         multiply_add_step<T>(o, DroppedA<T, S>{s, numbers}, v, k_step);
       } else {

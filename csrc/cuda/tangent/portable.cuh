@@ -192,11 +192,12 @@ __device__ __forceinline__ void add_values(typename C::O& o, typename C::S& s, t
     multiply_add<T, C::kKeySteps>(o, RegistersA<T, S>{ds}, V(ring.wait_v(n), 0));
     multiply_add<T, C::kKeySteps>(o, RegistersA<T, S>{s}, V(ring.wait_tv(n), 0));
   } else {
-    constexpr int kTiles = kStepK<T> / 8;  // column tiles of S per k step
+    constexpr int kSteps = kStepsAtOnce<T>, kTiles = kSteps * kStepK<T> / 8;  // of k; of S, along the keys
     const V v(ring.wait_v(n), 0), tv(ring.wait_tv(n), 0);
 #pragma unroll
-    for (int k_step = 0; k_step < C::kKeySteps; k_step += kStepsAtOnce<T>) {
-      exponentiate(k_step * kTiles, (k_step + kStepsAtOnce<T>)*kTiles);
+    for (int k_step = 0; k_step < C::kKeySteps; k_step += kSteps) {
+      const int tile = k_step / kSteps * kTiles;
+      exponentiate(tile, tile + kTiles);
       multiply_add_step<T>(o, RegistersA<T, S>{s}, tv, k_step);
       multiply_add_step<T>(o, RegistersA<T, S>{ds}, v, k_step);
     }
