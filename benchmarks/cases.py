@@ -42,6 +42,11 @@ GQA = (
     heads_case("2 × 16/2 d256 s8192 causal", 2, 8192, 16, 2, 256),
     heads_case("2 × 64/8 d64 s8192 causal", 2, 8192, 64, 8, 64),
 )
+FLOAT32 = tuple(
+    gpu_case(d, 1024, causal, dtype="float32").replace(name=f"d{d} s1024{' causal' * causal} float32")
+    for d in HEAD_DIMS
+    for causal in (False, True)
+)
 MLA = heads_case("128 heads d192/128 s4096 causal", 1, 4096, 128, 128, 192, dv=128)  # DeepSeek-V3's heads
 WINDOWS = (
     heads_case("2 × 64/8 d64 s8192 window 128", 2, 8192, 64, 8, 64, window=(127, 0)),  # gpt-oss

@@ -106,6 +106,11 @@ def latent(pass_: str) -> Iterator[Cell]:
     yield from against_peers((cases.MLA,), pass_, "models", ("jla",), product=True)
 
 
+def float32(pass_: str) -> Iterator[Cell]:
+    """Beside XLA, whose products jax.default_matmul_precision chooses: one TF32 product, unless it is "highest"."""
+    yield from against_peers(cases.FLOAT32, pass_, "float32", ("xla",))
+
+
 def windows(pass_: str) -> Iterator[Cell]:
     yield from against_peers(cases.WINDOWS, pass_, "windows")
 
@@ -245,6 +250,7 @@ SECTIONS: dict[str, Callable[[], Iterator[Cell]]] = {
     "deterministic": deterministic,
     "options forward": lambda: (cell for d in cases.HEAD_DIMS for cell in options(d, "forward")),
     "pairs": lambda: (cell for pass_ in PASSES for cell in pairs(pass_)),
+    "float32": lambda: (cell for pass_ in PASSES for cell in float32(pass_)),
     "short": functools.partial(small, "backward"),
     "short forward": functools.partial(small, "forward"),
     "forward": functools.partial(matrix, "forward"),

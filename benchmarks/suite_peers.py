@@ -81,6 +81,7 @@ ORDER = (
     "options forward",
     "mixed",
     "append",
+    "float32",
     "gpt-oss step",
     "host",
     "other peers",

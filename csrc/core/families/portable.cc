@@ -39,9 +39,9 @@ class ByQueryTiles : public PassTraits {
 };
 
 class Forward final : public ByQueryTiles {
-  // Whether a float32 tile of 128 query rows is worth it. Its warps own 32 rows, so that they split K and V
-  // half as often, and it takes 16/9 of the time of one of 64 rows (docs/experiments). Fewer tiles than SMs
-  // would leave some idle.
+  // Whether a float32 tile of 128 query rows, which comes first in the table, is worth it. Its warps own 32
+  // rows, so that they split K and V half as often, and it takes 16/9 of the time of one of 64 rows
+  // (docs/experiments). Fewer tiles than SMs would leave some idle.
   static constexpr int32_t kLargeTile = 128, kSmallTile = 64;
   static bool wants_large_tile(const Call& call) {
     const Shapes& s = call.shapes;

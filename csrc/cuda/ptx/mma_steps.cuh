@@ -1,5 +1,4 @@
-// Several steps of mma with the same operands' preparation: a fragment that meets many others is prepared
-// once.
+// Steps of mma on prepared fragments, so that one that meets many others is prepared once.
 #pragma once
 
 #include <cstdint>
