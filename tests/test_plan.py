@@ -52,7 +52,7 @@ def test_large_float32_tiles_need_work_for_every_sm(d, keys):
     assert tile(plan(**call, batch=3, q_rows=1024)) == (128, keys)
     assert tile(plan(**call, batch=2, q_rows=1024)) == small  # 128 tiles, 132 SMs
     assert tile(plan(**call, batch=200, q_rows=64)) == small  # half of each tile would be padding
-    assert tile(plan(**call, batch=200, q_rows=1024, varlen=True)) == small
+    assert tile(plan(**call, batch=200, q_rows=200 * 64, varlen=True)) == small
     assert tile(plan(**call, batch=3, q_rows=3 * 1024, varlen=True)) == (128, keys)
     assert tile(plan(**call, batch=3, q_rows=1024, operands=("bias",))) == small
 
