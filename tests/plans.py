@@ -17,6 +17,7 @@ A100 = {"capability": 80, "sm_count": 108, "shared_memory": 166_912}
 T4 = {"capability": 75, "sm_count": 40, "shared_memory": 65_536}
 A10 = {"capability": 86, "sm_count": 72, "shared_memory": 101_376}
 RTX4090 = {"capability": 89, "sm_count": 128, "shared_memory": 101_376}
+PASSES = ("forward", "backward", "tangent", "bias_gradient")
 HEAD_DIMS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (512, 512))
 
 

@@ -46,8 +46,7 @@ class TileChoice {
   // Waves of query tiles with `rows` rows, one tile per SM at a time.
   int64_t waves(int64_t rows) const {
     const Shapes& s = call_.shapes;
-    const int64_t sequences = call_.spec.packed() ? 1 : s.batch;
-    return ceil_div(ceil_div(s.q_rows, rows) * s.heads * sequences * s.leading,
+    return ceil_div(ceil_div(s.q_rows, rows) * s.heads * call_.row_arrays(),
                     std::max(1, call_.device.sm_count));
   }
 

@@ -40,15 +40,17 @@ class ByQueryTiles : public PassTraits {
 
 class Forward final : public ByQueryTiles {
   // Whether a float32 tile of 128 query rows, which comes first in the table, is worth it. Its warps own 32
-  // rows, so that they split K and V half as often, and it takes 16/9 of the time of one of 64 rows
-  // (docs/experiments). Fewer tiles than SMs would leave some idle.
-  static constexpr int32_t kLargeTile = 128, kSmallTile = 64;
+  // rows, so that they split K and V half as often (docs/experiments). Fewer tiles than SMs would leave some
+  // idle.
+  static constexpr int32_t kLargeTile = 128, kSmallTile = 64;  // rows
+  static constexpr int64_t kCostOfLargeTile = 16,
+                           kCostOfSmallTile = 9;  // their times, relative to each other
   static bool wants_large_tile(const Call& call) {
     const Shapes& s = call.shapes;
-    const bool packed = call.spec.packed();
-    const int64_t rows = packed ? s.q_rows / std::max<int64_t>(s.batch, 1) : s.q_rows;
-    const int64_t tiles = ceil_div(s.q_rows, kLargeTile) * s.heads * (packed ? s.leading : call.entries());
-    return 16 * ceil_div(rows, kLargeTile) <= 9 * ceil_div(rows, kSmallTile) && tiles >= call.device.sm_count;
+    const int64_t rows = call.spec.packed() ? s.q_rows / std::max<int64_t>(s.batch, 1) : s.q_rows;
+    const int64_t tiles = ceil_div(s.q_rows, kLargeTile) * s.heads * call.row_arrays();
+    return ceil_div(rows, kLargeTile) * kCostOfLargeTile <= ceil_div(rows, kSmallTile) * kCostOfSmallTile &&
+           tiles >= call.device.sm_count;
   }
 
  public:

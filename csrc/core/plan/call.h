@@ -48,6 +48,8 @@ struct Call {
   bool float8_pools() const { return shapes.kv_dtype != shapes.dtype; }
   // The batch entries, or sequences, of all leading entries.
   int64_t entries() const { return shapes.leading * shapes.batch; }
+  // Arrays of query rows that tiles divide: batch entries, or batches of packed sequences.
+  int64_t row_arrays() const { return shapes.leading * (spec.packed() ? 1 : shapes.batch); }
 
   // Query rows that read one KV head: all rows of a sequence. In packed batches, whose lengths are unknown,
   // it assumes as many tokens as the draft mask has rows if that gives at most `most` rows, else one token.
