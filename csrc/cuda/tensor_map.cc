@@ -71,8 +71,10 @@ cudaError_t make_tensor_map(CUtensorMap& map, const Problem& p, const View& view
     layout.dims[i + 1] = used ? static_cast<cuuint64_t>(sizes[i]) : 1;
     layout.bytes[i] = used ? static_cast<cuuint64_t>(strides[i]) * kElementBytes : kUnusedStride;
   }
-  const auto swizzle =
-      shape.box_columns * kElementBytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
+  const int32_t panel = shape.box_columns * kElementBytes;
+  const auto swizzle = panel == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                       : panel == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                     : CU_TENSOR_MAP_SWIZZLE_32B;
   // An operand without rows may have no memory. Nothing of it is copied, but the map needs a valid address.
   const bool empty = shape.rows == 0 || shape.heads == 0 || shape.batch == 0;
   void* data = empty ? p.query.data : view.data;

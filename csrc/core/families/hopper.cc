@@ -173,6 +173,7 @@ class Backward final : public PassTraits {
       if (!find_score(row, call, score) || (score != ScoreKind::kBias && score != ScoreKind::kMask))
         return false;
     }
+    if (hopper::splits_rows_unevenly(row) && !wants_uneven_rows(call)) return false;
     if (spec.has(Operand::kBlockMask) && !lists_steps(row, call)) return false;
     if (spec.has(Operand::kBias) && !call.shapes.bias_in_chunks) return false;
     if (spec.has(Operand::kMask) && !lists_mask(row, call) && !call.shapes.mask_in_chunks) return false;
@@ -226,11 +227,25 @@ class Backward final : public PassTraits {
     return schedule_bound(spec, s, s.k_rows) +
            max(max(segments_bound(spec, s, s.k_rows), ranges_bound(spec, s, s.k_rows)),
                step_lists_bound(spec, s)) +
-           aligned(dq_sums_bytes(spec, s, kLargestQueryTile)) + part_gradients_bound(spec, s) + tickets +
-           aligned(kCounterBytes);
+           aligned(max(dq_sums_bytes(spec, s, kLargestQueryTile), uneven_sums_bound(spec, s))) +
+           part_gradients_bound(spec, s) + tickets + aligned(kCounterBytes);
   }
 
  private:
+  static Dim uneven_sums_bound(const AttentionSpec& spec, const DimShapes& s) {
+    if (s.head_dim.known() && s.head_dim.value() > hopper::kUnevenHeadDim) return 0;
+    return dq_sums_bytes(spec, s, hopper::kUnevenTile);
+  }
+
+  // Tiles of 96 query rows take about 14/15 of the time of tiles of 64 for each row, unless too many rows of
+  // the last tile are not in use. Their sums have no order.
+  static bool wants_uneven_rows(const Call& call) {
+    constexpr int64_t kTime = 14, kTimeOfSmall = 15;
+    const auto rows = [&](int64_t tile) { return ceil_div(call.shapes.q_rows, tile) * tile; };
+    return !call.spec.deterministic &&
+           kTime * rows(hopper::kUnevenTile) <= kTimeOfSmall * rows(kConsumerRows);
+  }
+
   // Whether the CTAs of all key tiles of a KV head form a cluster that clears and rounds its dQ. That saves a
   // memset and a kernel, much of the time of a short call. All clusters must run at once, because a CTA has
   // only one tile: of 128 CTAs, clusters of 4 or 8 do not run at once on the 132 SMs of an H200. In a

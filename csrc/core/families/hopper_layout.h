@@ -19,6 +19,15 @@ inline constexpr int32_t kClusterCtas = 2;
 constexpr int32_t backward_cluster_ctas(const Row& r) {
   return r.design == Design::kCluster && r.block_n == kConsumerRows ? 1 : kClusterCtas;
 }
+// The columns for which a tile has room: whole panels, which may be wider than the head. The forward's panels
+// have 64 columns where the head has more, because narrower ones read more sectors of heads of 72 columns,
+// which begin beside them. The backward's have 32 where 64 do not divide the head's columns.
+constexpr int32_t whole_panels(int32_t columns, int32_t panel) {
+  return (columns + panel - 1) / panel * panel;
+}
+constexpr int32_t forward_columns(int32_t d) { return whole_panels(d, d > 64 ? 64 : 32); }
+constexpr int32_t backward_columns(int32_t d) { return whole_panels(d, 32); }
+
 // CTAs of a cluster that share a tile, each with its own columns of the head.
 constexpr int32_t sharers(const Row& r) { return r.design == Design::kClusterColumns ? kClusterCtas : 1; }
 
@@ -30,8 +39,8 @@ constexpr int64_t forward_tile_bytes(const Row& r) {
     return kElementBytes * (rows * (r.head_dim + r.block_n) +
                             r.block_n * (r.head_dim + int64_t{r.stages} * r.slice_columns()));
   }
-  return kElementBytes *
-         (int64_t{r.block_m} * r.head_dim + int64_t{r.block_n} * r.stages * (r.head_dim + r.slice_columns()));
+  const int32_t d = forward_columns(r.head_dim), dv = forward_columns(r.slice_columns());
+  return kElementBytes * (int64_t{r.block_m} * d + int64_t{r.block_n} * r.stages * (d + dv));
 }
 
 // Whether the plain dense kernel stores o by TMA from shared memory; only for tiles where that was measured
@@ -52,17 +61,27 @@ constexpr int64_t forward_shared_bytes(const Row& r) {
 inline constexpr int32_t kScoreGradientStages = 3;
 inline constexpr int64_t kKeyTileStateBytes = 1024;  // upper bound: barriers and the state of the key tile
 
-inline constexpr int32_t kSingleDsStages = 2;  // tiles of dS of a CTA with one consumer warpgroup
+// Whether the second consumer's part of dQ has fewer than 64 rows: 96 query rows, for heads of up to 80
+// columns.
+constexpr bool splits_rows_unevenly(const Row& r) { return r.block_m % kConsumerRows != 0; }
+inline constexpr int32_t kUnevenTile = 96, kUnevenHeadDim = 80;
+
+// Rows with few tiles of dS, and no room for dQ, have one consumer warpgroup or split dQ's rows unevenly.
+inline constexpr int32_t kFewDsStages = 2;
+constexpr bool has_few_ds_stages(const Row& r) {
+  return r.block_n == kConsumerRows || splits_rows_unevenly(r);
+}
 
 constexpr int64_t backward_shared_bytes(const Row& r) {
   const int64_t rows = r.block_n + int64_t{r.stages} * r.block_m;
-  const int64_t ds = kElementBytes * r.block_m * r.block_n,
+  const int64_t ds = kElementBytes * whole_panels(r.block_m, kConsumerRows) * r.block_n,
                 dq = static_cast<int64_t>(sizeof(float)) * r.block_m * r.head_dim;
   const int64_t statistics = 2 * int64_t{r.stages} * r.block_m;
   const int64_t gradients =
-      r.block_n == kConsumerRows ? kSingleDsStages * ds : kScoreGradientStages * ds + (ds > dq ? ds : dq);
-  return kElementBytes * rows * (r.head_dim + r.value_dim) + gradients +
-         static_cast<int64_t>(sizeof(float)) * statistics + kKeyTileStateBytes;
+      has_few_ds_stages(r) ? kFewDsStages * ds : kScoreGradientStages * ds + (ds > dq ? ds : dq);
+  return kElementBytes * rows * (backward_columns(r.head_dim) + backward_columns(r.value_dim)) + gradients +
+         static_cast<int64_t>(sizeof(float)) * statistics +
+         (splits_rows_unevenly(r) ? kStateBytes : kKeyTileStateBytes);
 }
 
 // The bias gradient: two tiles of the bias, and perhaps of the mask, with the state of a step. The remaining

@@ -27,16 +27,29 @@ class TileChoice {
   // If the grid of small tiles fits in one wave, larger ones would leave SMs idle, and teams would, too.
   Consumers best() const {
     if (waves(kConsumerRows) <= 1) return Consumers::kOne;
-    if (!call_.spec.packed() && waves(2 * kConsumerRows) <= 1) return Consumers::kTwo;
+    if (!call_.spec.packed() && waves(kSmallTile) <= 1) return Consumers::kTwo;
+    if (call_.shapes.head_dim > kMostOfTeams) return wants_two() ? Consumers::kTwo : Consumers::kThree;
     return wants_teams() ? Consumers::kTeams : Consumers::kThree;
   }
 
  private:
+  static constexpr int64_t kMostOfTeams = 64;  // larger heads exceed the registers of teams
+  static constexpr int64_t kFewKeys = 256;
+  static constexpr int64_t kSmallTile = 2 * kConsumerRows, kLargeTile = 3 * kConsumerRows;
+
+  // Whether there are few keys, or small tiles leave so many fewer rows unused, in a sequence or in the last
+  // wave, that it outweighs their smaller rate. The cost of a wave of small tiles, in rows of large ones, was
+  // measured at d = 72 to 96.
+  bool wants_two() const {
+    constexpr int64_t kCostOfSmallTile = 145;
+    if (visible_keys_ <= kFewKeys) return true;
+    return !call_.spec.packed() && waves(kSmallTile) * kCostOfSmallTile <= waves(kLargeTile) * kLargeTile;
+  }
+
   // With few keys, or few waves of tiles, two teams hide each other's prologue and epilogue, which outweighs
   // their smaller key tile.
   bool wants_teams() const {
     constexpr int64_t kFewKeysOfBand = 1024 + 1;  // a window of 1,024 before the row's own key
-    constexpr int64_t kFewKeys = 256;
     const bool band = call_.spec.left >= 0 || call_.spec.right >= 0;
     if (visible_keys_ <= (band ? kFewKeysOfBand : kFewKeys)) return true;
     return !call_.spec.packed() &&
@@ -54,10 +67,9 @@ class TileChoice {
   // tiles. The cost of a wave, in rows of large tiles, was measured at d = 64. If tiles differ in length,
   // short ones fill the last wave, and teams pay only if all their tiles run at once.
   bool few_waves() const {
-    constexpr int64_t kLargeTile = 192, kTeamTile = 128;             // rows
     constexpr int64_t kCostOfOneTeam = 164, kCostOfBothTeams = 280;  // rows
     constexpr int64_t kMostWaves = 8, kMostTeamWaves = 2;
-    const int64_t large = waves(kLargeTile), small = waves(kTeamTile);
+    const int64_t large = waves(kLargeTile), small = waves(kSmallTile);
     const bool few = call_.tiles_differ() ? small <= kMostTeamWaves : large <= kMostWaves;
     return few && small / 2 * kCostOfBothTeams + small % 2 * kCostOfOneTeam <= large * kLargeTile;
   }

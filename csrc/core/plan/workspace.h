@@ -123,7 +123,7 @@ inline Dim step_lists_bound(const AttentionSpec& spec, const DimShapes& s) {
 
 // For how many query tiles a head has sums and tickets of dQ: the tiles of a batch entry, or an upper bound
 // of the slots of all packed sequences (first_slot in core/sequence.h). The product of this number and `tile`
-// does not decrease with `tile`, so the largest tile gives the bound over all kernels.
+// is at most that of a multiple of `tile`, so the largest power of two gives the bound over all smaller ones.
 inline Dim dq_tiles(const AttentionSpec& spec, const Dim& rows, const Dim& sequences, int64_t tile) {
   return (rows + (tile - 1)) / tile + (spec.packed() ? sequences : Dim(0));
 }

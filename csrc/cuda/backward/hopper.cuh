@@ -65,13 +65,17 @@ struct BackwardSm90 {
   static constexpr int kProducerRegisters = kSingle ? 32 : producer_registers(kConsumers),
                        kConsumerRegisters = kSingle ? 224 : consumer_registers(kConsumers);
   // A consumer's part of dQ [M, d]: 64 of the rows, or half of the columns, or all if it is the only one.
-  static constexpr bool kDqByRows = M == 2 * kConsumerRows;
-  using KTile = SharedTile<T, N, HeadDim>;
+  // With 96 rows the second consumer has 32; it multiplies 32 more rows of dS, which are never written or
+  // read.
+  static constexpr bool kDqByRows = M > kConsumerRows, kUnevenRows = hopper::splits_rows_unevenly(R);
+  static constexpr int kDqColumns = kSingle || kDqByRows ? HeadDim : HeadDim / 2;
+  // A half of dQ's columns has whole panels of K: of 16 columns, if the half has 48.
+  static constexpr int kKeyPanel = !kDqByRows && kDqColumns % 32 != 0 ? 2 : panel_of(HeadDim / 8);
+  using KTile = SharedTile<T, N, HeadDim, false, kKeyPanel>;
   using VTile = SharedTile<T, N, ValueDim>;
   using QTile = SharedTile<T, M, HeadDim>;
   using DoTile = SharedTile<T, M, ValueDim>;
-  using DsTile = SharedTile<T, N, M>;
-  static constexpr int kDqColumns = kSingle || kDqByRows ? HeadDim : HeadDim / 2;
+  using DsTile = SharedTile<T, N, hopper::whole_panels(M, kConsumerRows)>;
   using S = TransposedAccumulator<1, M / 8>;
   using Score = GradientScore<Kind, S>;
   // In kernels with ordered sums, bias and mask use the memory of dQ. A bias of 128 queries also uses the
@@ -79,12 +83,12 @@ struct BackwardSm90 {
   static constexpr bool kSpareDs =
       (Kind == ScoreKind::kBias || Kind == ScoreKind::kGeneralDropout) && M > kConsumerRows;
   // Whether consumers alternate in issuing products (ping-pong).
-  static constexpr bool kAlternates = M == kConsumerRows && !kSingle;
+  static constexpr bool kAlternates = M < 2 * kConsumerRows && !kSingle;
   // With four tiles of dS no stage needs to be released: before a consumer overwrites a tile, it has waited
   // for the other consumer's dS of two steps before, which came after that consumer's dQ of four steps
   // before.
-  static constexpr bool kReleasesDs = Ordered || stages_tiles(Kind);
-  static constexpr int kDsStages = kSingle       ? hopper::kSingleDsStages
+  static constexpr bool kReleasesDs = Ordered || stages_tiles(Kind) || kUnevenRows;
+  static constexpr int kDsStages = hopper::has_few_ds_stages(R) ? hopper::kFewDsStages
                                    : kReleasesDs ? hopper::kScoreGradientStages - (kSpareDs ? 1 : 0)
                                                  : hopper::kScoreGradientStages + 1;
   // The order of the plain kernel with 64 query rows: dQ and dV are issued before dS is stored, and dPᵀ is
@@ -121,8 +125,10 @@ struct BackwardSm90 {
   static_assert(kSingle ? lists_tiles(Kind) && M == kConsumerRows && R.blocks == 2 : kConsumers == 2);
   static_assert(kSingle ? 2 * kWarpgroup * (kProducerRegisters + kConsumerRegisters) <= 65536
                         : registers_suffice(kThreads, kConsumers));
-  static_assert(M == kConsumerRows || kDqByRows);
+  static_assert(M <= 2 * kConsumerRows && M % 32 == 0);
   static_assert(kDqByRows || kDqColumns % (KTile::kPanel * 8) == 0);  // whole panels
+  static_assert(!kUnevenRows || (Kind == ScoreKind::kPlain && !Ordered && M == hopper::kUnevenTile &&
+                                 HeadDim <= hopper::kUnevenHeadDim));
   static_assert(sizeof(Shared) <= hopper::backward_shared_bytes(R));
 };
 
@@ -324,8 +330,10 @@ cudaError_t launch_slice(const Problem& p, const LaunchPlan& plan, void* workspa
         return launch_backward_sm90<BackwardSm90<T, R, kKind, kOrdered>, T>(p, plan, workspace, stream);
       };
       // The ordered kernel stages dQ in shared memory. If bias or mask take this room, consumers wait for
-      // their tickets instead. Calls whose steps are listed have no tickets.
-      constexpr bool kOrdered = !stages_tiles(kKind) && !lists_tiles(kKind);
+      // their tickets instead. Calls whose steps are listed, and calls of rows that split dQ's rows unevenly,
+      // have no tickets.
+      constexpr bool kOrdered =
+          !stages_tiles(kKind) && !lists_tiles(kKind) && !hopper::splits_rows_unevenly(R);
       if constexpr (kKind == ScoreKind::kPlain) {
         using C = BackwardSm90<T, R, kKind, false, true>;
         if (plan.rounds_dq) return launch_backward_sm90<C, T>(p, plan, workspace, stream);

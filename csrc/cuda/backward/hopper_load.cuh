@@ -248,10 +248,12 @@ struct GradientProducer {
           }
           store(lane, first);
           store(lane + 32, second);
-          if constexpr (C::kM > 64) {
+          if constexpr (C::kM > 96) {
             const float2 third = fetch(lane + 64), fourth = fetch(lane + 96);
             store(lane + 64, third);
             store(lane + 96, fourth);
+          } else if constexpr (C::kM > 64) {
+            store(lane + 64, fetch(lane + 64));
           }
           large_lse = __any_sync(~0u, large_lse);
           if (lane == 0) shared.large_lse[stage] = large_lse | partial << 1, shared.step_ring.put(step);

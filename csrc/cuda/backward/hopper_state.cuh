@@ -77,7 +77,8 @@ inline constexpr bool kTrimsSteps = C::Score::reads(Operand::kQSegmentIds) || C:
 // Whether a consumer multiplies only the blocks of kConsumerRows rows of a step that see some of its keys
 // (hopper_block_steps.cuh).
 template <class C>
-inline constexpr bool kSkipsBlocks = C::kKind == ScoreKind::kPlain && C::kCluster == 1;
+inline constexpr bool kSkipsBlocks =
+    C::kKind == ScoreKind::kPlain && C::kCluster == 1 && C::kM % kConsumerRows == 0;
 
 // Whether the steps of a key tile are listed, so that consumers learn them from the statistics warp.
 template <class C>

@@ -117,10 +117,13 @@ struct ForwardSm90 {
               (Kind == ScoreKind::kPlain || Kind == ScoreKind::kSegments || (kRanges && kHeadDim <= 64))
           ? 32
           : 0;
-  using QTile = SharedTile<T, kConsumerRows, kHeadDim>;  // of a consumer
+  // Panels have 64 columns where the head has more (hopper::forward_columns).
+  template <int kRows, int kColumns>
+  using Tile = SharedTile<T, kRows, kColumns, false, (kColumns > 64) ? 8 : panel_of(kColumns / kChunk<T>)>;
+  using QTile = Tile<kConsumerRows, kHeadDim>;  // of a consumer
   template <int kColumns>
   using KeyTile =
-      std::conditional_t<kGroupsRows<KeyLoader>, GroupedTile<T, kN, kColumns>, SharedTile<T, kN, kColumns>>;
+      std::conditional_t<kGroupsRows<KeyLoader>, GroupedTile<T, kN, kColumns>, Tile<kN, kColumns>>;
   using KTile = KeyTile<kHeadDim / kKeyParts>;
   using VTile = KeyTile<kValueDim>;
   using S = Accumulator<1, kN / 8>;

@@ -9,10 +9,13 @@
 namespace jax_flash {
 
 // In units of 16 bytes, bits 0–13 hold the address, 16–29 the leading byte offset and 32–45 the stride byte
-// offset. Bits 62–63 hold the swizzle: 1 for 128 bytes, 2 for 64 bytes.
+// offset. Bits 62–63 hold the swizzle: 1 for 128 bytes, 2 for 64 bytes, 3 for 32 bytes.
 template <class Tile>
 __device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t leading) {
-  constexpr uint64_t kSwizzle = Tile::kPanel == 8 ? 1 : 2, kStride = Tile::kGroup / 16;
+  constexpr uint64_t kSwizzle = Tile::kPanel == 8   ? 1
+                                : Tile::kPanel == 4 ? 2
+                                                    : 3,
+                     kStride = Tile::kGroup / 16;
   return uint64_t{(address & 0x3FFFF) >> 4} | uint64_t{leading >> 4} << 16 | kStride << 32 | kSwizzle << 62;
 }
 

@@ -2,9 +2,10 @@
 // have bank conflicts.
 //
 // A chunk is 16 bytes of a row. The columns are cut into panels of 8 chunks (the 128-byte swizzle of TMA and
-// wgmma), or of 4 chunks (the 64-byte swizzle) where 8 does not divide them: 16-bit tiles of 32, 96, 160 or
-// 224 columns. The rows of a panel lie one after the other, and each row XORs its chunk numbers with
-// swizzle(row).
+// wgmma), or of 4 chunks (the 64-byte swizzle) where 8 does not divide them: 16-bit tiles of 32, 80, 96, 160
+// or 224 columns. A tile may name another size, down to 2 chunks (the 32-byte swizzle). The last panel may
+// have chunks that no column uses. The rows of a panel lie one after the other, and each row XORs its chunk
+// numbers with swizzle(row).
 //
 // A permuted tile passes its rows to mma in another order: of every 32 rows, the n-th 8 × 8 matrix consists
 // of rows 2n and 2n + 1 of each group of 8. If these rows are the columns of a product (keys of S), mma's C
@@ -25,17 +26,20 @@ __host__ __device__ constexpr int permuted(int index) {
 template <class T>
 inline constexpr int kChunk = 16 / static_cast<int>(sizeof(T));
 
-template <class T, int Rows, int Columns, bool Permuted = false>
+// The chunks of a row within a panel, unless a tile names another size.
+constexpr int panel_of(int chunks) { return chunks % 8 == 0 ? 8 : 4; }
+
+template <class T, int Rows, int Columns, bool Permuted = false, int Panel = panel_of(Columns / kChunk<T>)>
 struct SharedTile {
   using Element = T;
   static constexpr int kRows = Rows, kColumns = Columns;
-  static constexpr int kChunks = Columns / kChunk<T>;      // per row
-  static constexpr int kPanel = kChunks % 8 == 0 ? 8 : 4;  // chunks per row within a panel
-  static constexpr int kPitch = kPanel * 16;               // bytes from row to row
-  static constexpr int kBytes = Rows * kChunks * 16;
-  static constexpr int kGroup = 8 * kPitch;          // bytes from 8 rows to the next 8
-  static constexpr int kPanelBytes = Rows * kPitch;  // from panel to panel
-  static_assert(Rows % (Permuted ? 32 : 8) == 0 && kChunks % 4 == 0);
+  static constexpr int kChunks = Columns / kChunk<T>;  // per row
+  static constexpr int kPanel = Panel;                 // chunks per row within a panel
+  static constexpr int kPitch = kPanel * 16;           // bytes from row to row
+  static constexpr int kGroup = 8 * kPitch;            // bytes from 8 rows to the next 8
+  static constexpr int kPanelBytes = Rows * kPitch;    // from panel to panel
+  static constexpr int kBytes = (kChunks + kPanel - 1) / kPanel * kPanelBytes;
+  static_assert(Rows % (Permuted ? 32 : 8) == 0 && kChunks % 2 == 0);
 
   // The tile's row that mma sees as row `index`. row_of(8n + i) = row_of(8n) + row_of(i) for i < 8.
   static constexpr int row_of(int index) { return Permuted ? permuted(index) : index; }
@@ -43,7 +47,7 @@ struct SharedTile {
   // The XOR mask of a row's chunk numbers.
   static constexpr int swizzle(int row) {
     if (Permuted) return kPanel == 8 ? (row & 1) | (row >> 3 & 3) << 1 : row >> 3 & 3;
-    return kPanel == 8 ? row & 7 : row >> 1 & 3;
+    return kPanel == 8 ? row & 7 : kPanel == 4 ? row >> 1 & 3 : row >> 2 & 1;
   }
   static constexpr int panel_offset(int chunk) { return chunk / kPanel * kPanelBytes; }
 
@@ -84,6 +88,8 @@ struct GroupedTile : SharedTile<T, Rows, Columns> {
 static_assert(SharedTile<uint16_t, 16, 32>::conflict_free() && SharedTile<uint16_t, 16, 64>::conflict_free());
 static_assert(SharedTile<uint16_t, 16, 96>::conflict_free() &&
               SharedTile<uint16_t, 16, 160>::conflict_free());
+static_assert(SharedTile<uint16_t, 16, 80>::conflict_free() &&
+              SharedTile<uint16_t, 16, 96, false, 2>::conflict_free());
 static_assert(SharedTile<uint16_t, 16, 192>::conflict_free() &&
               SharedTile<uint16_t, 16, 224>::conflict_free());
 static_assert(SharedTile<uint16_t, 32, 96, true>::conflict_free() &&

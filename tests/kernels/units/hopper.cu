@@ -31,12 +31,12 @@ __device__ void copy_tile(uint32_t to, const CUtensorMap& map, uint32_t barrier)
 }
 
 // s = q kᵀ [64, N] and o = s v [64, D], one warpgroup.
-template <class T, int N, int D>
+template <class T, int N, int D, int Panel>
 __global__ void __launch_bounds__(128)
     products(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
              const __grid_constant__ CUtensorMap v_map, float* s_out, float* o_out) {
-  using Rows = SharedTile<T, kRows, D>;
-  using Keys = SharedTile<T, N, D>;
+  using Rows = SharedTile<T, kRows, D, false, Panel>;
+  using Keys = SharedTile<T, N, D, false, Panel>;
   const uint32_t q = ptx::shared_address(ptx::dynamic_shared_1024()), k = q + Rows::kBytes,
                  v = k + Keys::kBytes, barrier = v + Keys::kBytes;
   if (threadIdx.x == 0) {
@@ -111,16 +111,16 @@ struct Operand {
 };
 
 // `rows` of q and `keys` of k and v exist, of head dim d ≤ D; the tiles' rest is to read as zeros.
-template <class T, int N, int D>
+template <class T, int N, int D, int Panel>
 int run(int rows, int keys, int d) {
-  constexpr int kPanel = SharedTile<T, N, D>::kPanel * 8, kShared = (kRows + 2 * N) * D * 2 + 8;
+  constexpr int kPanel = Panel * 8, kShared = SharedTile<T, kRows + 2 * N, D, false, Panel>::kBytes + 8;
   if (kShared > 227 << 10) return 0;
   const Operand<T> q(rows, d, 1), k(keys, d, 2), v(keys, d, 3);
   float* out;
   check(cudaMalloc(&out, kRows * (N + D) * 4), "cudaMalloc");
-  check(cudaFuncSetAttribute(products<T, N, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared),
+  check(cudaFuncSetAttribute(products<T, N, D, Panel>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared),
         "shared");
-  products<T, N, D>
+  products<T, N, D, Panel>
       <<<1, 128, kShared>>>(q.map(kRows, kPanel), k.map(N, kPanel), v.map(N, kPanel), out, out + kRows * N);
   std::vector<float> got(kRows * (N + D));
   check(cudaMemcpy(got.data(), out, got.size() * 4, cudaMemcpyDeviceToHost), "products");
@@ -135,15 +135,15 @@ int run(int rows, int keys, int d) {
     for (int c = 0; c < D; ++c) wrong += got[kRows * N + i * D + c] != o[c];
   }
   cudaFree(out);
-  std::printf("%s, N %d, D %d, %d rows, %d keys, d %d: ", std::is_same_v<T, __half> ? "float16" : "bfloat16",
-              N, D, rows, keys, d);
+  std::printf("%s, N %d, D %d in panels of %d, %d rows, %d keys, d %d: ",
+              std::is_same_v<T, __half> ? "float16" : "bfloat16", N, D, kPanel, rows, keys, d);
   std::printf(wrong ? "FAILED, %d wrong\n" : "ok\n", wrong);
   return wrong;
 }
 
-template <class T, int N, int D>
+template <class T, int N, int D, int Panel = panel_of(D / 8)>
 int run() {
-  return run<T, N, D>(kRows, N, D) + run<T, N, D>(kRows - 5, N - 7, D - 8);
+  return run<T, N, D, Panel>(kRows, N, D) + run<T, N, D, Panel>(kRows - 5, N - 7, D - 8);
 }
 
 template <class T>
@@ -151,7 +151,8 @@ int run_type() {
   return run<T, 32, 64>() + run<T, 64, 64>() + run<T, 80, 64>() + run<T, 96, 64>() + run<T, 112, 64>() +
          run<T, 128, 64>() + run<T, 144, 64>() + run<T, 160, 64>() + run<T, 176, 64>() + run<T, 192, 64>() +
          run<T, 256, 64>() + run<T, 128, 32>() + run<T, 128, 96>() + run<T, 128, 128>() + run<T, 96, 192>() +
-         run<T, 80, 256>();
+         run<T, 80, 256>() + run<T, 112, 80>() + run<T, 112, 80, 8>() + run<T, 112, 96, 8>() +
+         run<T, 128, 96, 2>();
 }
 
 constexpr int kCluster = 2, kBlocks = 16, kThreads = 128;

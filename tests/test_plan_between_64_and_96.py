@@ -1,0 +1,54 @@
+"""The plans of Hopper's kernels for head dims above 64, up to 96. No GPU needed."""
+
+from typing import Any
+
+import pytest
+from plans import H100, plan, tile
+
+from jax_flash.spec import AttentionSpec
+from jax_flash.workspace import workspace_bound
+
+
+def rows(pass_: str, d: int, tokens: int, batch: int = 8, **options: Any) -> tuple[int, tuple[int, int]]:
+    """The head dim and the tile of the kernel of a call."""
+    sizes = {"batch": batch, "q_rows": tokens, "k_rows": tokens, "heads": 16, "kv_heads": 16}
+    chosen = plan(pass_, H100, **sizes | {"d": d, "dv": d} | options)
+    return chosen["row"]["d"], tile(chosen)
+
+
+@pytest.mark.parametrize(("d", "row"), [(72, 80), (80, 80), (88, 96), (96, 96)])
+def test_the_forward_has_large_tiles_unless_they_leave_too_many_rows_unused(d, row):
+    small, large = (row, (128, 128)), (row, (192, 112))
+    assert rows("forward", d, 4096) == rows("forward", d, 4096, right=0) == large
+    assert rows("forward", d, 729, 64) == rows("forward", d, 257, 64) == large
+    assert rows("forward", d, 256, 64) == small  # few keys
+    assert rows("forward", d, 640, 64) == small  # 4 tiles of 192 rows hold 768
+    assert rows("forward", d, 1024, 1) == small  # 128 tiles: one wave
+    assert rows("forward", d, 8192, 2, varlen=True) == large
+    assert rows("forward", d, 8192, 64, varlen=True) == small  # sequences have 128 tokens on average
+
+
+def test_the_backward_has_tiles_of_96_queries_up_to_head_dim_80():
+    uneven, even = (80, (96, 128)), (96, (64, 128))
+    assert rows("backward", 72, 729) == rows("backward", 80, 4096, right=0) == uneven
+    assert rows("backward", 80, 4096, varlen=True) == uneven
+    assert rows("backward", 80, 256) == even  # 3 tiles of 96 rows hold 288
+    assert rows("backward", 80, 4096, deterministic=True) == even  # dQ is added up in order
+    assert rows("backward", 88, 4096) == rows("backward", 96, 4096, deterministic=True) == even
+    assert rows("backward", 80, 4096, softcap=3.0)[0] == 128  # these rows have no kernel for this option
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("tokens", [1, 96, 97, 128, 192, 257, 4097])
+def test_the_workspace_of_96_queries_stays_within_its_bound(tokens, packed):
+    """ceil(128 / 96) · 96 exceeds ceil(128 / 128) · 128."""
+    layout, options = ("varlen", {"varlen": True}) if packed else ("fixed", {})
+    spec = AttentionSpec(layout)
+    lead = (tokens,) if packed else (3, tokens)
+    shapes = dict.fromkeys(("query", "key", "value"), (*lead, 4, 72))
+    if packed:
+        shapes |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), (4,))
+    chosen = plan(
+        "backward", H100, batch=3, q_rows=tokens, k_rows=tokens, heads=4, kv_heads=4, d=72, dv=72, **options
+    )
+    assert chosen["workspace"] <= chosen["workspace_bound"] == workspace_bound("backward", spec, shapes)
