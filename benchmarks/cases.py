@@ -47,6 +47,20 @@ FLOAT32 = tuple(
     for d in HEAD_DIMS
     for causal in (False, True)
 )
+# Sequences, tokens, heads and head dims of SigLIP, DiT-XL, ViT-H, phi-2, phi-3, and of long calls.
+BETWEEN_64_AND_96 = tuple(
+    heads_case(f"{b} × {s} {h} × {d}{' causal' * causal}", b, s, h, h, d).replace(causal=causal)
+    for b, s, h, d, causal in (
+        (64, 729, 16, 72, False),
+        (128, 256, 16, 72, False),
+        (64, 257, 16, 80, False),
+        (2, 8192, 24, 80, False),
+        (4, 2048, 32, 80, True),
+        (4, 2048, 32, 96, True),
+        (2, 8192, 20, 96, False),
+        (2, 8192, 20, 96, True),
+    )
+)
 MLA = heads_case("128 heads d192/128 s4096 causal", 1, 4096, 128, 128, 192, dv=128)  # DeepSeek-V3's heads
 WINDOWS = (
     heads_case("2 × 64/8 d64 s8192 window 128", 2, 8192, 64, 8, 64, window=(127, 0)),  # gpt-oss

@@ -111,6 +111,10 @@ def float32(pass_: str) -> Iterator[Cell]:
     yield from against_peers(cases.FLOAT32, pass_, "float32", ("xla",))
 
 
+def between_64_and_96(pass_: str) -> Iterator[Cell]:
+    yield from against_peers(cases.BETWEEN_64_AND_96, pass_, "head dims 72 to 96", ("cudnn", "fa4-jax"))
+
+
 def windows(pass_: str) -> Iterator[Cell]:
     yield from against_peers(cases.WINDOWS, pass_, "windows")
 
@@ -251,6 +255,7 @@ SECTIONS: dict[str, Callable[[], Iterator[Cell]]] = {
     "options forward": lambda: (cell for d in cases.HEAD_DIMS for cell in options(d, "forward")),
     "pairs": lambda: (cell for pass_ in PASSES for cell in pairs(pass_)),
     "float32": lambda: (cell for pass_ in PASSES for cell in float32(pass_)),
+    "head dims": lambda: (cell for pass_ in PASSES for cell in between_64_and_96(pass_)),
     "short": functools.partial(small, "backward"),
     "short forward": functools.partial(small, "forward"),
     "forward": functools.partial(matrix, "forward"),

@@ -82,6 +82,7 @@ ORDER = (
     "mixed",
     "append",
     "float32",
+    "head dims",
     "gpt-oss step",
     "host",
     "other peers",
