@@ -20,35 +20,43 @@ def rows(pass_: str, d: int, tokens: int, batch: int = 8, **options: Any) -> tup
 def test_the_forward_has_large_tiles_unless_they_leave_too_many_rows_unused(d, row):
     small, large = (row, (128, 128)), (row, (192, 112))
     assert rows("forward", d, 4096) == rows("forward", d, 4096, right=0) == large
+    assert rows("forward", d, 4096, dv=40) == rows("forward", 40, 4096, dv=d) == large
     assert rows("forward", d, 729, 64) == rows("forward", d, 257, 64) == large
+    assert (
+        rows("forward", d, 470, 3, heads=68, kv_heads=34, k_rows=290) == large
+    )  # as in test_between_64_and_96.py
+    assert rows("forward", d, 1470, 3, heads=68, kv_heads=34, varlen=True) == large
     assert rows("forward", d, 256, 64) == small  # few keys
     assert rows("forward", d, 640, 64) == small  # 4 tiles of 192 rows hold 768
     assert rows("forward", d, 1024, 1) == small  # 128 tiles: one wave
+    assert rows("forward", d, 4096, left=2000, right=0) == small
     assert rows("forward", d, 8192, 2, varlen=True) == large
     assert rows("forward", d, 8192, 64, varlen=True) == small  # sequences have 128 tokens on average
 
 
 def test_the_backward_has_tiles_of_96_queries_up_to_head_dim_80():
-    uneven, even = (80, (96, 128)), (96, (64, 128))
-    assert rows("backward", 72, 729) == rows("backward", 80, 4096, right=0) == uneven
-    assert rows("backward", 80, 4096, varlen=True) == uneven
-    assert rows("backward", 80, 256) == even  # 3 tiles of 96 rows hold 288
-    assert rows("backward", 80, 4096, deterministic=True) == even  # dQ is added up in order
-    assert rows("backward", 88, 4096) == rows("backward", 96, 4096, deterministic=True) == even
+    tiles_of_96, tiles_of_64 = (80, (96, 128)), (96, (64, 128))
+    assert rows("backward", 72, 729) == rows("backward", 80, 4096, right=0) == tiles_of_96
+    assert rows("backward", 80, 256) == tiles_of_64  # 3 tiles of 96 rows hold 288
+    assert rows("backward", 80, 4096, deterministic=True) == tiles_of_64  # dQ is added up in order
+    assert rows("backward", 88, 4096) == rows("backward", 96, 4096, deterministic=True) == tiles_of_64
     assert rows("backward", 80, 4096, softcap=3.0)[0] == 128  # these rows have no kernel for this option
+    assert rows("backward", 80, 8192, 32, varlen=True) == tiles_of_96  # sequences have 256 tokens on average
+    assert rows("backward", 80, 8192, 64, varlen=True) == tiles_of_64  # 128
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("tokens", [1, 96, 97, 128, 192, 257, 4097])
+@pytest.mark.parametrize(("tokens", "packed"), [(1024, False), (896, True)])
 def test_the_workspace_of_96_queries_stays_within_its_bound(tokens, packed):
-    """ceil(128 / 96) · 96 exceeds ceil(128 / 128) · 128."""
-    layout, options = ("varlen", {"varlen": True}) if packed else ("fixed", {})
+    """dQ's sums have 11 · 96 rows of these tokens; tiles of 128 would have 8 · 128."""
+    layout, sizes = ("varlen", (tokens,)) if packed else ("fixed", (1, tokens))
     spec = AttentionSpec(layout)
-    lead = (tokens,) if packed else (3, tokens)
-    shapes = dict.fromkeys(("query", "key", "value"), (*lead, 4, 72))
+    shapes = dict.fromkeys(("query", "key", "value"), (*sizes, 4, 72))
     if packed:
-        shapes |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), (4,))
-    chosen = plan(
-        "backward", H100, batch=3, q_rows=tokens, k_rows=tokens, heads=4, kv_heads=4, d=72, dv=72, **options
-    )
-    assert chosen["workspace"] <= chosen["workspace_bound"] == workspace_bound("backward", spec, shapes)
+        shapes |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), (2,))
+    call = {"batch": 1, "q_rows": tokens, "k_rows": tokens, "heads": 4, "kv_heads": 4, "varlen": packed}
+    chosen = plan("backward", H100, d=72, dv=72, **call)
+    assert tile(chosen) == (96, 128)
+    assert 11 * 96 * 4 * 72 * 4 <= chosen["workspace"] <= chosen["workspace_bound"]
+    assert chosen["workspace_bound"] == workspace_bound("backward", spec, shapes)
+    other = plan("backward", H100, d=64, dv=64, **call)
+    assert other["workspace_bound"] < 11 * 96 * 4 * 64 * 4  # smaller heads do not pay for these tiles

@@ -114,9 +114,10 @@ __device__ __forceinline__ void store_rows_from_registers(const O& o, T* data, i
     T* const to = data + offset(i);
 #pragma unroll
     for (int n = 0; n < O::kColumnTiles; n += 4) {
-      uint32_t x[4];
+      uint32_t x[4] = {};
 #pragma unroll
-      for (int c = 0; c < 4; ++c) x[c] = ptx::pack<T>(o.at(slot, n + c, 0), o.at(slot, n + c, 1));
+      for (int c = 0; c < 4 && n + c < O::kColumnTiles; ++c)
+        x[c] = ptx::pack<T>(o.at(slot, n + c, 0), o.at(slot, n + c, 1));
       transpose_quad(x);
       const int32_t column = n * 8 + threadIdx.x % 4 * 8;
       ptx::store_global(to + column, make_uint4(x[0], x[1], x[2], x[3]), i < end && column < columns);

@@ -173,7 +173,7 @@ class Backward final : public PassTraits {
       if (!find_score(row, call, score) || (score != ScoreKind::kBias && score != ScoreKind::kMask))
         return false;
     }
-    if (hopper::splits_rows_unevenly(row) && !wants_uneven_rows(call)) return false;
+    if (hopper::takes_96_queries(row) && !wants_96_queries(call)) return false;
     if (spec.has(Operand::kBlockMask) && !lists_steps(row, call)) return false;
     if (spec.has(Operand::kBias) && !call.shapes.bias_in_chunks) return false;
     if (spec.has(Operand::kMask) && !lists_mask(row, call) && !call.shapes.mask_in_chunks) return false;
@@ -227,23 +227,35 @@ class Backward final : public PassTraits {
     return schedule_bound(spec, s, s.k_rows) +
            max(max(segments_bound(spec, s, s.k_rows), ranges_bound(spec, s, s.k_rows)),
                step_lists_bound(spec, s)) +
-           aligned(max(dq_sums_bytes(spec, s, kLargestQueryTile), uneven_sums_bound(spec, s))) +
+           aligned(max(dq_sums_bytes(spec, s, kLargestQueryTile), sums_bound_of_96_queries(spec, s))) +
            part_gradients_bound(spec, s) + tickets + aligned(kCounterBytes);
   }
 
  private:
-  static Dim uneven_sums_bound(const AttentionSpec& spec, const DimShapes& s) {
-    if (s.head_dim.known() && s.head_dim.value() > hopper::kUnevenHeadDim) return 0;
-    return dq_sums_bytes(spec, s, hopper::kUnevenTile);
+  // Whether tiles of 96 queries may serve a call: their sums have no order, and smaller heads have rows with
+  // larger tiles.
+  static bool may_take_96_queries(const AttentionSpec& spec, int64_t d, int64_t dv) {
+    return !spec.deterministic && std::max(d, dv) > hopper::kSmallHeadDim;
   }
 
-  // Tiles of 96 query rows take about 14/15 of the time of tiles of 64 for each row, unless too many rows of
-  // the last tile are not in use. Their sums have no order.
-  static bool wants_uneven_rows(const Call& call) {
+  static Dim sums_bound_of_96_queries(const AttentionSpec& spec, const DimShapes& s) {
+    const bool known = s.head_dim.known() && s.value_dim.known();
+    if (known && !may_take_96_queries(spec, s.head_dim.value(), s.value_dim.value())) return 0;
+    if (s.head_dim.known() && s.head_dim.value() > hopper::kHeadDimOf96Queries) return 0;
+    return dq_sums_bytes(spec, s, hopper::k96Queries);
+  }
+
+  // Tiles of 96 queries take about 14/15 of the time of tiles of 64 for each row, unless too many rows of the
+  // last tile are not in use: of packed sequences, on average half of it.
+  static bool wants_96_queries(const Call& call) {
     constexpr int64_t kTime = 14, kTimeOfSmall = 15;
-    const auto rows = [&](int64_t tile) { return ceil_div(call.shapes.q_rows, tile) * tile; };
-    return !call.spec.deterministic &&
-           kTime * rows(hopper::kUnevenTile) <= kTimeOfSmall * rows(kConsumerRows);
+    const Shapes& s = call.shapes;
+    const auto rows = [&](int64_t tile) {
+      if (call.spec.packed()) return s.q_rows / std::max<int64_t>(1, s.batch) + tile / 2;
+      return ceil_div(s.q_rows, tile) * tile;
+    };
+    return may_take_96_queries(call.spec, s.head_dim, s.value_dim) &&
+           kTime * rows(hopper::k96Queries) <= kTimeOfSmall * rows(kConsumerRows);
   }
 
   // Whether the CTAs of all key tiles of a KV head form a cluster that clears and rounds its dQ. That saves a

@@ -9,6 +9,7 @@
 namespace jax_flash::hopper {
 
 inline constexpr int32_t kConsumerRows = 64;         // query rows of a consumer warpgroup: M of wgmma
+inline constexpr int32_t kSmallHeadDim = 64;         // larger ones leave no registers for teams, or 128 queries
 inline constexpr int64_t kStateBytes = 2048;         // upper bound: barriers and tile states of a team
 inline constexpr int64_t kMaxSharedBytes = 232'448;  // limit of a CTA
 inline constexpr int64_t kElementBytes = 2;          // float16 and bfloat16
@@ -19,9 +20,11 @@ inline constexpr int32_t kClusterCtas = 2;
 constexpr int32_t backward_cluster_ctas(const Row& r) {
   return r.design == Design::kCluster && r.block_n == kConsumerRows ? 1 : kClusterCtas;
 }
+
 // The columns for which a tile has room: whole panels, which may be wider than the head. The forward's panels
-// have 64 columns where the head has more, because narrower ones read more sectors of heads of 72 columns,
-// which begin beside them. The backward's have 32 where 64 do not divide the head's columns.
+// have 64 columns where the head has more: with 32, heads of 72 columns ran at .83 to .86 of the speed, and
+// heads of 80 and 96 at the same. The backward's have 32 where 64 do not divide the head's columns, since two
+// stages of 96 queries leave no room for more. (K has narrower ones where dQ's columns are divided by two.)
 constexpr int32_t whole_panels(int32_t columns, int32_t panel) {
   return (columns + panel - 1) / panel * panel;
 }
@@ -61,16 +64,14 @@ constexpr int64_t forward_shared_bytes(const Row& r) {
 inline constexpr int32_t kScoreGradientStages = 3;
 inline constexpr int64_t kKeyTileStateBytes = 1024;  // upper bound: barriers and the state of the key tile
 
-// Whether the second consumer's part of dQ has fewer than 64 rows: 96 query rows, for heads of up to 80
-// columns.
-constexpr bool splits_rows_unevenly(const Row& r) { return r.block_m % kConsumerRows != 0; }
-inline constexpr int32_t kUnevenTile = 96, kUnevenHeadDim = 80;
+// Whether a kernel has tiles of 96 queries, of which its second consumer has 32 rows of dQ. They serve heads
+// of 65 to 80 columns.
+constexpr bool takes_96_queries(const Row& r) { return r.block_m % kConsumerRows != 0; }
+inline constexpr int32_t k96Queries = 96, kHeadDimOf96Queries = 80;
 
-// Rows with few tiles of dS, and no room for dQ, have one consumer warpgroup or split dQ's rows unevenly.
+// Kernels with two tiles of dS, and no room for dQ, have one consumer warpgroup or tiles of 96 queries.
 inline constexpr int32_t kFewDsStages = 2;
-constexpr bool has_few_ds_stages(const Row& r) {
-  return r.block_n == kConsumerRows || splits_rows_unevenly(r);
-}
+constexpr bool has_few_ds_stages(const Row& r) { return r.block_n == kConsumerRows || takes_96_queries(r); }
 
 constexpr int64_t backward_shared_bytes(const Row& r) {
   const int64_t rows = r.block_n + int64_t{r.stages} * r.block_m;
@@ -81,7 +82,8 @@ constexpr int64_t backward_shared_bytes(const Row& r) {
       has_few_ds_stages(r) ? kFewDsStages * ds : kScoreGradientStages * ds + (ds > dq ? ds : dq);
   return kElementBytes * rows * (backward_columns(r.head_dim) + backward_columns(r.value_dim)) + gradients +
          static_cast<int64_t>(sizeof(float)) * statistics +
-         (splits_rows_unevenly(r) ? kStateBytes : kKeyTileStateBytes);
+         // With 96 queries no unused room of dQ holds what the alignment to 1,024 bytes adds.
+         (takes_96_queries(r) ? kStateBytes : kKeyTileStateBytes);
 }
 
 // The bias gradient: two tiles of the bias, and perhaps of the mask, with the state of a step. The remaining

@@ -28,21 +28,20 @@ class TileChoice {
   Consumers best() const {
     if (waves(kConsumerRows) <= 1) return Consumers::kOne;
     if (!call_.spec.packed() && waves(kSmallTile) <= 1) return Consumers::kTwo;
-    if (call_.shapes.head_dim > kMostOfTeams) return wants_two() ? Consumers::kTwo : Consumers::kThree;
+    if (std::max(call_.shapes.head_dim, call_.shapes.value_dim) > kSmallHeadDim)
+      return wants_two() ? Consumers::kTwo : Consumers::kThree;
     return wants_teams() ? Consumers::kTeams : Consumers::kThree;
   }
 
  private:
-  static constexpr int64_t kMostOfTeams = 64;  // larger heads exceed the registers of teams
   static constexpr int64_t kFewKeys = 256;
   static constexpr int64_t kSmallTile = 2 * kConsumerRows, kLargeTile = 3 * kConsumerRows;
 
-  // Whether there are few keys, or small tiles leave so many fewer rows unused, in a sequence or in the last
-  // wave, that it outweighs their smaller rate. The cost of a wave of small tiles, in rows of large ones, was
-  // measured at d = 72 to 96.
+  // Small tiles pay with few keys, or if their waves, at 145 rows each, cost no more than those of large
+  // tiles, at 192: measured at d = 72 to 96. Windows were not measured.
   bool wants_two() const {
     constexpr int64_t kCostOfSmallTile = 145;
-    if (visible_keys_ <= kFewKeys) return true;
+    if (visible_keys_ <= kFewKeys || call_.spec.left >= 0 || call_.spec.moves_band()) return true;
     return !call_.spec.packed() && waves(kSmallTile) * kCostOfSmallTile <= waves(kLargeTile) * kLargeTile;
   }
 

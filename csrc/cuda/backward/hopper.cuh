@@ -67,7 +67,7 @@ struct BackwardSm90 {
   // A consumer's part of dQ [M, d]: 64 of the rows, or half of the columns, or all if it is the only one.
   // With 96 rows the second consumer has 32; it multiplies 32 more rows of dS, which are never written or
   // read.
-  static constexpr bool kDqByRows = M > kConsumerRows, kUnevenRows = hopper::splits_rows_unevenly(R);
+  static constexpr bool kDqByRows = M > kConsumerRows, kTakes96Queries = hopper::takes_96_queries(R);
   static constexpr int kDqColumns = kSingle || kDqByRows ? HeadDim : HeadDim / 2;
   // A half of dQ's columns has whole panels of K: of 16 columns, if the half has 48.
   static constexpr int kKeyPanel = !kDqByRows && kDqColumns % 32 != 0 ? 2 : panel_of(HeadDim / 8);
@@ -87,13 +87,14 @@ struct BackwardSm90 {
   // With four tiles of dS no stage needs to be released: before a consumer overwrites a tile, it has waited
   // for the other consumer's dS of two steps before, which came after that consumer's dQ of four steps
   // before.
-  static constexpr bool kReleasesDs = Ordered || stages_tiles(Kind) || kUnevenRows;
+  static constexpr bool kReleasesDs = Ordered || stages_tiles(Kind) || kTakes96Queries;
   static constexpr int kDsStages = hopper::has_few_ds_stages(R) ? hopper::kFewDsStages
                                    : kReleasesDs ? hopper::kScoreGradientStages - (kSpareDs ? 1 : 0)
                                                  : hopper::kScoreGradientStages + 1;
   // The order of the plain kernel with 64 query rows: dQ and dV are issued before dS is stored, and dPᵀ is
   // added to −delta. A consumer that stores dS has still waited for the other's dS of the step before, which
-  // now comes after the other's dQ of three steps before. With 128 rows there are too few registers.
+  // now comes after the other's dQ of three steps before. With 128 rows there are too few registers, and 96
+  // gain nothing.
   static constexpr bool kSharesDsLate =
       (Kind == ScoreKind::kPlain || Kind == ScoreKind::kRanges || lists_tiles(Kind)) && !Ordered &&
       M == kConsumerRows;
@@ -127,8 +128,8 @@ struct BackwardSm90 {
                         : registers_suffice(kThreads, kConsumers));
   static_assert(M <= 2 * kConsumerRows && M % 32 == 0);
   static_assert(kDqByRows || kDqColumns % (KTile::kPanel * 8) == 0);  // whole panels
-  static_assert(!kUnevenRows || (Kind == ScoreKind::kPlain && !Ordered && M == hopper::kUnevenTile &&
-                                 HeadDim <= hopper::kUnevenHeadDim));
+  static_assert(!kTakes96Queries || (Kind == ScoreKind::kPlain && !Ordered && M == hopper::k96Queries &&
+                                     HeadDim <= hopper::kHeadDimOf96Queries));
   static_assert(sizeof(Shared) <= hopper::backward_shared_bytes(R));
 };
 
@@ -330,10 +331,8 @@ cudaError_t launch_slice(const Problem& p, const LaunchPlan& plan, void* workspa
         return launch_backward_sm90<BackwardSm90<T, R, kKind, kOrdered>, T>(p, plan, workspace, stream);
       };
       // The ordered kernel stages dQ in shared memory. If bias or mask take this room, consumers wait for
-      // their tickets instead. Calls whose steps are listed, and calls of rows that split dQ's rows unevenly,
-      // have no tickets.
-      constexpr bool kOrdered =
-          !stages_tiles(kKind) && !lists_tiles(kKind) && !hopper::splits_rows_unevenly(R);
+      // their tickets instead. Calls whose steps are listed, and the kernel with 96 queries, have no tickets.
+      constexpr bool kOrdered = !stages_tiles(kKind) && !lists_tiles(kKind) && !hopper::takes_96_queries(R);
       if constexpr (kKind == ScoreKind::kPlain) {
         using C = BackwardSm90<T, R, kKind, false, true>;
         if (plan.rounds_dq) return launch_backward_sm90<C, T>(p, plan, workspace, stream);

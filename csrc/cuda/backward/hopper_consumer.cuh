@@ -144,7 +144,7 @@ struct GradientConsumer {
   __device__ __forceinline__ void add_dq(int32_t sum) {
     Placement at = dq_placement<C>(consumer);
     at.row += warp_row();
-    if (C::kUnevenRows && at.row >= C::kM) return;
+    if (C::kTakes96Queries && at.row >= C::kM) return;
     add_to_sums<C::kM>(sum_tile<C::kM>(p, tile().sums, sum), p.head_dim, dq, at);
   }
 

@@ -9,7 +9,8 @@
 
 namespace jax_flash {
 
-// Where a consumer's part of dQ lies: each of two consumers has 64 of the rows, or half of the columns.
+// Where a consumer's part of dQ lies: each of two consumers has 64 of the rows (of 96 the second has 32), or
+// half of the columns.
 template <class C>
 __device__ __forceinline__ Placement dq_placement(int consumer) {
   if (C::kDqByRows) return {consumer * kConsumerRows, 16, 0, 16};

@@ -3,7 +3,7 @@
 //
 // A tile is [M / R, d / 8, R / 16, 128] for R = kSumRows. A block of 128 is 16 rows × 8 columns as mma and
 // wgmma leave them in a warp's registers (ptx::add_fragment), so an instruction of a warp adds to contiguous
-// memory, and a consumer warpgroup's columns of 64 rows are contiguous, so TMA adds them at once.
+// memory, and if R = 64 a consumer warpgroup's columns of 64 rows are contiguous, so TMA adds them at once.
 #pragma once
 
 #include <algorithm>
@@ -77,7 +77,7 @@ inline int64_t sum_entries(const Problem& p) { return p.leading.count() * (p.pac
 
 template <int kM>
 QuerySums query_sums(const Problem& p, const LaunchPlan& plan, void* workspace) {
-  static_assert(kSmallestTile <= kM && kM <= kLargestQueryTile);
+  static_assert(kSmallestTile <= kM && (kLargestQueryTile % kM == 0 || kM == hopper::k96Queries));
   if (plan.dq_sums < 0) return {};
   return {reinterpret_cast<float*>(static_cast<char*>(workspace) + plan.dq_sums),
           static_cast<int32_t>(dq_tiles(p.spec, p.q_rows, p.batch, kM).value())};

@@ -64,6 +64,7 @@ class LatentLoader {
                        kPanelColumns = Tile::kPanel * kChunk<T>;
   static constexpr int kWarpQueries = C::kRows / C::kLoadWarps;
   static_assert(kRowsOfThread * kStep == kWarpRows && kWarpQueries % kStep == 0);
+  static_assert(Tile::kChunks % Tile::kPanel == 0);
 
   __device__ __forceinline__ bool is_first() const { return warp == 0 && threadIdx.x % 32 == 0; }
 

@@ -29,6 +29,7 @@ struct ThreadShare {
   static constexpr int kPanel = Tile::kPanel, kPanels = Tile::kChunks / kPanel;
   static constexpr int kStep = kThreads / kPanel < Tile::kRows ? kThreads / kPanel : Tile::kRows;
   static constexpr int kPanelsAtOnce = kThreads / (kPanel * kStep);
+  static_assert(Tile::kChunks % kPanel == 0);
 
   // The thread's first row, its chunk there, and that chunk's byte offset in the tile.
   __device__ __forceinline__ static int row() { return static_cast<int>(threadIdx.x / kPanel % kStep); }
