@@ -8,9 +8,9 @@
 
 namespace jax_flash::hopper {
 
-inline constexpr int32_t kConsumerRows = 64;         // query rows of a consumer warpgroup: M of wgmma
-inline constexpr int32_t kSmallHeadDim = 64;         // larger ones leave no registers for teams, or 128 queries
-inline constexpr int64_t kStateBytes = 2048;         // upper bound: barriers and tile states of a team
+inline constexpr int32_t kConsumerRows = 64;  // query rows of a consumer warpgroup: M of wgmma
+inline constexpr int32_t kSmallHeadDim = 64;  // larger ones leave no registers for teams, or 128 queries
+inline constexpr int64_t kStateBytes = 2048;  // upper bound: barriers and tile states of a team
 inline constexpr int64_t kMaxSharedBytes = 232'448;  // limit of a CTA
 inline constexpr int64_t kElementBytes = 2;          // float16 and bfloat16
 
