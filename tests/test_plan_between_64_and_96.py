@@ -22,10 +22,9 @@ def test_the_forward_has_large_tiles_unless_they_leave_too_many_rows_unused(d, r
     assert rows("forward", d, 4096) == rows("forward", d, 4096, right=0) == large
     assert rows("forward", d, 4096, dv=40) == rows("forward", 40, 4096, dv=d) == large
     assert rows("forward", d, 729, 64) == rows("forward", d, 257, 64) == large
-    assert (
-        rows("forward", d, 470, 3, heads=68, kv_heads=34, k_rows=290) == large
-    )  # as in test_between_64_and_96.py
-    assert rows("forward", d, 1470, 3, heads=68, kv_heads=34, varlen=True) == large
+    many = {"heads": 68, "kv_heads": 34}  # as in test_between_64_and_96.py
+    assert rows("forward", d, 470, 3, k_rows=290, **many) == large
+    assert rows("forward", d, 1470, 3, varlen=True, **many) == large
     assert rows("forward", d, 256, 64) == small  # few keys
     assert rows("forward", d, 640, 64) == small  # 4 tiles of 192 rows hold 768
     assert rows("forward", d, 1024, 1) == small  # 128 tiles: one wave

@@ -16,9 +16,8 @@ class HeadParts {
  public:
   HeadParts(const KernelRow& row, const Call& call) : call_(call) {
     const Shapes& s = call.shapes;
-    const bool packed = call.spec.packed(), band = call.spec.left >= 0 && call.spec.right >= 0;
-    const int64_t rows = packed ? s.q_rows / std::max<int64_t>(1, s.batch) : s.q_rows;
-    const int64_t columns = s.leading * (packed ? 1 : s.batch) * s.kv_heads;
+    const bool band = call.spec.left >= 0 && call.spec.right >= 0;
+    const int64_t rows = call.rows_of_sequence(), columns = call.row_arrays() * s.kv_heads;
     group_ = s.kv_heads > 0 ? s.heads / s.kv_heads : 1;
     rows_ = group_ * (band ? std::min(rows, call.visible_keys() + row.block_n) : rows);
     key_rows_ = columns * s.k_rows;

@@ -251,8 +251,8 @@ class Backward final : public PassTraits {
     constexpr int64_t kTime = 14, kTimeOfSmall = 15;
     const Shapes& s = call.shapes;
     const auto rows = [&](int64_t tile) {
-      if (call.spec.packed()) return s.q_rows / std::max<int64_t>(1, s.batch) + tile / 2;
-      return ceil_div(s.q_rows, tile) * tile;
+      const int64_t used = call.rows_of_sequence();
+      return call.spec.packed() ? used + tile / 2 : ceil_div(used, tile) * tile;
     };
     return may_take_96_queries(call.spec, s.head_dim, s.value_dim) &&
            kTime * rows(hopper::k96Queries) <= kTimeOfSmall * rows(kConsumerRows);

@@ -22,13 +22,15 @@ constexpr int32_t backward_cluster_ctas(const Row& r) {
 }
 
 // The columns for which a tile has room: whole panels, which may be wider than the head. The forward's panels
-// have 64 columns where the head has more: with 32, heads of 72 columns ran at .83 to .86 of the speed, and
-// heads of 80 and 96 at the same. The backward's have 32 where 64 do not divide the head's columns, since two
-// stages of 96 queries leave no room for more. (K has narrower ones where dQ's columns are divided by two.)
+// have 64 columns where the head has more than 32: with 32, heads of 72 columns ran at .83 to .86 of the
+// speed, and heads of 80 and 96 at the same. The backward's have 32 where 64 do not divide the head's
+// columns, since two stages of 96 queries leave no room for more. (K has narrower ones where dQ's columns are
+// divided by two.)
 constexpr int32_t whole_panels(int32_t columns, int32_t panel) {
   return (columns + panel - 1) / panel * panel;
 }
-constexpr int32_t forward_columns(int32_t d) { return whole_panels(d, d > 64 ? 64 : 32); }
+constexpr int32_t forward_panel(int32_t d) { return d > 32 ? 64 : 32; }
+constexpr int32_t forward_columns(int32_t d) { return whole_panels(d, forward_panel(d)); }
 constexpr int32_t backward_columns(int32_t d) { return whole_panels(d, 32); }
 
 // CTAs of a cluster that share a tile, each with its own columns of the head.
@@ -66,8 +68,8 @@ inline constexpr int64_t kKeyTileStateBytes = 1024;  // upper bound: barriers an
 
 // Whether a kernel has tiles of 96 queries, of which its second consumer has 32 rows of dQ. They serve heads
 // of 65 to 80 columns.
-constexpr bool takes_96_queries(const Row& r) { return r.block_m % kConsumerRows != 0; }
 inline constexpr int32_t k96Queries = 96, kHeadDimOf96Queries = 80;
+constexpr bool takes_96_queries(const Row& r) { return r.block_m == k96Queries; }
 
 // Kernels with two tiles of dS, and no room for dQ, have one consumer warpgroup or tiles of 96 queries.
 inline constexpr int32_t kFewDsStages = 2;

@@ -47,7 +47,7 @@ class Forward final : public ByQueryTiles {
                            kCostOfSmallTile = 9;  // their times, relative to each other
   static bool wants_large_tile(const Call& call) {
     const Shapes& s = call.shapes;
-    const int64_t rows = call.spec.packed() ? s.q_rows / std::max<int64_t>(s.batch, 1) : s.q_rows;
+    const int64_t rows = call.rows_of_sequence();
     const int64_t tiles = ceil_div(s.q_rows, kLargeTile) * s.heads * call.row_arrays();
     return ceil_div(rows, kLargeTile) * kCostOfLargeTile <= ceil_div(rows, kSmallTile) * kCostOfSmallTile &&
            tiles >= call.device.sm_count;

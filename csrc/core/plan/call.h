@@ -60,11 +60,16 @@ struct Call {
     return 0 < drafted && drafted <= most ? drafted : group;
   }
 
-  // Upper bound of the keys that a query row sees; packed keys are assumed to be divided equally among the
-  // sequences.
+  // The rows of each sequence, if packed ones are divided equally.
+  int64_t of_each_sequence(int64_t packed_rows) const {
+    return packed_rows / std::max<int64_t>(1, shapes.batch);
+  }
+  int64_t rows_of_sequence() const { return spec.packed() ? of_each_sequence(shapes.q_rows) : shapes.q_rows; }
+
+  // Upper bound of the keys that a query row sees; packed keys are assumed to be divided equally.
   int64_t visible_keys() const {
     const bool packed = spec.layout == Layout::kVarlen;
-    const int64_t keys = packed ? shapes.k_rows / std::max<int64_t>(1, shapes.batch) : shapes.k_rows;
+    const int64_t keys = packed ? of_each_sequence(shapes.k_rows) : shapes.k_rows;
     if (spec.left < 0 || spec.right < 0) return keys;
     return std::min(keys, int64_t{spec.left} + 1 + spec.right);
   }

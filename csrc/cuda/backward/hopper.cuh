@@ -128,8 +128,8 @@ struct BackwardSm90 {
                         : registers_suffice(kThreads, kConsumers));
   static_assert(M <= 2 * kConsumerRows && M % 32 == 0);
   static_assert(kDqByRows || kDqColumns % (KTile::kPanel * 8) == 0);  // whole panels
-  static_assert(!kTakes96Queries || (Kind == ScoreKind::kPlain && !Ordered && M == hopper::k96Queries &&
-                                     HeadDim <= hopper::kHeadDimOf96Queries));
+  static_assert(!kTakes96Queries ||
+                (Kind == ScoreKind::kPlain && !Ordered && HeadDim <= hopper::kHeadDimOf96Queries));
   static_assert(sizeof(Shared) <= hopper::backward_shared_bytes(R));
 };
 

@@ -26,9 +26,7 @@ namespace jax_flash::inline JF_ARCH_NAMESPACE {
 
 inline constexpr int kSumColumns = 8;
 template <int kM>
-inline constexpr int kSumRows = kM % hopper::kConsumerRows == 0 ? hopper::kConsumerRows
-                                : kM % 32 == 0                  ? 32
-                                                                : kM;
+inline constexpr int kSumRows = std::min<int>(kM & -kM, hopper::kConsumerRows);  // a power of two divides kM
 
 struct QuerySums {
   float* data;    // null: another kernel computes dQ, or one CTA has all keys

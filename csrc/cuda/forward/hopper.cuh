@@ -117,9 +117,8 @@ struct ForwardSm90 {
               (Kind == ScoreKind::kPlain || Kind == ScoreKind::kSegments || (kRanges && kHeadDim <= 64))
           ? 32
           : 0;
-  // Panels have 64 columns where the head has more (hopper::forward_columns).
   template <int kRows, int kColumns>
-  using Tile = SharedTile<T, kRows, kColumns, false, (kColumns > 64) ? 8 : panel_of(kColumns / kChunk<T>)>;
+  using Tile = SharedTile<T, kRows, kColumns, false, hopper::forward_panel(kColumns) / kChunk<T>>;
   using QTile = Tile<kConsumerRows, kHeadDim>;  // of a consumer
   template <int kColumns>
   using KeyTile =
