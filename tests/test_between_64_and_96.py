@@ -9,13 +9,8 @@ if EMULATED:
 
 # 280 rows are three tiles of 96, which the backward takes up to head dim 80, and five of 64, which it takes otherwise.
 SIZES = {"b": 2, "hq": 4, "hk": 2, "sq": 280, "sk": 420}
-MANY = {
-    "b": 3,
-    "hq": 68,
-    "hk": 34,
-    "sq": 470,
-    "sk": 430,
-}  # the forward has tiles of 192 queries (tests of plans)
+# The forward has tiles of 192 queries (tests of plans).
+MANY = {"b": 3, "hq": 68, "hk": 34, "sq": 470, "sk": 430}
 CASES = [
     case.replace(name=f"{case.name} d{d}/{dv}", d=d, dv=dv)
     for d, dv in ((72, 72), (80, 80), (96, 96), (80, 40), (64, 88))
@@ -28,6 +23,7 @@ CASES = [
         Case("clusters of key tiles", causal=True, kv_lengths=(200,), **SIZES | {"b": 1, "sk": 250}),
         Case("more tiles than workers", **MANY | {"sk": 290}),
         Case("large tiles, causal, sinks", causal=True, sinks=True, **MANY),
+        Case("large tiles, window", window=(290, 20), **MANY),
         Case("large tiles, lengths", causal=True, q_lengths=(470, 13, 200), kv_lengths=(430, 97, 0), **MANY),
         Case("large tiles, last 32 keys", **MANY | {"sk": 336 + 32}),
         varlen("large tiles, packed", (470, 300, 700), causal=True, hq=68, hk=34),

@@ -38,10 +38,10 @@ class TileChoice {
   static constexpr int64_t kSmallTile = 2 * kConsumerRows, kLargeTile = 3 * kConsumerRows;
 
   // Small tiles pay with few keys, or if their waves, at 145 rows each, cost no more than those of large
-  // tiles, at 192: measured at d = 72 to 96. Windows were not measured.
+  // tiles, at 192: measured at d = 72 to 96.
   bool wants_two() const {
     constexpr int64_t kCostOfSmallTile = 145;
-    if (visible_keys_ <= kFewKeys || call_.spec.left >= 0 || call_.spec.moves_band()) return true;
+    if (visible_keys_ <= kFewKeys) return true;
     return !call_.spec.packed() && waves(kSmallTile) * kCostOfSmallTile <= waves(kLargeTile) * kLargeTile;
   }
 
