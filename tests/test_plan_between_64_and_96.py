@@ -28,7 +28,11 @@ def test_the_forward_has_large_tiles_unless_they_leave_too_many_rows_unused(d, r
     assert rows("forward", d, 256, 64) == small  # few keys
     assert rows("forward", d, 640, 64) == small  # 4 tiles of 192 rows hold 768
     assert rows("forward", d, 1024, 1) == small  # 128 tiles: one wave
-    assert rows("forward", d, 4096, left=511, right=0) == rows("forward", d, 4096, operands=("window_left",)) == large
+    assert (
+        rows("forward", d, 4096, left=511, right=0)
+        == rows("forward", d, 4096, operands=("window_left",))
+        == large
+    )
     assert rows("forward", d, 4096, left=255, right=0) == small
     assert rows("forward", d, 8192, 2, varlen=True) == large
     assert rows("forward", d, 8192, 64, varlen=True) == small  # sequences have 128 tokens on average

@@ -64,8 +64,8 @@ __device__ __forceinline__ void multiply_block(Consumer& of, const QueryStep& st
   const int first = block * kConsumerRows, row = step.tile * C::kM + first;
   const uint8_t *const q = shared.q[stage] + block * QTile::offset(kConsumerRows, 0),
                        *const d_out = shared.d_out[stage] + block * DoTile::offset(kConsumerRows, 0);
-  of.template start_scores<typename C::KTile, QTile>(s, shared.k, q);        // Sᵀ = K Qᵀ  [64, 64]
-  of.template start_scores<typename C::VTile, DoTile>(dp, shared.v, d_out);  // dPᵀ = V dOᵀ
+  start_scores<typename C::Element>(s, of.keys(), of.template rows<QTile>(q));          // Sᵀ = K Qᵀ  [64, 64]
+  start_scores<typename C::Element>(dp, of.values(), of.template rows<DoTile>(d_out));  // dPᵀ = V dOᵀ
   ptx::wgmma_wait<1>();
   ptx::hold(s.x[0]);
   mask(s, of.tile().band, row, of.key());

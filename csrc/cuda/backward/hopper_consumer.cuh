@@ -44,6 +44,7 @@ struct GradientConsumer {
   typename C::DK dk;                      // dK [64, d]
   typename C::DV dv;                      // dV [64, dv]
   typename C::DQ dq;                      // 64 rows of the sum over all keys, or half of its columns
+  FragmentsA<T, 1, C::kKeysInRegisters ? C::HeadDim / 16 : 1> held_keys;
 
   __device__ __forceinline__ GradientConsumer(const Problem& problem, typename C::Shared& memory,
                                               const KeyGrid& key_grid, int index)
@@ -70,19 +71,26 @@ struct GradientConsumer {
     return uniform(tile().work.tile.row) + consumer * kConsumerRows + warp * 16;
   }
 
-  // Issues Sᵀ = K Qᵀ or dPᵀ = V dOᵀ  [64, M]; with kAdds, adds the product to `to`.
-  template <class RowTile, class ColumnTile, bool kAdds = false, class Scores>
-  __device__ __forceinline__ void start_scores(Scores& to, const uint8_t* rows, const uint8_t* columns) {
-    const RowsDescriptor<RowTile> a(
-        ptx::here(ptx::shared_address(rows) + consumer * kConsumerRows * RowTile::kPitch));
-    const RowsDescriptor<ColumnTile> b(ptx::here(ptx::shared_address(columns)));
-    using Product = ptx::Wgmma<T, Scores::kRows>;
-    ptx::wgmma_fence();
-    Product::template multiply<!kAdds>(to.x[0], a.at(0), b.at(0));
-#pragma unroll
-    for (int step = 1; step < RowTile::kChunks / 2; ++step)
-      Product::template multiply<false>(to.x[0], a.at(step), b.at(step));
-    ptx::wgmma_commit();
+  // A tile as an operand of Sᵀ or dPᵀ: its rows, or the consumer's keys of it.
+  template <class Tile>
+  __device__ __forceinline__ static RowsDescriptor<Tile> rows(const uint8_t* tile, int first = 0) {
+    return RowsDescriptor<Tile>(ptx::here(ptx::shared_address(tile) + first * Tile::kPitch));
+  }
+  __device__ __forceinline__ decltype(auto) keys() const {
+    if constexpr (C::kKeysInRegisters) {
+      return (held_keys);
+    } else {
+      return rows<KTile>(shared.k, consumer * kConsumerRows);
+    }
+  }
+  __device__ __forceinline__ RowsDescriptor<VTile> values() const {
+    return rows<VTile>(shared.v, consumer * kConsumerRows);
+  }
+  __device__ __forceinline__ void hold_keys() {
+    const RowsA<KTile> of_tile(ptx::shared_address(shared.k),
+                               consumer * kConsumerRows + static_cast<int>(warp_row()));
+    held_keys.read(of_tile);
+    ptx::hold(held_keys.x[0]);
   }
 
   // Issues dV += Pᵀ dO or dK += dSᵀ Q, with kRows query rows.
@@ -145,7 +153,9 @@ struct GradientConsumer {
     Placement at = dq_placement<C>(consumer);
     at.row += warp_row();
     if (C::kTakes96Queries && at.row >= C::kM) return;
-    add_to_sums<C::kM>(sum_tile<C::kM>(p, tile().sums, sum), p.head_dim, dq, at);
+    float* const to = sum_tile<C::kM>(p, tile().sums, sum);
+    if (at.column + C::kDqColumns <= p.head_dim) return add_to_sums<C::kM, true>(to, p.head_dim, dq, at);
+    add_to_sums<C::kM>(to, p.head_dim, dq, at);
   }
 
   // Passes dQ, through shared memory, to the thread that adds it up.
@@ -255,8 +265,8 @@ struct GradientConsumer {
       start_from_delta(dp, shared.statistics[stage].delta);
       ptx::hold(dp.x[0]);
     }
-    start_scores<KTile, QTile>(s, shared.k, shared.q[stage]);  // Sᵀ = K Qᵀ  [64, M]
-    start_scores<VTile, DoTile, C::kStartsFromDelta>(dp, shared.v, shared.d_out[stage]);  // dPᵀ = V dOᵀ
+    start_scores<T>(s, keys(), rows<QTile>(shared.q[stage]));                               // Sᵀ = K Qᵀ
+    start_scores<T, C::kStartsFromDelta>(dp, values(), rows<DoTile>(shared.d_out[stage]));  // dPᵀ = V dOᵀ
     const auto wait_dp = [this] {
       ptx::wgmma_wait<0>();
       ptx::hold(dp.x[0]);
@@ -313,18 +323,6 @@ struct GradientConsumer {
     shared.q_pipe.release(use);
   }
 
-  // K ← 0 and V ← 0 in rows that are not in use.
-  __device__ __forceinline__ void clear_keys(int32_t count) {
-    constexpr int kThreads = C::kConsumers * kWarpgroup;
-    const int thread = ptx::thread_index() - kWarpgroup;
-    const auto is_clean = [count](int row) { return row < count; };
-    clear_rows<KTile>(shared.k, is_clean, thread, kThreads);
-    clear_rows<VTile>(shared.v, is_clean, thread, kThreads);
-    ptx::fence_async_shared();
-    __syncwarp();  // lanes have cleared different numbers of chunks, and bar.sync needs converged warps
-    ptx::sync_group(1, kThreads);
-  }
-
   // Finds the segments of the warp's keys.
   __device__ __forceinline__ void find_segments() {
     const int32_t count = tile().band.k_len - key();
@@ -339,7 +337,8 @@ struct GradientConsumer {
     const auto walk = steps_of(tile().walk);
     if (walk.tiles.empty()) return;
     const int32_t clean_keys = uniform(tile().clean_keys);
-    if (clean_keys < C::kN) clear_keys(clean_keys);
+    if (clean_keys < C::kN) clear_keys<C>(shared, clean_keys);
+    if constexpr (C::kKeysInRegisters) hold_keys();
     if constexpr (kStagesSegments<C>) find_segments();
     QueryStep step = QueryStep::first(walk, step_use);
     const int32_t end = step.number + walk.steps();

@@ -49,8 +49,10 @@ struct SingleConsumer : GradientConsumer<C> {
     static_assert(C::kStartsFromDelta);
     start_from_delta(dp, shared.statistics[stage].delta);
     ptx::hold(dp.x[0]);
-    this->template start_scores<KTile, QTile>(s, shared.k, shared.q[stage]);  // Sᵀ = K Qᵀ  [64, M]
-    this->template start_scores<VTile, DoTile, true>(dp, shared.v, shared.d_out[stage]);  // dPᵀ = V dOᵀ
+    const auto q = this->template rows<QTile>(shared.q[stage]);
+    const auto d_out = this->template rows<DoTile>(shared.d_out[stage]);
+    start_scores<T>(s, this->keys(), q);               // Sᵀ = K Qᵀ  [64, M]
+    start_scores<T, true>(dp, this->values(), d_out);  // dPᵀ = V dOᵀ
     ptx::wgmma_wait<1>();
     ptx::hold(s.x[0]);
     if (this->is_partial(step)) hide_unseen_keys<C>(s, p, tile(), step, this->key(), SeenByStep<C>{});
@@ -95,7 +97,7 @@ struct SingleConsumer : GradientConsumer<C> {
       const int32_t steps = uniform(tile().walk.count);
       if (steps == 0) return;
       const int32_t clean_keys = uniform(tile().clean_keys);
-      if (clean_keys < C::kN) this->clear_keys(clean_keys);
+      if (clean_keys < C::kN) clear_keys<C>(shared, clean_keys);
       const uint32_t end = step_use + steps;
 #pragma unroll 1
       for (; step_use != end; ++step_use) run_step(step_use);

@@ -1,5 +1,5 @@
-// The parts of a consumer's step in cuda/backward/hopper.cuh: lse and delta of the queries, the tile of S
-// that a score variant works on, P, and −delta as the start of dP.
+// The parts of a consumer's step in cuda/backward/hopper.cuh: lse and delta of the queries, the products S
+// and dP, the tile of S that a score variant works on, P, and −delta as the start of dP.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +10,7 @@
 #include "cuda/mask.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/math.cuh"
+#include "cuda/ptx/wgmma.cuh"
 #include "cuda/score/ranges.cuh"
 #include "cuda/tile/accumulator.cuh"
 #include "cuda/tile/shared_tile.cuh"
@@ -187,6 +188,32 @@ __device__ __forceinline__ void start_from_delta(S& dp, const float* negative_de
 #pragma unroll
     for (int e = 0; e < 2; ++e) dp.at(slot, 0, e) = d.x, dp.at(slot + 1, 0, e) = d.y;
   }
+}
+
+// K ← 0 and V ← 0 in rows that are not in use. All consumers call this.
+template <class C>
+__device__ __forceinline__ void clear_keys(typename C::Shared& shared, int32_t count) {
+  constexpr int kThreads = C::kConsumers * kWarpgroup;
+  const int thread = ptx::thread_index() - kWarpgroup;
+  const auto is_clean = [count](int row) { return row < count; };
+  clear_rows<typename C::KTile>(shared.k, is_clean, thread, kThreads);
+  clear_rows<typename C::VTile>(shared.v, is_clean, thread, kThreads);
+  ptx::fence_async_shared();
+  __syncwarp();  // lanes have cleared different numbers of chunks, and bar.sync needs converged warps
+  ptx::sync_group(1, kThreads);
+}
+
+// Issues Sᵀ = K Qᵀ or dPᵀ = V dOᵀ  [64, M]; with kAdds, adds the product to `to`. `rows`: a descriptor or
+// fragments.
+template <class T, bool kAdds = false, class Scores, class Rows, class Columns>
+__device__ __forceinline__ void start_scores(Scores& to, const Rows& rows, const Columns& columns) {
+  using Product = ptx::Wgmma<T, Scores::kRows>;
+  ptx::wgmma_fence();
+  Product::template multiply<!kAdds>(to.x[0], rows.at(0), columns.at(0));
+#pragma unroll
+  for (int step = 1; step < Columns::kSteps; ++step)
+    Product::template multiply<false>(to.x[0], rows.at(step), columns.at(step));
+  ptx::wgmma_commit();
 }
 
 // Where a lane of a consumer stores dSᵀ of a step. Waits until no product reads the stage.

@@ -55,8 +55,8 @@ __device__ __forceinline__ int32_t sum_offset(int32_t head_dim, int32_t row, int
   return (row - in_part) * head_dim + column * kSumRows<kM> + in_part * kSumColumns;
 }
 
-// tile += dQ, from a warp's registers.
-template <int kM, class DQ>
+// tile += dQ, from a warp's registers. kAll: all columns are in use.
+template <int kM, bool kAll = false, class DQ>
 __device__ __forceinline__ void add_to_sums(float* tile, int32_t head_dim, const DQ& dq, Placement at) {
   static_assert(16 * DQ::kRowTiles <= kSumRows<kM>);
   const auto lane = static_cast<uint32_t>(ptx::thread_index()) % 32;
@@ -64,7 +64,7 @@ __device__ __forceinline__ void add_to_sums(float* tile, int32_t head_dim, const
 #pragma unroll
   for (int n = 0; n < DQ::kColumnTiles; ++n) {
     const int column = n / 2 * at.column_step + n % 2 * kSumColumns;
-    if (column >= head_dim - at.column) continue;
+    if (!kAll && column >= head_dim - at.column) continue;
 #pragma unroll
     for (int m = 0; m < DQ::kRowTiles; ++m)
       ptx::add_fragment(to + sum_offset<kM>(0, m * at.row_step, column), lane, dq.x[m][n]);

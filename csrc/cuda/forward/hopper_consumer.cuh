@@ -44,7 +44,7 @@ struct Consumer {
   S s;                                    // S [64, N]
   typename C::O o;                        // O [64, dv]
   typename C::P weights;                  // P [64, N], rounded
-  QueryFragments<T, C::kQueryInRegisters ? C::kHeadSteps : 1> query;
+  FragmentsA<T, 1, C::kQueryInRegisters ? C::kHeadSteps : 1> query;
   typename C::Softmax softmax{1};
   float alpha[S::kSlots];  // O must still be multiplied by this
 

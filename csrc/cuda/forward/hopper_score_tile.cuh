@@ -1,5 +1,5 @@
-// The operands that cuda/forward/hopper_consumer.cuh passes to products and scores: Q in registers, the
-// location of a tile of S, and V without the rows of other tokens.
+// The operands that cuda/forward/hopper_consumer.cuh passes to products and scores: the location of a
+// tile of S, and V without the rows of other tokens.
 #pragma once
 
 #include <cstdint>
@@ -13,12 +13,6 @@
 #include "cuda/tile/operands.cuh"
 
 namespace jax_flash {
-
-// Q in registers, with the interface of a descriptor.
-template <class T, int kSteps>
-struct QueryFragments : FragmentsA<T, 1, kSteps> {
-  __device__ __forceinline__ const uint32_t (&at(int step) const)[4] { return this->x[0][step]; }
-};
 
 // The location, for the score variants, of the tile of S in a warp's registers.
 template <class Consumer>

@@ -22,6 +22,7 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t leadin
 // A K-major operand: each row of the tile is a row of A or a column of B.
 template <class Tile>
 struct RowsDescriptor {
+  static constexpr int kSteps = Tile::kChunks / 2;
   uint64_t first;
   __device__ __forceinline__ explicit RowsDescriptor(uint32_t tile) : first(descriptor<Tile>(tile, 16)) {}
   // The descriptor of the k-th 16 elements of the product's K dimension.

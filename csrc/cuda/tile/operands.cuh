@@ -125,6 +125,8 @@ struct FragmentsA {
 #pragma unroll
     for (int i = 0; i < 4; ++i) a[i] = x[m][k][i];
   }
+  // The first row tile as an operand of wgmma, with the interface of its descriptors (tile/descriptor.cuh).
+  __device__ __forceinline__ const uint32_t (&at(int k) const)[4] { return x[0][k]; }
 
   // Loads all fragments of another operand.
   template <class A>
