@@ -273,8 +273,8 @@ def from_function(f: Callable[..., Any], sq: int, sk: int, *, batch: int = 1, he
 
     Args:
       f: takes `(b, h, i, j)`, integer arrays of NumPy that broadcast against each other, and returns booleans.
-      sq, sk, batch, heads: the sizes for which it is evaluated. In packed calls b is the sequence, i and j count from
-        its first row and key, and rows past sq see no key.
+      sq, sk, batch, heads: the sizes for which it is evaluated, in the fixed layout those of the call. In packed calls
+        b is the sequence, i and j count from its first row and key, and rows past sq see no key.
     """
     name, shape = "from_function", (batch, heads, sq, sk)
     for which, given in zip(("batch", "heads", "sq", "sk"), shape):
@@ -283,7 +283,7 @@ def from_function(f: Callable[..., Any], sq: int, sk: int, *, batch: int = 1, he
     seen = mask_arrays.evaluated(Checker(f"masks.{name}"), f, shape)
     if (pairs := mask_arrays.ranges_of(seen)) is not None:
         limits = tuple(forms.between(*map(jnp.asarray, pair)) for pair in pairs)
-        return Mask((forms.Ranges(limits, by_sequence=True),))
+        return Mask((forms.Ranges(limits, by_sequence=True, columns=int(sk)),))
     if (found := mask_arrays.blocks_of(seen)) is not None:
         chosen, size = found
         return blocks(chosen, (size, size))

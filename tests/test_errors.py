@@ -79,7 +79,7 @@ BOTH = [  # (what is wrong, exception, sentence); both functions raise it, with 
         "dropout_rate must be below 1 when rounded to a multiple of 1/32768, got 0.99999",
     ),
     (dict(dropout_rate=-0.1), ValueError, "dropout_rate must be in [0, 1), got -0.1"),
-    (dict(dropout_rate=0.5), ValueError, "dropout_rate is 0.5, which needs a dropout_key (jax.random.key)"),
+    (dict(dropout_rate=0.1), ValueError, "dropout_rate is 0.1, which needs a dropout_key (jax.random.key)"),
     (
         dict(dropout_rate=0.5, dropout_key=floats(2)),
         TypeError,

@@ -367,7 +367,11 @@ MANY_RANGES = masks.from_function(lambda b, h, i, j: (i + j) % 2 == 0, S, S)
         (lambda: flash_attention_varlen(*PACKED, mask=masks.ranges(I((2, 1, S)), 3)), ValueError,
          r"mask's lo must broadcast to \[hq tq\] = \(4, 48\), got shape \(2, 1, 48\)"),
         (lambda: flash_attention_varlen(*PACKED, mask=masks.from_function(lambda b, h, i, j: j < b, 5, 5, batch=2)),
-         ValueError, r"mask's lo must broadcast to \[n hq sq\] = \(1, 4, 5\), got shape \(2, 1, 5\)"),
+         ValueError, r"mask's from_function must broadcast to \[n hq sq\] = \(1, 4, 5\), got shape \(2, 1, 5\)"),
+        (lambda: flash_attention(*X, mask=masks.from_function(lambda b, h, i, j: j <= i, 5, S)), ValueError,
+         r"mask's from_function must broadcast to \[b hq sq\] = \(2, 4, 48\), got shape \(1, 1, 5\)"),
+        *((lambda sk=sk: flash_attention(*X, mask=masks.from_function(lambda b, h, i, j: j <= i, S, sk)), ValueError,
+           f"mask's from_function has sk {sk}, which differs from the call's 48") for sk in (1, 47, 64)),
         (lambda: flash_attention_varlen(*PACKED[:3], [0, 3, S], mask=masks.dense(np.ones((1, 1, 5, S), bool))),
          ValueError, r"must have shape \[1, 1 or 4, 1 or 48 tokens, keys\], or by sequence \[2, …\], got"),
         *((lambda mask=mask: flash_attention(*X, mask=mask), ValueError, f"mask's {name} has keys 1, .* the call's 48")

@@ -92,13 +92,15 @@ class Band(Form):
 class Ranges(Form):
     """The keys in one or two ranges per row, given as arrays.
 
-    `by_sequence`: in packed calls the arrays are [n|1, h|1, rows of a sequence] instead of [h|1, tq].
+    `by_sequence`: in packed calls the arrays are [n|1, h|1, rows of a sequence] instead of [h|1, tq]. `columns`: the
+    number of keys that the ranges were made for, if a function of indices gave them.
     """
 
     name: ClassVar[str] = "ranges"
 
     limits: tuple[Limits, ...]
     by_sequence: bool = False
+    columns: int | None = None
 
     def pairs(self, rows: Rows) -> list[Pair]:
         def of_rows(x: Array | int) -> Array:

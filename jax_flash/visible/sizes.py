@@ -57,9 +57,13 @@ def check_sizes(check: Checker, x: Form, sizes: Sizes) -> None:
     if isinstance(x, forms.Ranges):
         for name, limit in (pair for limits in x.limits for pair in zip(("lo", "hi"), limits)):
             if sizes.packed and x.by_sequence:
-                fits(name, limit, "n hq sq", replace(sizes, rows=jnp.shape(limit)[-1]))
+                fits("from_function", limit, "n hq sq", replace(sizes, rows=jnp.shape(limit)[-1]))
             else:
-                fits(name, limit, "hq tq" if sizes.packed else "b hq sq")
+                fits(
+                    "from_function" if x.by_sequence else name, limit, "hq tq" if sizes.packed else "b hq sq"
+                )
+        if x.columns is not None and sizes.keys is not None:
+            check.dim("mask's from_function", "sk", x.columns, sizes.columns, "the call")
     elif isinstance(x, forms.Blocks):
         _check_blocks(check, x, sizes)
     elif isinstance(x, forms.Spans):
@@ -77,7 +81,7 @@ def check_sizes(check: Checker, x: Form, sizes: Sizes) -> None:
     elif isinstance(x, forms.Dense) and sizes.keys is None:
         _check_elements(check, x, sizes)
     elif isinstance(x, forms.Dense):
-        fits("dense array", x.seen, "b hq sq columns")
+        fits("from_function" if x.by_sequence else "dense array", x.seen, "b hq sq columns")
 
 
 def _check_blocks(check: Checker, x: forms.Blocks, sizes: Sizes) -> None:
