@@ -120,7 +120,7 @@ def _window_side(check: Checker, side: str, x: Any) -> int:
     return int(x) if x < INT32_MAX else UNLIMITED
 
 
-def require_dropout_key(check: Checker, name: str, rate: float, key: Any) -> None:
+def require_dropout_key(check: Checker, name: str, rate: object, key: Any) -> None:
     """`name`: that of the rate."""
     if key is None:
         raise check.fail(f"{name} is {rate}, which needs a dropout_key (jax.random.key)")
