@@ -283,10 +283,10 @@ def from_function(f: Callable[..., Any], sq: int, sk: int, *, batch: int = 1, he
     seen = mask_arrays.evaluated(Checker(f"masks.{name}"), f, shape)
     if (pairs := mask_arrays.ranges_of(seen)) is not None:
         limits = tuple(forms.between(*map(jnp.asarray, pair)) for pair in pairs)
-        return Mask((forms.Ranges(limits, by_sequence=True, columns=int(sk)),))
+        return Mask((forms.Ranges(limits, int(sk)),))
     if (found := mask_arrays.blocks_of(seen)) is not None:
         chosen, size = found
-        return blocks(chosen, (size, size))
+        return Mask((forms.Blocks(jnp.asarray(chosen), (size, size), int(sk)),))
     return Mask((forms.Dense(jnp.asarray(seen), by_sequence=True),))
 
 

@@ -126,10 +126,9 @@ def require_dropout_key(check: Checker, name: str, rate: object, key: Any) -> No
         raise check.fail(f"{name} is {rate}, which needs a dropout_key (jax.random.key)")
 
 
-def dropout_operand(check: Checker, rate: float, key: Any) -> jax.Array | None:
-    """uint32 [6]: two key words, then the global offsets, zeros which sharding replaces; None without dropout."""
-    if rate == 0.0:
-        return None
+def dropout_operand(check: Checker, rate: object, key: Any) -> jax.Array:
+    """uint32 [6]: two key words, then the global offsets, zeros which sharding replaces."""
+    require_dropout_key(check, "dropout_rate", rate, key)
     if callable(key):  # such as nnx.Rngs and its streams
         raise check.fail(
             f"dropout_key must be one jax.random.key, got {type(key).__name__}, which makes keys: "
@@ -191,10 +190,7 @@ def static_spec(check: Checker, layout: Layout, operands: Operands, arguments: A
         value_dim = d if arguments.value is None else 0
         rate = _dropout_rate(check, arguments.dropout_rate)
         if rate:
-            require_dropout_key(check, "dropout_rate", arguments.dropout_rate, arguments.dropout_key)
-        dropout = dropout_operand(check, rate, arguments.dropout_key)
-        if dropout is not None:
-            operands["dropout"] = dropout
+            operands["dropout"] = dropout_operand(check, arguments.dropout_rate, arguments.dropout_key)
     return AttentionSpec(
         layout=layout,
         left=left,

@@ -335,6 +335,7 @@ ONE_KEY = {
     "span ids": masks.bidirectional_spans(np.zeros((2, 1), np.int32)),
     "segments of keys": masks.segments(np.zeros((1, 48), np.int32), np.zeros(1, np.int32)),
 }
+BLOCKED = [np.zeros((1, 768, 1, 8), np.float32)] * 3
 MANY_RANGES = masks.from_function(lambda b, h, i, j: (i + j) % 2 == 0, S, S)
 
 
@@ -372,6 +373,9 @@ MANY_RANGES = masks.from_function(lambda b, h, i, j: (i + j) % 2 == 0, S, S)
          r"mask's from_function must broadcast to \[b hq sq\] = \(2, 4, 48\), got shape \(1, 1, 5\)"),
         *((lambda sk=sk: flash_attention(*X, mask=masks.from_function(lambda b, h, i, j: j <= i, S, sk)), ValueError,
            f"mask's from_function has sk {sk}, which differs from the call's 48") for sk in (1, 47, 64)),
+        (lambda: flash_attention(
+            *BLOCKED, mask=masks.from_function(lambda b, h, i, j: (i // 128 + j // 128) % 2 == 0, 768, 640)
+        ), ValueError, "mask's from_function has sk 640, which differs from the call's 768"),
         (lambda: flash_attention_varlen(*PACKED[:3], [0, 3, S], mask=masks.dense(np.ones((1, 1, 5, S), bool))),
          ValueError, r"must have shape \[1, 1 or 4, 1 or 48 tokens, keys\], or by sequence \[2, …\], got"),
         *((lambda mask=mask: flash_attention(*X, mask=mask), ValueError, f"mask's {name} has keys 1, .* the call's 48")

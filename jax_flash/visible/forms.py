@@ -92,15 +92,18 @@ class Band(Form):
 class Ranges(Form):
     """The keys in one or two ranges per row, given as arrays.
 
-    `by_sequence`: in packed calls the arrays are [n|1, h|1, rows of a sequence] instead of [h|1, tq]. `columns`: the
-    number of keys that the ranges were made for, if a function of indices gave them.
+    `columns`: the number of keys for which a function of indices gave the ranges, or None.
     """
 
     name: ClassVar[str] = "ranges"
 
     limits: tuple[Limits, ...]
-    by_sequence: bool = False
     columns: int | None = None
+
+    @property
+    def by_sequence(self) -> bool:
+        """Whether in packed calls the arrays are [n|1, h|1, rows of a sequence] instead of [h|1, tq]."""
+        return self.columns is not None
 
     def pairs(self, rows: Rows) -> list[Pair]:
         def of_rows(x: Array | int) -> Array:
@@ -293,12 +296,13 @@ class Segments(Form):
 @pytree("chosen")
 @dataclass(frozen=True, eq=False)
 class Blocks(Form):
-    """Blocks of keys chosen for each block of queries."""
+    """Blocks of keys chosen for each block of queries. `columns`: as in Ranges."""
 
     name: ClassVar[str] = "blocks"
 
     chosen: Array  # [b|1, hk|hq|1, ⌈sq/bq⌉, n]
     block: tuple[int, int]
+    columns: int | None = None
 
     def shown(self, columns: Any) -> Array:
         """Whether each block of rows sees each of `columns` blocks of keys, boolean [b|1, hk|hq|1, ⌈sq/bq⌉, columns].

@@ -54,16 +54,16 @@ def check_sizes(check: Checker, x: Form, sizes: Sizes) -> None:
     entry = "n" if sizes.packed else "b"
     for name in ("left", "right", "offset", "lengths", "first"):
         fits(name, getattr(x, name, None), entry)
+    made_for = x.columns if isinstance(x, (forms.Ranges, forms.Blocks)) else None
+    if made_for is not None and sizes.keys is not None:
+        check.dim("mask's from_function", "sk", made_for, sizes.columns, "the call")
     if isinstance(x, forms.Ranges):
         for name, limit in (pair for limits in x.limits for pair in zip(("lo", "hi"), limits)):
+            name = "from_function" if x.by_sequence else name
             if sizes.packed and x.by_sequence:
-                fits("from_function", limit, "n hq sq", replace(sizes, rows=jnp.shape(limit)[-1]))
+                fits(name, limit, "n hq sq", replace(sizes, rows=jnp.shape(limit)[-1]))
             else:
-                fits(
-                    "from_function" if x.by_sequence else name, limit, "hq tq" if sizes.packed else "b hq sq"
-                )
-        if x.columns is not None and sizes.keys is not None:
-            check.dim("mask's from_function", "sk", x.columns, sizes.columns, "the call")
+                fits(name, limit, "hq tq" if sizes.packed else "b hq sq")
     elif isinstance(x, forms.Blocks):
         _check_blocks(check, x, sizes)
     elif isinstance(x, forms.Spans):
