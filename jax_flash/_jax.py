@@ -65,12 +65,19 @@ def varying_axes(x: Any) -> frozenset[str]:
 
 def equally_varying(operands: dict[str, jax.Array], also: Sequence[str] = ()) -> dict[str, jax.Array]:
     """The operands, cast to vary over the union of their manual axes and the axes `also`; the cast's transpose sums
-    gradients."""
+    gradients, in float32 at least.
+
+    XLA's CPU backend aborts on bfloat16 sums in regions with automatic axes, too (jaxlib 0.10 to 0.12).
+    """
     axes = frozenset(also).union(*map(varying_axes, operands.values()))
 
     def cast(x: jax.Array) -> jax.Array:
         missing = tuple(sorted(axes - varying_axes(x)))
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
+        if not missing:
+            return x
+        wide = np.float32 if x.dtype in ("float16", "bfloat16") else x.dtype
+        varying: jax.Array = jax.lax.pcast(x.astype(wide), missing, to="varying").astype(x.dtype)
+        return varying
 
     return {name: cast(x) for name, x in operands.items()}
 

@@ -58,7 +58,7 @@ def _in_plain_jax(spec: AttentionSpec, operands: Operands) -> Sequence[jax.Array
         return passes.run(FORWARD, spec, operands, lambda _, *part: reference.attention(*part))
     equations = partial(gather.attention if spec.paged else reference.attention, spec)
     if _jax.manual_axes()[0]:  # JAX cannot differentiate a change of axis types in such a region
-        return equations(operands)
+        return equations(_jax.equally_varying(operands))
     types = result_types(FORWARD, spec, {name: jax.typeof(x) for name, x in operands.items()})
     found: Results = _jax.in_automatic_axes(equations, operands, tuple(x.sharding for x in types))
     return found
