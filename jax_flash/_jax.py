@@ -99,6 +99,22 @@ def sharded_like(x: jax.Array, other: jax.Array) -> jax.Array:
     return moved
 
 
+def explicit_sharding(x: jax.Array) -> NamedSharding | None:
+    """The sharding in x's type, or None if no mesh axis is explicit."""
+    sharding = jax.typeof(x).sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def whole_along(x: jax.Array, dim: int) -> jax.Array:
+    """x, resharded if explicit mesh axes split this dimension, so that none does."""
+    sharding = explicit_sharding(x)
+    if sharding is None or sharding.spec[dim] is None:
+        return x
+    entries = [None if i == dim else entry for i, entry in enumerate(sharding.spec)]
+    whole: jax.Array = jax.sharding.reshard(x, sharding.update(spec=PartitionSpec(*entries)))
+    return whole
+
+
 def explicit_parts(x: jax.Array) -> list[int]:
     """The number of parts into which explicit mesh axes split each dimension of x."""
     sharding = jax.typeof(x).sharding

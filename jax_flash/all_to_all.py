@@ -136,6 +136,7 @@ class _Exchange:
         if _jax.manual_axes()[1]:
             at_once: jax.Array = lax.all_to_all(x, self.ring.axes, split, concat, tiled=True)
             return at_once
+        x = _jax.whole_along(x, split)
         n, own, size = self.devices, self.device, x.shape[split] // self.devices
         received: jax.Array | None = None
         for ahead in range(n):
@@ -146,7 +147,7 @@ class _Exchange:
                 shape = tuple(
                     n * extent if axis == concat else extent for axis, extent in enumerate(piece.shape)
                 )
-                received = lax.empty(shape, piece.dtype)
+                received = lax.empty(shape, piece.dtype, out_sharding=_jax.explicit_sharding(piece))
             place = (own - ahead) % n * piece.shape[concat]
             received = lax.dynamic_update_slice_in_dim(received, piece, place, concat)
         assert received is not None
@@ -165,7 +166,7 @@ class _Exchange:
 
     def own_heads(self, x: jax.Array, heads: int) -> jax.Array:
         cut, device = self.cut(x, heads)
-        own = lax.dynamic_slice_in_dim(cut, self.device, 1, device)
+        own = lax.dynamic_slice_in_dim(_jax.whole_along(cut, device), self.device, 1, device)
         return _joined(own, heads)
 
     def first_head(self) -> jax.Array:
