@@ -277,6 +277,11 @@ ERRORS = {
         NotImplementedError,
         "flash_attn_varlen_func: dropout_p is 0.5 with a block_table; pages have no dropout, pass dropout_p=0.0",
     ),
+    "dropout_p": (
+        lambda: flash_attn_func(*fixed_inputs(), "a", return_attn_probs=True),
+        TypeError,
+        "flash_attn_func: dropout_p must be a Python number (it is compiled in), got str",
+    ),
     "cu_seqlens_k of other sequences": (
         lambda: flash_attn_varlen_func(
             *packed_inputs(), i32(*CU_Q), i32(0, 3), 5, 5, block_table=np.zeros((3, 4), np.int32)

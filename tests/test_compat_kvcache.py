@@ -226,6 +226,11 @@ ERRORS = {
         ValueError,
         "rotary_cos has 9 positions, fewer than the 12 keys a sequence may have",
     ),
+    "causal": (
+        kvcache_error(**APPEND, rotary_cos=COS, rotary_sin=SIN, causal=np.ones(2)),
+        TypeError,
+        "causal must be True or False, got array([1., 1.])",
+    ),
     "rows of pages": (
         kvcache_error(block_table=TABLE, cache_batch_idx=i32(0, 1, 2)),
         ValueError,

@@ -246,6 +246,11 @@ ERRORS = {
         lambda: tokamax_attention(Q, K, V, normalize_output=False),
         "tokamax_attention: normalize_output is False without return_residuals",
     ),
+    "normalised": (
+        TypeError,
+        lambda: tokamax_attention(Q, K, V, normalize_output=0),
+        "tokamax_attention: normalize_output must be True or False, got 0",
+    ),
     "batch": (
         ValueError,
         lambda: dot_product_attention(Q, K[:1], V),

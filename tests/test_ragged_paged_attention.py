@@ -384,6 +384,11 @@ RIGHT = dict(
     (dict(attention_sink=jnp.ones(3)), ValueError, "attention_sink must broadcast to [hq] = (4,), got shape (3,)"),
     (dict(queries=Q.astype(jnp.bfloat16)), TypeError,
      "kv_cache has dtype float32, allowed are bfloat16 (as queries), float8_e4m3fn and float8_e5m2"),
+    (dict(keys=KEYS.astype(jnp.bfloat16)), TypeError,
+     "keys has dtype bfloat16, allowed are float32, as kv_cache has float32; cast keys with .astype"),
+    (dict(values=KEYS.astype(jnp.int32)), TypeError, "values has dtype int32, allowed are float32"),
+    (dict(distribution=jnp.zeros(0, jnp.int32)), ValueError,
+     "distribution must hold the number of sequences, got an empty array"),
     (dict(temperature=3), TypeError, "temperature is no argument; tuning parameters are"),
 ])  # fmt: skip
 def test_messages(wrong, error, sentence):

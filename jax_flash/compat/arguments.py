@@ -152,7 +152,7 @@ def dropout(check: Checker, dropout_p: Any, dropout_key: ArrayLike | None) -> di
 
 def refuse_weights(check: Checker, wanted: bool, dropout_p: float, function: str) -> None:
     """Raises if return_attn_probs is combined with dropout, since flash_attn would then return attention weights."""
-    if check.flag("return_attn_probs", wanted) and dropout_p:
+    if check.flag("return_attn_probs", wanted) and check.number("dropout_p", dropout_p, MARK_STATIC):
         raise check.fail(
             f"return_attn_probs with dropout_p {dropout_p} asks for the attention weights, which never exist as an "
             f"array; for softmax_lse, use jax_flash.{function}(…, return_lse=True)",

@@ -106,7 +106,7 @@ def flash_attention(
     dtype = jnp.result_type(q, k, v)
     if block_tables is not None:
         raise _CHECK.fail("block_tables: use jax_flash.paged_attention for pages", NotImplementedError)
-    if not normalize_output:
+    if not _CHECK.flag("normalize_output", normalize_output):
         raise _CHECK.fail("normalize_output must be True", NotImplementedError)
     rate = _CHECK.number("dropout_prob", dropout_prob, MARK_STATIC)
     mask, ids = _seen(_CHECK, mask_info)

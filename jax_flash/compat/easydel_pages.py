@@ -200,14 +200,15 @@ def unified_attention(
       >>> out = unified_attention(queries, key_cache, value_cache, kv_lens, block_tables, query_start_loc)
     """
     del seq_threshold_3d, platform, cfg
+    cap = 0 if logits_soft_cap is None else _CHECK.number("logits_soft_cap", logits_soft_cap)
     for given, why in (
         (
             qq_bias is not None,
             "qq_bias is not added to scores of pages; draft_mask of paged_attention hides tokens",
         ),
-        (not causal, "causal must be True"),
+        (not _CHECK.flag("causal", causal), "causal must be True"),
         (
-            alibi_slopes is not None and (softmax_aux is not None or bool(logits_soft_cap)),
+            alibi_slopes is not None and (softmax_aux is not None or cap > 0),
             "alibi_slopes do not go with softmax_aux or logits_soft_cap",
         ),
     ):

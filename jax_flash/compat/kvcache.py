@@ -111,7 +111,7 @@ def flash_attn_with_kvcache(  # type: ignore[misc]  # only an overload has `unpa
         if rotary is not None:
             rotate = partial(apply_rotary, cos=rotary[0], sin=rotary[1], interleaved=rotary_interleaved)
             position = cache.lengths(ends)[:, None]
-            limited = causal or window is not None
+            limited = check.flag("causal", causal) or window is not None
             query = rotate(query, position + _rows(query) if limited else position)
             if cache.start is not None:  # append_kv would count positions from the padding
                 k, rotary = rotate(k, position + _rows(k)), None

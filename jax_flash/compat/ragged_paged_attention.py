@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from .._jax import explicit_parts
-from ..checker import Checker, is_int
+from ..checker import DTYPES, Checker, is_int
 from ..options import ArrayLike, Implementation, IndexLike
 from ..paged import quantise
 from ..paged.attention import paged_attention
@@ -177,6 +177,9 @@ def ragged_paged_attention_update(
         )
     causal = check.flag("use_causal_mask", use_causal_mask)
     pool = Pool.of(check, "kv_cache", kv_cache, layout, key.shape[1])
+    allowed = (pool.dtype.name, *(DTYPES if pool.dtype in FLOAT8 else ()))
+    for name, x in (("keys", key), ("values", value)):
+        check.dtype(name, x, allowed, f", as kv_cache has {pool.dtype}; cast {name} with .astype")
     scale = _softmax_scale(check, query, sm_scale)
     q_scale = None if q_scale is None else check.divisor("q_scale", q_scale)
     k_scale, v_scale = _factors(check, k_scale, v_scale, pool.dtype)

@@ -135,6 +135,8 @@ class Batch:
         offsets = check.int32("cu_q_lens", cu_q_lens)
         check.shape("cu_q_lens", offsets, (n + 1,), "n+1")
         count = jnp.ravel(check.int32(name, counts))[-1:]
+        if not count.size:
+            raise check.fail(f"{name} must hold the number of sequences, got an empty array")
         number = jnp.arange(n + 1, dtype=jnp.int32)
         last = offsets.at[jnp.clip(count, 0, n)].get()
         return cls(

@@ -149,7 +149,8 @@ def tokamax_attention(
         )
     if paging_info is not None:
         raise check.fail("paging_info is for jax_flash.paged_attention, with its tables", NotImplementedError)
-    if not (normalize_output or return_residuals):
+    wanted = check.flag("return_residuals", return_residuals)
+    if not (check.flag("normalize_output", normalize_output) or wanted):
         raise check.fail(
             "normalize_output is False without return_residuals, whose maximum and sum tell what it is not "
             "normalised by; pass return_residuals=True",
@@ -157,7 +158,6 @@ def tokamax_attention(
         )
     scale = None if isinstance(logits_scale, type) else logits_scale  # AUTO is a class
     call = _Call.of(check, q, k, v, q_sharding, k_sharding)
-    wanted = check.flag("return_residuals", return_residuals)
     call.see(mask, is_causal, q_indices, k_indices)
     out, lse = call.attend(bias, scale, logits_soft_cap, implementation=implementation)
     if not wanted:
