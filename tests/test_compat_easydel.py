@@ -251,7 +251,11 @@ ERRORS = {
         lambda: flash_attention(Q, K, V, normalize_output=0),
         "normalize_output must be True or False, got 0",
     ),
-    "pages: causal of None": (TypeError, lambda: unified(causal=None), "causal must be True or False, got None"),
+    "pages: causal of None": (
+        TypeError,
+        lambda: unified(causal=None),
+        "causal must be True or False, got None",
+    ),
     "offsets": (NotImplementedError, lambda: flash_attention(Q, K, V, None, i32(0, 24)), "cum_seqlens need"),
     "sinks": (
         ValueError,

@@ -88,16 +88,6 @@ constexpr int64_t backward_shared_bytes(const Row& r) {
          (takes_96_queries(r) ? kStateBytes : kKeyTileStateBytes);
 }
 
-// The bias gradient: two tiles of the bias, and perhaps of the mask, with the state of a step. The remaining
-// memory is a ring of at most `stages` pairs of tiles, Q and K or dO and V.
-inline constexpr int64_t kBiasStateBytes = 3072;
-constexpr int32_t bias_gradient_stages(const Row& r, int32_t width, bool mask) {
-  const int64_t tiles = 2 * int64_t{r.block_m} * r.block_n * (kElementBytes + (mask ? 1 : 0));
-  const int64_t pair = kElementBytes * (int64_t{r.block_m} + r.block_n) * width;
-  const auto fit = static_cast<int32_t>((kMaxSharedBytes - kBiasStateBytes - tiles) / pair);
-  return r.stages < fit ? r.stages : fit;
-}
-
 constexpr bool backward_in_clusters(const Row& r) {
   return r.design == Design::kCluster || r.design == Design::kClusterColumns;
 }

@@ -14,7 +14,8 @@
 //     options' operands, at each step
 //   warp 3: lse and delta
 //
-// Up to kStages pairs are in flight. Above d 128 they are twice as many, of half as many columns each.
+// Up to kStages pairs are in flight, of 64 columns each. Consumers alternate in issuing their products, so
+// that the exponentials of one overlap the products of the other.
 #pragma once
 
 #include <algorithm>
@@ -44,16 +45,15 @@ struct BiasGradientSm90 {
   static constexpr int kM = R.block_m, kN = R.block_n, kThreads = R.warps * 32;
   static constexpr int kConsumers = kM / kConsumerRows;
   static constexpr int kNumbers = 2, kRowStages = 2;  // stages of tile numbers; of lse and delta
-  // The number of parts in which the columns of Q and K, or of dO and V, are loaded.
-  static constexpr int kParts = kHeadDim > 128 ? 2 : 1;
-  static constexpr int kStages =
-      hopper::bias_gradient_stages(R, std::max(kHeadDim, kValueDim) / kParts, kGeneral);
+  // The columns of Q and K, and of dO and V, are loaded in parts of 64.
+  static constexpr int kParts = kHeadDim / 64, kStages = R.stages;
   using QTile = SharedTile<T, kM, kHeadDim / kParts>;
   using KTile = SharedTile<T, kN, kHeadDim / kParts>;
   using DoTile = SharedTile<T, kM, kValueDim / kParts>;
   using VTile = SharedTile<T, kN, kValueDim / kParts>;
   static constexpr int kPairBytes =
       std::max<int>(QTile::kBytes + KTile::kBytes, DoTile::kBytes + VTile::kBytes);
+  static_assert(kHeadDim == kValueDim && kHeadDim % 64 == 0);
   using S = Accumulator<1, kN / 8>;
   using Score = GradientScore<Kind, S>;
   using Tiles = GradientTiles<Kind, T, kM, kN, static_cast<int>(hopper::kMaxSharedBytes)>;

@@ -25,6 +25,13 @@ struct StagedRows {
       deltas[slot] = from.delta[row + S::row(slot)];
     }
   }
+  // Whether no row of the warp sees no key, or has an lse that is too large.
+  __device__ __forceinline__ bool usual() const {
+    bool all = true;
+#pragma unroll
+    for (int slot = 0; slot < S::kSlots; ++slot) all &= fabsf(lses[slot]) < kLargeShift;
+    return __all_sync(~0u, all);
+  }
   __device__ __forceinline__ float lse(int slot) const { return lses[slot]; }
   __device__ __forceinline__ float delta(int slot) const { return deltas[slot]; }
 };
@@ -46,7 +53,7 @@ struct BiasConsumer : BiasRole<C> {
     const BiasConsumer& consumer;
     const Problem& p;
     const Band& visible;
-    int32_t first_row, key;
+    int32_t first_row, key, in_tile;
 
     __device__ __forceinline__ const ScoreOperands& operands() const {
       return consumer.shared.operands[consumer.bias_use % C::Tiles::kStages];
@@ -55,13 +62,21 @@ struct BiasConsumer : BiasRole<C> {
     __device__ __forceinline__ int32_t row() const { return first_row; }
     template <class Add>
     __device__ __forceinline__ void apply_tiles(S& x, Add add) const {
-      C::Tiles::apply(x, consumer.shared, p, consumer.tile_row(), 0, consumer.bias_use, add);
+      C::Tiles::apply(x, consumer.shared, p, in_tile, 0, consumer.bias_use, add);
     }
   };
 
   // The warp's first row in the tile.
   __device__ __forceinline__ int32_t tile_row() const {
     return consumer * kConsumerRows + uniform(ptx::thread_index()) % kWarpgroup / 32 * 16;
+  }
+
+  // Consumers alternate in issuing products.
+  __device__ __forceinline__ void wait_for_issue() const {
+    ptx::sync_group(1 + consumer, C::kConsumers * kWarpgroup);
+  }
+  __device__ __forceinline__ void allow_next_issue() const {
+    ptx::arrive_group(1 + (consumer + 1) % C::kConsumers, C::kConsumers * kWarpgroup);
   }
 
   // Issues S = Q Kᵀ or dP = dO Vᵀ  [64, N], or adds another part of their columns.
@@ -78,58 +93,74 @@ struct BiasConsumer : BiasRole<C> {
       ptx::Wgmma<T, C::kN>::template multiply<false>(to.x[0], a.at(k), b.at(k));
     ptx::wgmma_commit();
   }
-  template <class Rows, class Keys>
+  template <class Rows, class Keys, int kPart = 0>
   __device__ __forceinline__ void start_scores(S& to, uint32_t use) const {
-    start_part<Rows, Keys>(to, use);
-    if constexpr (C::kParts > 1) start_part<Rows, Keys, false>(to, use + 1);
+    start_part<Rows, Keys, kPart == 0>(to, use + kPart);
+    if constexpr (kPart + 1 < C::kParts) start_scores<Rows, Keys, kPart + 1>(to, use);
   }
 
-  // Waits for a product, after which kPending others have been issued.
-  template <int kPending>
+  // Waits for a product, after whose parts kPending others have been issued.
+  template <int kPending, int kPart = 0>
   __device__ __forceinline__ void finish_scores(S& to, uint32_t use) const {
-    const auto& pipe = this->shared.pair_pipe;
-    if constexpr (C::kParts > 1) {
-      ptx::wgmma_wait<kPending + 1>();
-      pipe.release(use++);
-    }
-    ptx::wgmma_wait<kPending>();
-    ptx::hold(to.x[0]);
-    pipe.release(use);
+    constexpr int kPartsLeft = C::kParts - 1 - kPart;
+    ptx::wgmma_wait<kPending + kPartsLeft>();
+    if constexpr (kPartsLeft == 0) ptx::hold(to.x[0]);
+    this->shared.pair_pipe.release(use + kPart);
+    if constexpr (kPartsLeft > 0) finish_scores<kPending, kPart + 1>(to, use);
   }
 
   // sum += dS
   __device__ __forceinline__ void add_step(const BiasTile& tile, const BiasStep& step) {
-    const Problem& p = this->p;
-    const uint32_t use = 2 * C::kParts * this->step_use;
-    const BlockWork& work = step.work;
-    const int32_t row = tile.row + tile_row();
+    const uint32_t use = 2 * C::kParts * this->step_use, dp_use = use + C::kParts;
+    const auto start_dp = [&] { start_scores<typename C::DoTile, typename C::VTile>(dp, dp_use); };
+    wait_for_issue();
     start_scores<typename C::QTile, typename C::KTile>(s, use);
-    const auto start_dp = [&] { start_scores<typename C::DoTile, typename C::VTile>(dp, use + C::kParts); };
     if constexpr (!kLateDp) start_dp();
+    allow_next_issue();
+    const int32_t in_tile = tile_row(), row = tile.row + in_tile;
     if (!waited) this->shared.score_pipe.wait_full(bias_use);
     waited = true;
     this->shared.row_pipe.wait_full(this->step_use);
-    const StagedRows<S> rows(this->shared.statistics[this->step_use % C::kRowStages], tile_row());
+    const StagedRows<S> rows(this->shared.statistics[this->step_use % C::kRowStages], in_tile);
     this->shared.row_pipe.release(this->step_use);
-    finish_scores<kLateDp ? 0 : 1>(s, use);
-    const int32_t keys = work.tile.k_len - tile.column;
-    const auto wait_dp = [&] {
-      if constexpr (kLateDp) start_dp();
-      finish_scores<0>(dp, use + C::kParts);
-      if (keys < C::kN) hide(dp, 0, 0, [&](int) { return keys; }, FromLimit{});  // V may hold NaN there
-    };
+    finish_scores<kLateDp ? 0 : C::kParts>(s, use);
+    if constexpr (kLateDp) start_dp();
     if (step.fresh) {
       const Interval all = step.band.common(row, row + S::kRows);
       partial = !(all.lo <= tile.column && tile.column + C::kN <= all.hi);
     }
+    if (!C::kGeneral && !partial && rows.usual()) {
+      finish_scores<0>(dp, dp_use);
+      return add_whole_tile(rows, in_tile);
+    }
+    const int32_t keys = step.work.tile.k_len - tile.column;
+    const auto wait_dp = [&] {
+      finish_scores<0>(dp, dp_use);
+      if (keys < C::kN) hide(dp, 0, 0, [&](int) { return keys; }, FromLimit{});  // V may hold NaN there
+    };
     typename C::Score score;
-    const Tile at{*this, p, step.band, row, tile.column};
+    const Tile at{*this, this->p, step.band, row, tile.column, in_tile};
     score.prefetch_gradient(at);
     tile_gradient<GradientOf::kBias>(score, at, rows, partial, s, dp, wait_dp);  // dS = P ∘ (dP − delta)
     if constexpr (C::kGeneral) release_score();
     for_each(sum, [&](float& x, int slot, int n, int e) {  // rows that see no key may hold NaN
       if (rows.lse(slot) != INFINITY) x += dp.at(slot, n, e);
     });
+  }
+
+  // sum += dS of a tile that all rows see whole, if a bias is the only option. Without a branch on the way
+  // from S to the sum, the compiler spreads the exponentials between the other instructions.
+  __device__ __forceinline__ void add_whole_tile(const StagedRows<S>& rows, int32_t in_tile) {
+    const float scale = this->p.spec.scale;
+    const auto bias = C::Tiles::lane_address(C::Tiles::stage_of(this->shared, bias_use), in_tile, 0);
+#pragma unroll
+    for (int n = 0; n < S::kColumnTiles; n += 2) {
+      C::Tiles::template for_each_bias<S>(bias, n, [&](int slot, int n, int e, float of_pair) {
+        const float score = fmaf(s.at(slot, n, e), scale, of_pair);             // S ← scale · S + bias
+        const float weight = ptx::exp2(fmaf(score, kLog2e, -rows.lse(slot)));   // P = exp(S − lse)
+        sum.at(slot, n, e) += weight * (dp.at(slot, n, e) - rows.delta(slot));  // dS = P ∘ (dP − delta)
+      });
+    }
   }
 
   __device__ __forceinline__ void release_score() {
@@ -209,6 +240,7 @@ struct BiasConsumer : BiasRole<C> {
 
   __device__ __forceinline__ void run() {
     sum.clear();
+    if (consumer == C::kConsumers - 1) allow_next_issue();  // the first consumer begins
     this->for_steps([&](const BiasTile& tile, const BiasStep& step) { add_step(tile, step); },
                     [&](const BiasTile& tile) {
                       this->shared.number_pipe.release(this->tile_index);

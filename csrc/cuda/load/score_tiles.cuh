@@ -79,6 +79,26 @@ struct ScoreTiles {
     return ptx::shared_address(shared.score_tiles.stages[use % Stages]);
   }
 
+  // Where a lane reads the bias of scores [64, N] in rows, which begin at query `row` and key `column` of the
+  // tile.
+  __device__ __forceinline__ static LaneAddress<BiasTile> lane_address(uint32_t tile, int row, int column) {
+    return {tile, row + lane_id() % 16, column / 8 + lane_id() / 16};
+  }
+  // visit(slot, n, e, bias) for the elements of S in column tiles n and n + 1.
+  template <class S, class Visit>
+  __device__ __forceinline__ static void for_each_bias(const LaneAddress<BiasTile>& from, int n,
+                                                       Visit visit) {
+    static_assert(S::kSlots == 2 && !S::kTransposed);
+    uint32_t pairs[4];
+    ptx::ldmatrix_x4(pairs, from.at(0, n));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 bias = ptx::unpack<T>(pairs[i]);
+      visit(i % 2, n + i / 2, 0, bias.x);
+      visit(i % 2, n + i / 2, 1, bias.y);
+    }
+  }
+
  private:
   // rows, keys: the numbers of rows and keys, from the tile's first on, that are in use.
   template <class Tile>
@@ -115,19 +135,10 @@ struct ScoreTiles {
 
   template <class S, class Add>
   __device__ __forceinline__ static void add_rows(S& s, uint32_t tile, int row, int column, Add add) {
-    static_assert(S::kSlots == 2);
-    const LaneAddress<BiasTile> from(tile, row + lane_id() % 16, column / 8 + lane_id() / 16);
+    const LaneAddress<BiasTile> from = lane_address(tile, row, column);
 #pragma unroll
-    for (int n = 0; n < S::kColumnTiles; n += 2) {
-      uint32_t pairs[4];
-      ptx::ldmatrix_x4(pairs, from.at(0, n));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 bias = ptx::unpack<T>(pairs[i]);
-        add(s.at(i % 2, n + i / 2, 0), bias.x);
-        add(s.at(i % 2, n + i / 2, 1), bias.y);
-      }
-    }
+    for (int n = 0; n < S::kColumnTiles; n += 2)
+      for_each_bias<S>(from, n, [&](int slot, int n, int e, float bias) { add(s.at(slot, n, e), bias); });
   }
 
   template <class S>
