@@ -100,6 +100,27 @@ def references(case: Case, inputs: Inputs, **options: Any) -> tuple[Result, Resu
     return right, low(case, inputs, **options) if half else right
 
 
+@on_cpu
+def plain_outs(
+    query: jax.Array, key: jax.Array, value: jax.Array, seen: np.ndarray, scale: float | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """out of the keys that rows see, `seen [b, sq, sk]`: in float32, and with S and P rounded to query's dtype."""
+    b, sq, hq, d = query.shape
+    groups = (b, sq, key.shape[2], hq // key.shape[2], d)
+    q, k, v = (jax.device_put(x, jax.devices("cpu")[0]).astype(jnp.float32) for x in (query, key, value))
+    seen = jnp.asarray(seen)[:, None, None]
+
+    def out(dtype: Any) -> np.ndarray:
+        s = jnp.einsum("bqkgd,btkd->bkgqt", q.reshape(groups), k, precision="highest")
+        s = jnp.where(seen, (s * (scale or d**-0.5)).astype(dtype).astype(jnp.float32), -jnp.inf)
+        p = jnp.exp(s - jnp.maximum(s.max(-1, keepdims=True), -1e30))
+        p = (p / jnp.maximum(p.sum(-1, keepdims=True), 1e-30)).astype(dtype).astype(jnp.float32)
+        made = jnp.einsum("bkgqt,btkd->bqkgd", p, v, precision="highest").astype(dtype)
+        return np.asarray(made.reshape(b, sq, hq, -1))
+
+    return out(jnp.float32), out(query.dtype)
+
+
 # The tolerance of the contract.
 
 
