@@ -269,7 +269,7 @@ ERRORS = {
     "num_splits": (
         kvcache_error(num_splits=-1),
         ValueError,
-        "paged_attention: num_splits must be an int from 1 to 2147483647 or None, got -1",
+        "num_splits must be at least 0, which leaves the choice to the library, got -1",
     ),
 }
 

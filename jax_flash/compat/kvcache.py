@@ -9,7 +9,7 @@ from typing import Any, Literal, Unpack, overload
 import jax.numpy as jnp
 from jax import Array
 
-from ..checker import Checker
+from ..checker import Checker, is_int
 from ..options import ArrayLike, Implementation, IndexLike, LengthsLike, Number
 from ..paged.append import append_kv
 from ..paged.attention import paged_attention
@@ -101,6 +101,10 @@ def flash_attn_with_kvcache(  # type: ignore[misc]  # only an overload has `unpa
     arguments.check_new(check, k, v, rotary_cos, rotary_sin, cache_seqlens)
     check.flag("return_softmax_lse", return_softmax_lse)
     check.flag("rotary_interleaved", rotary_interleaved)
+    if is_int(num_splits) and num_splits < 0:
+        raise check.fail(
+            f"num_splits must be at least 0, which leaves the choice to the library, got {num_splits}"
+        )
     window = arguments.window(check, window_size)
     cache = arguments.Cache.of(
         check, query.shape[0], k_cache, v_cache, cache_batch_idx, cache_leftpad, block_table
