@@ -136,7 +136,7 @@ struct GradientConsumer {
   __device__ __forceinline__ void skip_step(uint32_t use, int32_t sum_before, int32_t listed_before) {
     shared.ready_pipe.release(use);
     if constexpr (!kSkipsBlocks<C>) shared.ds_pipe.arrive_by_warp(use);
-    if constexpr (C::kAlternates) ptx::sync_group(kIssueBarrier + consumer, C::kConsumers * kWarpgroup);
+    if constexpr (C::kAlternates) Turns::wait(consumer);
     if constexpr (!kFirst) start_dq(use - 1, listed_before);
     if constexpr (kSkipsBlocks<C>) dst = {}, share_ds(use);  // dQ has the dS of both consumers
     allow_issue(1 - consumer);
@@ -241,11 +241,10 @@ struct GradientConsumer {
     return !uniform(tile().whole[consumer]).contains(step.tile);
   }
 
-  // Ping-pong: allows consumer `to` to issue its sums. Consumers alternate, so that the exponentials of one
-  // overlap the products of the other.
-  static constexpr int kIssueBarrier = 2;  // the first of the consumers' named barriers
+  // Allows consumer `to` to issue its sums.
+  using Turns = IssueTurns<2>;
   __device__ __forceinline__ static void allow_issue(int to) {
-    if constexpr (C::kAlternates) ptx::arrive_group(kIssueBarrier + to, C::kConsumers * kWarpgroup);
+    if constexpr (C::kAlternates) Turns::allow(to);
   }
 
   // A step. It computes dQ of the step before, so that no consumer waits for the other's dS of this step.
@@ -302,7 +301,7 @@ struct GradientConsumer {
     ptx::hold(dst.x[0]);
     ptx::hold(dv.x[0]);
     ptx::hold(dk.x[0]);
-    if constexpr (C::kAlternates) ptx::sync_group(kIssueBarrier + consumer, C::kConsumers * kWarpgroup);
+    if constexpr (C::kAlternates) Turns::wait(consumer);
     if constexpr (!kFirst) start_dq(use - 1, listed_before);  // dQ = dS K of the step before
     ptx::wgmma_fence();
     start_sum<DoTile>(dv, pt, shared.d_out[stage]);  // dV += Pᵀ dO

@@ -18,8 +18,6 @@
 // that the exponentials of one overlap the products of the other.
 #pragma once
 
-#include <algorithm>
-
 #include "core/families/hopper_layout.h"
 #include "core/plan/launch_plan.h"
 #include "cuda/bias_gradient/batch_parts.cuh"
@@ -41,19 +39,15 @@ template <class T, Row R, ScoreKind Kind>
 struct BiasGradientSm90 {
   using Element = T;
   static constexpr bool kGeneral = Kind == ScoreKind::kGeneralDropout;  // this kind has a mask, too
-  static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim;
+  static constexpr int kHeadDim = R.head_dim;
   static constexpr int kM = R.block_m, kN = R.block_n, kThreads = R.warps * 32;
   static constexpr int kConsumers = kM / kConsumerRows;
   static constexpr int kNumbers = 2, kRowStages = 2;  // stages of tile numbers; of lse and delta
   // The columns of Q and K, and of dO and V, are loaded in parts of 64.
   static constexpr int kParts = kHeadDim / 64, kStages = R.stages;
-  using QTile = SharedTile<T, kM, kHeadDim / kParts>;
-  using KTile = SharedTile<T, kN, kHeadDim / kParts>;
-  using DoTile = SharedTile<T, kM, kValueDim / kParts>;
-  using VTile = SharedTile<T, kN, kValueDim / kParts>;
-  static constexpr int kPairBytes =
-      std::max<int>(QTile::kBytes + KTile::kBytes, DoTile::kBytes + VTile::kBytes);
-  static_assert(kHeadDim == kValueDim && kHeadDim % 64 == 0);
+  static_assert(kHeadDim == R.value_dim && kHeadDim % 64 == 0);
+  using Rows = SharedTile<T, kM, 64>;  // of Q or dO
+  using Keys = SharedTile<T, kN, 64>;  // of K or V
   using S = Accumulator<1, kN / 8>;
   using Score = GradientScore<Kind, S>;
   using Tiles = GradientTiles<Kind, T, kM, kN, static_cast<int>(hopper::kMaxSharedBytes)>;
@@ -70,7 +64,7 @@ struct BiasGradientSm90 {
   };
   struct Shared {
     // A part of Q followed by that of K, or of dO followed by that of V.
-    alignas(1024) uint8_t pairs[kStages][kPairBytes];
+    alignas(1024) uint8_t pairs[kStages][Rows::kBytes + Keys::kBytes];
     typename Tiles::Buffer score_tiles;
     QueryStatistics<kM> statistics[kRowStages];
     // The score operands of a step; they arrive with its tiles.
@@ -128,10 +122,10 @@ cudaError_t launch_bias_gradient_sm90(const Problem& call, const LaunchPlan& pla
     const View& view;
     MapShape shape;
   } all[] = {
-      {maps.query, p.query, {p.head_dim, p.heads, p.q_rows, p.batch, C::QTile::kPanel * 8, C::kM}},
-      {maps.dout, p.dout, {p.value_dim, p.heads, p.q_rows, p.batch, C::DoTile::kPanel * 8, C::kM}},
-      {maps.key, p.key, {p.head_dim, p.kv_heads, p.k_rows, p.batch, C::KTile::kPanel * 8, C::kN}},
-      {maps.value, p.value, {p.value_dim, p.kv_heads, p.k_rows, p.batch, C::VTile::kPanel * 8, C::kN}},
+      {maps.query, p.query, {p.head_dim, p.heads, p.q_rows, p.batch, C::Rows::kPanel * 8, C::kM}},
+      {maps.dout, p.dout, {p.value_dim, p.heads, p.q_rows, p.batch, C::Rows::kPanel * 8, C::kM}},
+      {maps.key, p.key, {p.head_dim, p.kv_heads, p.k_rows, p.batch, C::Keys::kPanel * 8, C::kN}},
+      {maps.value, p.value, {p.value_dim, p.kv_heads, p.k_rows, p.batch, C::Keys::kPanel * 8, C::kN}},
   };
   for (const auto& [map, view, shape] : all) {
     if (cudaError_t e = make_tensor_map(map, p, view, shape); e != cudaSuccess) return e;

@@ -25,7 +25,7 @@ struct StagedRows {
       deltas[slot] = from.delta[row + S::row(slot)];
     }
   }
-  // Whether no row of the warp sees no key, or has an lse that is too large.
+  // Whether every row of the warp sees a key and has an lse that is not too large.
   __device__ __forceinline__ bool usual() const {
     bool all = true;
 #pragma unroll
@@ -40,6 +40,7 @@ template <class C>
 struct BiasConsumer : BiasRole<C> {
   using T = typename C::Element;
   using S = typename C::S;
+  using Rows = typename C::Rows;
   const int consumer;
   uint32_t bias_use = 0;  // counts the uses of score_pipe
   bool waited = false;    // whether the bias of this tile has been waited for
@@ -71,20 +72,12 @@ struct BiasConsumer : BiasRole<C> {
     return consumer * kConsumerRows + uniform(ptx::thread_index()) % kWarpgroup / 32 * 16;
   }
 
-  // Consumers alternate in issuing products.
-  __device__ __forceinline__ void wait_for_issue() const {
-    ptx::sync_group(1 + consumer, C::kConsumers * kWarpgroup);
-  }
-  __device__ __forceinline__ void allow_next_issue() const {
-    ptx::arrive_group(1 + (consumer + 1) % C::kConsumers, C::kConsumers * kWarpgroup);
-  }
-
   // Issues S = Q Kᵀ or dP = dO Vᵀ  [64, N], or adds another part of their columns.
-  template <class Rows, class Keys, bool kFirst = true>
+  template <bool kFirst>
   __device__ __forceinline__ void start_part(S& to, uint32_t use) const {
     const uint32_t pair = ptx::here(ptx::shared_address(this->shared.pairs[use % C::kStages]));
     const RowsDescriptor<Rows> a(pair + consumer * kConsumerRows * Rows::kPitch);
-    const RowsDescriptor<Keys> b(pair + Rows::kBytes);
+    const RowsDescriptor<typename C::Keys> b(pair + Rows::kBytes);
     this->shared.pair_pipe.wait_full(use);
     ptx::wgmma_fence();
     ptx::Wgmma<T, C::kN>::template multiply<kFirst>(to.x[0], a.at(0), b.at(0));
@@ -93,10 +86,10 @@ struct BiasConsumer : BiasRole<C> {
       ptx::Wgmma<T, C::kN>::template multiply<false>(to.x[0], a.at(k), b.at(k));
     ptx::wgmma_commit();
   }
-  template <class Rows, class Keys, int kPart = 0>
+  template <int kPart = 0>
   __device__ __forceinline__ void start_scores(S& to, uint32_t use) const {
-    start_part<Rows, Keys, kPart == 0>(to, use + kPart);
-    if constexpr (kPart + 1 < C::kParts) start_scores<Rows, Keys, kPart + 1>(to, use);
+    start_part<kPart == 0>(to, use + kPart);
+    if constexpr (kPart + 1 < C::kParts) start_scores<kPart + 1>(to, use);
   }
 
   // Waits for a product, after whose parts kPending others have been issued.
@@ -112,11 +105,11 @@ struct BiasConsumer : BiasRole<C> {
   // sum += dS
   __device__ __forceinline__ void add_step(const BiasTile& tile, const BiasStep& step) {
     const uint32_t use = 2 * C::kParts * this->step_use, dp_use = use + C::kParts;
-    const auto start_dp = [&] { start_scores<typename C::DoTile, typename C::VTile>(dp, dp_use); };
-    wait_for_issue();
-    start_scores<typename C::QTile, typename C::KTile>(s, use);
+    const auto start_dp = [&] { start_scores(dp, dp_use); };
+    IssueTurns<>::wait(consumer);
+    start_scores(s, use);
     if constexpr (!kLateDp) start_dp();
-    allow_next_issue();
+    IssueTurns<>::allow((consumer + 1) % C::kConsumers);
     const int32_t in_tile = tile_row(), row = tile.row + in_tile;
     if (!waited) this->shared.score_pipe.wait_full(bias_use);
     waited = true;
@@ -152,15 +145,12 @@ struct BiasConsumer : BiasRole<C> {
   // from S to the sum, the compiler spreads the exponentials between the other instructions.
   __device__ __forceinline__ void add_whole_tile(const StagedRows<S>& rows, int32_t in_tile) {
     const float scale = this->p.spec.scale;
-    const auto bias = C::Tiles::lane_address(C::Tiles::stage_of(this->shared, bias_use), in_tile, 0);
-#pragma unroll
-    for (int n = 0; n < S::kColumnTiles; n += 2) {
-      C::Tiles::template for_each_bias<S>(bias, n, [&](int slot, int n, int e, float of_pair) {
-        const float score = fmaf(s.at(slot, n, e), scale, of_pair);             // S ← scale · S + bias
-        const float weight = ptx::exp2(fmaf(score, kLog2e, -rows.lse(slot)));   // P = exp(S − lse)
-        sum.at(slot, n, e) += weight * (dp.at(slot, n, e) - rows.delta(slot));  // dS = P ∘ (dP − delta)
-      });
-    }
+    const uint32_t tile = C::Tiles::stage_of(this->shared, bias_use);
+    C::Tiles::template for_each_bias<S>(tile, in_tile, 0, [&](int slot, int n, int e, float bias) {
+      const float score = fmaf(s.at(slot, n, e), scale, bias);                // S ← scale · S + bias
+      const float weight = ptx::exp2(fmaf(score, kLog2e, -rows.lse(slot)));   // P = exp(S − lse)
+      sum.at(slot, n, e) += weight * (dp.at(slot, n, e) - rows.delta(slot));  // dS = P ∘ (dP − delta)
+    });
   }
 
   __device__ __forceinline__ void release_score() {
@@ -240,7 +230,7 @@ struct BiasConsumer : BiasRole<C> {
 
   __device__ __forceinline__ void run() {
     sum.clear();
-    if (consumer == C::kConsumers - 1) allow_next_issue();  // the first consumer begins
+    if (consumer == C::kConsumers - 1) IssueTurns<>::allow(0);  // the first consumer begins
     this->for_steps([&](const BiasTile& tile, const BiasStep& step) { add_step(tile, step); },
                     [&](const BiasTile& tile) {
                       this->shared.number_pipe.release(this->tile_index);

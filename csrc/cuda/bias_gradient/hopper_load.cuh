@@ -79,12 +79,13 @@ struct BiasProducer : BiasRole<C> {
     }
   }
 
-  // Loads some columns of a tile of query rows and, behind it, of a tile of keys.
-  template <class Rows, class Keys>
+  // Loads 64 columns of a tile of query rows and, behind it, of a tile of keys.
   __device__ __forceinline__ void load_pair(uint32_t use, const CUtensorMap& rows, const View& of_rows,
                                             const CUtensorMap& keys, const View& of_keys,
                                             const BiasTile& tile, const BlockWork& work, int32_t kv_head,
                                             int part) const {
+    using Rows = typename C::Rows;
+    using Keys = typename C::Keys;
     const auto& pipe = this->shared.pair_pipe;
     const uint32_t full = pipe.full_barrier(use),
                    to = ptx::shared_address(this->shared.pairs[use % C::kStages]);
@@ -105,12 +106,10 @@ struct BiasProducer : BiasRole<C> {
           const uint32_t use = 2 * C::kParts * this->step_use;
           const int32_t kv_head = p.kv_head(step.work.head);
           for (int part = 0; part < C::kParts; ++part)
-            load_pair<typename C::QTile, typename C::KTile>(use + part, maps.query, p.query, maps.key, p.key,
-                                                            tile, step.work, kv_head, part);
+            load_pair(use + part, maps.query, p.query, maps.key, p.key, tile, step.work, kv_head, part);
           for (int part = 0; part < C::kParts; ++part)
-            load_pair<typename C::DoTile, typename C::VTile>(use + C::kParts + part, maps.dout, p.dout,
-                                                             maps.value, p.value, tile, step.work, kv_head,
-                                                             part);
+            load_pair(use + C::kParts + part, maps.dout, p.dout, maps.value, p.value, tile, step.work,
+                      kv_head, part);
         },
         [&](const BiasTile&) { this->shared.number_pipe.release_by_thread(this->tile_index); });
   }

@@ -66,14 +66,14 @@ struct Consumer {
     return {*this, kv_use - without_input};
   }
 
-  // Ping-pong scheduling: consumers alternate in issuing products, so that one's softmax overlaps another's
-  // products. Teams get out of step by themselves, and so do consumers that wait for another CTA.
+  // Whether consumers alternate. Teams get out of step by themselves, and so do consumers that wait for
+  // another CTA.
   static constexpr bool kPingPong = C::kConsumers > 1 && C::kTeams == 1 && C::kSharers == 1;
   __device__ __forceinline__ void wait_for_issue() const {
-    if constexpr (kPingPong) ptx::sync_group(1 + consumer, 256);
+    if constexpr (kPingPong) IssueTurns<>::wait(consumer);
   }
   __device__ __forceinline__ void allow_next_issue() const {
-    if constexpr (kPingPong) ptx::arrive_group(1 + (consumer + 1) % C::kConsumers, 256);
+    if constexpr (kPingPong) IssueTurns<>::allow((consumer + 1) % C::kConsumers);
   }
 
   // CTAs that share the query tile have Q of one consumer each.

@@ -8,6 +8,7 @@
 
 #include "core/band.h"
 #include "core/families/hopper_layout.h"
+#include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/registers.cuh"
 
 namespace jax_flash {
@@ -47,6 +48,19 @@ inline constexpr uint32_t kKeyLoader = 0, kValueLoader = 1;
 __device__ __forceinline__ int warpgroup_index() {
   return uniform(static_cast<int>(threadIdx.x) / kWarpgroup);
 }
+
+// Ping-pong: consumers alternate in issuing products, so that the exponentials of one overlap the products of
+// another. Each waits at a named barrier of its own, kFirstBarrier + its number, until it is allowed to
+// issue.
+template <int kFirstBarrier = 1>
+struct IssueTurns {
+  __device__ __forceinline__ static void wait(int consumer) {
+    ptx::sync_group(kFirstBarrier + consumer, 2 * kWarpgroup);
+  }
+  __device__ __forceinline__ static void allow(int consumer) {
+    ptx::arrive_group(kFirstBarrier + consumer, 2 * kWarpgroup);
+  }
+};
 
 // Threads of warpgroup 0 per team.
 template <int kTeams>

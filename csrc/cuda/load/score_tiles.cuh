@@ -68,7 +68,8 @@ struct ScoreTiles {
       if constexpr (S::kTransposed) {
         add_transposed(s, bias, row, column, add);
       } else {
-        add_rows(s, bias, row, column, add);
+        for_each_bias<S>(bias, row, column,
+                         [&](int slot, int n, int e, float x) { add(s.at(slot, n, e), x); });
       }
     }
     if (HasMask && p.mask) hide(s, mask, row, column);
@@ -79,23 +80,22 @@ struct ScoreTiles {
     return ptx::shared_address(shared.score_tiles.stages[use % Stages]);
   }
 
-  // Where a lane reads the bias of scores [64, N] in rows, which begin at query `row` and key `column` of the
-  // tile.
-  __device__ __forceinline__ static LaneAddress<BiasTile> lane_address(uint32_t tile, int row, int column) {
-    return {tile, row + lane_id() % 16, column / 8 + lane_id() / 16};
-  }
-  // visit(slot, n, e, bias) for the elements of S in column tiles n and n + 1.
+  // visit(slot, n, e, bias) for every element of scores S [64, N] in rows, which begin at query `row` and key
+  // `column` of the tile.
   template <class S, class Visit>
-  __device__ __forceinline__ static void for_each_bias(const LaneAddress<BiasTile>& from, int n,
-                                                       Visit visit) {
+  __device__ __forceinline__ static void for_each_bias(uint32_t tile, int row, int column, Visit visit) {
     static_assert(S::kSlots == 2 && !S::kTransposed);
-    uint32_t pairs[4];
-    ptx::ldmatrix_x4(pairs, from.at(0, n));
+    const LaneAddress<BiasTile> from(tile, row + lane_id() % 16, column / 8 + lane_id() / 16);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 bias = ptx::unpack<T>(pairs[i]);
-      visit(i % 2, n + i / 2, 0, bias.x);
-      visit(i % 2, n + i / 2, 1, bias.y);
+    for (int n = 0; n < S::kColumnTiles; n += 2) {
+      uint32_t pairs[4];
+      ptx::ldmatrix_x4(pairs, from.at(0, n));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 bias = ptx::unpack<T>(pairs[i]);
+        visit(i % 2, n + i / 2, 0, bias.x);
+        visit(i % 2, n + i / 2, 1, bias.y);
+      }
     }
   }
 
@@ -131,14 +131,6 @@ struct ScoreTiles {
         add(s.at(slot + i / 2 * 2 + 1, 0, i % 2), bias.y);
       }
     }
-  }
-
-  template <class S, class Add>
-  __device__ __forceinline__ static void add_rows(S& s, uint32_t tile, int row, int column, Add add) {
-    const LaneAddress<BiasTile> from = lane_address(tile, row, column);
-#pragma unroll
-    for (int n = 0; n < S::kColumnTiles; n += 2)
-      for_each_bias<S>(from, n, [&](int slot, int n, int e, float bias) { add(s.at(slot, n, e), bias); });
   }
 
   template <class S>
