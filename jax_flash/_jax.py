@@ -65,21 +65,29 @@ def varying_axes(x: Any) -> frozenset[str]:
 
 def equally_varying(operands: dict[str, jax.Array], also: Sequence[str] = ()) -> dict[str, jax.Array]:
     """The operands, cast to vary over the union of their manual axes and the axes `also`; the cast's transpose sums
-    gradients, in float32 at least.
-
-    XLA's CPU backend aborts on bfloat16 sums in regions with automatic axes, too (jaxlib 0.10 to 0.12).
-    """
+    gradients."""
     axes = frozenset(also).union(*map(varying_axes, operands.values()))
 
     def cast(x: jax.Array) -> jax.Array:
         missing = tuple(sorted(axes - varying_axes(x)))
-        if not missing:
-            return x
-        wide = np.float32 if x.dtype in ("float16", "bfloat16") else x.dtype
-        varying: jax.Array = jax.lax.pcast(x.astype(wide), missing, to="varying").astype(x.dtype)
-        return varying
+        return repeated(lambda x: jax.lax.pcast(x, missing, to="varying"), x) if missing else x
 
     return {name: cast(x) for name, x in operands.items()}
+
+
+def repeated(repeat: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """repeat(x), whose transpose sums gradients in float32 at least.
+
+    XLA's CPU backend aborts on bfloat16 sums over manual axes beside automatic ones (jaxlib 0.10 to 0.12).
+    """
+    wide = np.float32 if x.dtype in ("float16", "bfloat16") else x.dtype
+    return repeat(x.astype(wide)).astype(x.dtype)
+
+
+def explicit_sharding(x: jax.Array) -> NamedSharding | None:
+    """The sharding in x's type, or None if no mesh axis is explicit."""
+    sharding = jax.typeof(x).sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
 def sharded_like(x: jax.Array, other: jax.Array) -> jax.Array:
@@ -88,8 +96,8 @@ def sharded_like(x: jax.Array, other: jax.Array) -> jax.Array:
 
     An array made outside the mesh has no such type; outside jit, JAX places it by itself.
     """
-    have, wanted = jax.typeof(x).sharding, jax.typeof(other).sharding
-    if AxisType.Explicit not in wanted.mesh.axis_types:
+    have, wanted = jax.typeof(x).sharding, explicit_sharding(other)
+    if wanted is None:
         return x
     entries = [axes if same_dim(*sizes) else None for axes, *sizes in zip(wanted.spec, x.shape, other.shape)]
     wanted = wanted.update(spec=PartitionSpec(*entries))
@@ -97,12 +105,6 @@ def sharded_like(x: jax.Array, other: jax.Array) -> jax.Array:
         return x
     moved: jax.Array = jax.sharding.reshard(x, wanted)
     return moved
-
-
-def explicit_sharding(x: jax.Array) -> NamedSharding | None:
-    """The sharding in x's type, or None if no mesh axis is explicit."""
-    sharding = jax.typeof(x).sharding
-    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
 def whole_along(x: jax.Array, dim: int) -> jax.Array:
@@ -123,8 +125,8 @@ def explicit_parts(x: jax.Array) -> list[int]:
 
 def reshaped(x: jax.Array, shape: tuple[Any, ...], kept: int) -> jax.Array:
     """x.reshape(shape). Explicit mesh axes split the first `kept` dimensions as before, and no others."""
-    sharding = jax.typeof(x).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types or shape == x.shape:
+    sharding = explicit_sharding(x)
+    if sharding is None or shape == x.shape:
         return x.reshape(shape)
     spec = PartitionSpec(*sharding.spec[:kept], *[None] * (len(shape) - kept))
     return x.reshape(shape, out_sharding=sharding.update(spec=spec))

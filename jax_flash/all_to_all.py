@@ -99,11 +99,8 @@ class _Exchange:
         return changes[name]() if name in changes else x
 
     def repeated(self, x: jax.Array) -> jax.Array:
-        """Keys or values [b, s, hk, d], each head `times` times; JAX sums their gradients in float32 at least."""
-        if self.times == 1:
-            return x
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        return jnp.repeat(x.astype(wide), self.times, 2).astype(x.dtype)
+        """Keys or values [b, s, hk, d], each head `times` times."""
+        return _jax.repeated(lambda x: jnp.repeat(x, self.times, 2), x) if self.times > 1 else x
 
     def scores(self, x: jax.Array, rows: int) -> jax.Array:
         """A mask or bias [b|1, hq|1, rows|1, sk|1] with the columns of all keys in the order of the sequence, or ranges

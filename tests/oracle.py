@@ -17,6 +17,7 @@ from cases import Case, Inputs, operands, spec
 from equations import DIFFERENTIABLE, Result
 
 from jax_flash import reference
+from jax_flash.spec import AttentionSpec
 
 ROUNDED = ("query", "key", "value", "bias")
 
@@ -102,23 +103,18 @@ def references(case: Case, inputs: Inputs, **options: Any) -> tuple[Result, Resu
 
 @on_cpu
 def plain_outs(
-    query: jax.Array, key: jax.Array, value: jax.Array, seen: np.ndarray, scale: float | None = None
+    query: jax.Array, key: jax.Array, value: jax.Array, seen: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """out of the keys that rows see, `seen [b, sq, sk]`: in float32, and with S and P rounded to query's dtype."""
-    b, sq, hq, d = query.shape
-    groups = (b, sq, key.shape[2], hq // key.shape[2], d)
-    q, k, v = (jax.device_put(x, jax.devices("cpu")[0]).astype(jnp.float32) for x in (query, key, value))
-    seen = jnp.asarray(seen)[:, None, None]
-
-    def out(dtype: Any) -> np.ndarray:
-        s = jnp.einsum("bqkgd,btkd->bkgqt", q.reshape(groups), k, precision="highest")
-        s = jnp.where(seen, (s * (scale or d**-0.5)).astype(dtype).astype(jnp.float32), -jnp.inf)
-        p = jnp.exp(s - jnp.maximum(s.max(-1, keepdims=True), -1e30))
-        p = (p / jnp.maximum(p.sum(-1, keepdims=True), 1e-30)).astype(dtype).astype(jnp.float32)
-        made = jnp.einsum("bkgqt,btkd->bqkgd", p, v, precision="highest").astype(dtype)
-        return np.asarray(made.reshape(b, sq, hq, -1))
-
-    return out(jnp.float32), out(query.dtype)
+    static = AttentionSpec("fixed", scale=query.shape[3] ** -0.5, operands=("mask",))
+    there = jax.device_put({"query": query, "key": key, "value": value}, jax.devices("cpu")[0])
+    mask, wide = (
+        {"mask": jnp.asarray(seen)[:, None]},
+        {name: x.astype(jnp.float32) for name, x in there.items()},
+    )
+    exact = reference.attention(static, wide | mask)
+    low = reference.attention(static, there | mask, round_to=query.dtype)
+    return np.asarray(exact[0]), np.asarray(low[0])
 
 
 # The tolerance of the contract.

@@ -99,6 +99,7 @@ def flash_attn_with_kvcache(  # type: ignore[misc]  # only an overload has `unpa
     check = Checker("flash_attn_with_kvcache")
     query = arguments.ranked(check, "q", q, "b sq hq d")
     arguments.check_new(check, k, v, rotary_cos, rotary_sin, cache_seqlens)
+    check.flag("causal", causal)
     check.flag("return_softmax_lse", return_softmax_lse)
     check.flag("rotary_interleaved", rotary_interleaved)
     if is_int(num_splits) and num_splits < 0:
@@ -115,7 +116,7 @@ def flash_attn_with_kvcache(  # type: ignore[misc]  # only an overload has `unpa
         if rotary is not None:
             rotate = partial(apply_rotary, cos=rotary[0], sin=rotary[1], interleaved=rotary_interleaved)
             position = cache.lengths(ends)[:, None]
-            limited = check.flag("causal", causal) or window is not None
+            limited = causal or window is not None
             query = rotate(query, position + _rows(query) if limited else position)
             if cache.start is not None:  # append_kv would count positions from the padding
                 k, rotary = rotate(k, position + _rows(k)), None
