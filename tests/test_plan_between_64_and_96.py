@@ -42,7 +42,7 @@ def test_the_backward_has_tiles_of_96_queries_up_to_head_dim_80():
     tiles_of_96, tiles_of_64 = (80, (96, 128)), (96, (64, 128))
     assert rows("backward", 72, 729) == rows("backward", 80, 4096, right=0) == tiles_of_96
     assert rows("backward", 80, 256) == tiles_of_64  # 3 tiles of 96 rows hold 288
-    assert rows("backward", 80, 4096, deterministic=True) == tiles_of_64  # dQ is added up in order
+    assert rows("backward", 80, 4096, deterministic=True) == tiles_of_96
     assert rows("backward", 88, 4096) == rows("backward", 96, 4096, deterministic=True) == tiles_of_64
     assert rows("backward", 80, 4096, softcap=3.0)[0] == 128  # these rows have no kernel for this option
     assert rows("backward", 80, 8192, 32, varlen=True) == tiles_of_96  # sequences have 256 tokens on average

@@ -232,15 +232,12 @@ class Backward final : public PassTraits {
   }
 
  private:
-  // Whether tiles of 96 queries may serve a call: their sums have no order, and smaller heads have rows with
-  // larger tiles.
-  static bool may_take_96_queries(const AttentionSpec& spec, int64_t d, int64_t dv) {
-    return !spec.deterministic && std::max(d, dv) > hopper::kSmallHeadDim;
-  }
+  // Whether tiles of 96 queries may serve a call: smaller heads have rows with larger tiles.
+  static bool may_take_96_queries(int64_t d, int64_t dv) { return std::max(d, dv) > hopper::kSmallHeadDim; }
 
   static Dim sums_bound_of_96_queries(const AttentionSpec& spec, const DimShapes& s) {
     const bool known = s.head_dim.known() && s.value_dim.known();
-    if (known && !may_take_96_queries(spec, s.head_dim.value(), s.value_dim.value())) return 0;
+    if (known && !may_take_96_queries(s.head_dim.value(), s.value_dim.value())) return 0;
     if (s.head_dim.known() && s.head_dim.value() > hopper::kHeadDimOf96Queries) return 0;
     return dq_sums_bytes(spec, s, hopper::k96Queries);
   }
@@ -254,7 +251,7 @@ class Backward final : public PassTraits {
       const int64_t used = call.rows_of_sequence();
       return call.spec.packed() ? used + tile / 2 : ceil_div(used, tile) * tile;
     };
-    return may_take_96_queries(call.spec, s.head_dim, s.value_dim) &&
+    return may_take_96_queries(s.head_dim, s.value_dim) &&
            kTime * rows(hopper::k96Queries) <= kTimeOfSmall * rows(kConsumerRows);
   }
 

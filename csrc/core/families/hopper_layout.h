@@ -62,7 +62,7 @@ constexpr int64_t forward_shared_bytes(const Row& r) {
 }
 
 // The backward: K and V of a key tile, `stages` tiles of Q and dO with lse and delta, a few tiles of dS, and
-// dQ in float32 or one more tile of dS.
+// one more of them or tiles of bias and mask.
 inline constexpr int32_t kScoreGradientStages = 3;
 inline constexpr int64_t kKeyTileStateBytes = 1024;  // upper bound: barriers and the state of the key tile
 
@@ -71,20 +71,20 @@ inline constexpr int64_t kKeyTileStateBytes = 1024;  // upper bound: barriers an
 inline constexpr int32_t k96Queries = 96, kHeadDimOf96Queries = 80;
 constexpr bool takes_96_queries(const Row& r) { return r.block_m == k96Queries; }
 
-// Kernels with two tiles of dS, and no room for dQ, have one consumer warpgroup or tiles of 96 queries.
+// Kernels with two tiles of dS, and no room for a bias, have one consumer warpgroup or tiles of 96 queries.
 inline constexpr int32_t kFewDsStages = 2;
 constexpr bool has_few_ds_stages(const Row& r) { return r.block_n == kConsumerRows || takes_96_queries(r); }
 
 constexpr int64_t backward_shared_bytes(const Row& r) {
   const int64_t rows = r.block_n + int64_t{r.stages} * r.block_m;
   const int64_t ds = kElementBytes * whole_panels(r.block_m, kConsumerRows) * r.block_n,
-                dq = static_cast<int64_t>(sizeof(float)) * r.block_m * r.head_dim;
+                score = static_cast<int64_t>(sizeof(float)) * r.block_m * r.head_dim;
   const int64_t statistics = 2 * int64_t{r.stages} * r.block_m;
   const int64_t gradients =
-      has_few_ds_stages(r) ? kFewDsStages * ds : kScoreGradientStages * ds + (ds > dq ? ds : dq);
+      has_few_ds_stages(r) ? kFewDsStages * ds : kScoreGradientStages * ds + (ds > score ? ds : score);
   return kElementBytes * rows * (backward_columns(r.head_dim) + backward_columns(r.value_dim)) + gradients +
          static_cast<int64_t>(sizeof(float)) * statistics +
-         // With 96 queries no unused room of dQ holds what the alignment to 1,024 bytes adds.
+         // With 96 queries no unused room of a bias holds what the alignment to 1,024 bytes adds.
          (takes_96_queries(r) ? kStateBytes : kKeyTileStateBytes);
 }
 

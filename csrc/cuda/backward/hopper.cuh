@@ -14,8 +14,7 @@
 //   warp 2: statistics                             scale · dK and dV are stored
 //     lse, delta; Q and dO there ── ready_pipe ──►
 //
-// If the order of sums is fixed, consumers store dQ in shared memory for a thread of warp 3 (dq_pipe), which
-// adds it by TMA.
+// If the order of sums is fixed, a thread of warp 3 says when consumers may add dQ (sum_pipe).
 //
 // Rows with tiles of 64 keys have one consumer warpgroup and two CTAs per SM (hopper_single_consumer.cuh).
 //
@@ -50,8 +49,7 @@ namespace jax_flash {
 
 // A row of csrc/kernels.def.
 //
-// Ordered: one thread adds dQ to the sums (query_sums.cuh), so that it can wait for its ticket.
-// Otherwise each consumer adds its part from its registers.
+// Ordered: the key tiles add dQ to the sums (query_sums.cuh) in their order.
 // RoundsDq: clusters of all key tiles of a KV head clear and round dQ (hopper_head.cuh).
 template <class T, Row R, ScoreKind Kind, bool Ordered, bool RoundsDq = false>
 struct BackwardSm90 {
@@ -78,8 +76,7 @@ struct BackwardSm90 {
   using DsTile = SharedTile<T, N, hopper::whole_panels(M, kConsumerRows)>;
   using S = TransposedAccumulator<1, M / 8>;
   using Score = GradientScore<Kind, S>;
-  // In kernels with ordered sums, bias and mask use the memory of dQ. A bias of 128 queries also uses the
-  // third stage of dS.
+  // A bias of 128 queries uses the third stage of dS.
   static constexpr bool kSpareDs =
       (Kind == ScoreKind::kBias || Kind == ScoreKind::kGeneralDropout) && M > kConsumerRows;
   // Whether consumers alternate in issuing products (ping-pong).
@@ -87,7 +84,7 @@ struct BackwardSm90 {
   // With four tiles of dS no stage needs to be released: before a consumer overwrites a tile, it has waited
   // for the other consumer's dS of two steps before, which came after that consumer's dQ of four steps
   // before.
-  static constexpr bool kReleasesDs = Ordered || stages_tiles(Kind) || kTakes96Queries;
+  static constexpr bool kReleasesDs = stages_tiles(Kind) || kTakes96Queries;
   static constexpr int kDsStages = hopper::has_few_ds_stages(R) ? hopper::kFewDsStages
                                    : kReleasesDs ? hopper::kScoreGradientStages - (kSpareDs ? 1 : 0)
                                                  : hopper::kScoreGradientStages + 1;
@@ -96,8 +93,7 @@ struct BackwardSm90 {
   // now comes after the other's dQ of three steps before. With 128 rows there are too few registers, and 96
   // gain nothing.
   static constexpr bool kSharesDsLate =
-      (Kind == ScoreKind::kPlain || Kind == ScoreKind::kRanges || lists_tiles(Kind)) && !Ordered &&
-      M == kConsumerRows;
+      (Kind == ScoreKind::kPlain || Kind == ScoreKind::kRanges || lists_tiles(Kind)) && M == kConsumerRows;
   static constexpr bool kStartsFromDelta = kSharesDsLate;
   static constexpr bool kOmitsDropoutScale = jax_flash::kOmitsDropoutScale<S, Score>;
   // Whether a step draws dropout's bits for the next step (hopper_dropout.cuh).
@@ -131,8 +127,7 @@ struct BackwardSm90 {
                         : registers_suffice(kThreads, kConsumers));
   static_assert(M <= 2 * kConsumerRows && M % 32 == 0);
   static_assert(kDqByRows || kDqColumns % (KTile::kPanel * 8) == 0);  // whole panels
-  static_assert(!kTakes96Queries ||
-                (Kind == ScoreKind::kPlain && !Ordered && HeadDim <= hopper::kHeadDimOf96Queries));
+  static_assert(!kTakes96Queries || (Kind == ScoreKind::kPlain && HeadDim <= hopper::kHeadDimOf96Queries));
   static_assert(sizeof(Shared) <= hopper::backward_shared_bytes(R));
 };
 
@@ -155,7 +150,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kSingle ? 2 : 1)
     if (warp == 1 && leads) producer.load_tiles();
     if (warp == 2) producer.load_statistics();
     if constexpr (C::kOrdered) {
-      if (warp == 3 && (leads || GradientProducer<C>::kWarpAddsDq)) producer.add_dq();
+      if (warp == 3 && (leads || GradientProducer<C>::kWarpOrders)) producer.order_sums();
     }
     if constexpr (kStagesTiles<C>) {
       if (warp == 3) producer.load_score_tiles();
@@ -204,12 +199,14 @@ inline int64_t head_bytes(const Problem& p) {
 // How many KV heads' tiles are worked on together: few, so that Q, dO and the sums of dQ stay in L2. With a
 // band tiles differ in length, and more heads leave short tiles for the end.
 //
-// In a deterministic call there are 32, or 16 without a band, and half as many with clusters: the fewer tiles
-// of a head run at a time, the less they wait for each other.
-inline uint32_t backward_heads_together(const Problem& p, uint32_t cluster_size) {
+// In a deterministic call a tile waits for those of its head that began before it. The more heads are worked
+// on together, the later it begins. Tiles that have few steps need more heads.
+inline uint32_t backward_heads_together(const Problem& p, int32_t block_m, uint32_t cluster_size) {
   const bool band = p.spec.left >= 0 || p.spec.right >= 0 || p.spec.moves_band() || p.ranges;
-  if (p.spec.deterministic) return (band ? 32 : 16) / cluster_size;
-  return band ? 4 : 2;
+  if (!p.spec.deterministic) return band ? 4 : 2;
+  const uint32_t least = band ? 32 : cluster_size > 1 ? 16 : 8, all_steps = band ? 512 : 256;
+  const auto steps = static_cast<uint32_t>(std::max<int64_t>(1, ceil_div(mean_queries(p), block_m)));
+  return std::max(p.q_segment_ids ? 2 * least : least, all_steps / steps) / cluster_size;
 }
 
 // For long causal sequences with GQA, if workers cover all tiles of a KV head. Key tiles see different
@@ -236,30 +233,21 @@ inline uint32_t heads_of_one_wave(const PersistentTiles& tiles, int32_t workers)
 
 // Decides which heads' tiles run together, unless steps are listed: there a kernel orders the tiles of a
 // group.
-inline void order_tiles(PersistentTiles& tiles, const Problem& p, const LaunchPlan& plan, int32_t cluster) {
+inline void order_tiles(PersistentTiles& tiles, const Problem& p, const LaunchPlan& plan, int32_t block_m,
+                        int32_t cluster) {
   const int32_t workers = plan.persistent_ctas / cluster;
-  tiles.heads_together = backward_heads_together(p, cluster);
+  tiles.heads_together = backward_heads_together(p, block_m, cluster);
   keep_in_step(tiles, p, workers);
   // With few tiles, a long one that starts late would be the last to end.
   if (plan.parts > 1 && !tiles.back_and_forth && !p.spec.deterministic)
     tiles.heads_together = std::max(tiles.heads_together, heads_of_one_wave(tiles, workers));
 }
 
-// log2 of the query tiles per ticket. A ticket covers 256 rows, but at most a sixteenth of a sequence,
-// because each key tile is one ticket behind the key tile before it.
-inline int32_t query_ticket_shift(const Problem& p, int32_t block_m) {
-  constexpr int64_t kRows = 256, kTickets = 16;
-  const int64_t rows = p.packed() ? p.q_rows / std::max(p.batch, 1) : p.q_rows;
-  int32_t shift = 0;
-  while (block_m << (shift + 1) <= std::min(kRows, rows / kTickets)) ++shift;
-  return shift;
-}
-
 // Finds the key grid's tables in the workspace, as the plan placed them.
 inline KeyGrid make_key_grid(const Problem& p, const LaunchPlan& plan, void* workspace, const QuerySums& sums,
-                             int32_t ticket_shift) {
+                             int32_t tickets_shift) {
   KeyGrid grid = {segments_of(plan.keys, workspace), static_cast<int32_t>(plan.keys.tiles), sums, nullptr,
-                  ticket_shift};
+                  tickets_shift};
   if (plan.score == ScoreKind::kRanges) {
     const RangeTables tables = range_tables(p, plan.keys, workspace);
     grid.segments = tables.rows, grid.gaps = tables.gaps, grid.blocks = tables.blocks;
@@ -292,9 +280,8 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
     PersistentTiles tiles{schedule_of(grid, workspace), static_cast<int32_t>(grid.tiles),
                           static_cast<uint32_t>(grid.blocks), tile_counter(plan, workspace), 1};
     const Problem parts = with_head_parts(p, plan, workspace);
-    if (!kListsSteps<C> && !plan.rounds_dq) order_tiles(tiles, parts, plan, C::kCluster);
-    constexpr auto kTicketShift = kInClusters<C> ? cluster_ticket_shift : query_ticket_shift;
-    const KeyGrid key_grid = make_key_grid(p, plan, workspace, sums, kTicketShift(p, C::kM));
+    if (!kListsSteps<C> && !plan.rounds_dq) order_tiles(tiles, parts, plan, C::kM, C::kCluster);
+    const KeyGrid key_grid = make_key_grid(p, plan, workspace, sums, ticket_shift(p, C::kM, kInClusters<C>));
     if constexpr (kListsSteps<C>) {
       const uint32_t heads = tiles.count / tiles.tiles_per_head;
       tiles.heads_together = heads_of_one_wave(tiles, plan.persistent_ctas / C::kCluster);
@@ -333,9 +320,9 @@ cudaError_t launch_slice(const Problem& p, const LaunchPlan& plan, void* workspa
       const auto run = [&]<bool kOrdered>() {
         return launch_backward_sm90<BackwardSm90<T, R, kKind, kOrdered>, T>(p, plan, workspace, stream);
       };
-      // The ordered kernel stages dQ in shared memory. If bias or mask take this room, consumers wait for
-      // their tickets instead. Calls whose steps are listed, and the kernel with 96 queries, have no tickets.
-      constexpr bool kOrdered = !stages_tiles(kKind) && !lists_tiles(kKind) && !hopper::takes_96_queries(R);
+      // A warp that loads bias and mask has no time for tickets; there consumers wait for their own. Calls
+      // whose steps are listed have no tickets.
+      constexpr bool kOrdered = !stages_tiles(kKind) && !lists_tiles(kKind);
       if constexpr (kKind == ScoreKind::kPlain) {
         using C = BackwardSm90<T, R, kKind, false, true>;
         if (plan.rounds_dq) return launch_backward_sm90<C, T>(p, plan, workspace, stream);

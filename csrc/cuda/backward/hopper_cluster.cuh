@@ -131,18 +131,6 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   }
 }
 
-// log2 of the query tiles per ticket. Each key tile runs one ticket behind the key tile before it, so short
-// sequences have smaller tickets: there this lag would be much of the total time.
-inline int32_t cluster_ticket_shift(const Problem& p, int32_t block_m) {
-  constexpr int64_t kManyTiles = 64;  // query tiles of a sequence
-  const int64_t rows = p.packed() ? p.q_rows / std::max(p.batch, 1) : p.q_rows, heads = p.heads / p.kv_heads;
-  int32_t shift = kTicketSteps;
-  while (shift > 0 &&
-         (heads << shift > 1 << kTicketSteps || rows << kTicketSteps < (kManyTiles * block_m) << shift))
-    --shift;
-  return shift;
-}
-
 template <class C>
 cudaError_t make_cluster_maps(typename C::Maps& maps, const Problem& p) {
   const int32_t batch = p.packed() ? 1 : p.batch, rows = C::kM / C::kKeyParts;

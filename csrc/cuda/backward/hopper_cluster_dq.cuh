@@ -10,8 +10,6 @@
 
 namespace jax_flash {
 
-inline constexpr int32_t kTicketSteps = 2;  // log2 of the most query tiles and of the heads in a ticket
-
 // Computes dQ = dS K in this CTA's half of the columns, with all keys of the tile.
 template <class C>
 struct QueryGradientConsumer : ClusterConsumer<C> {
@@ -26,7 +24,6 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
   // In a deterministic call key tiles add to dQ in order. One ticket orders a few query tiles or heads,
   // because it costs a wait for memory and a fence. The counter of the ticket's first tile counts the parts
   // that have been added: one per CTA of a cluster if TMA adds, else one per warp.
-  static constexpr int32_t kTicketHeads = 1 << kTicketSteps;
   static constexpr uint32_t kParts = C::kCluster * (C::kDqByTma ? 1 : kConsumerWarps);
   uint32_t* ticket = nullptr;  // the counter of a finished ticket that has not been passed on yet
 
@@ -37,15 +34,15 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
   // over the heads within each tile.
   __device__ __forceinline__ bool begins_ticket(const QueryStep& step) const {
     const bool first = ticket_of(step) != (step.tile + 1) >> grid.ticket_shift;
-    return step.head % kTicketHeads == 0 && (first || step.tile == uniform(tile().walk.tiles.hi) - 1);
+    return step.head % kTicketSteps == 0 && (first || step.tile == uniform(tile().walk.tiles.hi) - 1);
   }
   __device__ __forceinline__ bool ends_ticket(const QueryStep& step) const {
     const bool last = ticket_of(step) != (step.tile - 1) >> grid.ticket_shift;
-    const bool last_head = (step.head + 1) % kTicketHeads == 0 || step.head == uniform(tile().walk.heads) - 1;
+    const bool last_head = (step.head + 1) % kTicketSteps == 0 || step.head == uniform(tile().walk.heads) - 1;
     return last_head && (last || step.tile == uniform(tile().walk.tiles.lo));
   }
   __device__ __forceinline__ uint32_t* count_of(const QueryStep& step) const {
-    const int32_t head = step.head / kTicketHeads * kTicketHeads;
+    const int32_t head = step.head / kTicketSteps * kTicketSteps;
     return tile().tickets + head * grid.sums.tiles + (ticket_of(step) << grid.ticket_shift);
   }
   __device__ __forceinline__ void wait_ticket(const QueryStep& step) const {
@@ -103,7 +100,6 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
 
   __device__ __forceinline__ void run_step(const QueryStep& step) {
     const uint32_t use = step.number;
-    if (grid.tickets && begins_ticket(step)) wait_ticket(step);
     if constexpr (C::kKeyParts > 1) {
       if (leads()) ptx::barrier_expect(shared.parts.ds.full_barrier(use), DsTile::kBytes / C::kCluster);
     }
@@ -112,7 +108,12 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
     for (int column = 0; column < kOwnColumns; column += C::kDqColumns) {
       typename C::DQ dq;
       start_all(dq, use, column);
-      if (column == 0) pass_ticket();
+      // Both overlap with the product. The ticket before is passed on first, so that the next key tile need
+      // not wait until it is this one's turn again.
+      if (column == 0) {
+        pass_ticket();
+        if (grid.tickets && begins_ticket(step)) wait_ticket(step);
+      }
       ptx::wgmma_wait<0>();
       ptx::hold(dq.x[0]);
       if (column + C::kDqColumns == kOwnColumns) shared.p_pipe.release_in_all(use, C::kKeyParts);

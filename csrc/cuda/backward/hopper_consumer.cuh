@@ -159,13 +159,11 @@ struct GradientConsumer {
     add_to_sums<C::kM>(to, p.head_dim, dq, at);
   }
 
-  // Passes dQ, through shared memory, to the thread that adds it up.
-  __device__ __forceinline__ void send_dq(uint32_t use) {
-    const auto& pipe = shared.dq_pipe[consumer];
-    pipe.wait_empty(use);
-    store_part(dq, shared.dq[consumer], warp_row());
-    ptx::fence_async_shared();
-    ptx::barrier_arrive_by_warp(pipe.full_barrier(use));
+  // Adds dQ when it is this key tile's turn.
+  __device__ __forceinline__ void add_dq_in_order(uint32_t use, int32_t sum) {
+    shared.sum_pipe.wait_full(use);
+    add_dq(sum);
+    shared.sum_pipe.release(use);
   }
 
   // Pᵀ = exp(Sᵀ − lse), from a row of the step on.
@@ -212,12 +210,12 @@ struct GradientConsumer {
     shared.ds_pipe.arrive_by_warp(use);
   }
 
-  // Adds a step's finished dQ to the sums, or sends it there. `sum`: the index of its query tile among them.
+  // Adds a step's finished dQ to the sums. `sum`: the index of its query tile among them.
   __device__ __forceinline__ void finish_dq(uint32_t use, int32_t sum) {
     ptx::hold(dq.x[0]);
     if constexpr (C::kReleasesDs) shared.ds_pipe.release(use);
     if constexpr (C::kOrdered) {
-      send_dq(use);
+      add_dq_in_order(use, sum);
     } else if (kStagesTiles<C> && grid.tickets) {
       add_dq_by_ticket(sum);
     } else {

@@ -1,5 +1,5 @@
-// The producer warps of cuda/backward/hopper.cuh: they find key tiles, load operands, and add dQ to the
-// accumulator.
+// The producer warps of cuda/backward/hopper.cuh: they find key tiles, load operands, and order the additions
+// to dQ.
 #pragma once
 
 #include <cstdint>
@@ -267,14 +267,6 @@ struct GradientProducer {
         [&](const Tile&) { shared.state_pipe.release(tile_index); });
   }
 
-  // Issues sums += dQ, a consumer's part of a step's.
-  __device__ __forceinline__ void start_dq_sum(const Tile& tile, const QueryStep& step, int consumer) const {
-    shared.dq_pipe[consumer].wait_full(step.number);
-    start_sum_of_part<C::kM, C::kDqColumns>(
-        sum_tile<C::kM>(p, tile.sums, step.head * grid.sums.tiles + step.tile), p.head_dim,
-        shared.dq[consumer], dq_placement<C>(consumer));
-  }
-
   // A ticket of a deterministic call covers 2^ticket_shift query tiles of a head, because each ticket costs a
   // wait for memory and a fence. Its counter is that of its first query tile.
   __device__ __forceinline__ int32_t ticket_of(const QueryStep& step) const {
@@ -283,47 +275,60 @@ struct GradientProducer {
   __device__ __forceinline__ uint32_t* count_of(const Tile& tile, const QueryStep& step) const {
     return tile.tickets + step.head * grid.sums.tiles + (ticket_of(step) << grid.ticket_shift);
   }
-  // Whether a step is the first, or the last, of its ticket. Steps go backwards over the query tiles.
-  __device__ __forceinline__ bool begins_ticket(const Tile& tile, const QueryStep& step) const {
-    return ticket_of(step) != (step.tile + 1) >> grid.ticket_shift || step.tile == tile.walk.tiles.hi - 1;
+  // For the first step of a ticket: the number of the step after its last one. Steps go backwards over the
+  // query tiles.
+  __device__ __forceinline__ int32_t end_of_ticket(const Tile& tile, const QueryStep& step) const {
+    const int32_t last = max(ticket_of(step) << grid.ticket_shift, tile.walk.tiles.lo);
+    return step.number + step.tile - last + 1;
   }
-  __device__ __forceinline__ bool ends_ticket(const Tile& tile, const QueryStep& step) const {
-    return ticket_of(step) != (step.tile - 1) >> grid.ticket_shift || step.tile == tile.walk.tiles.lo;
+  // Lets consumers add dQ of the steps [step, end).
+  __device__ __forceinline__ void let_add(const QueryStep& step, int32_t end) const {
+#pragma unroll 1
+    for (int32_t use = step.number; use < end; ++use) shared.sum_pipe.arrive(use);
   }
 
-  // Adds a step's dQ to the sums, at the beginning of a ticket after the `before` key tiles whose
-  // tickets are earlier.
-  __device__ __forceinline__ void add_step(const Tile& tile, const QueryStep& step, bool begins,
-                                           int32_t before) const {
-    if (begins) ptx::wait_count(count_of(tile, step), before);
-    start_dq_sum(tile, step, 0);
-    start_dq_sum(tile, step, 1);
-    ptx::bulk_wait_read<1>();
-    shared.dq_pipe[0].release_by_thread(step.number);
-    ptx::bulk_wait_read<0>();
-    shared.dq_pipe[1].release_by_thread(step.number);
-    if (ends_ticket(tile, step)) {
-      ptx::bulk_wait<0>();
-      ptx::raise_count(count_of(tile, step));
+  // One thread, where sums are ordered: lets consumers add dQ of a ticket when the key tiles with earlier
+  // tickets have, and raises the ticket's counter when they have added it. Meanwhile it watches for the next
+  // ticket of the key tile, so that consumers seldom wait. With segments it is the warp's first thread, and
+  // the others help to find the tickets.
+  static constexpr bool kWarpOrders = kTrimsSteps<C>;
+  __device__ __forceinline__ void order_sums() {
+    const bool leads = !kWarpOrders || threadIdx.x % 32 == 0;
+    const auto before = [&](const Tile& tile, const QueryStep& step) {  // how many key tiles come first
+      return tiles_before<C>(grid, p, tile, ticket_of(step), C::kM << grid.ticket_shift);
+    };
+    for (;; ++tile_index) {
+      shared.state_pipe.wait_full(tile_index);
+      const Tile& tile = shared.tiles[tile_index % kKeyTileStates];
+      if (tile.done) return;
+      const auto& walk = tile.walk;
+      auto next = first_step(walk, step_use);  // the first step of a ticket
+      const int32_t end = next.number + walk.steps();
+      int32_t wanted = next.number < end ? before(tile, next) : 0;
+      bool allowed = false;
+#pragma unroll 1
+      while (next.number < end) {
+        const int32_t stop = end_of_ticket(tile, next);
+        uint32_t* const count = count_of(tile, next);
+        if (leads && !allowed) {
+          ptx::wait_at_least(count, wanted);
+          let_add(next, stop);
+        }
+        while (next.number < stop) next.advance(walk);
+        wanted = next.number < end ? before(tile, next) : 0;
+        allowed = false;
+        if (!leads) continue;
+        while (!allowed && next.number < end && !shared.sum_pipe.is_released(stop - 1)) {
+          allowed = ptx::is_at_least(count_of(tile, next), wanted);
+          if (allowed) let_add(next, end_of_ticket(tile, next));
+        }
+        shared.sum_pipe.wait_released(stop - 1);
+        ptx::raise_after_block(count);
+      }
+      step_use = end;
+      if constexpr (kWarpOrders) __syncwarp();
+      if (leads) shared.state_pipe.release_by_thread(tile_index);
     }
-  }
-
-  // One thread, where sums are ordered: adds dQ to them. With segments it is the warp's first, and
-  // the others help to find its ticket.
-  static constexpr bool kWarpAddsDq = kTrimsSteps<C>;
-  __device__ __forceinline__ void add_dq() {
-    const bool leads = !kWarpAddsDq || threadIdx.x % 32 == 0;
-    for_steps(
-        [&](const Tile& tile, const QueryStep& step) {
-          const bool begins = begins_ticket(tile, step);
-          const int32_t before =
-              begins ? tiles_before<C>(grid, p, tile, ticket_of(step), C::kM << grid.ticket_shift) : 0;
-          if (leads) add_step(tile, step, begins, before);
-        },
-        [&](const Tile&) {
-          if constexpr (kWarpAddsDq) __syncwarp();
-          if (leads) shared.state_pipe.release_by_thread(tile_index);
-        });
   }
 
   // One warp loads bias and mask of a step, for the keys from `key` on.

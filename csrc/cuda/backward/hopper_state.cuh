@@ -47,6 +47,22 @@ inline constexpr bool kStagesTiles = [] {
   return false;
 }();
 
+// log2 of the most query tiles that a ticket of a deterministic call covers, without clusters and with them.
+// Clusters take all heads of a group at each query tile; their tickets have kTicketSteps steps at most.
+inline constexpr int32_t kMostTicketShift = 1, kClusterTicketShift = 2,
+                         kTicketSteps = 1 << kClusterTicketShift;
+
+// The shift of a call. Each key tile is one ticket behind the key tile before it, so a sequence has at least
+// 16 tickets.
+inline int32_t ticket_shift(const Problem& p, int32_t block_m, bool clusters) {
+  constexpr int64_t kTickets = 16;
+  const int32_t heads = clusters ? p.heads / p.kv_heads : 1;
+  int32_t shift = clusters && p.spec.right < 0 ? kClusterTicketShift : kMostTicketShift;
+  while (shift > 0 && (mean_queries(p) < (kTickets * block_m) << shift || heads << shift > kTicketSteps))
+    --shift;
+  return shift;
+}
+
 // The tables in the workspace that key tiles read.
 struct KeyGrid {
   const Interval* segments;  // [entries, key_tiles]: queries that may share a segment; nullptr: no segments
@@ -329,8 +345,7 @@ struct BackwardShared {
   alignas(1024) uint8_t v[C::VTile::kBytes];
   alignas(1024) uint8_t q[kStages][C::QTile::kBytes];
   alignas(1024) uint8_t d_out[kStages][C::DoTile::kBytes];
-  alignas(1024) uint8_t ds[C::kDsStages][C::DsTile::kBytes];  // dSᵀ
-  alignas(1024) float dq[kConsumers][C::kOrdered ? kConsumerRows * C::kDqColumns : kStagesTiles<C> ? 0 : 4];
+  alignas(1024) uint8_t ds[C::kDsStages][C::DsTile::kBytes];    // dSᵀ
   [[no_unique_address]] typename C::Tiles::Buffer score_tiles;  // bias and mask
   QueryStatistics<C::kM> statistics[kStages];
   int32_t large_lse[kStages];  // bit 0: some lse_too_large(); other bits: is_partial_of()
@@ -346,7 +361,9 @@ struct BackwardShared {
   Pipeline<kStages> q_pipe, do_pipe;
   Pipeline<kStages> ready_pipe;    // full when Q and dO are loaded and clean, and lse and delta stored
   Pipeline<C::kDsStages> ds_pipe;  // dSᵀ of both consumers, which release it if kReleasesDs
-  Pipeline<1> dq_pipe[kConsumers];
+  // If sums are ordered: full when consumers may add dQ of a step, empty when they have. Consumers are at
+  // most two tickets behind.
+  Pipeline<C::kOrdered ? 2 << kMostTicketShift : 1> sum_pipe;
   [[no_unique_address]] typename C::Tiles::Pipe score_pipe;
 
   __device__ __forceinline__ void init() {
@@ -359,7 +376,7 @@ struct BackwardShared {
     do_pipe.init(kConsumers * kConsumer);
     ready_pipe.init(kConsumers * kConsumer, ptx::kWarpArrivals);
     ds_pipe.init(kConsumers * kConsumer, kConsumers * kConsumer);
-    for (auto& pipe : dq_pipe) pipe.init(1, kConsumer);
+    sum_pipe.init(kConsumers * kConsumer);
     score_pipe.init(kConsumers * kConsumer);
     ptx::fence_barriers();
   }

@@ -71,6 +71,11 @@ __device__ __forceinline__ void add_to_sums(float* tile, int32_t head_dim, const
   }
 }
 
+// The query rows of a sequence; of packed ones the mean.
+inline int64_t mean_queries(const Problem& p) {
+  return p.packed() ? p.q_rows / std::max(p.batch, 1) : p.q_rows;
+}
+
 inline int64_t sum_entries(const Problem& p) { return p.leading.count() * (p.packed() ? 1 : p.batch); }
 
 template <int kM>

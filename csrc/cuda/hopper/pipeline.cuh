@@ -23,6 +23,14 @@ struct Pipeline : BlockPipeline<kStages> {
     for (int rank = 0; rank < cluster; ++rank) ptx::barrier_arrive_in(empty_barrier(use), rank);
   }
 
+  // Waits until use `use` of a stage has been released; whether it has.
+  __device__ __forceinline__ void wait_released(uint32_t use) const {
+    ptx::barrier_wait(empty_barrier(use), Block::phase(use));
+  }
+  __device__ __forceinline__ bool is_released(uint32_t use) const {
+    return ptx::barrier_is_complete(empty_barrier(use), Block::phase(use));
+  }
+
   // In a cluster the CTA `loader` multicasts into the same stage of all CTAs. Consumers release the stage at
   // the loader's barrier. The other producers only expect the bytes, for which the previous phase must be
   // over.

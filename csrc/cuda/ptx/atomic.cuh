@@ -38,11 +38,18 @@ __device__ __forceinline__ void raise_by_warp(uint32_t* count) {
   __syncwarp();  // the release must also follow the other lanes' additions
   if (threadIdx.x % 32 == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
 }
-__device__ __forceinline__ void wait_at_least(const uint32_t* count, uint32_t least) {
+// The same by one thread, after a barrier that follows its block's additions.
+__device__ __forceinline__ void raise_after_block(uint32_t* count) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
+}
+__device__ __forceinline__ bool is_at_least(const uint32_t* count, uint32_t least) {
   uint32_t x;
-  do {
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(count) : "memory");
-  } while (x < least);
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(count) : "memory");
+  return x >= least;
+}
+__device__ __forceinline__ void wait_at_least(const uint32_t* count, uint32_t least) {
+  while (!is_at_least(count, least)) {
+  }
 }
 
 // Loads that see what other blocks of this kernel have written.

@@ -46,6 +46,21 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t phase) {
   } while (!done);
 }
 
+// Whether the phase is complete.
+__device__ __forceinline__ bool barrier_is_complete(uint32_t barrier, uint32_t phase) {
+  uint32_t done;
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n"
+      "}"
+      : "=r"(done)
+      : "r"(barrier), "r"(phase & 1)
+      : "memory");
+  return done;
+}
+
 #else
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t count) {
@@ -59,15 +74,20 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
 
 __device__ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier) { barrier_arrive(barrier); }
 
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t phase) {
+__device__ __forceinline__ bool barrier_is_complete(uint32_t barrier, uint32_t phase) {
   uint32_t arrived, count;
-  do {
-    asm volatile("ld.volatile.shared.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(arrived), "=r"(count)
-                 : "r"(barrier)
-                 : "memory");
-  } while (static_cast<int32_t>(arrived - (phase + 1) * count) < 0);
+  asm volatile("ld.volatile.shared.v2.u32 {%0, %1}, [%2];"
+               : "=r"(arrived), "=r"(count)
+               : "r"(barrier)
+               : "memory");
+  if (static_cast<int32_t>(arrived - (phase + 1) * count) < 0) return false;
   __threadfence_block();
+  return true;
+}
+
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t phase) {
+  while (!barrier_is_complete(barrier, phase)) {
+  }
 }
 
 #endif
