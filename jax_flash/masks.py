@@ -160,9 +160,11 @@ def ranges(lo: ArrayLike, hi: ArrayLike) -> Mask:
     Args:
       lo, hi: int32, broadcastable to `[b, h, sq]`; packed to `[h, tq]`.
     """
+    if isinstance(lo, int) and isinstance(hi, int):  # no array, so that a mask of numbers starts no backend
+        check = Checker("masks.ranges")
+        first, end = (Static(check.host_int32(name, x)) for name, x in (("lo", lo), ("hi", hi)))
+        return Mask((forms.Ranges(((first, end),)),))
     pair = _int32("ranges", "lo", lo), _int32("ranges", "hi", hi)
-    if isinstance(lo, int) and isinstance(hi, int):
-        return Mask((forms.Ranges(((Static(lo), Static(hi)),)),))
     try:
         limits = jnp.broadcast_arrays(*pair)
     except ValueError:
@@ -343,6 +345,11 @@ def _sides(function: str, window: Any) -> list[int | Array | None]:
 
 
 def _positive(function: str, name: str, x: Any) -> int:
+    if isinstance(x, jax.core.Tracer):
+        raise TypeError(
+            f"masks.{function}: {name} is compiled in, so it must be an int, got {x}; make it a static argument of "
+            "jax.jit"
+        )
     if not is_int(x) or x < 1:
         raise ValueError(f"masks.{function}: {name} must be an int of at least 1, got {x!r}")
     return min(int(x), MOST)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from ast import literal_eval
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import jax
@@ -31,11 +31,25 @@ def pytree(*arrays: str) -> Callable[[type[T]], type[T]]:
     """Makes a frozen dataclass a pytree whose leaves are in the fields of these names.
 
     Its other fields are static: Python literals, which a serialised program keeps as text.
+
+    It is no dataclass to JAX, because the structures of two dataclasses are equal if their static fields are: then
+    `lax.cond` takes two branches of different kinds for one, and silently returns the first's kind for both.
     """
 
     def register(cls: type[Any]) -> type[Any]:
         static = [field.name for field in dataclasses.fields(cls) if field.name not in arrays]
-        jax.tree_util.register_dataclass(cls, data_fields=list(arrays), meta_fields=static)
+
+        def flatten(x: Any) -> tuple[list[Any], tuple[Any, ...]]:
+            return [getattr(x, name) for name in arrays], tuple(getattr(x, name) for name in static)
+
+        def flatten_with_keys(x: Any) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
+            children, values = flatten(x)
+            return list(zip(map(jax.tree_util.GetAttrKey, arrays), children)), values
+
+        def unflatten(values: tuple[Any, ...], children: Iterable[Any]) -> Any:
+            return cls(**dict(zip(arrays, children)), **dict(zip(static, values)))
+
+        jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
         return register_pytree_node_serialization(
             cls,
             serialized_name=f"{cls.__module__}.{cls.__name__}",

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -71,6 +72,10 @@ MANY_RANGES = masks.from_function(lambda b, h, i, j: (i + j) % 2 == 0, S, S)
          r"paged_attention: mask's segments of keys has keys 1, which differs from the call's 16"),
         (lambda: flash_attention_varlen(*PACKED, mask=np.ones((S, S), bool)), TypeError,
          r"mask must be a value of jax_flash\.masks, got ndarray"),
+        *((lambda make=make: jax.jit(make)(3), TypeError, "is compiled in, so it must be an int, got .*; make it a")
+          for make in (masks.chunked, masks.block_diffusion)),
+        (lambda: masks.ranges(0, 1 << 31), ValueError, "masks.ranges: hi holds 2147483648, allowed are the values of"),
+        (lambda: masks.ranges(True, 3), TypeError, "masks.ranges: lo must hold integers, got bool"),
     ],
 )  # fmt: skip
 def test_errors_name_the_mask(call, error, message):

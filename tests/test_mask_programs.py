@@ -325,3 +325,28 @@ def test_arrays_beside_packed_keys_are_no_work_for_the_compiler(kernel):
     )
     barrier = text.index("optimization_barrier")
     assert "tensor<1x1x8x8xi1>" in text[barrier : text.index("\n", barrier)]
+
+
+def test_masks_of_different_kinds_differ_in_structure():
+    """Else lax.cond would return the first branch's kind of mask for both."""
+    x = jnp.array([[1, 1, 2, 2]], jnp.int32)
+    kinds = [
+        (masks.chunked(3), masks.block_diffusion(3)),
+        (masks.prefix_lm(x[0]), masks.bidirectional_spans(x)),
+        (masks.segments(x), masks.first_and_window(x[0], x[0])),
+    ]
+    for first, second in kinds:
+        assert first != second
+        assert first == jax.tree.unflatten(jax.tree.structure(first), jax.tree.leaves(first))
+        assert jax.tree.structure(first) != jax.tree.structure(second)
+    first, second = kinds[0]
+    with pytest.raises(TypeError, match="pytree structure"):
+        jax.lax.cond(True, lambda: first, lambda: second)
+
+
+def test_a_mask_of_numbers_makes_no_array():
+    """So a module may have one as a constant before jax.distributed.initialize()."""
+    with jax.transfer_guard_host_to_device("disallow_explicit"):
+        _ = masks.ranges(0, 2) | masks.ranges(3, 5)
+        _ = masks.chunked(3) & masks.causal(1) & masks.window(2, 3)
+        _ = masks.prefix_lm(2), masks.first_and_window(1, 2), masks.block_diffusion(2)
