@@ -19,6 +19,9 @@ SECOND = (
     "jax_flash: this program uses a second derivative of attention, and the custom calls have first ones only "
     '(in both modes); use implementation="xla" for higher derivatives, or jax.jit if this one is dropped later'
 )
+TRANSPOSE = (
+    "jax_flash: attention has no jax.linear_transpose; use jax.vjp, whose pull-back is the transpose in value"
+)
 APPEND = (
     "append_kv: there is no derivative, in either mode; pass jax.lax.stop_gradient(x) for the pools, key and value, "
     "or differentiate attention over keys that are not in pages"
@@ -28,20 +31,18 @@ _missing = Primitive("jax_flash_no_derivative")
 _missing.multiple_results = True
 
 
-def jvp(primitive: Primitive, message: str, primals: Any, tangents: Any, **params: Any) -> Any:
-    """The JVP rule of a primitive without derivative: its results, and tangents that raise `message` if used."""
-    results = primitive.bind(*primals, **params)
-    return results, tangents_of(results, tangents, message)
-
-
 def tangents_of(results: Sequence[jax.Array], tangents: Sequence[Any], message: str) -> list[Any]:
     """Tangents for the results of a call whose operands have `tangents`."""
     moving = [t for t in tangents if is_moving(t)]
+    return missing(moving, [jax.typeof(x).to_tangent_aval() for x in results], message)
+
+
+def missing(moving: Sequence[Any], avals: Sequence[Any], message: str) -> list[Any]:
+    """Arrays in place of what the library cannot derive from `moving`: of these types, and zeros if nothing moves."""
     if not moving:
-        return zeros(results)
-    avals = tuple(jax.typeof(x).to_tangent_aval() for x in results)
-    tangents_out: list[Any] = _missing.bind(*moving, avals=avals, message=message)
-    return tangents_out
+        return [ad.Zero(x) for x in avals]
+    found: list[Any] = _missing.bind(*moving, avals=tuple(avals), message=message)
+    return found
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -76,10 +77,7 @@ def _jvp(primals: Any, tangents: Any, *, avals: Any, message: str) -> Any:
 
 def _transpose(cotangents: Any, *operands: Any, avals: Any, message: str) -> list[Any]:
     """Cotangents for all operands, since it is linear in all; each depends on every cotangent given."""
-    moving = [t for t in cotangents if is_moving(t)]
-    if not moving:
-        return [ad.Zero(x.aval) for x in operands]
-    return list(_missing.bind(*moving, avals=tuple(x.aval for x in operands), message=message))
+    return missing([t for t in cotangents if is_moving(t)], [x.aval for x in operands], message)
 
 
 def _batch(args: Sequence[Any], axes: Sequence[Any], *, avals: Any, message: str) -> Any:

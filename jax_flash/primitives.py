@@ -305,8 +305,38 @@ def _partition(ctx: mlir.LoweringRuleContext, values: Any, pass_: Pass, spec: Sp
     return [_jax.with_declared_sharding(ctx, x, aval) for x, aval in zip(results, ctx.avals_out)]
 
 
+# Operands in which the passes of reverse mode are linear.
+_COTANGENTS = ("dout", "delta")
+
+
+def _jvp(primitive: Primitive, pass_: Pass, primals: Any, tangents: Any, *, spec: Spec) -> Any:
+    """A pass is its own derivative with respect to the cotangents. It has no other one unless told."""
+    results, names = primitive.bind(*primals, spec=spec), operand_names(pass_, spec)
+    moving = {name: x for name, x in zip(names, tangents) if no_derivative.is_moving(x)}
+    if not moving or not moving.keys() <= {*_COTANGENTS}:
+        message = no_derivative.APPEND if pass_.in_place else no_derivative.SECOND
+        return results, no_derivative.tangents_of(results, tangents, message)
+    operands = dict(zip(names, primals))
+    for name in (name for name in _COTANGENTS if name in operands):
+        x = moving.get(name, jnp.zeros_like(operands[name]))
+        operands[name] = _jax.sharded_like(x, operands[name])
+    return results, primitive.bind(*operands.values(), spec=spec)
+
+
+def _transpose(pass_: Pass, cotangents: Any, *operands: Any, spec: Spec) -> list[Any]:
+    """The rule of a pass as the derivative with respect to its cotangents, or of attention as a linear function of
+    value: there is none."""
+    linear = {
+        name: x.aval for name, x in zip(operand_names(pass_, spec), operands) if ad.is_undefined_primal(x)
+    }
+    moving = [x for x in cotangents if no_derivative.is_moving(x)]
+    message = no_derivative.SECOND if {*_COTANGENTS} & {*linear} else no_derivative.TRANSPOSE
+    found = iter(no_derivative.missing(moving, [*linear.values()], message))
+    return [next(found) if ad.is_undefined_primal(x) else None for x in operands]
+
+
 def declare(name: str, pass_: Pass) -> Primitive:
-    """A primitive with the rules that all passes share, without lowering; it has no derivative unless told."""
+    """A primitive with the rules that all passes share, without lowering."""
     primitive = Primitive(name)
     primitive.multiple_results = True
     primitive.def_impl(partial(_jax.apply_primitive, primitive))
@@ -314,8 +344,8 @@ def declare(name: str, pass_: Pass) -> Primitive:
         lambda *types, spec: result_types(pass_, spec, dict(zip(operand_names(pass_, spec), types)))
     )
     batching.primitive_batchers[primitive] = partial(batch, primitive, pass_.in_full)
-    message = no_derivative.APPEND if pass_.in_place else no_derivative.SECOND
-    ad.primitive_jvps[primitive] = partial(no_derivative.jvp, primitive, message)
+    ad.primitive_jvps[primitive] = partial(_jvp, primitive, pass_)
+    ad.primitive_transposes[primitive] = partial(_transpose, pass_)
     return primitive
 
 

@@ -229,6 +229,33 @@ SECOND = {
 }
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("case", [PLAIN, VARLEN, BIASED], ids=lambda case: case.name)
+def test_a_gradient_is_its_own_derivative_with_respect_to_the_cotangents(kernel, case, deterministic):
+    moving, _, fixed = moving_of(case)
+    f = attention(case, kernel, deterministic=deterministic)
+    results, pull = jax.vjp(lambda moving: f(moving | fixed), moving)
+    keys = jax.random.split(jax.random.key(1), 4)
+    both = [jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, 2 * results)]
+    cotangents, tangents = tuple(both[:2]), tuple(both[2:])
+    none = jnp.zeros_like(tangents[1])
+    for given in (tangents, (tangents[0], none)):
+        got = jax.jit(lambda x, t: jax.jvp(pull, (x,), (t,)))(cotangents, given)
+        assert_same(got, (pull(cotangents), pull(given)))
+    mapped = jax.vmap(lambda t: jax.jvp(pull, (cotangents,), (t,))[1])(stack([cotangents, tangents]))
+    assert_same(row(mapped, 1), pull(tangents))
+
+
+def test_a_transpose_of_attention_or_of_its_gradient_raises_and_names_the_way_out(kernel):
+    arrays = arrays_of(PLAIN)
+    f = attention(PLAIN, kernel)
+    _, pull = jax.vjp(lambda query: f(arrays | {"query": query})[0], arrays["query"])
+    with pytest.raises(NotImplementedError, match=r'use implementation="xla"'):
+        jax.linear_transpose(pull, arrays["query"])((arrays["query"],))
+    with pytest.raises(NotImplementedError, match=r"use jax\.vjp"):
+        jax.linear_transpose(lambda value: f(arrays | {"value": value})[0], arrays["value"])(arrays["query"])
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", SECOND)
 def test_second_derivatives_that_are_used_raise_and_name_plain_jax(kernel, name, mode):
