@@ -317,7 +317,7 @@ def _jvp(primitive: Primitive, pass_: Pass, primals: Any, tangents: Any, *, spec
         message = no_derivative.APPEND if pass_.in_place else no_derivative.SECOND
         return results, no_derivative.tangents_of(results, tangents, message)
     operands = dict(zip(names, primals))
-    for name in (name for name in _COTANGENTS if name in operands):
+    for name in operands.keys() & {*_COTANGENTS}:
         x = moving.get(name, jnp.zeros_like(operands[name]))
         operands[name] = _jax.sharded_like(x, operands[name])
     return results, primitive.bind(*operands.values(), spec=spec)

@@ -245,9 +245,9 @@ inline void order_tiles(PersistentTiles& tiles, const Problem& p, const LaunchPl
 
 // Finds the key grid's tables in the workspace, as the plan placed them.
 inline KeyGrid make_key_grid(const Problem& p, const LaunchPlan& plan, void* workspace, const QuerySums& sums,
-                             int32_t tickets_shift) {
+                             int32_t ticket_shift) {
   KeyGrid grid = {segments_of(plan.keys, workspace), static_cast<int32_t>(plan.keys.tiles), sums, nullptr,
-                  tickets_shift};
+                  ticket_shift};
   if (plan.score == ScoreKind::kRanges) {
     const RangeTables tables = range_tables(p, plan.keys, workspace);
     grid.segments = tables.rows, grid.gaps = tables.gaps, grid.blocks = tables.blocks;

@@ -323,7 +323,7 @@ struct GradientProducer {
           if (allowed) let_add(next, end_of_ticket(tile, next));
         }
         shared.sum_pipe.wait_released(stop - 1);
-        ptx::raise_after_block(count);
+        ptx::raise_by_thread(count);
       }
       step_use = end;
       if constexpr (kWarpOrders) __syncwarp();

@@ -33,14 +33,14 @@ __device__ __forceinline__ void raise(uint32_t* to, uint32_t x) {
   asm volatile("red.relaxed.gpu.global.max.u32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
 }
 
-// Counters that other blocks wait for. A warp raises one after its own additions to global memory.
+// Counters that other blocks wait for. A thread raises one after its own additions to global memory, and
+// after those of threads that it has waited for at a barrier.
+__device__ __forceinline__ void raise_by_thread(uint32_t* count) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
+}
 __device__ __forceinline__ void raise_by_warp(uint32_t* count) {
   __syncwarp();  // the release must also follow the other lanes' additions
-  if (threadIdx.x % 32 == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
-}
-// The same by one thread, after a barrier that follows its block's additions.
-__device__ __forceinline__ void raise_after_block(uint32_t* count) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
+  if (threadIdx.x % 32 == 0) raise_by_thread(count);
 }
 __device__ __forceinline__ bool is_at_least(const uint32_t* count, uint32_t least) {
   uint32_t x;

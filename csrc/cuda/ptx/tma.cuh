@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "cuda/ptx/atomic.cuh"
+
 namespace jax_flash::ptx {
 
 // arrive.expect_tx: this thread arrives, and the phase also waits for `bytes` bytes of copies.
@@ -93,16 +95,11 @@ __device__ __forceinline__ void bulk_wait_read() {
 // A counter in global memory that one CTA raises and others wait for. All that precedes the addition,
 // including bulk groups that were waited for, is visible to all that follows the wait, including bulk copies.
 __device__ __forceinline__ void raise_count(uint32_t* count) {
-  asm volatile(
-      "fence.proxy.async.global;\n"
-      "red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count)
-      : "memory");
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+  raise_by_thread(count);
 }
 __device__ __forceinline__ void wait_count(const uint32_t* count, uint32_t wanted) {
-  uint32_t x;
-  do {
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(count) : "memory");
-  } while (x < wanted);
+  wait_at_least(count, wanted);
   asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
