@@ -17,7 +17,7 @@ import oracle
 import pytest
 from cases import DTYPES, Case, Inputs, make_inputs
 from conftest import IMPLEMENTATION
-from programs import attention
+from programs import attention, weights
 
 import jax_flash
 from jax_flash.backends import compute_capability
@@ -158,6 +158,15 @@ def differentiate(
 
     results = (jax.jit(run) if at_once else run)(moving, inputs.dout, inputs.dlse)
     return oracle.Result(*jax.tree.map(np.asarray, results))
+
+
+def assert_right(got: dict[str, Any], case: Case, inputs: Inputs) -> None:
+    """Asserts what programs.with_gradients found for the case's call with these inputs, at the contract's tolerance."""
+    out, lse = map(np.asarray, got["results"])
+    weighted = with_arrays(inputs, dout=weights(jnp.asarray(out)), dlse=weights(jnp.asarray(lse)))
+    right, low = (_in_given_rank(x, case) for x in oracle.references(case, weighted))
+    gradients = jax.tree.map(np.asarray, got["gradients"])
+    oracle.assert_result(oracle.Result(out, lse, gradients), right, low, case)
 
 
 @lru_cache(maxsize=32)
