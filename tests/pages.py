@@ -193,6 +193,12 @@ def rows_of(case: Case, dense: np.ndarray) -> list[np.ndarray]:
     return [dense[end - length : end] for end, length in zip(ends, lengths)]
 
 
+def gathered(pool: Any, tables: Any, keys: int) -> np.ndarray:
+    """The first keys of each table's pages in a pool of layout "nhd", [n, keys, h, d]."""
+    found = np.asarray(pool)[np.clip(np.asarray(tables), 0, len(pool) - 1)]
+    return found.reshape(len(found), -1, *pool.shape[2:])[:, :keys]
+
+
 def references(call: Paged, *, gradients: bool) -> tuple[oracle.Result, oracle.Result]:
     """`exact` and `low` of the contract for the dense case, with the keys' gradients gathered into the pools."""
     found = oracle.references(call.case, call.inputs, gradients=gradients)

@@ -1,5 +1,6 @@
 """Latent pools (multi-head latent attention): one pool, whose first columns are the values, against the oracle."""
 
+import checks
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ from conftest import IMPLEMENTATION
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from pages import FLOAT8, latent, require
-from programs import assert_same, collectives, require_devices
+from programs import collectives, require_devices
 
 from jax_flash import append_kv, flops, masks, merge_attention, paged_attention
 from jax_flash.operands import BACKWARD, BIAS_GRADIENT, FORWARD, TANGENT
@@ -198,10 +199,10 @@ def test_parts_of_the_keys_merge_to_the_whole(implementation):
         run({"block_tables": tables[:, first:end], "kv_lengths": jnp.clip(lengths - 64 * first, 0, 64 * (end - first))})
         for first, end in ((0, 1), (1, 3))
     ]  # fmt: skip
-    out, lse = merge_attention(*zip(*parts, strict=True))
-    whole, whole_lse = run({})
-    np.testing.assert_allclose(lse, whole_lse, rtol=1e-5, atol=1e-5)
-    assert_same(out, whole, tolerance=1e-2)
+    merged = merge_attention(*zip(*parts, strict=True))
+    oracle.assert_result(
+        oracle.Result(*map(np.asarray, merged)), *pages.references(call, gradients=False), case
+    )
 
 
 def test_vmap_over_queries_and_tables(implementation):
@@ -218,9 +219,11 @@ def test_vmap_over_queries_and_tables(implementation):
         return run({"query": query, "block_tables": tables, "kv_lengths": lengths})
 
     mapped = jax.jit(jax.vmap(jax.vmap(one, (None, 0, 0)), (0, None, None)))(queries, tables, lengths)
-    for i in range(2):
-        for j in range(2):
-            assert_same([x[i, j] for x in mapped], [*one(queries[i], tables[j], lengths[j])], tolerance=1e-2)
+    for i, j in np.ndindex(2, 2):
+        key = pages.gathered(call.arrays["key"], tables[j], case.sk)
+        dense = {"query": queries[i], "key": key, "value": key[..., : case.dv], "kv_lengths": lengths[j]}
+        right = oracle.references(case, checks.with_arrays(call.inputs, **dense), gradients=False)
+        oracle.assert_result(oracle.Result(*(np.asarray(x[i, j]) for x in mapped)), *right, case)
 
 
 def test_query_heads_are_split_over_devices_without_communication(kernel, axis_type):
@@ -235,9 +238,8 @@ def test_query_heads_are_split_over_devices_without_communication(kernel, axis_t
     assert not collectives(program.as_text())
     out, lse = program(arrays)
     assert out.sharding.is_equivalent_to(by_heads, 4)
-    wanted, wanted_lse = call.call(kernel)({})
-    assert_same(out, wanted, tolerance=1e-2)
-    np.testing.assert_allclose(lse, wanted_lse, rtol=1e-5, atol=1e-5)
+    got = oracle.Result(np.asarray(out), np.asarray(lse))
+    oracle.assert_result(got, *pages.references(call, gradients=False), case)
 
 
 def test_gradients_in_plain_jax():

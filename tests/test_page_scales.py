@@ -2,9 +2,11 @@
 
 from functools import partial
 
+import checks
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pages
 import pytest
 from cases import Case, varlen
@@ -13,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from pages import FLOAT8, paged, require
 from programs import collectives, shard_shapes
 from test_append import arguments, by_token, check, run
-from test_append_dynamic import HK, wide
+from test_append_dynamic import HK, OF_SCALE, RELATIVE, wide
 from test_paged_programs import sharded_attention
 
 from jax_flash import append_kv, paged_attention
@@ -58,7 +60,7 @@ def test_with_score_options(sq, options):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("given", ["k_scale", "v_scale"])
 def test_each_scale_alone_and_beside_one_by_head(implementation, given, dtype):
-    """Compared with float32 pools. The other scale is 1, or [hk]. The numbers are no powers of two."""
+    """The other scale is 1, or [hk]. The numbers are no powers of two."""
     require(implementation)
     call = paged(DECODE.replace(dtype=dtype, d=64, dv=64), 8, pool_dtype=FLOAT8[0])
     count = call.arrays["key"].shape[0]
@@ -71,12 +73,10 @@ def test_each_scale_alone_and_beside_one_by_head(implementation, given, dtype):
             name: call.arrays[name].astype(jnp.float32) * _of_pages(scales[scale], count)
             for name, scale in (("key", "k_scale"), ("value", "v_scale"))
         }
-        query = {"query": call.arrays["query"].astype(jnp.float32)}
-        wanted = call.call("xla")(query | wide | dict.fromkeys(scales))
-        got = call.call(implementation)(scales)
-        error = {"float32": 2e-5, "bfloat16": 2e-2}[dtype]
-        np.testing.assert_allclose(np.asarray(got[0], np.float32), wanted[0], rtol=error, atol=error)
-        np.testing.assert_allclose(got[1], wanted[1], rtol=1e-5, atol=1e-4)
+        dense = {name: pages.gathered(x, call.pages.tables, call.case.sk) for name, x in wide.items()}
+        right = oracle.references(call.case, checks.with_arrays(call.inputs, **dense), gradients=False)
+        got = oracle.Result(*map(np.asarray, call.call(implementation)(scales)))
+        oracle.assert_result(got, *right, call.case)
 
 
 @pytest.mark.parametrize("scale", [0.1, 1e4])
@@ -243,7 +243,7 @@ def test_attention_multiplies_by_scales_that_are_not_positive(implementation, fa
 
 
 def test_append_and_attention_agree(implementation):
-    """Attention reads with scales by page what append_kv has written with them."""
+    """Attention reads with scales by page what append_kv has written with them: keys rounded to float8."""
     require(implementation)
     rng = np.random.default_rng(0)
     key, value = (jnp.asarray(rng.standard_normal((2, 13, 2, 64)), jnp.bfloat16) for _ in range(2))
@@ -257,10 +257,13 @@ def test_append_and_attention_agree(implementation):
     )
     query = jnp.asarray(rng.standard_normal((2, 1, 4, 64)), jnp.bfloat16)
     out = paged_attention(query, k_pages, v_pages, tables, lengths, **scales, implementation=implementation)
-    wide = [jnp.zeros((8, 4, 2, 64), jnp.bfloat16)] * 2
-    wide = append_kv(*wide, key, value, tables, jnp.zeros(2, jnp.int32), implementation=implementation)
-    wanted = paged_attention(query, *wide[:2], tables, lengths, implementation=implementation)
-    np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(wanted, np.float32), atol=0.08)
+    held = [
+        pages.gathered(wide(x, scale, "nhd"), tables, 13)
+        for x, scale in zip((k_pages, v_pages), scales.values())
+    ]
+    for x, y in zip(held, (key, value)):  # the largest scale is 1/8
+        np.testing.assert_allclose(x, y.astype(float), rtol=RELATIVE[FLOAT8[0]], atol=OF_SCALE[FLOAT8[0]] / 8)
+    oracle.assert_out(np.asarray(out), *oracle.plain_outs(query, *held, np.ones((2, 1, 13), bool)))
 
 
 def test_attention_over_dynamic_pools_is_within_the_rounding(implementation):
@@ -281,17 +284,7 @@ def test_attention_over_dynamic_pools_is_within_the_rounding(implementation):
         scales = {"k_scale": k_scale, "v_scale": v_scale}
     query = jnp.asarray(rng.standard_normal((b, 1, hq, d)), jnp.bfloat16)
     out = paged_attention(query, *pools, tables, lengths, **scales, implementation=implementation)
-    held = [
-        wide(x, y, "nhd")[np.asarray(tables)].reshape(b, s, HK, d) for x, y in zip(pools, (k_scale, v_scale))
-    ]
-    heads = np.arange(hq) // (hq // HK)
-    scores = np.einsum("bqhd,bkhd->bhqk", np.asarray(query, np.float64), held[0][:, :, heads]) / d**0.5
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    wanted = np.einsum("bhqk,bkhd->bqhd", weights, held[1][:, :, heads])
-    largest = np.abs(wanted).max()
-    np.testing.assert_allclose(np.asarray(out, np.float64), wanted, atol=1e-2 * largest)
-    exact = np.asarray(value, np.float64)[:, :, heads]
-    assert (
-        np.abs(held[1][:, :, heads] - exact) <= np.abs(exact) / 16 + 2.0**-9 * np.abs(exact).max() / 224
-    ).all()
+    held = [pages.gathered(wide(x, y, "nhd"), tables, s) for x, y in zip(pools, (k_scale, v_scale))]
+    oracle.assert_out(np.asarray(out), *oracle.plain_outs(query, *held, np.ones((b, 1, s), bool)))
+    exact = np.asarray(value, np.float64)
+    assert (np.abs(held[1] - exact) <= np.abs(exact) / 16 + 2.0**-9 * np.abs(exact).max() / 224).all()
