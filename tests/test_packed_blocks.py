@@ -6,14 +6,16 @@ from dataclasses import replace
 from functools import partial
 
 import checks
+import equations
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import cu_seqlens, make_inputs, operands, varlen
+from cases import cu_seqlens, make_inputs, operands, spec, varlen
 from operand_calls import HEAD_DIMS, differentiate, references, static_of
 from pages import paged
+from test_forward_mode import assert_near, rounded_tangents
 
 from jax_flash import masks, paged_attention
 from jax_flash.autodiff import attend
@@ -100,18 +102,15 @@ def test_forward_mode_sees_the_same(case, dtype, d, kernel):
     i = CASES.index(case)
     case = case.replace(d=d, dv=d, dtype=dtype)
     checks.require(kernel, "forward", "tangent", dtype=dtype, d=d, dv=d)
-    inputs, arrays, _ = with_blocks(case, BLOCKS[i], case.hk, i)
-    moving, fixed = oracle.split(arrays)
-    wide, tangents = (jax.tree.map(f, moving) for f in (jnp.float32, lambda x: jnp.cos(7 * x)))
-
-    def tangent(implementation, moving):
-        run = static_of(case, inputs, arrays, implementation=implementation, block=BLOCKS[i])
-        own = jax.tree.map(lambda x, like: x.astype(like.dtype), tangents, moving)
-        return jax.jvp(lambda x: attend(run, x | fixed), (moving,), (own,))[1]
-
-    limit = 1e-4 if dtype == "float32" else 0.03
-    for got, wanted in zip(tangent(kernel, moving), tangent("xla", wide)):
-        np.testing.assert_allclose(np.float32(got), wanted, rtol=limit, atol=limit)
+    inputs = make_inputs(case, i)
+    seen = shown(case, BLOCKS[i], case.hk, i)
+    moving, fixed = oracle.split(operands(inputs) | {"block_mask": jnp.asarray(seen)})
+    tangents = jax.tree.map(lambda x: jnp.cos(7 * x), moving)
+    run = static_of(case, inputs, moving | fixed, implementation=kernel, block=BLOCKS[i])
+    _, got = jax.jvp(lambda x: attend(run, x | fixed), (moving,), (tangents,))
+    pairs = operands(inputs) | {"mask": jnp.asarray(in_pairs(case, seen, BLOCKS[i]))}
+    right = equations.tangents(spec(case, inputs), pairs, tangents)
+    assert_near(case, got, right, rounded_tangents(case, pairs, inputs, tangents))
 
 
 HALF = 256  # a multiple of every kernel's tiles

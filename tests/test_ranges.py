@@ -14,7 +14,7 @@ import pytest
 from cases import Case, make_inputs, operands, spec, varlen
 from conftest import IMPLEMENTATION
 from operand_calls import differentiate, references, static_of
-from pages import paged
+from pages import paged, rows_of
 
 from jax_flash import flash_attention_varlen, masks, paged_attention
 from jax_flash.autodiff import attend
@@ -180,6 +180,7 @@ def test_ordered_sums_with_gaps(d, hk, kernel):
     for name, x in usual.items():
         x, first, again = (np.asarray(y, np.float32) for y in (x, *(run[name] for run in ordered)))
         np.testing.assert_array_equal(first, again)
+        # The two round dS differently (test_long_groups_of_heads); the contract would allow five times as much.
         np.testing.assert_allclose(first, x, rtol=0.02, atol=0.002 * np.abs(x).max())
 
 
@@ -306,16 +307,18 @@ def test_pages_that_no_row_of_a_tile_sees_are_not_read(size, d, packed, joined, 
     if packed:
         tables = jnp.concatenate([jnp.zeros_like(tables), tables])
 
-    @partial(jax.jit, static_argnums=2)
-    def attend_to(k, v, implementation=kernel):
+    @jax.jit
+    def attend_to(k, v):
         pools = [jnp.pad(x[-keys:].reshape(-1, size, 1, d), ((BEFORE, 0), *[(0, 0)] * 3)) for x in (k, v)]
-        call = partial(paged_attention, implementation=implementation, mask=mask)
+        call = partial(paged_attention, implementation=kernel, mask=mask)
         if packed:
             return call(q, *pools, tables, lengths, cu_seqlens_q=starts)
         return call(q[None], *pools, tables, lengths)[0]
 
-    clean, wanted = (np.asarray(attend_to(k, v, x), np.float32) for x in (kernel, "xla"))
-    np.testing.assert_allclose(clean, wanted, atol=0.03)
+    clean, own = np.asarray(attend_to(k, v)), document[-keys:] % 2 if joined else document[-keys:]
+    right = oracle.plain_outs(*(x[None, -keys:] for x in (q, k, v)), (own[:, None] == own)[None])
+    oracle.assert_out(clean[None, -keys:], *right)
+    assert not clean[:-keys].any()  # rows of the sequence before have no ranges
     for bad in (1,) if joined else range(3):
         hidden = jnp.asarray(middle & (document == bad))[:, None, None]
         got = np.asarray(attend_to(*(jnp.where(hidden, jnp.nan, x) for x in (k, v))), np.float32)
@@ -367,11 +370,8 @@ def test_paged_rows_see_the_keys_of_their_ranges(dtype, d, tokens, packed, count
     oracle.assert_lse(got.lse, right.lse)
     oracle.assert_gradient("query", *(x.gradients["query"] for x in (got, right, low)))
     for name in ("key", "value"):
-        wanted = right.gradients[name]
-        found = np.asarray(got.gradients[name], np.float64)
-        assert np.isfinite(found).all()
-        rtol = 1e-3 if dtype == "float32" else 1e-2
-        np.testing.assert_allclose(np.abs(found).sum(), np.abs(wanted).sum(), rtol=rtol)
+        in_pool = (call.pages.gradient(rows_of(case, x.gradients[name])) for x in (right, low))
+        oracle.assert_gradient(name, got.gradients[name], *in_pool)
 
 
 def test_only_pages_that_ranges_show_need_to_exist(implementation):
