@@ -4,6 +4,7 @@ import checks
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 
 from jax_flash import flash_attention
@@ -96,6 +97,7 @@ def test_gradients_of_rows_whose_scores_lie_far_apart(scale, kernel):
     q, k, v = arrays(kernel, scale, scale, 1)
     _, vjp = jax.vjp(lambda v: flash_attention(q, k, v, scale=0.3, implementation=kernel), v)
     (dv,) = vjp(jnp.ones((1, SQ, 1, D), v.dtype))
+    # A row less would be 1/40 less. lse beside 3e5 has a unit of 2⁻⁵, of which a weight may be off by half.
     np.testing.assert_allclose(np.asarray(dv, np.float32).sum(1), SQ, rtol=2e-2)
 
 
@@ -108,8 +110,7 @@ def test_softcaps_that_float32_cannot_divide_by_are_refused(softcap):
 
 def test_a_large_softcap_changes_nothing(kernel):
     q, k, v = arrays(kernel, 1, 1, 1)
-    plain, capped = (flash_attention(q, k, v, softcap=cap, implementation=kernel) for cap in (None, 1e30))
-    tolerance = 1e-5 if q.dtype == jnp.float32 else 2e-2
-    np.testing.assert_allclose(
-        np.asarray(plain, np.float32), np.asarray(capped, np.float32), rtol=tolerance, atol=tolerance
-    )
+    right = oracle.plain_outs(q, k, v, np.ones((1, SQ, SK), bool))
+    for cap in (None, 1e30):
+        out = flash_attention(q, k, v, softcap=cap, implementation=kernel)
+        oracle.assert_out(np.asarray(out), *right, softcap=bool(cap))

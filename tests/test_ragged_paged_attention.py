@@ -2,10 +2,14 @@
 
 from functools import partial
 
+import checks
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
+import pages
 import pytest
+from cases import make_inputs, varlen
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention.kernel import (
     ref_ragged_paged_attention as reference,
 )
@@ -74,6 +78,17 @@ def attended(query, rows, scale, causal=True, window=None, softcap=None, sinks=N
     return out
 
 
+def rounded(query, pool, tables, sliding_window=None, soft_cap=None, sm_scale=1.0, k_scale=1.0, v_scale=1.0):
+    """out of plain attention with S and P rounded to the dtype of the query."""
+    (new, lengths), window = zip(*SEQUENCES), sliding_window and (sliding_window - 1, 0)
+    sizes = {"hq": query.shape[1], "hk": pool.shape[2] // 2, "d": 64, "dv": 64, "dtype": str(query.dtype)}
+    options = {"causal": window is None, "window": window, "softcap": soft_cap, "scale": sm_scale}
+    case = varlen("ragged", new, k_sequences=lengths, **sizes, **options)
+    rows = np.concatenate([pages.gathered(pool, t[None], n)[0] for t, n in zip(tables, lengths)])
+    arrays = {"query": query[: sum(new)], "key": rows[:, ::2] * k_scale, "value": rows[:, 1::2] * v_scale}
+    return oracle.low(case, checks.with_arrays(make_inputs(case), **arrays), gradients=False).out
+
+
 OPTIONS = [
     {},
     {"sliding_window": 5, "soft_cap": 3.0, "sm_scale": 0.2},
@@ -86,18 +101,16 @@ OPTIONS = [
 @pytest.mark.parametrize("layout", ["table", "flat"])
 def test_as_jaxs_own(implementation, dtype, options, layout):
     rng = np.random.default_rng(1)
-    given, _ = batch(layout)
+    given, tables = batch(layout)
     query, pool = random(rng, (TOKENS, 8, 64), dtype), random(rng, (PAGES, SIZE, 4, 64), dtype)
     of_jax = given | {"page_indices": jnp.clip(batch()[0]["page_indices"], 0, PAGES - 1)}
     count, (new, _) = jnp.asarray([4]), zip(*SEQUENCES)
-    wanted = reference(query, pool, **of_jax, num_seqs=count, **options)
+    wanted = reference(query.astype("float32"), pool.astype("float32"), **of_jax, num_seqs=count, **options)
     got = ragged_paged_attention(
         query, pool, **given, num_seqs=count, **options, implementation=implementation
     )
-    tolerance = 1e-5 if dtype == "float32" else 3e-2
-    np.testing.assert_allclose(
-        *(np.asarray(x, np.float32) for x in (got[: sum(new)], wanted)), rtol=tolerance, atol=tolerance
-    )
+    low, softcap = rounded(query, pool, tables, **options), "soft_cap" in options
+    oracle.assert_out(np.asarray(got[: sum(new)]), np.asarray(wanted), low, softcap=softcap)
     assert got.dtype == dtype
     assert not np.asarray(got[sum(new) :], np.float32).any()
 
