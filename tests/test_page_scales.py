@@ -127,7 +127,8 @@ def test_pages_of_any_magnitude(implementation, dtype, sq):
     for z in range(4):
         largest = np.abs(wanted[z]).max()
         error = np.abs(got[z] - wanted[z]).max() / largest
-        assert error < {"bfloat16": 2e-2, "float32": 1e-4}[dtype], f"sequence {z}: {error}"
+        # Relative to the largest: beside some of these values, the contract's constant of 1e-5 is large.
+        assert error < {"bfloat16": 2**-7, "float32": 1e-5}[dtype], f"sequence {z}: {error}"
 
 
 def test_a_scale_of_zero_makes_values_zero(implementation):
