@@ -84,8 +84,10 @@ def attend_packed(q, k, v, cu_q=CU_Q, cu_k=CU_K, **options):
 
 
 def assert_close(got, wanted, tolerance=1e-5):
+    """Within a part of the element and of the largest one or 1, since float32 sums round by a part of their terms."""
     assert np.shape(got) == np.shape(wanted)
-    np.testing.assert_allclose(np.asarray(got), wanted, rtol=tolerance, atol=tolerance)
+    largest = np.abs(wanted).max(initial=1, where=np.isfinite(wanted))
+    np.testing.assert_allclose(np.asarray(got), wanted, rtol=tolerance, atol=tolerance * largest)
 
 
 def slope(function, arrays, seed=9):
