@@ -105,7 +105,7 @@ def structured(name, size):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("d", [32, *checks.HOPPER_HEAD_DIMS])
 def test_masks_of_models(d, packed, name, deterministic, implementation):
-    sequences, common = (40, 640), {"hq": 2, "hk": 1, "d": d, "dv": d, "dtype": "bfloat16"}
+    sequences, common = (40, 640), {"hq": 4, "hk": 2, "d": d, "dv": d, "dtype": "bfloat16"}
     case = Case(name, b=1, sq=640, sk=640, **common)
     limits = structured(name, case.sq)[None, None]
     if packed:

@@ -111,13 +111,14 @@ __device__ __forceinline__ BlockWork fixed_work(const Problem& p, uint32_t heads
 }
 
 // The work of a tile. The tiles of a group of heads have consecutive numbers. With a causal mask the longest
-// come first (the last queries, the first keys), so that the last CTAs to run have short ones. kUneven: tiles
-// differ without a causal mask, too, and the first key tiles of all heads come first, because all rows may
-// see them (attention sinks). slots: query tiles of the same rows (KeyLists), in place of heads; 0: heads.
+// come first (the last queries, the first keys), so that the last CTAs to run have short ones. kUneven: query
+// tiles differ without a causal mask, too. slots: query tiles of the same rows (KeyLists), in place of heads;
+// 0: heads. leads: whether the first tiles of all heads come before the groups.
 template <Over over, bool kUneven = false>
 __device__ __forceinline__ BlockWork find_work(const Problem& p, const TileWork* schedule, int32_t tiles,
                                                int32_t block, TileNumber wanted,
-                                               uint32_t heads_together = kHeadsTogether, int32_t slots = 0) {
+                                               uint32_t heads_together = kHeadsTogether, int32_t slots = 0,
+                                               bool leads = false) {
   if (p.packed())  // in a deterministic backward, tiles of one head wait for each other
     return find_packed_work<over>(p, schedule, tiles, block, wanted,
                                   p.spec.deterministic ? heads_together : 1);
@@ -126,14 +127,13 @@ __device__ __forceinline__ BlockWork find_work(const Problem& p, const TileWork*
   // Without a causal mask query tiles are equally long, and share more K and V if the heads come one after
   // the other.
   const uint32_t group = kQueries && !kUneven && p.spec.right < 0 ? 1 : heads_together;
-  constexpr uint32_t kFirst = !kQueries && kUneven ? 1 : 0;  // tiles of each head that come first
   int32_t tile = 0;
   uint32_t rest = wanted.number;
-  if (kFirst == 0 || wanted.number >= all) {
-    const uint32_t others = tiles - kFirst, of_others = wanted.number - kFirst * all;
+  if (!leads || wanted.number >= all) {
+    const uint32_t others = tiles - leads, of_others = wanted.number - leads * all;
     const uint32_t first = of_others / (group * others) * group;
     const uint32_t together = min(group, all - first), number = of_others - first * others;
-    const int32_t t = static_cast<int32_t>(number / together + kFirst);
+    const int32_t t = static_cast<int32_t>(number / together + leads);
     tile = kQueries ? tiles - 1 - t : t;
     rest = first + number % together;
   }

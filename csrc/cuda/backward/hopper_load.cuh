@@ -39,6 +39,14 @@ struct GradientProducer {
     }
   }
 
+  // Whether the first key tiles of all heads come before the others: where all rows see them (attention
+  // sinks), one that began late would end last. Elsewhere it would only take longer, as the queries of all
+  // heads would pass through L2 once more.
+  __device__ __forceinline__ bool first_tiles_lead(uint32_t tiles_per_head) const {
+    if constexpr (C::kKind != ScoreKind::kRanges) return false;
+    return tiles_per_head > 1 && grid.segments[0].size() > 2 * grid.segments[1].size();
+  }
+
   // Back and forth: the tiles of one group of KV heads begin together and go from the last query tile to the
   // first that they see, so they end one after the other. The tiles of the next group go the other way, so
   // each begins at the query tile where all tiles of the first group are at that time.
@@ -48,8 +56,7 @@ struct GradientProducer {
   __device__ __forceinline__ void set_order(QueryWalk& walk, const PersistentTiles& all,
                                             uint32_t number) const {
     const uint32_t tiles = static_cast<uint32_t>(all.tiles_per_head);
-    if constexpr (C::kKind == ScoreKind::kRanges)
-      number -= min(number, all.count / tiles);  // the first tiles of all heads come before the groups
+    if (first_tiles_lead(tiles)) number -= min(number, all.count / tiles);
     const uint32_t group = number / (all.heads_together * tiles);
     walk.heads_inner = all.back_and_forth || (C::kCluster > 1 && grid.tickets);
     walk.direction = grid.tickets || (all.back_and_forth && group % 2 == 0) ? -1 : 1;
@@ -58,8 +65,8 @@ struct GradientProducer {
   // One thread finds the key tiles of the CTA, or of its cluster, at most one ahead.
   template <class Mailbox>
   __device__ __forceinline__ void schedule(const PersistentTiles& all, Mailbox& mailbox) {
-    using Scheduler = TileScheduler<Over::kKeys, C::kN / C::kCluster, C::kCluster, 1, Mailbox,
-                                    C::kKind == ScoreKind::kRanges>;
+    constexpr int32_t kRows = C::kN / C::kCluster;
+    using Scheduler = TileScheduler<Over::kKeys, kRows, C::kCluster, 1, Mailbox>;
     Scheduler scheduler{all, mailbox};
     // A tile that waits for its ticket waits for tiles with smaller numbers. These are in progress, because
     // CTAs and clusters take numbers only while they run.
@@ -71,7 +78,7 @@ struct GradientProducer {
       if constexpr (kListsSteps<C>) {
         tile.work = scheduler.work(reload(p), grid.lists.order[number]);
       } else {
-        tile.work = scheduler.work(reload(p), number);
+        tile.work = scheduler.work(reload(p), number, C::kN, 0, first_tiles_lead(all.tiles_per_head));
         set_order(tile.walk, all, number);
       }
       if (ends_schedule(reload(p), tile.work.tile)) break;

@@ -99,11 +99,12 @@ struct TileScheduler {
   __device__ __forceinline__ uint32_t next(uint32_t number) {
     return tiles.counter ? workers() + take() : number + workers();
   }
-  // `rows`: of a tile; `slots`: see find_work().
+  // `rows`: of a tile; `slots` and `leads`: see find_work().
   __device__ __forceinline__ BlockWork work(const Problem& p, uint32_t number,
-                                            int32_t rows = kCluster * kRows, int32_t slots = 0) const {
+                                            int32_t rows = kCluster * kRows, int32_t slots = 0,
+                                            bool leads = false) const {
     return find_work<over, kUneven>(p, tiles.schedule, tiles.tiles_per_head, rows, {number, tiles.count},
-                                    tiles.heads_together, slots);
+                                    tiles.heads_together, slots, leads);
   }
 };
 
