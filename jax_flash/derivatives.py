@@ -8,6 +8,7 @@ here (vmap adds them).
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import jax
@@ -183,13 +184,17 @@ def _row_products(spec: AttentionSpec, operands: Operands) -> jax.Array:
 
 
 def _seen_lse(operands: Operands) -> jax.Array:
-    """lse, but −inf for rows that see nothing and have a sink, too: their q and dO may hold NaN. Such a row's lse is
-    its sink, and its out 0."""
+    """lse, but −inf for rows that see nothing and have a sink, too, if their q, dO or tq may not be multiplied. Such a
+    row's lse is its sink, and its out 0. So are those of a row whose values are 0, and beside whose sink the scores are
+    small, but that row has gradients."""
     lse = operands["lse"]
     if "sinks" not in operands:
         return lse
-    is_zero = jnp.swapaxes((operands["out"] == 0).all(-1), -1, -2)
-    return jnp.where((lse == _by_row_of_lse(operands["sinks"], lse)) & is_zero, -jnp.inf, lse)
+    of_row = [operands[name] for name in ("query", "dout", "tquery") if name in operands]
+    unclean = reduce(jnp.logical_or, (~jnp.isfinite(x).all(-1) for x in of_row))
+    unclean &= (operands["out"] == 0).all(-1)
+    is_sink = lse == _by_row_of_lse(operands["sinks"], lse)
+    return jnp.where(is_sink & jnp.swapaxes(unclean, -1, -2), -jnp.inf, lse)
 
 
 def _through_sinks(sinks: jax.Array, lse: jax.Array, x: jax.Array) -> jax.Array:

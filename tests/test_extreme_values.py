@@ -1,5 +1,7 @@
 """Finite numbers of any magnitude, and rows that see nothing: results and gradients stay right, and no NaN appears."""
 
+from functools import partial
+
 import checks
 import jax
 import jax.numpy as jnp
@@ -99,6 +101,19 @@ def test_gradients_of_rows_whose_scores_lie_far_apart(scale, kernel):
     (dv,) = vjp(jnp.ones((1, SQ, 1, D), v.dtype))
     # A row less would be 1/40 less. lse beside 3e5 has a unit of 2⁻⁵, of which a weight may be off by half.
     np.testing.assert_allclose(np.asarray(dv, np.float32).sum(1), SQ, rtol=2e-2)
+
+
+def test_values_of_zero_beside_a_large_sink_have_gradients(kernel):
+    """lse rounds to the sink and out is 0, as if the rows saw no key."""
+    dtype, rows = checks.usual_dtype(kernel), 4096
+    q, k, v = (jnp.full((1, n, 1, 8), x, dtype) for n, x in ((rows, 1), (4, 3), (4, 0)))
+    attend = partial(flash_attention, q, k, scale=1.0, sinks=jnp.array([40.0]), implementation=kernel)
+    weight = np.exp(24.0 - 40)
+    _, pullback = jax.vjp(attend, v)
+    (dv,) = pullback(jnp.ones_like(q))
+    np.testing.assert_allclose(np.float64(dv), rows * weight, rtol=2**-7)
+    tout = jax.jvp(attend, (v,), (jnp.ones_like(v),))[1]
+    np.testing.assert_allclose(np.float64(tout), 4 * weight, rtol=2**-7)
 
 
 @pytest.mark.parametrize("softcap", [1e36, 1e33, 1e-38])
