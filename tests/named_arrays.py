@@ -51,6 +51,8 @@ class AttentionMask:
     explicit_mask: Any = None
     segment_ids: Any = None
     sliding_window: int | None = None
+    bidirectional_window: int | None = None
+    prefix_length: int | None = None  # of some versions, which the adapter does not know
 
 
 def stand_in(monkeypatch) -> None:

@@ -46,6 +46,7 @@ MASKS = {
     "none": (None, True),
     "of all heads": (CAUSAL, CAUSAL),
     "of each head": (SEEN[0], SEEN[:1]),
+    "of ints": (3 * CAUSAL, CAUSAL),
     "a value": (masks.causal(), CAUSAL),
     "values": (masks.causal() & masks.segments(IDS, KEY_IDS), CAUSAL & (IDS.T == KEY_IDS)),
 }

@@ -59,7 +59,7 @@ class Gemma3:
         counts = dict(end_index=jnp.zeros(B, jnp.int32), positions=jnp.zeros((B, KEYS), jnp.int32))
         return dict(k=pool, v=pool) | counts
 
-    def __call__(self):
+    def __call__(self, x, segment_pos, cache, attn_mask):
         raise AssertionError("gemma's own attention ran")
 
     def q_einsum(self, equation, x):
@@ -246,6 +246,17 @@ def test_it_differentiates():
 def test_errors():
     with pytest.raises(TypeError, match=r"^gemma.patch: modules must be Attention classes of gemma, got 3"):
         gemma.patch(3)
+
+    class OfTwoInputs(Gemma4):
+        """As T5Gemma's, which attends from one sequence to another."""
+
+        def __call__(self, x_q, x_kv, pos_q, pos_kv, cache, mask):
+            raise NotImplementedError
+
+    with pytest.raises(
+        TypeError, match=r"^gemma.patch: modules must be Attention classes of gemma, got <class"
+    ):
+        gemma.patch(OfTwoInputs)
     layer = patched(Gemma3, attn_type=Type.LOCAL_SLIDING)
     with pytest.raises(ValueError, match=r"^gemma.patch: a LOCAL_SLIDING layer needs sliding_window_size"):
         layer(X, POSITIONS, None, text())

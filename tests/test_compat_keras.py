@@ -25,12 +25,22 @@ CALLS = {  # the arguments of Keras, and of the reference
     "mask": (dict(mask=SEEN), dict(seen=SEEN)),
     "mask of heads": (dict(mask=OF_HEADS), dict(seen=OF_HEADS)),
     "mask of rank 3": (dict(mask=SEEN[:, 0]), dict(seen=SEEN)),
+    "mask of rank 2": (dict(mask=CAUSAL), dict(seen=CAUSAL)),
+    "mask of keys": (dict(mask=SEEN[0, 0, 0]), dict(seen=SEEN[0, 0, :1])),
     "padding": (dict(mask=SEEN[:, :, :1]), dict(seen=SEEN[:, :, :1])),
     "mask of ints": (dict(mask=SEEN.astype(np.int32), is_causal=True), dict(seen=SEEN & CAUSAL)),
     "bias": (dict(bias=BIAS, flash_attention=True), dict(bias=BIAS)),
     "bias of rank 3": (dict(bias=BIAS[:, 0]), dict(bias=BIAS[:, :1])),
+    "bias of heads": (dict(bias=BIAS[0]), dict(bias=BIAS[:1])),
     "soft cap": (dict(attn_logits_soft_cap=1.5, flash_attention=False), dict(softcap=1.5)),
 }
+
+
+def test_rank_3_is_heads_where_batch_entries_are_as_many():
+    """Keras broadcasts first, so that [2, sq, sk] are two heads, as in jax.nn."""
+    q, k, v = Q[:, :, :2], K[:, :, :1], V[:, :, :1]
+    out = dot_product_attention(q, k, v, bias=BIAS[0, :2])
+    assert_close(out, masked_reference.attend(q, k, v, bias=BIAS[:1, :2])[0])
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -64,13 +74,10 @@ def test_dtypes_are_promoted_to_one():
 
 
 ERRORS = {
-    "a mask of rank 2": (
-        lambda: dot_product_attention(Q, K, V, mask=SEEN[0, 0]),
-        "keras.dot_product_attention: mask must have rank 3 [b sq sk] or 4 [b hq sq sk], got shape (7, 9)",
-    ),
-    "a bias of rank 1": (
-        lambda: dot_product_attention(Q, K, V, bias=BIAS[0, 0, 0]),
-        "keras.dot_product_attention: bias must have rank 3 [b sq sk] or 4 [b hq sq sk], got shape (9,)",
+    "a bias of rank 5": (
+        lambda: dot_product_attention(Q, K, V, bias=BIAS[None]),
+        "keras.dot_product_attention: bias must broadcast to [b hq sq sk] = (2, 4, 7, 9), or have the shape [b sq sk], "
+        "got shape (1, 2, 4, 7, 9)",
     ),
     "no query": (
         lambda: dot_product_attention(None, K, V),
@@ -78,7 +85,8 @@ ERRORS = {
     ),
     "a mask of other keys": (
         lambda: dot_product_attention(Q, K, V, mask=SEEN[..., :8]),
-        "flash_attention: mask must broadcast to [b hq sq sk] = (2, 4, 7, 9), got shape (2, 1, 7, 8)",
+        "keras.dot_product_attention: mask must broadcast to [b hq sq sk] = (2, 4, 7, 9), or have the shape [b sq sk], "
+        "got shape (2, 1, 7, 8)",
     ),
 }
 

@@ -1,6 +1,8 @@
 """jax_flash.compat.levanter, over named axes, against numpy, and against Levanter itself where it is installed."""
 
 import re
+import sys
+import types
 from functools import partial
 
 import jax
@@ -12,7 +14,7 @@ import pytest
 from flash_attn_reference import assert_close, i32, normal, slope
 from named_arrays import AttentionMask, Axis, NamedArray
 
-from jax_flash.compat.levanter import dot_product_attention
+from jax_flash.compat.levanter import dot_product_attention, patch
 
 B, H, G, P, D, DV = (
     Axis(name, size)
@@ -44,6 +46,8 @@ MASKS = {
     "causal": (AttentionMask(True), ROW >= KEY),
     "window": (AttentionMask(True, sliding_window=4), (ROW >= KEY) & (ROW - KEY < 4)),
     "window alone": (AttentionMask(sliding_window=4), (ROW >= KEY) & (ROW - KEY < 4)),
+    "window on both sides": (AttentionMask(bidirectional_window=2), abs(ROW - KEY) <= 2),
+    "windows": (AttentionMask(sliding_window=4, bidirectional_window=2), (ROW >= KEY) & (ROW - KEY <= 2)),
     "offset": (AttentionMask(True, NamedArray(i32(3)[0], ())), ROW + 3 >= KEY),
     "offsets": (
         AttentionMask(True, NamedArray(OFFSETS, (B,)), sliding_window=5),
@@ -184,6 +188,12 @@ ERRORS = {
         lambda: attend(mask=NamedArray(np.ones((2, 12), bool), (Axis("odd", 2), KP))),
         "mask {odd, key_position} differs along odd; allowed are {batch, group, key_position, kv_head, position}",
     ),
+    "a field of another version": (
+        NotImplementedError,
+        lambda: attend(mask=AttentionMask(True, prefix_length=4)),
+        "mask has prefix_length, which this version of jax_flash does not know, only bidirectional_window, "
+        "causal_offset, explicit_mask, is_causal, segment_ids, sliding_window; mask.materialize(QPos, KPos) is an array",
+    ),
     "an offset of heads": (
         NotImplementedError,
         lambda: attend(mask=AttentionMask(True, NamedArray(OFFSETS, (H,)))),
@@ -207,6 +217,27 @@ def test_errors_name_the_axis(name):
     error, call, message = ERRORS[name]
     with pytest.raises(error, match="^" + re.escape("levanter.dot_product_attention: " + message)):
         call()
+
+
+def test_patch_reaches_models_that_have_taken_the_name(monkeypatch):
+    def own():
+        raise NotImplementedError
+
+    names = (
+        "levanter",
+        "levanter.layers",
+        "levanter.layers.attention",
+        "levanter.models",
+        "levanter.models.gpt2",
+    )
+    for name in (*names, "other"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["levanter.layers"].attention = sys.modules[names[2]]
+    users = [sys.modules[name] for name in (*names[2:5:2], "other")]
+    for module in users:
+        module.dot_product_attention = own
+    patch()
+    assert [x.dot_product_attention for x in users] == [dot_product_attention, dot_product_attention, own]
 
 
 def test_it_is_levanter_s_own(monkeypatch):

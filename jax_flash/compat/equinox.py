@@ -45,7 +45,7 @@ def multihead_attention(
       self: the layer, whose query_proj, key_proj, value_proj, output_proj, num_heads and dropout say what is computed.
         Heads are promoted to one dtype: float16, bfloat16, float32, or float64, which always runs as plain JAX.
       query, key_, value: `[sq, features]`, `[sk, features]` and `[sk, features]`; `jax.vmap` maps over batches.
-      mask: boolean, `[sq, sk]` or `[heads, sq, sk]`, True where a query may attend. Or a value of `jax_flash.masks`,
+      mask: `[sq, sk]` or `[heads, sq, sk]`, True or nonzero where a query may attend. Or a value of `jax_flash.masks`,
         such as `masks.causal()`, with one batch entry, for which no array of sq × sk exists.
       key: a `jax.random.key` for dropout of the attention weights, with other random bits than Equinox's.
       inference: True turns dropout off; the layer's `dropout.inference` by default.
@@ -80,8 +80,8 @@ def multihead_attention(
     rate = 0.0 if off else _CHECK.number("dropout.p", self.dropout.p, instead)
     if rate and key is None:
         raise _CHECK.fail(f"dropout.p is {rate}, which needs key (a jax.random.key), or inference=True")
-    if mask is not None and not isinstance(mask, Mask) and mask.ndim == 3:
-        mask = mask[None]  # [1, heads, sq, sk]
+    if mask is not None and not isinstance(mask, Mask):
+        mask = mask.astype(bool)[None] if mask.ndim == 3 else mask.astype(bool)  # [1, heads, sq, sk]
     out = flash_attention(
         q[None],
         k[None],

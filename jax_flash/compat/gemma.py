@@ -11,6 +11,7 @@ meaning, and checkpoints their parameters. It holds for gemma 4.0.1. This module
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import jax
@@ -48,11 +49,16 @@ def patch(*modules: type, ranges: bool = False, implementation: Implementation |
     """
     _CHECK.flag("ranges", ranges)
     for module in modules:
-        if not (isinstance(module, type) and hasattr(module, "init_cache") and hasattr(module, "use_gqa")):
+        if not (isinstance(module, type) and hasattr(module, "use_gqa") and _takes_gemmas_arguments(module)):
             raise _CHECK.fail(f"modules must be Attention classes of gemma, got {module!r}", TypeError)
         # Flax wraps a module's methods when its class is created, but not methods that are assigned later.
         made: Any = type(module.__name__, (module,), {"__call__": _method(ranges, implementation)})
         setattr(module, "__call__", made.__call__)  # noqa: B010
+
+
+def _takes_gemmas_arguments(module: Any) -> bool:
+    names = [*inspect.signature(module.__call__).parameters]
+    return names[1:5] == ["x", "segment_pos", "cache", "attn_mask"]
 
 
 def _method(ranges: bool, implementation: Implementation | None) -> Any:

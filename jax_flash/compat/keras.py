@@ -40,7 +40,8 @@ def dot_product_attention(
     Args:
       query, key, value: arrays or variables of Keras, `[b, sq, hq, d]`, `[b, sk, hk, d]` and `[b, sk, hk, dv]`, whose
         dtypes are promoted to one: float16, bfloat16, float32, or float64, which always runs as plain JAX.
-      bias: added to the scores, `[b, hq, sq, sk]` or `[b, sq, sk]`, where each dimension may be 1. Differentiable.
+      bias: added to the scores, broadcastable to `[b, hq, sq, sk]`, or `[b, sq, sk]` where it could not be
+        `[hq, sq, sk]`; each dimension may be 1. Differentiable.
       mask: of the same shapes; True or nonzero where a query may attend.
       scale: a number, the factor of q·kᵀ; 1/√d by default.
       is_causal: query i attends to keys 0 … i, whatever the lengths.
@@ -52,7 +53,7 @@ def dot_product_attention(
       `[b, sq, hq, dv]` in the promoted dtype. Differentiable with respect to query, key, value and bias.
 
     Raises:
-      ValueError: for a bias or a mask of another rank than 3 or 4, and for shapes that do not match.
+      ValueError: for shapes that do not match.
       ValueError, TypeError, NotImplementedError: as in `flash_attention`.
 
     Deviations from Keras: a query without a visible key, such as padding with `mask_zero=True`, gives 0, not the mean
@@ -66,8 +67,8 @@ def dot_product_attention(
         q,
         k,
         v,
-        bias=None if bias is None else as_bias(_of_rank_4("bias", bias), q.dtype),
-        mask=None if mask is None else _of_rank_4("mask", mask).astype(bool),
+        bias=None if bias is None else as_bias(_of_rank_4("bias", bias, q, k), q.dtype),
+        mask=None if mask is None else _of_rank_4("mask", mask, q, k).astype(bool),
         scale=scale,
         causal=is_causal,
         align="top_left",
@@ -76,8 +77,19 @@ def dot_product_attention(
     )
 
 
-def _of_rank_4(name: str, x: ArrayLike) -> Array:
+def _of_rank_4(name: str, x: ArrayLike, q: Array, k: Array) -> Array:
+    """x with the dimensions [b, hq, sq, sk]. As in Keras, [b, sq, sk] is tried after NumPy's broadcasting."""
     array = _CHECK.array(name, x)
-    if array.ndim not in (3, 4):
-        raise _CHECK.fail(f"{name} must have rank 3 [b sq sk] or 4 [b hq sq sk], got shape {array.shape}")
-    return array[:, None] if array.ndim == 3 else array
+    if q.ndim != 4 or k.ndim != 4:
+        return array  # flash_attention raises
+    sizes = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+
+    def fits(shape: tuple[int, ...]) -> bool:
+        return len(shape) <= 4 and all(n in (1, size) for n, size in zip(shape[::-1], sizes[::-1]))
+
+    for wide in (array, array[:, None] if array.ndim == 3 else array):
+        if fits(wide.shape):
+            return wide.reshape((1,) * (4 - wide.ndim) + wide.shape)
+    raise _CHECK.fail(
+        f"{name} must broadcast to [b hq sq sk] = {sizes}, or have the shape [b sq sk], got shape {array.shape}"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,6 +20,17 @@ from ..options import Implementation
 
 NamedArray = Any  # haliax's class; haliax is imported only when one is made
 Axis = Any
+
+
+def patch() -> None:
+    """Puts this `dot_product_attention` in the place of Levanter's own, also in modules that have taken the name from
+    `levanter.layers.attention` (some models, which importing levanter may load)."""
+    from levanter.layers import attention
+
+    own = attention.dot_product_attention
+    for name, module in list(sys.modules.items()):
+        if name.startswith("levanter") and getattr(module, "dot_product_attention", None) is own:
+            setattr(module, "dot_product_attention", dot_product_attention)  # noqa: B010
 
 
 def dot_product_attention(
@@ -72,7 +84,8 @@ def dot_product_attention(
 
     Raises:
       ValueError: where QPos and KPos have one name, and for axes of key or value that query lacks.
-      NotImplementedError: for an offset or segment ids that differ by head.
+      NotImplementedError: for an offset or segment ids that differ by head, and for fields of an `AttentionMask` that
+        this version does not know.
       ValueError, TypeError, NotImplementedError: as in `flash_attention`.
 
     One deviation: a query without a visible key gives 0, not the mean of all values.
@@ -80,8 +93,7 @@ def dot_product_attention(
     Source: the interface is Levanter's; the algorithm is Dao, FlashAttention-2 (2023).
 
     Example:
-      >>> levanter.layers.attention.dot_product_attention = jax_flash.compat.levanter.dot_product_attention
-      >>> import levanter.models.gpt2  # it takes the name from there, as OLMo and Whisper do
+      >>> jax_flash.compat.levanter.patch()  # Levanter's layers and models run here
     """
     import haliax
 
@@ -269,9 +281,14 @@ class _Seen:
         found.causal = mask.is_causal and offset is None
         if mask.is_causal and offset is not None:
             found.arrays["offset"] = axes.entries(check, "mask's causal_offset", offset)
+        _require_known(check, mask)
         window = getattr(mask, "sliding_window", None)
         if window is not None:
             found.window = (window - 1, 0)  # the query's own key, and the keys before it
+        radius = getattr(mask, "bidirectional_window", None)
+        if radius is not None:
+            left, right = found.window or (radius, radius)
+            found.window = (min(left, radius), min(right, radius))
         if mask.explicit_mask is not None:
             found.arrays["dense"] = axes.scores(check, "mask's explicit_mask", mask.explicit_mask).astype(
                 bool
@@ -284,6 +301,25 @@ class _Seen:
                 x = x.rename({either[0]: pos.name}) if either else x
                 found.arrays[name] = axes.entries(check, "mask's segment_ids", x, pos)
         return found
+
+
+def _require_known(check: Checker, mask: Any) -> None:
+    """Raises if a field that another version of Levanter has hides or shows keys."""
+    known = {
+        "is_causal",
+        "causal_offset",
+        "explicit_mask",
+        "segment_ids",
+        "sliding_window",
+        "bidirectional_window",
+    }
+    other = [name for name, x in vars(mask).items() if name not in known and x is not None and x is not False]
+    if other:
+        raise check.fail(
+            f"mask has {', '.join(sorted(other))}, which this version of jax_flash does not know, only "
+            f"{', '.join(sorted(known))}; mask.materialize(QPos, KPos) is an array with all of them",
+            NotImplementedError,
+        )
 
 
 def _arranged(x: Any, order: tuple[Axis, ...]) -> Array:
