@@ -192,7 +192,7 @@ ERRORS = {
         NotImplementedError,
         lambda: attend(mask=AttentionMask(True, prefix_length=4)),
         "mask has prefix_length, which this version of jax_flash does not know, only bidirectional_window, "
-        "causal_offset, explicit_mask, is_causal, segment_ids, sliding_window; mask.materialize(QPos, KPos) is an array",
+        "causal_offset, explicit_mask, is_causal, segment_ids, sliding_window; mask.materialize(QPos, KPos) is an",
     ),
     "an offset of heads": (
         NotImplementedError,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from programs import require_devices
+from programs import collectives, require_devices
 from test_mask_calls import S, X, loss
 
 from jax_flash import flash_attention, flops, masks
@@ -80,3 +80,28 @@ def test_masks_with_explicit_sharding(implementation, mesh):
             split = jax.device_put(mask, NamedSharding(mesh, of_mask))
             got = jax.jit(partial(jax.grad(loss), implementation=implementation))(*arrays, split)
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize(
+    "of_mask", [P("x"), P("x", "y"), P(None, "y")], ids=["of entries", "of entries and heads", "of heads"]
+)
+def test_blocks_and_positions_are_made_where_their_arrays_lie(of_mask, kind, kernel):
+    """Split with the batch entries and heads of the call, they need no collective, in either pass."""
+    require_devices(4)
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(kind,) * 2)
+    rng = np.random.default_rng(3)
+    shape = tuple(2 if axis else 1 for axis in (*of_mask, None)[:2])
+    mask = masks.blocks(jnp.asarray(rng.integers(-1, 3, (*shape, 3, 2)), jnp.int32), (16, 16))
+    if of_mask == P("x"):
+        positions = jnp.asarray(rng.integers(0, 2, (2, S)).cumsum(1), jnp.int32)
+        mask &= masks.by_position(positions, positions, window=(7, 2))
+    wanted = jax.grad(loss)(*X, mask, kernel)
+    with jax.set_mesh(mesh):
+        arrays = [jax.device_put(x, NamedSharding(mesh, P("x", None, "y"))) for x in X]
+        split = jax.device_put(mask, NamedSharding(mesh, of_mask))
+        program = (
+            jax.jit(partial(jax.grad(loss), implementation=kernel)).lower(*arrays, split).compile()
+        )
+    assert not collectives(program.as_text())
+    np.testing.assert_allclose(program(*arrays, split), wanted, rtol=1e-4, atol=1e-4)

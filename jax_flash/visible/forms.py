@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -308,14 +309,14 @@ class Blocks(Form):
         """Whether each block of rows sees each of `columns` blocks of keys, boolean [b|1, hk|hq|1, ⌈sq/bq⌉, columns].
 
         Indices outside the blocks are ignored, and repeated ones count once."""
-        chosen = with_rank(self.chosen, 4)
-        nothing = jnp.zeros((*chosen.shape[:-1], columns + 1), bool)
-        index = jnp.where((chosen < 0) | (chosen >= columns), columns, chosen)
-        at = (  # not jnp.indices, which takes no symbolic sizes
-            lax.broadcasted_iota(jnp.int32, [n if i == axis else 1 for i in range(4)], axis)
-            for axis, n in enumerate(index.shape[:-1])
-        )
-        return nothing.at[(*at, index)].set(True)[..., :-1]
+
+        def of_row(chosen: Array) -> Array:
+            index = jnp.where((chosen < 0) | (chosen >= columns), columns, chosen)
+            return jnp.zeros(columns + 1, bool).at[index].set(True)[:-1]
+
+        # A scatter that JAX maps is split with its batch entries and heads; one with all indices gathers them.
+        shown: Array = jax.vmap(jax.vmap(jax.vmap(of_row)))(with_rank(self.chosen, 4))
+        return shown
 
     def most_ranges(self) -> None:
         return None

@@ -95,8 +95,8 @@ class Rows:
         x = jnp.atleast_2d(x)
         x = x if self.whole is None else self.whole(x)
         if self.packed_keys is None:
-            start = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None] * x.shape[1]
-            return SortedKeys(x.reshape(-1), start, self.keys, x.shape[1])
+            start = jnp.zeros((x.shape[0], 1), jnp.int32)
+            return SortedKeys(x[0] if same_dim(x.shape[0], 1) else x, start, self.keys, x.shape[1])
         n = self.packed_keys.owner.size
         x = jnp.broadcast_to(x, (n // max(x.shape[1], 1), x.shape[1])) if x.size else x
         return SortedKeys(x.reshape(-1), self.packed_keys.start, self.keys, x.shape[1])
@@ -104,7 +104,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class SortedKeys:
-    """An ascending list for each row: the `count` elements from `start` on. No count exceeds `most`."""
+    """An ascending list for each row: the `count` elements from `start` on. No count exceeds `most`.
+
+    elements: of all lists, [n], or of the lists of each batch entry, [b, n], which are split with them.
+    """
 
     elements: Array
     start: Array
@@ -131,11 +134,14 @@ def _search(values: tuple[Array, ...], above: bool, steps: int) -> Array:
 
     def search(values: tuple[Array, ...], unroll: bool) -> Array:
         lo, hi, start, wanted, elements = values
+        element_of = partial(take, fill=MOST)
+        if elements.ndim == 2:
+            element_of = jax.vmap(element_of)
 
         def step(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
             lo, hi = bounds
             middle = (lo + hi) // 2
-            element = take(elements, start + middle, MOST)
+            element = element_of(elements, start + middle)
             before = (element <= wanted if above else element < wanted) & (lo < hi)
             return jnp.where(before, middle + 1, lo), jnp.where(before, hi, middle)
 
