@@ -6,6 +6,7 @@ import math
 import sys
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import jax
@@ -25,9 +26,7 @@ Axis = Any
 def patch() -> None:
     """Puts this `dot_product_attention` in the place of Levanter's own, also in modules that have taken the name from
     `levanter.layers.attention` (some models, which importing levanter may load)."""
-    from levanter.layers import attention
-
-    own = attention.dot_product_attention
+    own = import_module("levanter.layers.attention").dot_product_attention
     for name, module in list(sys.modules.items()):
         if name.startswith("levanter") and getattr(module, "dot_product_attention", None) is own:
             setattr(module, "dot_product_attention", dot_product_attention)  # noqa: B010
