@@ -231,7 +231,8 @@ def first_and_window(first: int | ArrayLike, left: int | ArrayLike) -> Mask:
 
 
 def block_diffusion(block: int) -> Mask:
-    """Block diffusion's training mask. A row is n noised tokens, then the n clean ones, in blocks of `block`.
+    """Block diffusion's training mask. A row is n noised tokens, then the n clean ones, in blocks of `block`; n is half
+    of the keys, or of kv_lengths.
 
     A noised query of block b sees the noised keys of b and the clean keys of blocks before b; a clean one sees the
     clean keys of blocks up to b.
