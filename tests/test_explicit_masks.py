@@ -100,8 +100,6 @@ def test_blocks_and_positions_are_made_where_their_arrays_lie(of_mask, kind, ker
     with jax.set_mesh(mesh):
         arrays = [jax.device_put(x, NamedSharding(mesh, P("x", None, "y"))) for x in X]
         split = jax.device_put(mask, NamedSharding(mesh, of_mask))
-        program = (
-            jax.jit(partial(jax.grad(loss), implementation=kernel)).lower(*arrays, split).compile()
-        )
+        program = jax.jit(partial(jax.grad(loss), implementation=kernel)).lower(*arrays, split).compile()
     assert not collectives(program.as_text())
     np.testing.assert_allclose(program(*arrays, split), wanted, rtol=1e-4, atol=1e-4)
