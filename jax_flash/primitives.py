@@ -278,13 +278,19 @@ def _lower_partly_manual(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pas
 
 
 def _lower_ring(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec: AttentionSpec) -> Any:
-    """The pass over a split sequence: a loop over its parts."""
+    """The pass over a split sequence: a loop over its parts, with automatic instead of explicit axes, because JAX joins
+    and maps over arrays only if their types are split alike."""
     names = operand_names(pass_, spec)
 
-    def ring(*arrays: jax.Array) -> list[jax.Array]:
-        return list(over_leading(lambda x: passes.run(pass_, spec, x, bind), spec, dict(zip(names, arrays))))
+    shardings = [x.sharding for x in ctx.avals_out]
 
-    return mlir.lower_fun(ring, multiple_results=True)(ctx, *values)
+    def ring(operands: dict[str, jax.Array]) -> list[jax.Array]:
+        return list(over_leading(lambda x: passes.run(pass_, spec, x, bind), spec, operands))
+
+    def automatic(*arrays: jax.Array) -> list[jax.Array]:
+        return list(_jax.in_automatic_axes(ring, dict(zip(names, arrays)), shardings))
+
+    return mlir.lower_fun(automatic, multiple_results=True)(ctx, *values)
 
 
 @cache

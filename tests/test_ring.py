@@ -16,6 +16,7 @@ from checks import references
 from conftest import IMPLEMENTATIONS
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import arrays_of, place, qkv, stack
 from programs import (
     assert_same,
     attention,
@@ -241,6 +242,67 @@ def test_over_an_explicit_axis(kernel, order):
         got = jax.jit(with_gradients(mapped))(placed)
     wanted = jax.jit(with_gradients(attention(PLAIN, kernel, return_lse=False)))(arrays)
     assert_same(jax.device_get(got), jax.device_get(wanted))
+
+
+BATCH, HEADS = qkv(P("other", "ring")), qkv(P(None, "ring", "other"))
+MAPPED = qkv(P("other", None, "ring")) | {"kv_lengths": P("other")}
+LENGTHS = CAUSAL.replace(kv_lengths=(7, 11))
+UNLIKE = {
+    "whole lengths": (LENGTHS, BATCH),
+    "lengths beside heads": (LENGTHS, HEADS | {"kv_lengths": P("other")}),
+    "bias": (PLAIN.replace(bias=(2, 1, 1, 16)), BATCH | {"bias": P("other")}),
+    "whole keys": (PLAIN, HEADS | {"key": P(None, "ring")}),
+    "heads of keys, batch of values": (PLAIN, HEADS | {"value": P("other", "ring")}),
+    "mapped": (LENGTHS, MAPPED),
+}
+
+
+def tangents_of_queries(call: Any) -> Any:
+    """Results and tangents, if only queries move."""
+
+    def run(arrays: dict[str, Any]) -> Any:
+        query = arrays["query"]
+        return jax.jvp(lambda x: call(arrays | {"query": x}), (query,), (weights(query),))
+
+    return run
+
+
+def beside_an_explicit_axis(case: Case, specs: dict[str, P], kernel: str, derivative: Any) -> str:
+    """Runs a ring of two beside an explicit axis of two and compares with one device; returns the program's text."""
+    require_devices(4)
+    kinds = AxisType.Auto, AxisType.Explicit
+    mesh = jax.make_mesh((2, 2), ("ring", "other"), kinds, devices=jax.devices()[:4])
+    options = {"axis_name": "ring", "return_lse": True, "implementation": kernel} | case.options
+    ring, whole = (lambda arrays: ring_attention(**arrays, **options)), attention(case, kernel)
+    arrays, results = arrays_of(case), (P(None, "ring"), P(None, None, "ring"))
+    if specs == MAPPED:
+        ring, whole, arrays = jax.vmap(ring), jax.vmap(whole), stack(case, 2)
+        results = tuple(P(None, *spec) for spec in results)
+    manual = {x: P(*(axis if axis == "ring" else None for axis in specs.get(x, ()))) for x in arrays}
+    mapped = jax.shard_map(ring, mesh=mesh, in_specs=(manual,), out_specs=results, axis_names={"ring"})
+    with jax.set_mesh(mesh):
+        placed = place(mesh, arrays, specs)
+        compiled = jax.jit(derivative(mapped)).lower(placed).compile()
+        got = jax.device_get(compiled(placed))
+    assert_same(got, jax.device_get(jax.jit(derivative(whole))(arrays)))
+    text: str = compiled.as_text()
+    assert {np.prod(shape) for shape in shard_shapes(text, "forward")} == {arrays["query"].size // 4}
+    return text
+
+
+@pytest.mark.parametrize("derivative", [with_gradients, tangents_of_queries])
+@pytest.mark.parametrize("name", UNLIKE)
+def test_operands_that_an_explicit_axis_splits_in_different_ways(kernel, name, derivative):
+    """A device computes one part of what the axis splits in queries, whatever it splits in other operands."""
+    beside_an_explicit_axis(*UNLIKE[name], kernel, derivative)
+
+
+def test_whole_lengths_need_no_collective_beside_an_explicit_axis(kernel):
+    with_lengths, without = (
+        collectives(beside_an_explicit_axis(case, BATCH, kernel, with_gradients))
+        for case in (LENGTHS, CAUSAL)
+    )
+    assert with_lengths == without  # JAX gathers at the edges of the region
 
 
 @pytest.mark.parametrize("heads", [None, "heads"], ids=["one axis", "heads on an automatic axis"])
