@@ -151,7 +151,9 @@ def in_automatic_axes(run: Callable[[Any], Any], operands: Any, shardings: Any) 
     concrete = [x for x in jax.tree.leaves(operands) if not isinstance(x, jax.core.Tracer)]
     real = next((x.sharding.mesh for x in concrete if not jax.typeof(x).sharding.mesh.empty), None)
     if real is None:
-        return jax.sharding.auto_axes(run, axes=axes, out_sharding=on_mesh)(operands)
+        traced = jax.sharding.auto_axes(run, axes=axes, out_sharding=on_mesh)
+        # Beside manual axes JAX cannot keep intermediate results for a gradient if their axes are automatic.
+        return (jax.checkpoint(traced) if AxisType.Manual in mesh.axis_types else traced)(operands)
 
     def placed(x: Any) -> Any:
         """An array of one device, copied to the mesh of the others, as jit does and reshard does not."""

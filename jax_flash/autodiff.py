@@ -53,15 +53,19 @@ def attend(spec: AttentionSpec, operands: Operands) -> Results:
 def _in_plain_jax(spec: AttentionSpec, operands: Operands) -> Sequence[jax.Array]:
     if _jax.manual_axes()[0] and is_empty(operands):
         return without_elements(spec, operands)
-    if spec.ring is not None:
-        operands = _jax.equally_varying(operands, spec.ring.axes)
-        return passes.run(FORWARD, spec, operands, lambda _, *part: reference.attention(*part))
-    equations = partial(gather.attention if spec.paged else reference.attention, spec)
-    if _jax.manual_axes()[0]:  # JAX cannot differentiate a change of axis types in such a region
-        return equations(_jax.equally_varying(operands))
+    if _jax.manual_axes()[0]:
+        operands = _jax.equally_varying(operands, spec.ring.axes if spec.ring else ())
     types = result_types(FORWARD, spec, {name: jax.typeof(x) for name, x in operands.items()})
-    found: Results = _jax.in_automatic_axes(equations, operands, tuple(x.sharding for x in types))
+    shardings = tuple(x.sharding for x in types)
+    found: Results = _jax.in_automatic_axes(partial(_equations, spec), operands, shardings)
     return found
+
+
+def _equations(spec: AttentionSpec, operands: Operands) -> Results:
+    """The call's results in plain JAX, in a ring by the equations of its parts."""
+    if spec.ring is not None:
+        return tuple(passes.run(FORWARD, spec, operands, lambda _, *part: reference.attention(*part)))
+    return gather.attention(spec, operands) if spec.paged else reference.attention(spec, operands)
 
 
 def is_empty(operands: Operands) -> bool:

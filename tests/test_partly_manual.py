@@ -350,7 +350,8 @@ def test_explicit_automatic_and_manual_axes(kernel, types, manual):
     """Every device computes its part of all three axes. Nothing is gathered, except by JAX at the region's edge.
 
     JAX gathers there if an axis stays explicit inside, because it drops that axis from the region's shardings (JAX 0.12
-    only if other axes are automatic). Then plain JAX gathers at least as much.
+    only if other axes are automatic). Then plain JAX gathers at least as much, except for out and lse, which its
+    gradient computes again.
     """
     require_devices(8)
     mesh = jax.make_mesh((2, 2, 2), ("pod", "data", "model"), axis_types=types)
@@ -369,4 +370,5 @@ def test_explicit_automatic_and_manual_axes(kernel, types, manual):
         plain = collectives(text_of("xla")) if stays_explicit else {}
     assert shard_shapes(text, "forward") == shard_shapes(text, "backward") == {(2, 2, 6, 4, 8)}
     assert set(collectives(text)) <= {"all-gather"}
-    assert collectives(text)["all-gather"] <= plain.get("all-gather", 0)
+    again = 2 if plain else 0
+    assert collectives(text)["all-gather"] <= plain.get("all-gather", 0) + again
