@@ -221,7 +221,8 @@ class _Rules:
         used: set[str] = set()
 
         def claim(dim: str, candidates: Axes, size: int) -> None:
-            prefix = _dividing_prefix(mesh, tuple(a for a in candidates if a not in used), size)
+            free = tuple(axis for axis in candidates if axis not in used and axis not in head_axes)
+            prefix = _dividing_prefix(mesh, free, size)
             if prefix and not axes.get(dim):
                 axes[dim] = prefix
                 used.update(prefix)

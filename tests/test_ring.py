@@ -271,7 +271,7 @@ def tangents_of_queries(call: Any) -> Any:
 def beside_an_explicit_axis(case: Case, specs: dict[str, P], implementation: str, derivative: Any) -> str:
     """Runs a ring of two beside an explicit axis of two and compares with one device; returns the program's text."""
     require_devices(4)
-    kinds = AxisType.Auto, AxisType.Explicit
+    kinds = AxisType.Explicit, AxisType.Explicit
     mesh = jax.make_mesh((2, 2), ("ring", "other"), kinds, devices=jax.devices()[:4])
     options = {"axis_name": "ring", "return_lse": True, "implementation": implementation} | case.options
     ring, whole = (lambda arrays: ring_attention(**arrays, **options)), attention(case, implementation)
@@ -288,7 +288,8 @@ def beside_an_explicit_axis(case: Case, specs: dict[str, P], implementation: str
     assert_same(got, jax.device_get(jax.jit(derivative(whole))(arrays)))
     text: str = compiled.as_text()
     if implementation != "xla":
-        assert {np.prod(shape) for shape in shard_shapes(text, "forward")} == {arrays["query"].size // 4}
+        shapes, heads = shard_shapes(text, "forward"), 2 if "other" in specs["query"][2:] else 4
+        assert {(np.prod(shape), shape[-2]) for shape in shapes} == {(arrays["query"].size // 4, heads)}
     return text
 
 
@@ -309,7 +310,7 @@ def test_whole_lengths_need_no_collective_beside_an_explicit_axis(kernel):
         collectives(beside_an_explicit_axis(case, BATCH, kernel, with_gradients))
         for case in (LENGTHS, CAUSAL)
     )
-    assert with_lengths == without  # JAX gathers at the edges of the region
+    assert with_lengths == without  # jax 0.10 gathers at the edges of the region
 
 
 @pytest.mark.parametrize("heads", [None, "heads"], ids=["one axis", "heads on an automatic axis"])
