@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from meshes import GQA, MHA, PACKED, arrays_of, check, forward, make_mesh, qkv, stack
 from programs import assert_same, attention, collectives, shard_shapes, with_gradients
@@ -49,6 +50,16 @@ def test_a_query_that_is_not_mapped_stays_whole_beside_mapped_keys(kernel, mesh)
     assert shard_shapes(text, "forward") == {(2, 4, 6, 2, 8)}
     text, _ = check(call, mesh, arrays, specs)
     assert set(collectives(text)) == {"all-reduce"}
+
+
+def test_lengths_that_are_mapped_over_the_axis_of_heads_are_gathered_alone(kernel):
+    """Their axis is already that of query's heads, which stay where they are. Explicit axes make JAX refuse this."""
+    mesh = make_mesh(AxisType.Auto, AxisType.Auto)
+    case = GQA.replace(kv_lengths=(6, 2, 5, 0))
+    specs = qkv(P(None, None, None, "model")) | {"kv_lengths": P("model")}
+    text = forward(jax.vmap(attention(case, kernel)), mesh, stack(case, 4), specs)
+    assert collectives(text) == {"all-gather": 1}
+    assert shard_shapes(text, "forward") == {(4, 4, 6, 2, 8)}
 
 
 @pytest.mark.parametrize("spec", [P(None, "data", None, "model"), P("data", None, None, "model")], ids=str)
