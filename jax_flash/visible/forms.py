@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -309,13 +308,9 @@ class Blocks(Form):
         """Whether each block of rows sees each of `columns` blocks of keys, boolean [b|1, hk|hq|1, ⌈sq/bq⌉, columns].
 
         Indices outside the blocks are ignored, and repeated ones count once."""
-
-        def of_row(chosen: Array) -> Array:
-            index = jnp.where((chosen < 0) | (chosen >= columns), columns, chosen)
-            return jnp.zeros(columns + 1, bool).at[index].set(True)[:-1]
-
-        # A scatter that JAX maps is split with its batch entries and heads; one with all indices gathers them.
-        shown: Array = jax.vmap(jax.vmap(jax.vmap(of_row)))(with_rank(self.chosen, 4))
+        # Compared, not scattered: XLA would gather the indices of a scatter, or checkify could not check it.
+        at = lax.broadcasted_iota(jnp.int32, (columns,), 0)
+        shown: Array = (with_rank(self.chosen, 4)[..., None] == at).any(-2)
         return shown
 
     def most_ranges(self) -> None:
