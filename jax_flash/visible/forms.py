@@ -309,7 +309,7 @@ class Blocks(Form):
 
         Indices outside the blocks are ignored, and repeated ones count once."""
         # Compared, not scattered: XLA would gather the indices of a scatter, or checkify could not check it.
-        at = lax.broadcasted_iota(jnp.int32, (columns,), 0)
+        at = lax.broadcasted_iota(jnp.int32, (1, 1, 1, 1, columns), 4)
         shown: Array = (with_rank(self.chosen, 4)[..., None] == at).any(-2)
         return shown
 
