@@ -51,9 +51,9 @@ def attend(spec: AttentionSpec, operands: Operands) -> Results:
 
 
 def _in_plain_jax(spec: AttentionSpec, operands: Operands) -> Sequence[jax.Array]:
-    if _jax.manual_axes()[0] and is_empty(operands):
-        return without_elements(spec, operands)
     if _jax.manual_axes()[0]:
+        if is_empty(operands):
+            return without_elements(spec, operands)
         operands = _jax.equally_varying(operands, spec.ring.axes if spec.ring else ())
     types = result_types(FORWARD, spec, {name: jax.typeof(x) for name, x in operands.items()})
     shardings = tuple(x.sharding for x in types)

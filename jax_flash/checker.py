@@ -181,12 +181,15 @@ class Checker:
         self, name: str, x: jax.Array, wanted: tuple[Any, ...], dims: str, hint: str = ""
     ) -> jax.Array:
         """x, with leading dimensions of 1 up to the wanted rank; each dimension must be 1 or the wanted one."""
-        full = (1,) * (len(wanted) - x.ndim) + x.shape
-        if x.ndim > len(wanted) or not all(
-            same_dim(got, 1) or same_dim(got, want) for got, want in zip(full, wanted)
-        ):
+        if not broadcasts(x.shape, wanted):
             raise self.fail(f"{name} must broadcast to [{dims}] = {wanted}, got shape {x.shape}{hint}")
-        return x.reshape(full) if x.ndim < len(wanted) else x
+        return x.reshape((1,) * (len(wanted) - x.ndim) + x.shape) if x.ndim < len(wanted) else x
+
+
+def broadcasts(shape: tuple[Any, ...], wanted: tuple[Any, ...]) -> bool:
+    """Whether each dimension, counted from the last one, is 1 or the wanted one."""
+    pairs = zip(shape[::-1], wanted[::-1])
+    return len(shape) <= len(wanted) and all(same_dim(got, 1) or same_dim(got, want) for got, want in pairs)
 
 
 def _without_array(x: Any) -> Any:

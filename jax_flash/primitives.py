@@ -281,7 +281,6 @@ def _lower_ring(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec: 
     """The pass over a split sequence: a loop over its parts, with automatic instead of explicit axes, because JAX joins
     and maps over arrays only if their types are split alike."""
     names = operand_names(pass_, spec)
-
     shardings = [x.sharding for x in ctx.avals_out]
 
     def ring(operands: dict[str, jax.Array]) -> list[jax.Array]:

@@ -171,14 +171,16 @@ def test_steps_after_a_padded_prompt(cls, ranges):
     cache, out = layer(X, positions, layer.init_cache(), padded(text()))
     q, k, v = projected(layer, X, positions)
     near = np.abs(positions[:, :, None] - positions[:, None]) < 6
-    assert_close(out, equations(layer, q, k, v, text() & near), 2e-5)
+    wanted = equations(layer, q, k, v, text() & near)
+    assert_close(out, wanted, 2e-5, np.abs(wanted).max())
     x, position = normal(7, B, 1, FEATURES), positions[:, -1:] + 1
     seen = np.concatenate([USED, np.ones((B, 1), bool)], 1)[:, None]
     cache, out = layer(x, position, cache, padded(seen))
     q, *new = projected(layer, x, position)
     k, v = (np.concatenate(pair, 1) for pair in zip((k, v), new))
     every = np.concatenate([positions, position], 1)
-    assert_close(out, equations(layer, q, k, v, seen & (np.abs(every - position) < 6)[:, None]), 2e-5)
+    wanted = equations(layer, q, k, v, seen & (np.abs(every - position) < 6)[:, None])
+    assert_close(out, wanted, 2e-5, np.abs(wanted).max())
     np.testing.assert_array_equal(cache["end_index"], T + 1)
     np.testing.assert_array_equal(cache["positions"][:, : T + 1], every)
 

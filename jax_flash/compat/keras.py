@@ -16,7 +16,7 @@ from jax import Array
 
 from ..attention import flash_attention as attend
 from ..batch_dims import as_bias, plain_if_float64, promote
-from ..checker import Checker
+from ..checker import Checker, broadcasts
 from ..options import ArrayLike, Implementation, Number
 
 _CHECK = Checker("keras.dot_product_attention")
@@ -83,12 +83,8 @@ def _of_rank_4(name: str, x: ArrayLike, q: Array, k: Array) -> Array:
     if q.ndim != 4 or k.ndim != 4:
         return array  # flash_attention raises
     sizes = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-
-    def fits(shape: tuple[int, ...]) -> bool:
-        return len(shape) <= 4 and all(n in (1, size) for n, size in zip(shape[::-1], sizes[::-1]))
-
     for wide in (array, array[:, None] if array.ndim == 3 else array):
-        if fits(wide.shape):
+        if broadcasts(wide.shape, sizes):
             return wide.reshape((1,) * (4 - wide.ndim) + wide.shape)
     raise _CHECK.fail(
         f"{name} must broadcast to [b hq sq sk] = {sizes}, or have the shape [b sq sk], got shape {array.shape}"

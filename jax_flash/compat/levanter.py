@@ -276,11 +276,11 @@ class _Seen:
         if not hasattr(mask, "is_causal"):
             found.arrays["dense"] = axes.scores(check, "mask", mask).astype(bool)
             return found
+        _require_known(check, mask)
         offset = getattr(mask, "causal_offset", None)
         found.causal = mask.is_causal and offset is None
         if mask.is_causal and offset is not None:
             found.arrays["offset"] = axes.entries(check, "mask's causal_offset", offset)
-        _require_known(check, mask)
         window = getattr(mask, "sliding_window", None)
         if window is not None:
             found.window = (window - 1, 0)  # the query's own key, and the keys before it
