@@ -211,6 +211,10 @@ class Backward final : public PassTraits {
     }
     const bool unequal = call.tiles_differ() || lists_tiles(plan.score) || s.k_rows % row.block_n;
     plan.cluster_size = cluster_of(row);
+    if (stores_dq(row, call, plan)) {
+      plan.dq_rounding = DqRounding::kCtas;
+      return plan_persistent(plan.keys.blocks, false, 0, row, call, workspace, plan);
+    }
     plan_persistent(plan.keys.blocks * plan.cluster_size, unequal, s.q_rows, row, call, workspace, plan);
     if (call.spec.deterministic) {
       plan.dq_tickets = workspace.add(dq_tickets_bytes(call.spec, dims_of(s), row.block_m).value());
@@ -218,8 +222,10 @@ class Backward final : public PassTraits {
     }
     // The sums come last, so that one memset clears them and what lies between them and the counter.
     plan.dq_sums = workspace.add(dq_sums_bytes(call.spec, dims_of(s), row.block_m).value());
-    plan.rounds_dq = heads_fit_clusters(row, call, plan);
-    if (plan.rounds_dq) plan.cluster_size = static_cast<int32_t>(plan.keys.tiles);
+    if (heads_fit_clusters(row, call, plan)) {
+      plan.dq_rounding = DqRounding::kClusters;
+      plan.cluster_size = static_cast<int32_t>(plan.keys.tiles);
+    }
   }
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
@@ -253,6 +259,12 @@ class Backward final : public PassTraits {
     };
     return may_take_96_queries(s.head_dim, s.value_dim) &&
            kTime * rows(hopper::k96Queries) <= kTimeOfSmall * rows(kConsumerRows);
+  }
+
+  // Whether one key tile has all keys, so that its CTA stores dQ.
+  static bool stores_dq(const KernelRow& row, const Call& call, const LaunchPlan& plan) {
+    return !hopper::backward_in_clusters(row) && plan.score == ScoreKind::kPlain && !call.spec.packed() &&
+           plan.keys.tiles == 1;
   }
 
   // Whether the CTAs of all key tiles of a KV head form a cluster that clears and rounds its dQ. That saves a

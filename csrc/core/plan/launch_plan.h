@@ -52,6 +52,12 @@ struct DecodeGrid {
 // The forward runs over query tiles. The backward runs over key tiles and adds dQ to float32 sums or,
 // where dQ has to be repeatable, a second kernel over query tiles computes dQ; where all keys lie in one tile
 // it stores dQ. The bias gradient runs over the tiles of dbias, whose CTAs are counted in `queries`.
+enum class DqRounding : uint8_t {
+  kKernel,    // another kernel, after all key tiles have added to the sums
+  kClusters,  // clusters of all key tiles of a KV head, which also clear its sums
+  kCtas,      // CTAs that have all keys of a KV head, so that they need no sums
+};
+
 struct LaunchPlan {
   int32_t kernel = -1;         // index into the built rows; -1: none runs
   int32_t decode_kernel = -1;  // with packed sequences: runs first, for sequences with few rows; -1: none
@@ -59,8 +65,8 @@ struct LaunchPlan {
   TileGrid queries, keys;
   DecodeGrid decode;
   // CTAs per cluster. In the forward the two CTAs share multicast K and V, and each has one of two adjacent
-  // query tiles. In the backward they share multicast Q and dO, and each has half of a key tile, unless
-  // `rounds_dq`. With Design::kClusterColumns they work on the same tile, and each has half of a head's
+  // query tiles. In the backward they share multicast Q and dO, and each has half of a key tile, unless they
+  // round dQ. With Design::kClusterColumns they work on the same tile, and each has half of a head's
   // columns.
   int32_t cluster_size = 1;
   int32_t persistent_ctas = 0;  // CTAs among which the tiles are distributed; 0: one CTA per tile
@@ -68,9 +74,9 @@ struct LaunchPlan {
                                 // workspace; -1: CTA i takes tiles i, i + CTAs, …
   int64_t dq_sums = -1;         // offset of dQ in float32; -1: none
   int64_t dq_tickets = -1;      // offset of the tickets that order the additions to dQ; -1: no order
-  bool rounds_dq = false;       // clusters of all key tiles of a KV head clear and round dQ themselves
-  int64_t shared = 0;           // bytes of shared memory per CTA
-  int64_t workspace = 0;        // bytes of the workspace that are used
+  DqRounding dq_rounding = DqRounding::kKernel;  // what rounds the sums of dQ
+  int64_t shared = 0;                            // bytes of shared memory per CTA
+  int64_t workspace = 0;                         // bytes of the workspace that are used
   // The parts of the work on one tile, by different CTAs: in the backward parts of the query heads of a KV
   // head, in the bias gradient parts of the batch. Their results are float32, and another kernel adds them.
   int32_t parts = 1;

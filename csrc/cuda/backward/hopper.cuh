@@ -50,8 +50,8 @@ namespace jax_flash {
 // A row of csrc/kernels.def.
 //
 // Ordered: the key tiles add dQ to the sums (query_sums.cuh) in their order.
-// RoundsDq: clusters of all key tiles of a KV head clear and round dQ (hopper_head.cuh).
-template <class T, Row R, ScoreKind Kind, bool Ordered, bool RoundsDq = false>
+// Rounding: what rounds dQ: clusters (hopper_head.cuh), CTAs (hopper_one_key_tile.cuh) or another kernel.
+template <class T, Row R, ScoreKind Kind, bool Ordered, DqRounding Rounding = DqRounding::kKernel>
 struct BackwardSm90 {
   using Element = T;
   static constexpr int HeadDim = R.head_dim, ValueDim = R.value_dim, M = R.block_m, N = R.block_n;
@@ -59,7 +59,12 @@ struct BackwardSm90 {
   static constexpr bool kOrdered = Ordered;
   static constexpr int kCluster = 1, kConsumers = N / kConsumerRows, kThreads = R.warps * 32;
   static constexpr int kM = M, kN = N, kStages = R.stages;
+  static constexpr bool kRoundsDq = Rounding == DqRounding::kClusters,
+                        kStoresDq = Rounding == DqRounding::kCtas;
   static constexpr bool kSingle = kConsumers == 1;
+  // Where there is room for K and V of the next tile if dS has three stages.
+  static constexpr int kKeyStages =
+      M == 2 * kConsumerRows && Kind == ScoreKind::kPlain && !Ordered && !kRoundsDq ? 2 : 1;
   static constexpr int kProducerRegisters = kSingle ? 32 : producer_registers(kConsumers),
                        kConsumerRegisters = kSingle ? 224 : consumer_registers(kConsumers);
   // A consumer's part of dQ [M, d]: 64 of the rows, or half of the columns, or all if it is the only one.
@@ -84,8 +89,9 @@ struct BackwardSm90 {
   // With four tiles of dS no stage needs to be released: before a consumer overwrites a tile, it has waited
   // for the other consumer's dS of two steps before, which came after that consumer's dQ of four steps
   // before.
-  static constexpr bool kReleasesDs = stages_tiles(Kind) || kTakes96Queries;
-  static constexpr int kDsStages = hopper::has_few_ds_stages(R) ? hopper::kFewDsStages
+  static constexpr bool kReleasesDs = stages_tiles(Kind) || kTakes96Queries || kKeyStages > 1;
+  static constexpr int kDsStages = hopper::has_few_ds_stages(R) || (kStoresDq && kKeyStages > 1)
+                                       ? hopper::kFewDsStages
                                    : kReleasesDs ? hopper::kScoreGradientStages - (kSpareDs ? 1 : 0)
                                                  : hopper::kScoreGradientStages + 1;
   // The order of the plain kernel with 64 query rows: dQ and dV are issued before dS is stored, and dPᵀ is
@@ -98,7 +104,6 @@ struct BackwardSm90 {
   static constexpr bool kOmitsDropoutScale = jax_flash::kOmitsDropoutScale<S, Score>;
   // Whether a step draws dropout's bits for the next step (hopper_dropout.cuh).
   static constexpr bool kDrawsAhead = Kind == ScoreKind::kDropout && M == 2 * kConsumerRows;
-  static constexpr bool kRoundsDq = RoundsDq;
   // K stays in registers, so that Sᵀ reads shared memory for Q only: 1.5 to 5 %. Smaller heads have 128 query
   // rows, and larger ones sums of 128 columns, which leave no registers.
   static constexpr bool kKeysInRegisters = HeadDim == 80 || HeadDim == 96;
@@ -145,8 +150,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kSingle ? 2 : 1)
     ptx::give_registers<C::kProducerRegisters>();
     GradientProducer<C> producer{p, maps, shared, grid};
     const bool leads = threadIdx.x % 32 == 0;
-    NoMailbox none;
-    if (warp == 0 && leads) producer.schedule(tiles, none);
+    if constexpr (C::kStoresDq) {
+      if ((warp == 0 || warp == 3) && leads) producer.schedule_heads(tiles, warp / 3);
+    } else {
+      NoMailbox none;
+      if (warp == 0 && leads) producer.schedule(tiles, none);
+    }
     if (warp == 1 && leads) producer.load_tiles();
     if (warp == 2) producer.load_statistics();
     if constexpr (C::kOrdered) {
@@ -280,7 +289,8 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
     PersistentTiles tiles{schedule_of(grid, workspace), static_cast<int32_t>(grid.tiles),
                           static_cast<uint32_t>(grid.blocks), tile_counter(plan, workspace), 1};
     const Problem parts = with_head_parts(p, plan, workspace);
-    if (!kListsSteps<C> && !plan.rounds_dq) order_tiles(tiles, parts, plan, C::kM, C::kCluster);
+    if (!kListsSteps<C> && plan.dq_rounding == DqRounding::kKernel)
+      order_tiles(tiles, parts, plan, C::kM, C::kCluster);
     const KeyGrid key_grid = make_key_grid(p, plan, workspace, sums, ticket_shift(p, C::kM, kInClusters<C>));
     if constexpr (kListsSteps<C>) {
       const uint32_t heads = tiles.count / tiles.tiles_per_head;
@@ -294,8 +304,8 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
                           stream, parts, maps, tiles, key_grid);
     } else {
       e = launch_clusters(backward_sm90<C>, plan.cluster_size,
-                          plan.rounds_dq ? grid.blocks : plan.persistent_ctas, C::kThreads, kShared, stream,
-                          parts, maps, tiles, key_grid);
+                          plan.dq_rounding == DqRounding::kClusters ? grid.blocks : plan.persistent_ctas,
+                          C::kThreads, kShared, stream, parts, maps, tiles, key_grid);
     }
     if (e != cudaSuccess) return e;
     if (plan.parts > 1) {
@@ -303,7 +313,7 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
       if (e != cudaSuccess) return e;
     }
   }
-  if (plan.rounds_dq) return cudaSuccess;
+  if (plan.dq_rounding != DqRounding::kKernel) return cudaSuccess;
   Problem scaled = p;
   if constexpr (C::kOmitsDropoutScale) scaled.spec.scale *= dropout_scale(p.spec);
   return convert_sums<T, C::kM>(scaled, sums, grid, workspace, stream);
@@ -324,8 +334,14 @@ cudaError_t launch_slice(const Problem& p, const LaunchPlan& plan, void* workspa
       // whose steps are listed have no tickets.
       constexpr bool kOrdered = !stages_tiles(kKind) && !lists_tiles(kKind);
       if constexpr (kKind == ScoreKind::kPlain) {
-        using C = BackwardSm90<T, R, kKind, false, true>;
-        if (plan.rounds_dq) return launch_backward_sm90<C, T>(p, plan, workspace, stream);
+        const auto run_rounding = [&]<DqRounding kRounding>() {
+          return launch_backward_sm90<BackwardSm90<T, R, kKind, false, kRounding>, T>(p, plan, workspace,
+                                                                                      stream);
+        };
+        if (plan.dq_rounding == DqRounding::kClusters)
+          return run_rounding.template operator()<DqRounding::kClusters>();
+        if (plan.dq_rounding == DqRounding::kCtas)
+          return run_rounding.template operator()<DqRounding::kCtas>();
       }
       return plan.dq_tickets < 0 ? run.template operator()<false>() : run.template operator()<kOrdered>();
     });

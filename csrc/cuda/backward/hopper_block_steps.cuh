@@ -85,10 +85,7 @@ __device__ __forceinline__ void multiply_block(Consumer& of, const QueryStep& st
   ptx::wgmma_fence();
   of.template start_sum<DoTile, kConsumerRows>(of.dv, of.pt, d_out);  // dV += Pᵀ dO
   of.template start_sum<QTile, kConsumerRows>(of.dk, of.dst, q);      // dK += dSᵀ Q
-  if constexpr (!kFirst) {
-    ptx::wgmma_wait<2>();
-    of.finish_dq(use - 1, sum_before);
-  }
+  if constexpr (!kFirst) of.template finish_dq<2>(use - 1, sum_before);
   ptx::wgmma_wait<1>();
   ptx::hold(of.dv.x[0]);
   ptx::hold(of.pt.x[0]);

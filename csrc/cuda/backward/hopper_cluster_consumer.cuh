@@ -47,7 +47,7 @@ struct ClusterConsumer {
   __device__ __forceinline__ static int32_t rank() { return static_cast<int32_t>(ptx::cluster_rank()); }
   __device__ __forceinline__ static int32_t part() { return key_part<C>(ptx::cluster_rank()); }
   __device__ __forceinline__ const typename C::Shared::Tile& tile() const {
-    return shared.tiles[tile_index % kKeyTileStates];
+    return shared.tiles[tile_index % kKeyTileStates<C>];
   }
   // The warp's first key within the sequence.
   __device__ __forceinline__ int32_t key() const {

@@ -67,9 +67,9 @@ struct BackwardClusterShared {
   int32_t large_lse[kStages];  // bit 0: some lse_too_large(); other bits: is_partial_of()
   [[no_unique_address]] StepRing<kListsSteps<C>> step_ring;
   using Tile = KeyTileState<typename C::Element, C::kKeyParts, ScoreOperandsOf<C::kKind>>;
-  Tile tiles[kKeyTileStates];
+  Tile tiles[kKeyTileStates<C>];
   TileMailbox mailbox;
-  Pipeline<kKeyTileStates> state_pipe;
+  Pipeline<kKeyTileStates<C>> state_pipe;
   Pipeline<1> ending_pipe;  // full when at most 4 steps of a key tile are left to load
   Pipeline<1> k_pipe, v_pipe;
   Pipeline<kStages> q_pipe;      // a stage is released in all kKeyParts CTAs that load it

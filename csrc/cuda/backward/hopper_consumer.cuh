@@ -6,6 +6,7 @@
 
 #include "cuda/backward/hopper_block_steps.cuh"
 #include "cuda/backward/hopper_dropout.cuh"
+#include "cuda/backward/hopper_one_key_tile.cuh"
 #include "cuda/backward/hopper_state.cuh"
 #include "cuda/backward/hopper_step.cuh"
 #include "cuda/backward/hopper_sums.cuh"
@@ -63,8 +64,9 @@ struct GradientConsumer {
   }
   // The key tile.
   __device__ __forceinline__ const typename C::Shared::Tile& tile() const {
-    return shared.tiles[tile_index % kKeyTileStates];
+    return shared.tiles[tile_index % kKeyTileStates<C>];
   }
+  __device__ __forceinline__ uint32_t key_stage() const { return tile_index % C::kKeyStages; }
   // The warp's first key within the sequence.
   __device__ __forceinline__ int32_t key() const {
     const int32_t warp = uniform(ptx::thread_index()) % kWarpgroup / 32;
@@ -80,14 +82,14 @@ struct GradientConsumer {
     if constexpr (C::kKeysInRegisters) {
       return (held_keys);
     } else {
-      return rows<KTile>(shared.k, consumer * kConsumerRows);
+      return rows<KTile>(shared.k[key_stage()], consumer * kConsumerRows);
     }
   }
   __device__ __forceinline__ RowsDescriptor<VTile> values() const {
-    return rows<VTile>(shared.v, consumer * kConsumerRows);
+    return rows<VTile>(shared.v[key_stage()], consumer * kConsumerRows);
   }
   __device__ __forceinline__ void hold_keys() {
-    const RowsA<KTile> of_tile(ptx::shared_address(shared.k),
+    const RowsA<KTile> of_tile(ptx::shared_address(shared.k[key_stage()]),
                                consumer * kConsumerRows + static_cast<int>(warp_row()));
     held_keys.read(of_tile);
     ptx::hold(held_keys.x[0]);
@@ -112,7 +114,7 @@ struct GradientConsumer {
     const uint32_t row = first ? 0 : kConsumerRows;
     shared.ds_pipe.wait_full(use);
     const uint32_t ds = ptx::here(ptx::shared_address(shared.ds[use % C::kDsStages])) + row * DsTile::kPitch,
-                   k = ptx::here(ptx::shared_address(shared.k)) + row * KTile::kPitch;
+                   k = ptx::here(ptx::shared_address(shared.k[key_stage()])) + row * KTile::kPitch;
     const ColumnsDescriptor<DsTile> a(C::kDqByRows ? ds + DsTile::panel_offset(8 * consumer) : ds);
     const ColumnsDescriptor<KTile> b(C::kDqByRows ? k
                                                   : k + KTile::panel_offset(consumer * C::kDqColumns / 8));
@@ -142,10 +144,7 @@ struct GradientConsumer {
     allow_issue(1 - consumer);
     shared.do_pipe.release(use);
     shared.q_pipe.release(use);
-    if constexpr (!kFirst) {
-      ptx::wgmma_wait<0>();
-      finish_dq(use - 1, sum_before);
-    }
+    if constexpr (!kFirst) finish_dq<0>(use - 1, sum_before);
   }
 
   // Adds dQ to the sums. `sum`: the index of the query tile among them.
@@ -210,11 +209,16 @@ struct GradientConsumer {
     shared.ds_pipe.arrive_by_warp(use);
   }
 
-  // Adds a step's finished dQ to the sums. `sum`: the index of its query tile among them.
+  // Waits for dQ of a step, after which kIssued products were issued, and adds it to the sums. `sum`: the
+  // index of its query tile among them.
+  template <int kIssued>
   __device__ __forceinline__ void finish_dq(uint32_t use, int32_t sum) {
+    ptx::wgmma_wait<kIssued>();
     ptx::hold(dq.x[0]);
     if constexpr (C::kReleasesDs) shared.ds_pipe.release(use);
-    if constexpr (C::kOrdered) {
+    if constexpr (C::kStoresDq) {
+      store_dq(*this, sum);
+    } else if constexpr (C::kOrdered) {
       add_dq_in_order(use, sum);
     } else if (kStagesTiles<C> && grid.tickets) {
       add_dq_by_ticket(sum);
@@ -307,10 +311,7 @@ struct GradientConsumer {
     start_sum<QTile>(dk, dst, shared.q[stage]);      // dK += dSᵀ Q
     allow_issue(1 - consumer);
     if constexpr (C::kDrawsAhead) draw_next(*this, step, walk);  // overlaps with the products
-    if constexpr (!kFirst) {
-      ptx::wgmma_wait<2>();
-      finish_dq(use - 1, sum_before);
-    }
+    if constexpr (!kFirst) finish_dq<2>(use - 1, sum_before);
     ptx::wgmma_wait<1>();
     ptx::hold(dv.x[0]);
     ptx::hold(pt.x[0]);
@@ -335,7 +336,7 @@ struct GradientConsumer {
     const auto walk = steps_of(tile().walk);
     if (walk.tiles.empty()) return;
     const int32_t clean_keys = uniform(tile().clean_keys);
-    if (clean_keys < C::kN) clear_keys<C>(shared, clean_keys);
+    if (clean_keys < C::kN) clear_keys<C>(shared, key_stage(), clean_keys);
     if constexpr (C::kKeysInRegisters) hold_keys();
     if constexpr (kStagesSegments<C>) find_segments();
     QueryStep step = QueryStep::first(walk, step_use);
@@ -358,8 +359,7 @@ struct GradientConsumer {
     }
     step_use = ptx::here(step.number);
     start_dq(step_use - 1, listed);
-    ptx::wgmma_wait<0>();
-    finish_dq(step_use - 1, sum_before);
+    finish_dq<0>(step_use - 1, sum_before);
   }
 
   __device__ __forceinline__ void run() {
@@ -376,6 +376,7 @@ struct GradientConsumer {
       dk.clear();
       dv.clear();
       shared.key_pipe.wait_full(tile_index);
+      if constexpr (C::kStoresDq) clear_unseen_dq(*this);
       differentiate();
       if constexpr (C::kRoundsDq) ptx::release_to_cluster();  // dQ is added, by this CTA's one tile
       shared.key_pipe.release(tile_index);

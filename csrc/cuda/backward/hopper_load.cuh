@@ -27,7 +27,7 @@ struct GradientProducer {
   __device__ __forceinline__ void for_steps(Visit visit, Release release) {
     for (;; ++tile_index) {
       shared.state_pipe.wait_full(tile_index);
-      const Tile& tile = shared.tiles[tile_index % kKeyTileStates];
+      const Tile& tile = shared.tiles[tile_index % kKeyTileStates<C>];
       if (tile.done) return;
       // Read from shared memory each time, because the warps have few registers.
       const auto& walk = tile.walk;
@@ -74,7 +74,7 @@ struct GradientProducer {
     uint32_t number = in_order ? scheduler.take() : Scheduler::first(0);
     while (number < all.count) {
       shared.state_pipe.wait_empty(tile_index);
-      Tile& tile = shared.tiles[tile_index % kKeyTileStates];
+      Tile& tile = shared.tiles[tile_index % kKeyTileStates<C>];
       if constexpr (kListsSteps<C>) {
         tile.work = scheduler.work(reload(p), grid.lists.order[number]);
       } else {
@@ -87,7 +87,25 @@ struct GradientProducer {
       number = in_order ? scheduler.take() : scheduler.next(number);
     }
     shared.state_pipe.wait_empty(tile_index);
-    shared.tiles[tile_index % kKeyTileStates].done = 1;
+    shared.tiles[tile_index % kKeyTileStates<C>].done = 1;
+    shared.state_pipe.arrive(tile_index);
+  }
+
+  // The same where one tile has all keys of a KV head. Two threads take turns, since finding a tile takes
+  // longer than a few steps.
+  __device__ __forceinline__ void schedule_heads(const PersistentTiles& all, int thread) {
+    const uint32_t heads = reload(p).kv_heads, ctas = gridDim.x;
+    uint32_t head = blockIdx.x + thread * ctas;
+    for (tile_index = thread;; tile_index += 2, head += 2 * ctas) {
+      shared.state_pipe.wait_empty(tile_index);
+      Tile& tile = shared.tiles[tile_index % kKeyTileStates<C>];
+      tile.done = head >= all.count;
+      if (tile.done) break;
+      tile.work = fixed_work<Over::kKeys>(reload(p), heads, head, 0, C::kN);
+      tile.walk.heads_inner = 0, tile.walk.direction = 1;
+      tile.template prepare<C>(reload(p), grid);  // calls without keys have no tiles
+      shared.state_pipe.arrive(tile_index);
+    }
     shared.state_pipe.arrive(tile_index);
   }
 
@@ -112,7 +130,9 @@ struct GradientProducer {
           load<typename C::DoTile>(shared.do_pipe, use, shared.d_out[stage], maps.dout,
                                    coordinates_of(p.dout, work, head, row));
           if (use == step_use) load_keys(tile);
-          if (ends_soon(tile, step)) shared.ending_pipe.arrive(tile_index);
+          if constexpr (!C::kStoresDq) {
+            if (ends_soon(tile, step)) shared.ending_pipe.arrive(tile_index);
+          }
         },
         [&](const Tile& tile) {
           if (tile.walk.tiles.empty()) skip_keys();
@@ -130,17 +150,17 @@ struct GradientProducer {
 
   __device__ __forceinline__ void load_keys(const Tile& tile) const {
     const int32_t key = tile.work.tile.k_begin + tile.work.tile.row;
-    const uint32_t full = shared.key_pipe.full_barrier(tile_index);
+    const uint32_t full = shared.key_pipe.full_barrier(tile_index), stage = tile_index % C::kKeyStages;
     shared.key_pipe.wait_empty(tile_index);
     ptx::barrier_expect(full, C::KTile::kBytes + C::VTile::kBytes);
-    load_rows<typename C::KTile>(ptx::shared_address(shared.k), 0, maps.key, full,
+    load_rows<typename C::KTile>(ptx::shared_address(shared.k[stage]), 0, maps.key, full,
                                  coordinates_of(p.key, tile.work, tile.kv_head, key));
-    load_rows<typename C::VTile>(ptx::shared_address(shared.v), 0, maps.value, full,
+    load_rows<typename C::VTile>(ptx::shared_address(shared.v[stage]), 0, maps.value, full,
                                  coordinates_of(p.value, tile.work, tile.kv_head, key));
   }
 
   __device__ __forceinline__ void skip_keys() const {
-    shared.ending_pipe.arrive(tile_index);
+    if constexpr (!C::kStoresDq) shared.ending_pipe.arrive(tile_index);
     shared.key_pipe.wait_empty(tile_index);
     shared.key_pipe.arrive(tile_index);
   }
@@ -306,7 +326,7 @@ struct GradientProducer {
     };
     for (;; ++tile_index) {
       shared.state_pipe.wait_full(tile_index);
-      const Tile& tile = shared.tiles[tile_index % kKeyTileStates];
+      const Tile& tile = shared.tiles[tile_index % kKeyTileStates<C>];
       if (tile.done) return;
       const auto& walk = tile.walk;
       auto next = first_step(walk, step_use);  // the first step of a ticket

@@ -32,7 +32,7 @@ struct SingleConsumer : GradientConsumer<C> {
   // Issues dQ = dS K  [M, d]
   __device__ __forceinline__ void start_dq(uint32_t use) {
     const ColumnsDescriptor<DsTile> a(ptx::here(ptx::shared_address(shared.ds[use % C::kDsStages])));
-    const ColumnsDescriptor<KTile> b(ptx::here(ptx::shared_address(shared.k)));
+    const ColumnsDescriptor<KTile> b(ptx::here(ptx::shared_address(shared.k[0])));
     using Product = ptx::Wgmma<T, C::kDqColumns>;
     ptx::hold(dq.x[0]);
     ptx::wgmma_fence();
@@ -97,7 +97,7 @@ struct SingleConsumer : GradientConsumer<C> {
       const int32_t steps = uniform(tile().walk.count);
       if (steps == 0) return;
       const int32_t clean_keys = uniform(tile().clean_keys);
-      if (clean_keys < C::kN) clear_keys<C>(shared, clean_keys);
+      if (clean_keys < C::kN) clear_keys<C>(shared, 0, clean_keys);
       const uint32_t end = step_use + steps;
 #pragma unroll 1
       for (; step_use != end; ++step_use) run_step(step_use);

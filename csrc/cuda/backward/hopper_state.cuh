@@ -37,8 +37,10 @@ __device__ __forceinline__ auto steps_of(const Walk& x) {
 }
 __device__ __forceinline__ QueryWalk steps_of(const ListedWalk& x) { return {uniform(x.tiles), 1, 0, 1}; }
 
-// Key tiles whose state a CTA keeps: the current one and the next.
-inline constexpr int kKeyTileStates = 2;
+// Key tiles whose state a CTA keeps: the current one and the next. With few steps, where finding a tile takes
+// longer than the steps, there are more.
+template <class C>
+inline constexpr int kKeyTileStates = C::kStoresDq && !C::kTakes96Queries ? 4 : 2;
 
 // Whether a kernel stages tiles of bias or mask.
 template <class C>
@@ -192,8 +194,15 @@ struct StepRing<false> {
   __device__ __forceinline__ const QueryStep& get(const QueryStep& step) const { return step; }
 };
 
+// The rows of dQ, at the first head, for a CTA that stores them (hopper_one_key_tile.cuh).
+template <class T>
+struct DqRows {
+  GlobalRows<T> rows;
+};
+struct NoDqRows {};
+
 // State of a key tile, written by the scheduler's thread for all roles.
-template <class T, int kConsumers, class Operands>
+template <class T, int kConsumers, class Operands, class Dq = NoDqRows>
 struct KeyTileState {
   BlockWork work;
   Band band;
@@ -209,6 +218,7 @@ struct KeyTileState {
   uint32_t* tickets;         // likewise, if dQ is added in order
   GlobalRows<T> dkey, dvalue;
   [[no_unique_address]] Operands score;  // at the first head
+  [[no_unique_address]] Dq dq;
 
   int32_t done;  // no tile is left, and this state describes none
 
@@ -260,6 +270,7 @@ struct KeyTileState {
     find_rows(p);
     kv_head = static_cast<int32_t>(static_cast<uint32_t>(kv_head) / static_cast<uint32_t>(grid.head_parts));
     reload_shared();
+    if constexpr (C::kStoresDq) return find_dq(p), true;
     const int64_t first = grid.sums.first_tile<C::kM>(p, work);
     sums = sum_tile<C::kM>(p, grid.sums.data, first);
     if constexpr (C::kOrdered || kStagesTiles<C>) {
@@ -298,6 +309,10 @@ struct KeyTileState {
     reload_shared();
     score.blocks =
         grid.blocks + first_slot_of(p, work.leading, tile.index, tile.q_begin, p.q_rows, kRowBlock);
+  }
+  __device__ __forceinline__ void find_dq(const Problem& p) {
+    const int64_t entry = work.leading * p.batch + work.batch_row, row = int64_t{p.heads} * p.head_dim;
+    dq.rows = {p.dquery.as<T>() + entry * p.q_rows * row + work.head * p.head_dim, row, p.head_dim};
   }
   __device__ __forceinline__ void find_rows(const Problem& p) {
     reload_shared();
@@ -341,8 +356,9 @@ inline constexpr bool kStagesSegments = C::kCluster == 1 && C::Score::reads(Oper
 template <class C>
 struct BackwardShared {
   static constexpr int kConsumers = C::kConsumers, kStages = C::kStages;
-  alignas(1024) uint8_t k[C::KTile::kBytes];
-  alignas(1024) uint8_t v[C::VTile::kBytes];
+  static constexpr uint32_t kKeyStages = C::kKeyStages;
+  alignas(1024) uint8_t k[kKeyStages][C::KTile::kBytes];
+  alignas(1024) uint8_t v[kKeyStages][C::VTile::kBytes];
   alignas(1024) uint8_t q[kStages][C::QTile::kBytes];
   alignas(1024) uint8_t d_out[kStages][C::DoTile::kBytes];
   alignas(1024) uint8_t ds[C::kDsStages][C::DsTile::kBytes];    // dSᵀ
@@ -353,11 +369,12 @@ struct BackwardShared {
   using Segments =
       std::conditional_t<kStagesSegments<C>, StepSegments<kStages, kConsumers * kConsumerWarps>, NoSegments>;
   [[no_unique_address]] Segments segments;
-  using Tile = KeyTileState<typename C::Element, kConsumers, ScoreOperandsOf<C::kKind>>;
-  Tile tiles[kKeyTileStates];
-  Pipeline<kKeyTileStates> state_pipe;
-  Pipeline<1> ending_pipe;  // full when the load thread is about to end a key tile
-  Pipeline<1> key_pipe;     // K and V
+  using Tile = KeyTileState<typename C::Element, kConsumers, ScoreOperandsOf<C::kKind>,
+                            std::conditional_t<C::kStoresDq, DqRows<typename C::Element>, NoDqRows>>;
+  Tile tiles[kKeyTileStates<C>];
+  Pipeline<kKeyTileStates<C>> state_pipe;
+  Pipeline<1> ending_pipe;        // full when the load thread is about to end a key tile
+  Pipeline<kKeyStages> key_pipe;  // K and V
   Pipeline<kStages> q_pipe, do_pipe;
   Pipeline<kStages> ready_pipe;    // full when Q and dO are loaded and clean, and lse and delta stored
   Pipeline<C::kDsStages> ds_pipe;  // dSᵀ of both consumers, which release it if kReleasesDs

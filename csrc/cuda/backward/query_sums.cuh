@@ -81,19 +81,21 @@ inline int64_t sum_entries(const Problem& p) { return p.leading.count() * (p.pac
 template <int kM>
 QuerySums query_sums(const Problem& p, const LaunchPlan& plan, void* workspace) {
   static_assert(kSmallestTile <= kM && (kLargestQueryTile % kM == 0 || kM == hopper::k96Queries));
-  if (plan.dq_sums < 0) return {};
-  return {reinterpret_cast<float*>(static_cast<char*>(workspace) + plan.dq_sums),
-          static_cast<int32_t>(dq_tiles(p.spec, p.q_rows, p.batch, kM).value())};
+  const auto tiles = static_cast<int32_t>(dq_tiles(p.spec, p.q_rows, p.batch, kM).value());
+  if (plan.dq_sums < 0) return {nullptr, tiles};
+  return {reinterpret_cast<float*>(static_cast<char*>(workspace) + plan.dq_sums), tiles};
 }
 
-// Clears the sums of dQ, unless the kernel does, and the tile counter and the tickets, which lie before them.
+// Clears the sums of dQ, unless the kernel does or there are none, and the tile counter and the tickets,
+// which lie before them.
 template <int kM>
 cudaError_t clear_sums(const Problem& p, const LaunchPlan& plan, void* workspace, const QuerySums& sums,
                        cudaStream_t stream) {
+  if (plan.dq_sums < 0) return cudaSuccess;
   int64_t begin = plan.dq_sums, end = plan.dq_sums;
   for (int64_t counters : {plan.tile_counter, plan.dq_tickets})
     if (counters >= 0) begin = std::min(begin, counters);
-  if (!plan.rounds_dq)
+  if (plan.dq_rounding == DqRounding::kKernel)
     end += sum_entries(p) * p.heads * sums.tiles * kM * p.head_dim * int64_t{sizeof(float)};
   if (begin == end) return cudaSuccess;
   return cudaMemsetAsync(static_cast<char*>(workspace) + begin, 0, end - begin, stream);
