@@ -80,12 +80,17 @@ constexpr int64_t backward_shared_bytes(const Row& r) {
   const int64_t ds = kElementBytes * whole_panels(r.block_m, kConsumerRows) * r.block_n,
                 score = static_cast<int64_t>(sizeof(float)) * r.block_m * r.head_dim;
   const int64_t statistics = 2 * int64_t{r.stages} * r.block_m;
-  const int64_t gradients =
-      has_few_ds_stages(r) ? kFewDsStages * ds : kScoreGradientStages * ds + (ds > score ? ds : score);
+  // K of the next tile, with 128 queries also V, where one tile of dS is given up for them.
+  const int64_t keys = kElementBytes * r.block_n * backward_columns(r.head_dim),
+                ahead = r.block_m == kConsumerRows ? ds + keys : ds;
+  const int64_t most = ahead > score ? ahead : score;
+  const int64_t gradients = has_few_ds_stages(r) ? kFewDsStages * ds : kScoreGradientStages * ds + most;
   return kElementBytes * rows * (backward_columns(r.head_dim) + backward_columns(r.value_dim)) + gradients +
          static_cast<int64_t>(sizeof(float)) * statistics +
          // With 96 queries no unused room of a bias holds what the alignment to 1,024 bytes adds.
-         (takes_96_queries(r) ? kStateBytes : kKeyTileStateBytes);
+         (takes_96_queries(r)                                 ? kStateBytes
+          : has_few_ds_stages(r) || r.block_m > kConsumerRows ? kKeyTileStateBytes
+                                                              : 2 * kKeyTileStateBytes);
 }
 
 constexpr bool backward_in_clusters(const Row& r) {

@@ -62,9 +62,12 @@ struct BackwardSm90 {
   static constexpr bool kRoundsDq = Rounding == DqRounding::kClusters,
                         kStoresDq = Rounding == DqRounding::kCtas;
   static constexpr bool kSingle = kConsumers == 1;
-  // Where there is room for K and V of the next tile if dS has three stages.
-  static constexpr int kKeyStages =
-      M == 2 * kConsumerRows && Kind == ScoreKind::kPlain && !Ordered && !kRoundsDq ? 2 : 1;
+  // The plain kernel loads K of the next tile, and with 128 query rows V, during a tile. Otherwise V is
+  // loaded when the last step has been multiplied, and K after the last dQ.
+  static constexpr bool kLoadsAhead =
+      Kind == ScoreKind::kPlain && !Ordered && !kRoundsDq && M % kConsumerRows == 0;
+  static constexpr int kValueStages = kLoadsAhead && M == 2 * kConsumerRows ? 2 : 1,
+                       kKeyStages = kLoadsAhead && !kStoresDq ? 2 : kValueStages;
   static constexpr int kProducerRegisters = kSingle ? 32 : producer_registers(kConsumers),
                        kConsumerRegisters = kSingle ? 224 : consumer_registers(kConsumers);
   // A consumer's part of dQ [M, d]: 64 of the rows, or half of the columns, or all if it is the only one.
@@ -89,8 +92,8 @@ struct BackwardSm90 {
   // With four tiles of dS no stage needs to be released: before a consumer overwrites a tile, it has waited
   // for the other consumer's dS of two steps before, which came after that consumer's dQ of four steps
   // before.
-  static constexpr bool kReleasesDs = stages_tiles(Kind) || kTakes96Queries || kKeyStages > 1;
-  static constexpr int kDsStages = hopper::has_few_ds_stages(R) || (kStoresDq && kKeyStages > 1)
+  static constexpr bool kReleasesDs = stages_tiles(Kind) || kTakes96Queries || kValueStages > 1;
+  static constexpr int kDsStages = hopper::has_few_ds_stages(R) || (kStoresDq && kValueStages > 1)
                                        ? hopper::kFewDsStages
                                    : kReleasesDs ? hopper::kScoreGradientStages - (kSpareDs ? 1 : 0)
                                                  : hopper::kScoreGradientStages + 1;

@@ -66,7 +66,6 @@ struct GradientConsumer {
   __device__ __forceinline__ const typename C::Shared::Tile& tile() const {
     return shared.tiles[tile_index % kKeyTileStates<C>];
   }
-  __device__ __forceinline__ uint32_t key_stage() const { return tile_index % C::kKeyStages; }
   // The warp's first key within the sequence.
   __device__ __forceinline__ int32_t key() const {
     const int32_t warp = uniform(ptx::thread_index()) % kWarpgroup / 32;
@@ -82,14 +81,14 @@ struct GradientConsumer {
     if constexpr (C::kKeysInRegisters) {
       return (held_keys);
     } else {
-      return rows<KTile>(shared.k[key_stage()], consumer * kConsumerRows);
+      return rows<KTile>(shared.k[tile_index % C::kKeyStages], consumer * kConsumerRows);
     }
   }
   __device__ __forceinline__ RowsDescriptor<VTile> values() const {
-    return rows<VTile>(shared.v[key_stage()], consumer * kConsumerRows);
+    return rows<VTile>(shared.v[tile_index % C::kValueStages], consumer * kConsumerRows);
   }
   __device__ __forceinline__ void hold_keys() {
-    const RowsA<KTile> of_tile(ptx::shared_address(shared.k[key_stage()]),
+    const RowsA<KTile> of_tile(ptx::shared_address(shared.k[tile_index % C::kKeyStages]),
                                consumer * kConsumerRows + static_cast<int>(warp_row()));
     held_keys.read(of_tile);
     ptx::hold(held_keys.x[0]);
@@ -114,7 +113,8 @@ struct GradientConsumer {
     const uint32_t row = first ? 0 : kConsumerRows;
     shared.ds_pipe.wait_full(use);
     const uint32_t ds = ptx::here(ptx::shared_address(shared.ds[use % C::kDsStages])) + row * DsTile::kPitch,
-                   k = ptx::here(ptx::shared_address(shared.k[key_stage()])) + row * KTile::kPitch;
+                   k = ptx::here(ptx::shared_address(shared.k[tile_index % C::kKeyStages])) +
+                       row * KTile::kPitch;
     const ColumnsDescriptor<DsTile> a(C::kDqByRows ? ds + DsTile::panel_offset(8 * consumer) : ds);
     const ColumnsDescriptor<KTile> b(C::kDqByRows ? k
                                                   : k + KTile::panel_offset(consumer * C::kDqColumns / 8));
@@ -331,12 +331,17 @@ struct GradientConsumer {
     __syncwarp();
   }
 
+  // After the last step, before its dQ. A CTA that stores dQ has no register left for that.
+  __device__ __forceinline__ void release_values() const {
+    if constexpr (!C::kStoresDq) shared.value_pipe.release(tile_index);
+  }
+
   // All steps of the key tile.
   __device__ __forceinline__ void differentiate_tile() {
     const auto walk = steps_of(tile().walk);
-    if (walk.tiles.empty()) return;
+    if (walk.tiles.empty()) return release_values();
     const int32_t clean_keys = uniform(tile().clean_keys);
-    if (clean_keys < C::kN) clear_keys<C>(shared, key_stage(), clean_keys);
+    if (clean_keys < C::kN) clear_keys<C>(shared, tile_index, clean_keys);
     if constexpr (C::kKeysInRegisters) hold_keys();
     if constexpr (kStagesSegments<C>) find_segments();
     QueryStep step = QueryStep::first(walk, step_use);
@@ -358,6 +363,7 @@ struct GradientConsumer {
       }
     }
     step_use = ptx::here(step.number);
+    release_values();
     start_dq(step_use - 1, listed);
     finish_dq<0>(step_use - 1, sum_before);
   }
@@ -376,10 +382,12 @@ struct GradientConsumer {
       dk.clear();
       dv.clear();
       shared.key_pipe.wait_full(tile_index);
+      shared.value_pipe.wait_full(tile_index);
       if constexpr (C::kStoresDq) clear_unseen_dq(*this);
       differentiate();
       if constexpr (C::kRoundsDq) ptx::release_to_cluster();  // dQ is added, by this CTA's one tile
       shared.key_pipe.release(tile_index);
+      if constexpr (C::kStoresDq) shared.value_pipe.release(tile_index);
       if constexpr (C::Score::kDropout || C::Score::kWeightScale != 1) {  // dV ← dV / (1 − rate)
         const float factor = (C::Score::kDropout ? dropout_scale(p.spec) : 1.0f) / C::Score::kWeightScale;
         for_each(dv, [&](float& x, int, int, int) { x *= factor; });

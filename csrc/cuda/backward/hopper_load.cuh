@@ -150,19 +150,18 @@ struct GradientProducer {
 
   __device__ __forceinline__ void load_keys(const Tile& tile) const {
     const int32_t key = tile.work.tile.k_begin + tile.work.tile.row;
-    const uint32_t full = shared.key_pipe.full_barrier(tile_index), stage = tile_index % C::kKeyStages;
-    shared.key_pipe.wait_empty(tile_index);
-    ptx::barrier_expect(full, C::KTile::kBytes + C::VTile::kBytes);
-    load_rows<typename C::KTile>(ptx::shared_address(shared.k[stage]), 0, maps.key, full,
-                                 coordinates_of(p.key, tile.work, tile.kv_head, key));
-    load_rows<typename C::VTile>(ptx::shared_address(shared.v[stage]), 0, maps.value, full,
-                                 coordinates_of(p.value, tile.work, tile.kv_head, key));
+    load<typename C::KTile>(shared.key_pipe, tile_index, shared.k[tile_index % C::kKeyStages], maps.key,
+                            coordinates_of(p.key, tile.work, tile.kv_head, key));
+    load<typename C::VTile>(shared.value_pipe, tile_index, shared.v[tile_index % C::kValueStages], maps.value,
+                            coordinates_of(p.value, tile.work, tile.kv_head, key));
   }
 
   __device__ __forceinline__ void skip_keys() const {
     if constexpr (!C::kStoresDq) shared.ending_pipe.arrive(tile_index);
     shared.key_pipe.wait_empty(tile_index);
     shared.key_pipe.arrive(tile_index);
+    shared.value_pipe.wait_empty(tile_index);
+    shared.value_pipe.arrive(tile_index);
   }
 
   // Calls clear(is_clean) if a step's Q and dO have rows that are not in use, which may hold NaN. With the

@@ -356,9 +356,8 @@ inline constexpr bool kStagesSegments = C::kCluster == 1 && C::Score::reads(Oper
 template <class C>
 struct BackwardShared {
   static constexpr int kConsumers = C::kConsumers, kStages = C::kStages;
-  static constexpr uint32_t kKeyStages = C::kKeyStages;
-  alignas(1024) uint8_t k[kKeyStages][C::KTile::kBytes];
-  alignas(1024) uint8_t v[kKeyStages][C::VTile::kBytes];
+  alignas(1024) uint8_t k[C::kKeyStages][C::KTile::kBytes];
+  alignas(1024) uint8_t v[C::kValueStages][C::VTile::kBytes];
   alignas(1024) uint8_t q[kStages][C::QTile::kBytes];
   alignas(1024) uint8_t d_out[kStages][C::DoTile::kBytes];
   alignas(1024) uint8_t ds[C::kDsStages][C::DsTile::kBytes];    // dSᵀ
@@ -373,8 +372,9 @@ struct BackwardShared {
                             std::conditional_t<C::kStoresDq, DqRows<typename C::Element>, NoDqRows>>;
   Tile tiles[kKeyTileStates<C>];
   Pipeline<kKeyTileStates<C>> state_pipe;
-  Pipeline<1> ending_pipe;        // full when the load thread is about to end a key tile
-  Pipeline<kKeyStages> key_pipe;  // K and V
+  Pipeline<1> ending_pipe;  // full when the load thread is about to end a key tile
+  Pipeline<C::kKeyStages> key_pipe;
+  Pipeline<C::kValueStages> value_pipe;  // released before the last dQ, which reads K
   Pipeline<kStages> q_pipe, do_pipe;
   Pipeline<kStages> ready_pipe;    // full when Q and dO are loaded and clean, and lse and delta stored
   Pipeline<C::kDsStages> ds_pipe;  // dSᵀ of both consumers, which release it if kReleasesDs
@@ -389,6 +389,7 @@ struct BackwardShared {
                     (kStagesTiles<C> ? ptx::kWarpArrivals : 0));  // also counts the other producers
     ending_pipe.init(1);
     key_pipe.init(kConsumers * kConsumer);
+    value_pipe.init(kConsumers * kConsumer);
     q_pipe.init(kConsumers * kConsumer);
     do_pipe.init(kConsumers * kConsumer);
     ready_pipe.init(kConsumers * kConsumer, ptx::kWarpArrivals);

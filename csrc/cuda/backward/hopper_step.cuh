@@ -192,12 +192,12 @@ __device__ __forceinline__ void start_from_delta(S& dp, const float* negative_de
 
 // K ← 0 and V ← 0 in rows that are not in use. All consumers call this.
 template <class C>
-__device__ __forceinline__ void clear_keys(typename C::Shared& shared, uint32_t stage, int32_t count) {
+__device__ __forceinline__ void clear_keys(typename C::Shared& shared, uint32_t tile, int32_t count) {
   constexpr int kThreads = C::kConsumers * kWarpgroup;
   const int thread = ptx::thread_index() - kWarpgroup;
   const auto is_clean = [count](int row) { return row < count; };
-  clear_rows<typename C::KTile>(shared.k[stage], is_clean, thread, kThreads);
-  clear_rows<typename C::VTile>(shared.v[stage], is_clean, thread, kThreads);
+  clear_rows<typename C::KTile>(shared.k[tile % C::kKeyStages], is_clean, thread, kThreads);
+  clear_rows<typename C::VTile>(shared.v[tile % C::kValueStages], is_clean, thread, kThreads);
   ptx::fence_async_shared();
   __syncwarp();  // lanes have cleared different numbers of chunks, and bar.sync needs converged warps
   ptx::sync_group(1, kThreads);
