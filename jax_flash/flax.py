@@ -6,6 +6,7 @@ This module does not import Flax, so that `import jax_flash.flax` works without 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -66,7 +67,8 @@ def attention_fn(
     Args:
       bias: added to the scores, broadcastable to `[batch..., heads, q_length, kv_length]`; differentiable.
       mask: broadcastable to the same shape; True or nonzero where a query may attend, as Flax makes them. Or a value of
-        `jax_flash.masks`, with one batch dim.
+        `jax_flash.masks`, with one batch dim. Batch dims that only bias or mask have (`extra_batch_dims`) become the
+        result's, as in linen.
       broadcast_dropout: has no effect. With True, Flax shares one dropout mask among all batch entries and
         heads; here every element has its own random bits in either case. Both drop each weight with probability
         `dropout_rate`, so that only the correlation between batch entries and heads differs.
@@ -123,6 +125,7 @@ def attention_fn(
         )
     query, key, value = (promote_dtype or promote)((query, key, value), dtype=dtype)
     _check_shapes(query, key, value)
+    query, key, value = _with_batch_dims_of((bias, mask), query, key, value)
     decode_step = mask is not None and same_dim(query.shape[-3], 1)
     left = band(_CHECK, False, window)[0] if decode_step else UNLIMITED
     if left != UNLIMITED and isinstance(mask, Mask):
@@ -275,6 +278,16 @@ def _check_precision(precision: Any) -> None:
                 "dot algorithms cannot be chosen",
                 NotImplementedError,
             ) from None
+
+
+def _with_batch_dims_of(scored: Sequence[Any], query: Array, key: Array, value: Array) -> list[Array]:
+    """Query, key and value, repeated along the batch dims of bias and mask that they lack or have as 1."""
+    batch = query.shape[:-3]
+    wider = [jnp.shape(x)[:-3] for x in scored if x is not None and not isinstance(x, Mask)]
+    with suppress(ValueError):  # the checks of bias and mask say which does not fit
+        batch = jnp.broadcast_shapes(batch, *wider)
+    arrays = query, key, value
+    return [x if batch == x.shape[:-3] else jnp.broadcast_to(x, (*batch, *x.shape[-3:])) for x in arrays]
 
 
 def _segments(given: Any, query: Array, key: Array) -> Sequence[Array]:

@@ -92,10 +92,11 @@ def test_value_depth_may_differ():
     close(ours(q, k, v), linen.dot_product_attention(q, k, v))
 
 
-BIASES = {
-    (): [(5, 6), (4, 1, 6), (4, 5, 6)],
-    (2,): [(5, 6), (4, 1, 6), (2, 1, 5, 6), (1, 4, 5, 1)],
-    (2, 3): [(6,), (3, 1, 5, 6), (2, 1, 4, 1, 6), (1, 3, 1, 5, 6)],
+BIASES = {  # those with more batch dims than the arrays give them to the result
+    (): [(5, 6), (4, 1, 6), (4, 5, 6), (1, 4, 5, 6), (3, 1, 5, 6)],
+    (1,): [(2, 1, 5, 6)],
+    (2,): [(5, 6), (4, 1, 6), (2, 1, 5, 6), (1, 4, 5, 1), (1, 2, 4, 5, 6), (3, 1, 1, 5, 6)],
+    (2, 3): [(6,), (3, 1, 5, 6), (2, 1, 4, 1, 6), (1, 3, 1, 5, 6), (1, 2, 3, 1, 5, 6)],
     (2, 1, 2): [(2, 1, 1, 1, 5, 6), (2, 1, 2, 4, 5, 6)],
 }
 
@@ -351,11 +352,11 @@ MISFITS = {
     "lengths": (lambda q, k, v: (q, k, v[:, 1:]), "key and value lengths must match, got 6 and 5"),
     "depths": (lambda q, k, v: (q, k[..., 1:], v), "query and key depths must match, got 8 and 7"),
     "bias": (
-        lambda q, k, v: (q, k, v, jnp.zeros((1,) * 5)),
+        lambda q, k, v: (q, k, v, jnp.zeros((3, 1, 1, 1))),
         r"bias must broadcast to \[batch... heads q_length kv_length\] = \(2, 4, 5, 6\), got",
     ),
     "mask": (
-        lambda q, k, v: (q[None], k[None], v[None], None, jnp.ones((3, 1, 1, 1, 1), bool)),
+        lambda q, k, v: (q[None], k[None], v[None], None, jnp.ones((1, 3, 1, 1, 1), bool)),
         r"mask must broadcast to .* = \(1, 2, 4, 5, 6\)",
     ),
 }
