@@ -1,6 +1,8 @@
 """compat.tunix replaces Splash attention: in the calls that tunix's blocks make, and in tunix if it is installed."""
 
+import sys
 from functools import partial
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +84,25 @@ def test_keys_past_the_mask_are_not_read_and_get_no_gradient():
         assert not np.any(gradient[:, T:])
 
 
+@pytest.mark.parametrize("holder", ["model", "attention"])  # until 0.1.7, and Gemma 4 after it
+def test_patch_finds_where_a_model_calls_splash(holder, monkeypatch):
+    names = ("models.gemma4.model", "models.gemma4.attention", "models.gemma40.model")
+    modules = {name: ModuleType(name) for name in names}
+    for name, x in modules.items():
+        x.__package__ = name.rpartition(".")[0]
+        monkeypatch.setitem(sys.modules, name, x)
+    model, other = modules["models.gemma4.model"], modules["models.gemma40.model"]
+    other.splash = None
+    with pytest.raises(NotImplementedError, match=r"^tunix.patch: no module of models\.gemma4 has splash"):
+        tunix.patch(model)
+    modules[f"models.gemma4.{holder}"].splash = None
+    tunix.patch(model)
+    assert [name for name, x in modules.items() if getattr(x, "splash", None) is tunix] == [
+        f"models.gemma4.{holder}"
+    ]
+    assert sum(hasattr(x, "splash") for x in modules.values()) == 2
+
+
 TINY = dict(num_layers=2, embed_dim=64, hidden_dim=128, num_heads=HQ, head_dim=D, num_kv_heads=HK)
 MODELS = {
     "qwen2": ("Qwen2", "qwen2p5_0p5b", dict(vocab_size=64)),
@@ -95,7 +116,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_it_is_tunix_s_own(name, monkeypatch):
+def test_it_is_tunix_s_own(name):
     """A model of tunix has the same loss and gradients with compat.tunix as with tunix's plain attention."""
     model = pytest.importorskip(f"tunix.models.{name}.model")
     nnx = pytest.importorskip("flax.nnx")
@@ -106,7 +127,7 @@ def test_it_is_tunix_s_own(name, monkeypatch):
     if name == "gemma4":
         config.global_key_size = D
         config.attention_pattern = (model.AttentionType.LOCAL_SLIDING, model.AttentionType.GLOBAL)
-    monkeypatch.setattr(model, "splash", tunix)
+    tunix.patch(model)
     tokens = np.random.default_rng(0).integers(1, 64, (B, T))
     given = (tokens, np.tile(np.arange(T), (B, 1)), None, np.tile(ROW >= KEY, (B, 1, 1)))
     found = []
