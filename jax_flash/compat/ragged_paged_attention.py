@@ -2,7 +2,8 @@
 
 `ragged_paged_attention` has the arguments of `jax.experimental.pallas.ops.tpu.ragged_paged_attention`.
 `ragged_paged_attention_update` first writes the new keys and values; it has the arguments of tpu-inference's v3 and
-hd64 kernels, of sglang-jax's v3 and of EasyDeL's. Both use the pool in place, without a copy.
+hd64 kernels and of EasyDeL's; compat.sglang_jax has them in sglang-jax's order. Both use the pool in place, without a
+copy.
 
 What differs:
 
@@ -156,8 +157,7 @@ def ragged_paged_attention_update(
     Raises:
       ValueError, TypeError, NotImplementedError: as in `append_kv` and `paged_attention`.
 
-    Source: the interface is that of tpu-inference's `ragged_paged_attention` (v3) and `ragged_paged_attention_hd64`,
-    and of sglang-jax's, which has cu_kv_lens before distribution.
+    Source: the interface is that of tpu-inference's `ragged_paged_attention` (v3) and `ragged_paged_attention_hd64`.
 
     Example:
       >>> step = jax.jit(ragged_paged_attention_update, donate_argnames="kv_cache")

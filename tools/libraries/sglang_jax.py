@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_flash.compat.ragged_paged_attention import ragged_paged_attention_update
+from jax_flash.compat import sglang_jax
 
 from .common import Library, bare
 
@@ -22,14 +22,9 @@ EXPECTED: dict[str, str] = {}
 TOKENS = 8192  # of the pool; theirs are 710,016, 11 GiB, of which they use 5,100
 
 
-def ragged_paged_attention(
-    queries: Any, keys: Any, values: Any, cache: Any, kv_lens: Any, pages: Any, cu_q_lens: Any, cu_kv_lens: Any,
-    distribution: Any, **named: Any,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """Takes the place of sglang-jax's function, which returns the cache by tokens instead of pages."""
-    out, cache = ragged_paged_attention_update(
-        queries, keys, values, cache, kv_lens, pages, cu_q_lens, distribution, cu_kv_lens=cu_kv_lens, **named
-    )
+def ragged_paged_attention(*arguments: Any, **named: Any) -> tuple[jax.Array, jax.Array]:
+    """Takes the place of sglang-jax's function, which in 0.0.2 returns the cache by tokens instead of pages."""
+    out, cache = sglang_jax.ragged_paged_attention(*arguments, **named)
     return out, cache.reshape(-1, *cache.shape[2:])
 
 
