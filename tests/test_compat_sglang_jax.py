@@ -2,6 +2,7 @@
 
 import inspect
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -59,3 +60,13 @@ def test_what_has_no_meaning_here_is_refused_by_name(wrong, message):
         (NotImplementedError, ValueError), match=rf"^sglang_jax.ragged_paged_attention: {message}"
     ):
         sglang_jax.ragged_paged_attention(*inputs()[0], **wrong)
+
+
+def test_tables_are_no_larger_than_the_pool():
+    """cu_kv_lens says nothing about a sequence's pages, of which 64 sequences may list 2,048 each."""
+    rows, cache = jnp.ones((64, 2, 64)), jnp.ones((32, 16, 4, 64))
+    lengths, offsets = jnp.full(64, 16), jnp.arange(65, dtype=jnp.int32)
+    indices = jnp.zeros(64 * 2048, jnp.int32).at[:64].set(jnp.arange(64) % 32)
+    arrays = (rows, rows, rows, cache, lengths, indices, offsets, 16 * offsets, jnp.array([0, 0, 64]))
+    compiled = jax.jit(sglang_jax.ragged_paged_attention).lower(*arrays).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**22

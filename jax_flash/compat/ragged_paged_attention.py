@@ -91,7 +91,7 @@ def ragged_paged_attention(
     check.rank("q", query, "tokens hq d")
     pool = Pool.of(check, "kv_pages", kv_pages, "interleaved", None)
     _check_heads(check, "q", query, pool)
-    batch = Batch.of(check, kv_lens, page_indices, cu_q_lens, num_seqs, "num_seqs", None, pool.page_size)
+    batch = Batch.of(check, kv_lens, page_indices, cu_q_lens, num_seqs, "num_seqs", None, pool)
     scale = _softmax_scale(check, query, sm_scale)
     k_scale, v_scale = _factors(check, k_scale, v_scale, pool.dtype)
     scores = _Scores(scale, sliding_window, soft_cap, k_scale, v_scale, attention_sink)
@@ -136,7 +136,7 @@ def ragged_paged_attention_update(
         are K and V side by side (hd64). D is at least d. Columns past d, and heads that packing adds, are padding.
       kv_lens: int32 `[n]`, keys of each sequence, the new ones included.
       page_indices: int32, flat `[n · pages]` or `[n, pages]`; with cu_kv_lens flat, a sequence's pages from entry
-        `⌈cu_kv_lens / ps⌉` on.
+        `⌈cu_kv_lens / ps⌉` on, at most as many as the pool has.
       cu_q_lens: int32 `[n + 1]`, offsets of the sequences in queries.
       distribution: int32 `[3]`, whose last is the number of sequences; or that number. Later entries of kv_lens and
         cu_q_lens are not used.
@@ -183,9 +183,7 @@ def ragged_paged_attention_update(
     scale = _softmax_scale(check, query, sm_scale)
     q_scale = None if q_scale is None else check.divisor("q_scale", q_scale)
     k_scale, v_scale = _factors(check, k_scale, v_scale, pool.dtype)
-    batch = Batch.of(
-        check, kv_lens, page_indices, cu_q_lens, distribution, "distribution", cu_kv_lens, pool.page_size
-    )
+    batch = Batch.of(check, kv_lens, page_indices, cu_q_lens, distribution, "distribution", cu_kv_lens, pool)
     _check_heads(check, "queries", query, pool)
     if check.flag("update_kv_cache", update_kv_cache):
         stored = _stored(key, k_scale, pool.dtype), _stored(value, v_scale, pool.dtype)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from .._jax import explicit_parts, in_automatic_axes, reshaped
+from .._jax import explicit_parts, in_automatic_axes, is_symbolic, reshaped
 from ..checker import Checker
 from ..options import Implementation
 from ..paged.append import append_kv
@@ -127,7 +127,7 @@ class Batch:
         counts: Any,
         name: str,
         cu_kv_lens: Any,
-        page_size: int,
+        pool: Pool,
     ) -> Batch:
         lengths = check.int32("kv_lens", kv_lens)
         check.rank("kv_lens", lengths, "n")
@@ -140,13 +140,13 @@ class Batch:
         number = jnp.arange(n + 1, dtype=jnp.int32)
         last = offsets.at[jnp.clip(count, 0, n)].get()
         return cls(
-            _tables(check, page_indices, n, cu_kv_lens, page_size),
+            _tables(check, page_indices, n, cu_kv_lens, pool),
             jnp.where(number[:n] < count, lengths, 0),
             jnp.where(number <= count, offsets, last),
         )
 
 
-def _tables(check: Checker, page_indices: Any, n: int, cu_kv_lens: Any, page_size: int) -> jax.Array:
+def _tables(check: Checker, page_indices: Any, n: int, cu_kv_lens: Any, pool: Pool) -> jax.Array:
     indices = check.int32("page_indices", page_indices)
     if cu_kv_lens is None:
         flat = indices.ndim == 1 and n > 0 and indices.shape[0] % n == 0
@@ -159,6 +159,9 @@ def _tables(check: Checker, page_indices: Any, n: int, cu_kv_lens: Any, page_siz
         raise check.fail(f"page_indices must have rank 1 with cu_kv_lens, got shape {indices.shape}")
     starts = check.int32("cu_kv_lens", cu_kv_lens)
     check.shape("cu_kv_lens", starts, (n + 1,), "n+1")
-    first = -(-starts[:n] // page_size)
-    entry = first[:, None] + jnp.arange(indices.shape[0], dtype=jnp.int32)
+    first = -(-starts[:n] // pool.page_size)
+    entries, pages = indices.shape[0], pool.cache.shape[0]
+    # A sequence has no page twice, and all sequences together may have many more than the pool.
+    most = entries if is_symbolic(entries) or is_symbolic(pages) else min(entries, max(pages, 1))
+    entry = first[:, None] + jnp.arange(most, dtype=jnp.int32)
     return indices.at[entry].get(mode="clip")
