@@ -62,12 +62,13 @@ struct BackwardSm90 {
   static constexpr bool kRoundsDq = Rounding == DqRounding::kClusters,
                         kStoresDq = Rounding == DqRounding::kCtas;
   static constexpr bool kSingle = kConsumers == 1;
-  // The plain kernel loads K of the next tile, and with 128 query rows V, during a tile. Otherwise V is
-  // loaded when the last step has been multiplied, and K after the last dQ.
+  // The plain kernel loads K of the next tile during a tile. So it does V with 128 query rows; with 64 it
+  // loads V when the last step has been multiplied, before the last dQ.
   static constexpr bool kLoadsAhead =
       Kind == ScoreKind::kPlain && !Ordered && !kRoundsDq && M % kConsumerRows == 0;
   static constexpr int kValueStages = kLoadsAhead && M == 2 * kConsumerRows ? 2 : 1,
                        kKeyStages = kLoadsAhead && !kStoresDq ? 2 : kValueStages;
+  static constexpr bool kValuesApart = kKeyStages != kValueStages;
   static constexpr int kProducerRegisters = kSingle ? 32 : producer_registers(kConsumers),
                        kConsumerRegisters = kSingle ? 224 : consumer_registers(kConsumers);
   // A consumer's part of dQ [M, d]: 64 of the rows, or half of the columns, or all if it is the only one.

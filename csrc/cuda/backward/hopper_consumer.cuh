@@ -331,9 +331,9 @@ struct GradientConsumer {
     __syncwarp();
   }
 
-  // After the last step, before its dQ. A CTA that stores dQ has no register left for that.
+  // After the last step, before its dQ.
   __device__ __forceinline__ void release_values() const {
-    if constexpr (!C::kStoresDq) shared.value_pipe.release(tile_index);
+    if constexpr (C::kValuesApart) shared.value_pipe.release(tile_index);
   }
 
   // All steps of the key tile.
@@ -382,12 +382,11 @@ struct GradientConsumer {
       dk.clear();
       dv.clear();
       shared.key_pipe.wait_full(tile_index);
-      shared.value_pipe.wait_full(tile_index);
+      if constexpr (C::kValuesApart) shared.value_pipe.wait_full(tile_index);
       if constexpr (C::kStoresDq) clear_unseen_dq(*this);
       differentiate();
       if constexpr (C::kRoundsDq) ptx::release_to_cluster();  // dQ is added, by this CTA's one tile
       shared.key_pipe.release(tile_index);
-      if constexpr (C::kStoresDq) shared.value_pipe.release(tile_index);
       if constexpr (C::Score::kDropout || C::Score::kWeightScale != 1) {  // dV ← dV / (1 − rate)
         const float factor = (C::Score::kDropout ? dropout_scale(p.spec) : 1.0f) / C::Score::kWeightScale;
         for_each(dv, [&](float& x, int, int, int) { x *= factor; });

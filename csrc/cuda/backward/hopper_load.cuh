@@ -150,16 +150,27 @@ struct GradientProducer {
 
   __device__ __forceinline__ void load_keys(const Tile& tile) const {
     const int32_t key = tile.work.tile.k_begin + tile.work.tile.row;
-    load<typename C::KTile>(shared.key_pipe, tile_index, shared.k[tile_index % C::kKeyStages], maps.key,
-                            coordinates_of(p.key, tile.work, tile.kv_head, key));
-    load<typename C::VTile>(shared.value_pipe, tile_index, shared.v[tile_index % C::kValueStages], maps.value,
-                            coordinates_of(p.value, tile.work, tile.kv_head, key));
+    const ptx::Coordinates of_k = coordinates_of(p.key, tile.work, tile.kv_head, key),
+                           of_v = coordinates_of(p.value, tile.work, tile.kv_head, key);
+    const uint8_t *const k = shared.k[tile_index % C::kKeyStages], *const v =
+                                                                       shared.v[tile_index % C::kValueStages];
+    if constexpr (C::kValuesApart) {
+      load<typename C::KTile>(shared.key_pipe, tile_index, k, maps.key, of_k);
+      load<typename C::VTile>(shared.value_pipe, tile_index, v, maps.value, of_v);
+      return;
+    }
+    const uint32_t full = shared.key_pipe.full_barrier(tile_index);
+    shared.key_pipe.wait_empty(tile_index);
+    ptx::barrier_expect(full, C::KTile::kBytes + C::VTile::kBytes);
+    load_rows<typename C::KTile>(ptx::shared_address(k), 0, maps.key, full, of_k);
+    load_rows<typename C::VTile>(ptx::shared_address(v), 0, maps.value, full, of_v);
   }
 
   __device__ __forceinline__ void skip_keys() const {
     if constexpr (!C::kStoresDq) shared.ending_pipe.arrive(tile_index);
     shared.key_pipe.wait_empty(tile_index);
     shared.key_pipe.arrive(tile_index);
+    if constexpr (!C::kValuesApart) return;
     shared.value_pipe.wait_empty(tile_index);
     shared.value_pipe.arrive(tile_index);
   }

@@ -95,13 +95,12 @@ struct SingleConsumer : GradientConsumer<C> {
   __device__ __forceinline__ void run() {
     this->run_tiles([this] {
       const int32_t steps = uniform(tile().walk.count);
-      if (steps == 0) return shared.value_pipe.release(this->tile_index);
+      if (steps == 0) return;
       const int32_t clean_keys = uniform(tile().clean_keys);
       if (clean_keys < C::kN) clear_keys<C>(shared, 0, clean_keys);
       const uint32_t end = step_use + steps;
 #pragma unroll 1
       for (; step_use != end; ++step_use) run_step(step_use);
-      shared.value_pipe.release(this->tile_index);
     });
   }
 };

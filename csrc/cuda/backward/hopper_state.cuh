@@ -40,7 +40,10 @@ __device__ __forceinline__ QueryWalk steps_of(const ListedWalk& x) { return {uni
 // Key tiles whose state a CTA keeps: the current one and the next. With few steps, where finding a tile takes
 // longer than the steps, there are more.
 template <class C>
-inline constexpr int kKeyTileStates = C::kStoresDq && !C::kTakes96Queries ? 4 : 2;
+inline constexpr int kKeyTileStates = [] {
+  if constexpr (C::kStoresDq) return C::kTakes96Queries ? 2 : 4;
+  return 2;
+}();
 
 // Whether a kernel stages tiles of bias or mask.
 template <class C>
@@ -372,8 +375,8 @@ struct BackwardShared {
                             std::conditional_t<C::kStoresDq, DqRows<typename C::Element>, NoDqRows>>;
   Tile tiles[kKeyTileStates<C>];
   Pipeline<kKeyTileStates<C>> state_pipe;
-  Pipeline<1> ending_pipe;  // full when the load thread is about to end a key tile
-  Pipeline<C::kKeyStages> key_pipe;
+  Pipeline<1> ending_pipe;               // full when the load thread is about to end a key tile
+  Pipeline<C::kKeyStages> key_pipe;      // K, and V unless it is apart
   Pipeline<C::kValueStages> value_pipe;  // released before the last dQ, which reads K
   Pipeline<kStages> q_pipe, do_pipe;
   Pipeline<kStages> ready_pipe;    // full when Q and dO are loaded and clean, and lse and delta stored
