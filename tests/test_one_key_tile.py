@@ -1,4 +1,4 @@
-"""Calls whose keys all lie in one key tile of Hopper's backward, so that its CTA stores dQ, and when plan() chooses that.
+"""Calls whose keys all lie in one key tile of Hopper's backward, so that its CTA stores dQ, and when plan() does so.
 
 The plan needs no GPU.
 """
@@ -42,17 +42,23 @@ def case_of(option: str, sq: int, sk: int, d: int, dtype: str) -> Case:
         if name in options:
             options[name] = tuple(min(x, rows) for x in options[name])
     sizes = {"b": 3, "hq": 4, "hk": 2 if d == 64 else 4, "sq": sq, "sk": sk}
-    return Case(f"{option} {sq} × {sk} d{d}, {dtype}", d=d, dv=d, dtype=dtype, **sizes, **options)
+    name = f"{option}, {sq} queries, {sk} keys, d{d}, {dtype}"
+    return Case(name, d=d, dv=d, dtype=dtype, **sizes, **options)
 
 
 CASES = [
-    case_of(option, *size, d=(64, 128, 40, 80, 96, 72)[(i + j) % 6], dtype=("bfloat16", "float16")[(i // 2 + j) % 2])
+    case_of(
+        option,
+        *size,
+        d=(64, 128, 40, 80, 96, 72)[(i + j) % 6],
+        dtype=("bfloat16", "float16")[(i // 2 + j) % 2],
+    )
     for i, option in enumerate(OPTIONS)
     for j, size in enumerate(SIZES)
 ]
 # Each CTA takes several heads, or a part of a KV head's query heads; unequal head dims.
 CASES += [
-    Case(f"{name}, d{d}", d=d, dv=dv, dtype="bfloat16", sk=90, **sizes)
+    Case(f"{name}, d{d} and {dv}", d=d, dv=dv, dtype="bfloat16", sk=90, **sizes)
     for d, dv in ((64, 64), (128, 128), (80, 80), (96, 96), (64, 32), (72, 128))
     for name, sizes in (
         ("many heads", {"b": 105, "hq": 4, "hk": 4, "sq": 33, "causal": True}),
