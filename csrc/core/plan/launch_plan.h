@@ -46,18 +46,19 @@ struct DecodeGrid {
   }
 };
 
-// A call with packed sequences may run two kernels, decode and then the forward. One plan serves both:
-// `decode` and `decode_kernel` belong to decode, `score` and `shared` to the forward.
-//
-// The forward runs over query tiles. The backward runs over key tiles and adds dQ to float32 sums or,
-// where dQ has to be repeatable, a second kernel over query tiles computes dQ; where all keys lie in one tile
-// it stores dQ. The bias gradient runs over the tiles of dbias, whose CTAs are counted in `queries`.
+// What rounds dQ of the backward.
 enum class DqRounding : uint8_t {
   kKernel,    // another kernel, after all key tiles have added to the sums
   kClusters,  // clusters of all key tiles of a KV head, which also clear its sums
   kCtas,      // CTAs that have all keys of a KV head, so that they need no sums
 };
 
+// A call with packed sequences may run two kernels, decode and then the forward. One plan serves both:
+// `decode` and `decode_kernel` belong to decode, `score` and `shared` to the forward.
+//
+// The forward runs over query tiles. The backward runs over key tiles and adds dQ to float32 sums or,
+// where dQ has to be repeatable, a second kernel over query tiles computes dQ; where all keys lie in one tile
+// it stores dQ. The bias gradient runs over the tiles of dbias, whose CTAs are counted in `queries`.
 struct LaunchPlan {
   int32_t kernel = -1;         // index into the built rows; -1: none runs
   int32_t decode_kernel = -1;  // with packed sequences: runs first, for sequences with few rows; -1: none

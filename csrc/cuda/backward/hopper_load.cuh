@@ -152,8 +152,8 @@ struct GradientProducer {
     const int32_t key = tile.work.tile.k_begin + tile.work.tile.row;
     const ptx::Coordinates of_k = coordinates_of(p.key, tile.work, tile.kv_head, key),
                            of_v = coordinates_of(p.value, tile.work, tile.kv_head, key);
-    const uint8_t *const k = shared.k[tile_index % C::kKeyStages], *const v =
-                                                                       shared.v[tile_index % C::kValueStages];
+    const uint8_t* const k = shared.k[tile_index % C::kKeyStages];
+    const uint8_t* const v = shared.v[tile_index % C::kValueStages];
     if constexpr (C::kValuesApart) {
       load<typename C::KTile>(shared.key_pipe, tile_index, k, maps.key, of_k);
       load<typename C::VTile>(shared.value_pipe, tile_index, v, maps.value, of_v);
