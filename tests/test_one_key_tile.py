@@ -1,6 +1,6 @@
 """Calls whose keys all lie in one key tile of Hopper's backward, so that its CTA stores dQ, and when plan() does so.
 
-The plan needs no GPU.
+The plan needs no GPU. Other implementations have such calls in other files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from plans import A100, plan
 
 from jax_flash import flash_attention
 
-pytestmark = pytest.mark.skipif("emulated" in sys.modules, reason="the emulator has none of Hopper's kernels")
+on_kernels = pytest.mark.skipif(
+    "emulated" in sys.modules or IMPLEMENTATION != "cuda", reason="Hopper's kernels are not tested"
+)
 
 # Query tiles that see no key before and after those that do; several query tiles, the last one shorter.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -68,6 +70,7 @@ CASES += [
 ]
 
 
+@on_kernels
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_results_and_gradients(case):
     """With NaN wherever nothing is read; every second case is deterministic, which has no kernels of its own."""
@@ -78,6 +81,7 @@ def test_results_and_gradients(case):
     oracle.assert_result(got, right, low, case)
 
 
+@on_kernels
 @pytest.mark.parametrize("d", [64, 128])
 def test_gradients_repeat(d):
     """Nothing is added in an order that may change, even where that is not asked for."""
