@@ -7,6 +7,7 @@ which compiles sooner than their operations do one by one, except on GPUs.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import DTYPES, Case, Inputs, make_inputs
+from cases import DTYPES, Case, Inputs, make_inputs, poisoned
 from conftest import IMPLEMENTATION
 from programs import attention, weights
 
@@ -227,6 +228,32 @@ def check(case: Case, implementation: str, seed: int = 0, **options: Any) -> Non
     reason = compare(case, implementation, seed, **options)
     if reason:
         pytest.skip(f"forward is right; {reason}")
+
+
+def check_poisoned(case: Case, implementation: str, deterministic: bool | None = None) -> None:
+    """Checks at the contract's tolerance, with NaN wherever nothing is read. Half of the cases are deterministic."""
+    inputs = poisoned(case, make_inputs(case))
+    if deterministic is None:
+        deterministic = sum(map(ord, case.name)) % 2 == 1
+    got = run(case, inputs, implementation, at_once=True, deterministic=deterministic)
+    right, low = references(case)
+    if why_no_gradients(case, implementation):
+        right, low = (oracle.Result(x.out, x.lse) for x in (right, low))
+    oracle.assert_result(got, right, low, case)
+
+
+def assert_gradients_repeat(shapes: Sequence[tuple[int, ...]], implementation: str, **options: Any) -> None:
+    """Gradients of bfloat16 q, k, v and dout of these shapes have the same bits twice."""
+    q, k, v, dout = (jax.random.normal(jax.random.key(i), x, jnp.bfloat16) for i, x in enumerate(shapes))
+
+    def gradients() -> list[np.ndarray]:
+        def attend(q: Any, k: Any, v: Any) -> Any:
+            return jax_flash.flash_attention(q, k, v, implementation=implementation, **options)
+
+        return [np.asarray(x, np.float32) for x in jax.vjp(attend, q, k, v)[1](dout)]
+
+    for x, y in zip(gradients(), gradients(), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 def in_some_dtypes(cases: tuple[Case, ...], implementation: str) -> tuple[Case, ...]:

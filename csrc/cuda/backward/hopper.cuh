@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kSingle ? 2 : 1)
     GradientProducer<C> producer{p, maps, shared, grid};
     const bool leads = threadIdx.x % 32 == 0;
     if constexpr (C::kStoresDq) {
-      if ((warp == 0 || warp == 3) && leads) producer.schedule_heads(tiles, warp / 3);
+      if ((warp == 0 || warp == 3) && leads) schedule_heads(producer, tiles.count, warp / 3);
     } else {
       NoMailbox none;
       if (warp == 0 && leads) producer.schedule(tiles, none);
@@ -331,21 +331,17 @@ cudaError_t launch_slice(const Problem& p, const LaunchPlan& plan, void* workspa
     });
   } else {
     return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
-      const auto run = [&]<bool kOrdered>() {
-        return launch_backward_sm90<BackwardSm90<T, R, kKind, kOrdered>, T>(p, plan, workspace, stream);
+      const auto run = [&]<bool kOrdered, DqRounding kRounding = DqRounding::kKernel>() {
+        using C = BackwardSm90<T, R, kKind, kOrdered, kRounding>;
+        return launch_backward_sm90<C, T>(p, plan, workspace, stream);
       };
       // A warp that loads bias and mask has no time for tickets; there consumers wait for their own. Calls
       // whose steps are listed have no tickets.
       constexpr bool kOrdered = !stages_tiles(kKind) && !lists_tiles(kKind);
       if constexpr (kKind == ScoreKind::kPlain) {
-        const auto run_rounding = [&]<DqRounding kRounding>() {
-          return launch_backward_sm90<BackwardSm90<T, R, kKind, false, kRounding>, T>(p, plan, workspace,
-                                                                                      stream);
-        };
         if (plan.dq_rounding == DqRounding::kClusters)
-          return run_rounding.template operator()<DqRounding::kClusters>();
-        if (plan.dq_rounding == DqRounding::kCtas)
-          return run_rounding.template operator()<DqRounding::kCtas>();
+          return run.template operator()<false, DqRounding::kClusters>();
+        if (plan.dq_rounding == DqRounding::kCtas) return run.template operator()<false, DqRounding::kCtas>();
       }
       return plan.dq_tickets < 0 ? run.template operator()<false>() : run.template operator()<kOrdered>();
     });

@@ -6,7 +6,6 @@
 
 #include "cuda/backward/hopper_block_steps.cuh"
 #include "cuda/backward/hopper_dropout.cuh"
-#include "cuda/backward/hopper_one_key_tile.cuh"
 #include "cuda/backward/hopper_state.cuh"
 #include "cuda/backward/hopper_step.cuh"
 #include "cuda/backward/hopper_sums.cuh"
@@ -81,14 +80,14 @@ struct GradientConsumer {
     if constexpr (C::kKeysInRegisters) {
       return (held_keys);
     } else {
-      return rows<KTile>(shared.k[tile_index % C::kKeyStages], consumer * kConsumerRows);
+      return rows<KTile>(shared.keys(tile_index), consumer * kConsumerRows);
     }
   }
   __device__ __forceinline__ RowsDescriptor<VTile> values() const {
-    return rows<VTile>(shared.v[tile_index % C::kValueStages], consumer * kConsumerRows);
+    return rows<VTile>(shared.values(tile_index), consumer * kConsumerRows);
   }
   __device__ __forceinline__ void hold_keys() {
-    const RowsA<KTile> of_tile(ptx::shared_address(shared.k[tile_index % C::kKeyStages]),
+    const RowsA<KTile> of_tile(ptx::shared_address(shared.keys(tile_index)),
                                consumer * kConsumerRows + static_cast<int>(warp_row()));
     held_keys.read(of_tile);
     ptx::hold(held_keys.x[0]);
@@ -113,8 +112,7 @@ struct GradientConsumer {
     const uint32_t row = first ? 0 : kConsumerRows;
     shared.ds_pipe.wait_full(use);
     const uint32_t ds = ptx::here(ptx::shared_address(shared.ds[use % C::kDsStages])) + row * DsTile::kPitch,
-                   k = ptx::here(ptx::shared_address(shared.k[tile_index % C::kKeyStages])) +
-                       row * KTile::kPitch;
+                   k = ptx::here(ptx::shared_address(shared.keys(tile_index))) + row * KTile::kPitch;
     const ColumnsDescriptor<DsTile> a(C::kDqByRows ? ds + DsTile::panel_offset(8 * consumer) : ds);
     const ColumnsDescriptor<KTile> b(C::kDqByRows ? k
                                                   : k + KTile::panel_offset(consumer * C::kDqColumns / 8));
@@ -331,15 +329,10 @@ struct GradientConsumer {
     __syncwarp();
   }
 
-  // After the last step, before its dQ.
-  __device__ __forceinline__ void release_values() const {
-    if constexpr (C::kValuesApart) shared.value_pipe.release(tile_index);
-  }
-
   // All steps of the key tile.
   __device__ __forceinline__ void differentiate_tile() {
     const auto walk = steps_of(tile().walk);
-    if (walk.tiles.empty()) return release_values();
+    if (walk.tiles.empty()) return shared.release_values(tile_index);
     const int32_t clean_keys = uniform(tile().clean_keys);
     if (clean_keys < C::kN) clear_keys<C>(shared, tile_index, clean_keys);
     if constexpr (C::kKeysInRegisters) hold_keys();
@@ -363,7 +356,7 @@ struct GradientConsumer {
       }
     }
     step_use = ptx::here(step.number);
-    release_values();
+    shared.release_values(tile_index);
     start_dq(step_use - 1, listed);
     finish_dq<0>(step_use - 1, sum_before);
   }

@@ -15,6 +15,7 @@ namespace jax_flash {
 
 template <class C>
 struct GradientProducer {
+  using Config = C;
   using Tile = typename C::Shared::Tile;
   const Problem& p;
   const typename C::Maps& maps;
@@ -91,24 +92,6 @@ struct GradientProducer {
     shared.state_pipe.arrive(tile_index);
   }
 
-  // The same where one tile has all keys of a KV head. Two threads take turns, since finding a tile takes
-  // longer than a few steps.
-  __device__ __forceinline__ void schedule_heads(const PersistentTiles& all, int thread) {
-    const uint32_t heads = reload(p).kv_heads, ctas = gridDim.x;
-    uint32_t head = blockIdx.x + thread * ctas;
-    for (tile_index = thread;; tile_index += 2, head += 2 * ctas) {
-      shared.state_pipe.wait_empty(tile_index);
-      Tile& tile = shared.tiles[tile_index % kKeyTileStates<C>];
-      tile.done = head >= all.count;
-      if (tile.done) break;
-      tile.work = fixed_work<Over::kKeys>(reload(p), heads, head, 0, C::kN);
-      tile.walk.heads_inner = 0, tile.walk.direction = 1;
-      tile.template prepare<C>(reload(p), grid);  // calls without keys have no tiles
-      shared.state_pipe.arrive(tile_index);
-    }
-    shared.state_pipe.arrive(tile_index);
-  }
-
   // Waits for a stage, and starts the copy of a tile to it.
   template <class TileShape, class Pipe>
   __device__ __forceinline__ void load(const Pipe& pipe, uint32_t use, const uint8_t* to,
@@ -152,8 +135,7 @@ struct GradientProducer {
     const int32_t key = tile.work.tile.k_begin + tile.work.tile.row;
     const ptx::Coordinates of_k = coordinates_of(p.key, tile.work, tile.kv_head, key),
                            of_v = coordinates_of(p.value, tile.work, tile.kv_head, key);
-    const uint8_t* const k = shared.k[tile_index % C::kKeyStages];
-    const uint8_t* const v = shared.v[tile_index % C::kValueStages];
+    const uint8_t *const k = shared.keys(tile_index), *const v = shared.values(tile_index);
     if constexpr (C::kValuesApart) {
       load<typename C::KTile>(shared.key_pipe, tile_index, k, maps.key, of_k);
       load<typename C::VTile>(shared.value_pipe, tile_index, v, maps.value, of_v);

@@ -1,5 +1,5 @@
-// dQ of calls whose keys lie in one tile: the CTA that has it rounds and stores dQ, so that no other kernel
-// clears or rounds sums.
+// Calls whose keys lie in one tile: the CTA that has it rounds and stores dQ, so that no other kernel clears
+// or rounds sums.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,46 @@
 #include "cuda/epilogue.cuh"
 #include "cuda/hopper/roles.cuh"
 #include "cuda/tile/copy.cuh"
+#include "cuda/work.cuh"
 
 namespace jax_flash {
+
+// Key tiles whose state a CTA keeps: the current one and the next. With few steps, where finding a tile takes
+// longer than the steps, there are more.
+template <class C>
+inline constexpr int kKeyTileStates = [] {
+  if constexpr (C::kStoresDq) return C::kTakes96Queries ? 2 : 4;
+  return 2;
+}();
+
+struct NoDqRows {};  // of kernels that add dQ to sums
+
+// The rows of dQ of a sequence, at the (first) head of `work`.
+template <class T>
+__device__ __forceinline__ GlobalRows<T> dq_rows(const Problem& p, const BlockWork& work) {
+  const int64_t entry = work.leading * p.batch + work.batch_row, row = int64_t{p.heads} * p.head_dim;
+  return {p.dquery.as<T>() + entry * p.q_rows * row + work.head * p.head_dim, row, p.head_dim};
+}
+
+// Finds the KV heads of a CTA, by one of two threads of its producers. They take turns, since finding a tile
+// takes longer than a few steps.
+template <class Producer>
+__device__ __forceinline__ void schedule_heads(Producer& of, uint32_t count, int thread) {
+  using C = typename Producer::Config;
+  const uint32_t heads = reload(of.p).kv_heads, ctas = gridDim.x;
+  uint32_t head = blockIdx.x + thread * ctas;
+  for (of.tile_index = thread;; of.tile_index += 2, head += 2 * ctas) {
+    of.shared.state_pipe.wait_empty(of.tile_index);
+    auto& tile = of.shared.tiles[of.tile_index % kKeyTileStates<C>];
+    tile.done = head >= count;
+    if (tile.done) break;
+    tile.work = fixed_work<Over::kKeys>(reload(of.p), heads, head, 0, C::kN);
+    tile.walk.heads_inner = 0, tile.walk.direction = 1;
+    tile.template prepare<C>(reload(of.p), of.grid);  // calls without keys have no tiles
+    of.shared.state_pipe.arrive(of.tile_index);
+  }
+  of.shared.state_pipe.arrive(of.tile_index);
+}
 
 // Stores a step's dQ. `sum`: the index of its query tile among those of the group.
 template <class Consumer>
@@ -23,7 +61,7 @@ __device__ __forceinline__ void store_dq(Consumer& of, int32_t sum) {
   const int32_t tiles = of.grid.sums.tiles;
   const int32_t head = sum < tiles ? 0 : static_cast<uint32_t>(sum) / static_cast<uint32_t>(tiles);
   for_each(of.dq, [&](float& x, int, int, int) { x *= p.spec.scale; });  // dQ ← scale · dQ
-  GlobalRows<T> rows = of.tile().dq.rows;
+  GlobalRows<T> rows = of.tile().dquery;
   rows.data += head * p.head_dim + at.column;
   rows.columns = min(p.head_dim - at.column, C::kDqColumns);
   store_rows_from_registers(of.dq, rows, (sum - head * tiles) * C::kM + at.row, p.q_rows);
@@ -38,7 +76,7 @@ __device__ __forceinline__ void clear_unseen_dq(const Consumer& of) {
   const int32_t q_rows = of.p.q_rows, chunks = walk.heads * of.p.head_dim / kChunk<T>;
   const Interval seen{walk.tiles.lo * C::kM, min(walk.tiles.hi * C::kM, q_rows)};
   if (seen.lo <= 0 && seen.hi == q_rows) return;
-  const GlobalRows<T> rows = of.tile().dq.rows;
+  const GlobalRows<T> rows = of.tile().dquery;
 #pragma unroll 1
   for (int32_t row = of.warp_index(); row < q_rows; row += C::kConsumers * kConsumerWarps) {
     if (seen.contains(row)) continue;

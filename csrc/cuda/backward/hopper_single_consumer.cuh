@@ -32,7 +32,7 @@ struct SingleConsumer : GradientConsumer<C> {
   // Issues dQ = dS K  [M, d]
   __device__ __forceinline__ void start_dq(uint32_t use) {
     const ColumnsDescriptor<DsTile> a(ptx::here(ptx::shared_address(shared.ds[use % C::kDsStages])));
-    const ColumnsDescriptor<KTile> b(ptx::here(ptx::shared_address(shared.k[0])));
+    const ColumnsDescriptor<KTile> b(ptx::here(ptx::shared_address(shared.keys(0))));
     using Product = ptx::Wgmma<T, C::kDqColumns>;
     ptx::hold(dq.x[0]);
     ptx::wgmma_fence();

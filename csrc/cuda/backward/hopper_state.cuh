@@ -7,6 +7,7 @@
 
 #include "core/families/hopper_layout.h"
 #include "core/plan/launch_plan.h"
+#include "cuda/backward/hopper_one_key_tile.cuh"
 #include "cuda/backward/query_step.cuh"
 #include "cuda/backward/query_sums.cuh"
 #include "cuda/gradient.cuh"
@@ -36,14 +37,6 @@ __device__ __forceinline__ auto steps_of(const Walk& x) {
   return uniform(x);
 }
 __device__ __forceinline__ QueryWalk steps_of(const ListedWalk& x) { return {uniform(x.tiles), 1, 0, 1}; }
-
-// Key tiles whose state a CTA keeps: the current one and the next. With few steps, where finding a tile takes
-// longer than the steps, there are more.
-template <class C>
-inline constexpr int kKeyTileStates = [] {
-  if constexpr (C::kStoresDq) return C::kTakes96Queries ? 2 : 4;
-  return 2;
-}();
 
 // Whether a kernel stages tiles of bias or mask.
 template <class C>
@@ -197,15 +190,8 @@ struct StepRing<false> {
   __device__ __forceinline__ const QueryStep& get(const QueryStep& step) const { return step; }
 };
 
-// The rows of dQ, at the first head, for a CTA that stores them (hopper_one_key_tile.cuh).
-template <class T>
-struct DqRows {
-  GlobalRows<T> rows;
-};
-struct NoDqRows {};
-
 // State of a key tile, written by the scheduler's thread for all roles.
-template <class T, int kConsumers, class Operands, class Dq = NoDqRows>
+template <class T, int kConsumers, class Operands, class DqRows = NoDqRows>
 struct KeyTileState {
   BlockWork work;
   Band band;
@@ -221,7 +207,7 @@ struct KeyTileState {
   uint32_t* tickets;         // likewise, if dQ is added in order
   GlobalRows<T> dkey, dvalue;
   [[no_unique_address]] Operands score;  // at the first head
-  [[no_unique_address]] Dq dq;
+  [[no_unique_address]] DqRows dquery;   // at the first head
 
   int32_t done;  // no tile is left, and this state describes none
 
@@ -273,7 +259,7 @@ struct KeyTileState {
     find_rows(p);
     kv_head = static_cast<int32_t>(static_cast<uint32_t>(kv_head) / static_cast<uint32_t>(grid.head_parts));
     reload_shared();
-    if constexpr (C::kStoresDq) return find_dq(p), true;
+    if constexpr (C::kStoresDq) return dquery = dq_rows<T>(p, work), true;
     const int64_t first = grid.sums.first_tile<C::kM>(p, work);
     sums = sum_tile<C::kM>(p, grid.sums.data, first);
     if constexpr (C::kOrdered || kStagesTiles<C>) {
@@ -312,10 +298,6 @@ struct KeyTileState {
     reload_shared();
     score.blocks =
         grid.blocks + first_slot_of(p, work.leading, tile.index, tile.q_begin, p.q_rows, kRowBlock);
-  }
-  __device__ __forceinline__ void find_dq(const Problem& p) {
-    const int64_t entry = work.leading * p.batch + work.batch_row, row = int64_t{p.heads} * p.head_dim;
-    dq.rows = {p.dquery.as<T>() + entry * p.q_rows * row + work.head * p.head_dim, row, p.head_dim};
   }
   __device__ __forceinline__ void find_rows(const Problem& p) {
     reload_shared();
@@ -372,7 +354,7 @@ struct BackwardShared {
       std::conditional_t<kStagesSegments<C>, StepSegments<kStages, kConsumers * kConsumerWarps>, NoSegments>;
   [[no_unique_address]] Segments segments;
   using Tile = KeyTileState<typename C::Element, kConsumers, ScoreOperandsOf<C::kKind>,
-                            std::conditional_t<C::kStoresDq, DqRows<typename C::Element>, NoDqRows>>;
+                            std::conditional_t<C::kStoresDq, GlobalRows<typename C::Element>, NoDqRows>>;
   Tile tiles[kKeyTileStates<C>];
   Pipeline<kKeyTileStates<C>> state_pipe;
   Pipeline<1> ending_pipe;               // full when the load thread is about to end a key tile
@@ -385,6 +367,14 @@ struct BackwardShared {
   // most two tickets behind.
   Pipeline<C::kOrdered ? 2 << kMostTicketShift : 1> sum_pipe;
   [[no_unique_address]] typename C::Tiles::Pipe score_pipe;
+
+  // K and V of a key tile.
+  __device__ __forceinline__ uint8_t* keys(uint32_t tile) { return k[tile % C::kKeyStages]; }
+  __device__ __forceinline__ uint8_t* values(uint32_t tile) { return v[tile % C::kValueStages]; }
+  // Consumers call this after the last step, before its dQ.
+  __device__ __forceinline__ void release_values(uint32_t tile) {
+    if constexpr (C::kValuesApart) value_pipe.release(tile);
+  }
 
   __device__ __forceinline__ void init() {
     constexpr uint32_t kConsumer = kConsumerWarps * ptx::kWarpArrivals;

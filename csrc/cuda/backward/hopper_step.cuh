@@ -196,8 +196,8 @@ __device__ __forceinline__ void clear_keys(typename C::Shared& shared, uint32_t 
   constexpr int kThreads = C::kConsumers * kWarpgroup;
   const int thread = ptx::thread_index() - kWarpgroup;
   const auto is_clean = [count](int row) { return row < count; };
-  clear_rows<typename C::KTile>(shared.k[tile % C::kKeyStages], is_clean, thread, kThreads);
-  clear_rows<typename C::VTile>(shared.v[tile % C::kValueStages], is_clean, thread, kThreads);
+  clear_rows<typename C::KTile>(shared.keys(tile), is_clean, thread, kThreads);
+  clear_rows<typename C::VTile>(shared.values(tile), is_clean, thread, kThreads);
   ptx::fence_async_shared();
   __syncwarp();  // lanes have cleared different numbers of chunks, and bar.sync needs converged warps
   ptx::sync_group(1, kThreads);
