@@ -3,6 +3,7 @@
 
 #include "core/families/decode_clusters.h"
 #include "core/families/decode_parts.h"
+#include "core/families/dq_rounding.h"
 #include "core/families/head_parts.h"
 #include "core/families/hopper_layout.h"
 #include "core/families/hopper_tiles.h"
@@ -211,9 +212,14 @@ class Backward final : public PassTraits {
     }
     const bool unequal = call.tiles_differ() || lists_tiles(plan.score) || s.k_rows % row.block_n;
     plan.cluster_size = cluster_of(row);
-    if (stores_dq(row, call, plan)) {
-      plan.dq_rounding = DqRounding::kCtas;
+    const DqRounder rounder(row, call, plan);
+    plan.dq_rounding = rounder.best();
+    if (plan.dq_rounding == DqRounding::kCtas)
       return plan_persistent(plan.keys.blocks, false, 0, row, call, workspace, plan);
+    if (plan.dq_rounding == DqRounding::kHeads) {
+      plan_persistent(rounder.heads(), rounder.sequences_differ(), 0, row, call, workspace, plan);
+      plan.dq_sums = workspace.add(plan.persistent_ctas * rounder.kept_sums_bytes());
+      return;
     }
     plan_persistent(plan.keys.blocks * plan.cluster_size, unequal, s.q_rows, row, call, workspace, plan);
     if (call.spec.deterministic) {
@@ -222,10 +228,7 @@ class Backward final : public PassTraits {
     }
     // The sums come last, so that one memset clears them and what lies between them and the counter.
     plan.dq_sums = workspace.add(dq_sums_bytes(call.spec, dims_of(s), row.block_m).value());
-    if (heads_fit_clusters(row, call, plan)) {
-      plan.dq_rounding = DqRounding::kClusters;
-      plan.cluster_size = static_cast<int32_t>(plan.keys.tiles);
-    }
+    if (plan.dq_rounding == DqRounding::kClusters) plan.cluster_size = static_cast<int32_t>(plan.keys.tiles);
   }
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
@@ -259,26 +262,6 @@ class Backward final : public PassTraits {
     };
     return may_take_96_queries(s.head_dim, s.value_dim) &&
            kTime * rows(hopper::k96Queries) <= kTimeOfSmall * rows(kConsumerRows);
-  }
-
-  // Whether one key tile has all keys, so that its CTA stores dQ.
-  static bool stores_dq(const KernelRow& row, const Call& call, const LaunchPlan& plan) {
-    return !hopper::backward_in_clusters(row) && plan.score == ScoreKind::kPlain && !call.spec.packed() &&
-           plan.keys.tiles == 1;
-  }
-
-  // Whether the CTAs of all key tiles of a KV head form a cluster that clears and rounds its dQ. That saves a
-  // memset and a kernel, much of the time of a short call. All clusters must run at once, because a CTA has
-  // only one tile: of 128 CTAs, clusters of 4 or 8 do not run at once on the 132 SMs of an H200. In a
-  // launch without clusters barrier.cluster is __syncthreads, which producers and consumers reach at
-  // different times.
-  static bool heads_fit_clusters(const KernelRow& row, const Call& call, const LaunchPlan& plan) {
-    constexpr int64_t kMostCtas = 4, kMostRows = 2048;  // only these CTAs clear and round
-    const int64_t tiles = plan.keys.tiles;
-    if (hopper::backward_in_clusters(row) || plan.score != ScoreKind::kPlain) return false;
-    if (call.shapes.q_rows > kMostRows) return false;
-    if (call.spec.packed() || call.spec.deterministic || tiles < 2 || tiles > kMostCtas) return false;
-    return 2 * plan.keys.blocks <= call.device.sm_count;
   }
 
   // Whether the steps of a call with blocks come from lists. Lists have no fixed order for the additions to

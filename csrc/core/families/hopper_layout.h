@@ -62,7 +62,7 @@ constexpr int64_t forward_shared_bytes(const Row& r) {
 }
 
 // The backward: K and V of a key tile, `stages` tiles of Q and dO with lse and delta, a few tiles of dS, and
-// one more of them or tiles of bias and mask.
+// one more of them, tiles of bias and mask, or a tile's float32 sums of dQ.
 inline constexpr int32_t kScoreGradientStages = 3;
 inline constexpr int64_t kKeyTileStateBytes = 1024;  // upper bound: barriers and the state of the key tile
 
@@ -88,7 +88,7 @@ constexpr int64_t backward_shared_bytes(const Row& r) {
   return kElementBytes * rows * (backward_columns(r.head_dim) + backward_columns(r.value_dim)) + gradients +
          static_cast<int64_t>(sizeof(float)) * statistics +
          // With 96 queries no unused room of a bias holds what the alignment to 1,024 bytes adds.
-         (takes_96_queries(r)                                 ? kStateBytes
+         (takes_96_queries(r)                                 ? score + kStateBytes
           : has_few_ds_stages(r) || r.block_m > kConsumerRows ? kKeyTileStateBytes
                                                               : 2 * kKeyTileStateBytes);
 }

@@ -50,7 +50,8 @@ struct DecodeGrid {
 enum class DqRounding : uint8_t {
   kKernel,    // another kernel, after all key tiles have added to the sums
   kClusters,  // clusters of all key tiles of a KV head, which also clear its sums
-  kCtas,      // CTAs that have all keys of a KV head, so that they need no sums
+  kCtas,      // CTAs whose key tile has all keys, so that they need no sums
+  kHeads,     // CTAs that go through all key tiles of a KV head and keep its sums
 };
 
 // A call with packed sequences may run two kernels, decode and then the forward. One plan serves both:

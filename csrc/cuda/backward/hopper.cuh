@@ -50,7 +50,8 @@ namespace jax_flash {
 // A row of csrc/kernels.def.
 //
 // Ordered: the key tiles add dQ to the sums (query_sums.cuh) in their order.
-// Rounding: what rounds dQ: clusters (hopper_head.cuh), CTAs (hopper_one_key_tile.cuh) or another kernel.
+// Rounding: what rounds dQ: clusters (hopper_head.cuh), CTAs that have all keys of a KV head in one tile
+// (hopper_one_key_tile.cuh) or in several (hopper_kept_sums.cuh), or another kernel.
 template <class T, Row R, ScoreKind Kind, bool Ordered, DqRounding Rounding = DqRounding::kKernel>
 struct BackwardSm90 {
   using Element = T;
@@ -60,7 +61,10 @@ struct BackwardSm90 {
   static constexpr int kCluster = 1, kConsumers = N / kConsumerRows, kThreads = R.warps * 32;
   static constexpr int kM = M, kN = N, kStages = R.stages;
   static constexpr bool kRoundsDq = Rounding == DqRounding::kClusters,
-                        kStoresDq = Rounding == DqRounding::kCtas;
+                        kKeepsSums = Rounding == DqRounding::kHeads,
+                        kStoresDq = Rounding == DqRounding::kCtas || kKeepsSums;
+  // Whether the scheduler finds a tile only when the one before is about to end.
+  static constexpr bool kWaitsForEnd = !kStoresDq || kKeepsSums;
   static constexpr bool kSingle = kConsumers == 1;
   // The plain kernel loads K of the next tile during a tile. So it does V with 128 query rows; with 64 it
   // loads V when the last step has been multiplied, before the last dQ.
@@ -69,6 +73,9 @@ struct BackwardSm90 {
   static constexpr int kValueStages = kLoadsAhead && M == 2 * kConsumerRows ? 2 : 1,
                        kKeyStages = kLoadsAhead && !kStoresDq ? 2 : kValueStages;
   static constexpr bool kValuesApart = kKeyStages != kValueStages;
+  using DqRows =
+      std::conditional_t<kKeepsSums, KeptDqRows<T>, std::conditional_t<kStoresDq, GlobalRows<T>, NoDqRows>>;
+  using Kept = std::conditional_t<kKeepsSums, KeptSums<M * HeadDim* int{sizeof(float)}>, NoKeptSums>;
   static constexpr int kProducerRegisters = kSingle ? 32 : producer_registers(kConsumers),
                        kConsumerRegisters = kSingle ? 224 : consumer_registers(kConsumers);
   // A consumer's part of dQ [M, d]: 64 of the rows, or half of the columns, or all if it is the only one.
@@ -154,7 +161,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kSingle ? 2 : 1)
     ptx::give_registers<C::kProducerRegisters>();
     GradientProducer<C> producer{p, maps, shared, grid};
     const bool leads = threadIdx.x % 32 == 0;
-    if constexpr (C::kStoresDq) {
+    if constexpr (C::kKeepsSums) {
+      if (warp == 0 && leads) schedule_tiles_of_heads(producer, tiles);
+    } else if constexpr (C::kStoresDq) {
       if ((warp == 0 || warp == 3) && leads) schedule_heads(producer, tiles.count, warp / 3);
     } else {
       NoMailbox none;
@@ -339,9 +348,10 @@ cudaError_t launch_slice(const Problem& p, const LaunchPlan& plan, void* workspa
       // whose steps are listed have no tickets.
       constexpr bool kOrdered = !stages_tiles(kKind) && !lists_tiles(kKind);
       if constexpr (kKind == ScoreKind::kPlain) {
-        if (plan.dq_rounding == DqRounding::kClusters)
-          return run.template operator()<false, DqRounding::kClusters>();
-        if (plan.dq_rounding == DqRounding::kCtas) return run.template operator()<false, DqRounding::kCtas>();
+        using enum DqRounding;
+        if (plan.dq_rounding == kClusters) return run.template operator()<false, kClusters>();
+        if (plan.dq_rounding == kCtas) return run.template operator()<false, kCtas>();
+        if (plan.dq_rounding == kHeads) return run.template operator()<false, kHeads>();
       }
       return plan.dq_tickets < 0 ? run.template operator()<false>() : run.template operator()<kOrdered>();
     });

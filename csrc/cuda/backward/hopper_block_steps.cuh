@@ -66,6 +66,7 @@ __device__ __forceinline__ void multiply_block(Consumer& of, const QueryStep& st
                        *const d_out = shared.d_out[stage] + block * DoTile::offset(kConsumerRows, 0);
   start_scores<typename C::Element>(s, of.keys(), of.template rows<QTile>(q));          // Sᵀ = K Qᵀ  [64, 64]
   start_scores<typename C::Element>(dp, of.values(), of.template rows<DoTile>(d_out));  // dPᵀ = V dOᵀ
+  if constexpr (C::kKeepsSums && !kFirst) fetch_sums(of, sum_before);
   ptx::wgmma_wait<1>();
   ptx::hold(s.x[0]);
   mask(s, of.tile().band, row, of.key());

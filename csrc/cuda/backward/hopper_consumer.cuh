@@ -6,9 +6,11 @@
 
 #include "cuda/backward/hopper_block_steps.cuh"
 #include "cuda/backward/hopper_dropout.cuh"
+#include "cuda/backward/hopper_kept_sums.cuh"
 #include "cuda/backward/hopper_state.cuh"
 #include "cuda/backward/hopper_step.cuh"
 #include "cuda/backward/hopper_sums.cuh"
+#include "cuda/backward/hopper_tickets.cuh"
 #include "cuda/backward/query_step.cuh"
 #include "cuda/epilogue.cuh"
 #include "cuda/gradient.cuh"
@@ -137,30 +139,13 @@ struct GradientConsumer {
     shared.ready_pipe.release(use);
     if constexpr (!kSkipsBlocks<C>) shared.ds_pipe.arrive_by_warp(use);
     if constexpr (C::kAlternates) Turns::wait(consumer);
+    if constexpr (C::kKeepsSums && !kFirst) fetch_sums(*this, sum_before);
     if constexpr (!kFirst) start_dq(use - 1, listed_before);
     if constexpr (kSkipsBlocks<C>) dst = {}, share_ds(use);  // dQ has the dS of both consumers
     allow_issue(1 - consumer);
     shared.do_pipe.release(use);
     shared.q_pipe.release(use);
     if constexpr (!kFirst) finish_dq<0>(use - 1, sum_before);
-  }
-
-  // Adds dQ to the sums. `sum`: the index of the query tile among them.
-  __device__ __forceinline__ void add_dq(int32_t sum) {
-    Placement at = dq_placement<C>(consumer);
-    at.row += warp_row();
-    if (C::kTakes96Queries && at.row >= C::kM) return;
-    float* const to = sum_tile<C::kM>(p, tile().sums, sum);
-    // One test in place of one for every 8 columns, with a branch and an address each.
-    if (at.column + C::kDqColumns <= p.head_dim) return add_to_sums<C::kM, true>(to, p.head_dim, dq, at);
-    add_to_sums<C::kM>(to, p.head_dim, dq, at);
-  }
-
-  // Adds dQ when it is this key tile's turn.
-  __device__ __forceinline__ void add_dq_in_order(uint32_t use, int32_t sum) {
-    shared.sum_pipe.wait_full(use);
-    add_dq(sum);
-    shared.sum_pipe.release(use);
   }
 
   // Pᵀ = exp(Sᵀ − lse), from a row of the step on.
@@ -214,25 +199,17 @@ struct GradientConsumer {
     ptx::wgmma_wait<kIssued>();
     ptx::hold(dq.x[0]);
     if constexpr (C::kReleasesDs) shared.ds_pipe.release(use);
-    if constexpr (C::kStoresDq) {
+    if constexpr (C::kKeepsSums) {
+      keep_dq(*this, sum);
+    } else if constexpr (C::kStoresDq) {
       store_dq(*this, sum);
     } else if constexpr (C::kOrdered) {
-      add_dq_in_order(use, sum);
+      add_dq_in_order(*this, use, sum);
     } else if (kStagesTiles<C> && grid.tickets) {
-      add_dq_by_ticket(sum);
+      add_dq_by_ticket(*this, sum);
     } else {
-      add_dq(sum);
+      add_dq(*this, sum);
     }
-  }
-
-  // Adds dQ after the key tiles with earlier tickets, every warp of which has then raised the counter.
-  __device__ __forceinline__ void add_dq_by_ticket(int32_t sum) {
-    constexpr uint32_t kWarps = C::kConsumers * kConsumerWarps;
-    uint32_t* const ticket = tile().tickets + sum;
-    const int32_t before = tiles_before<C>(grid, p, tile(), sum % grid.sums.tiles);
-    ptx::wait_at_least(ticket, before * kWarps);
-    add_dq(sum);
-    ptx::raise_by_warp(ticket);
   }
 
   // Whether the band hides some of a step's scores.
@@ -267,6 +244,7 @@ struct GradientConsumer {
     }
     start_scores<T>(s, keys(), rows<QTile>(shared.q[stage]));                               // Sᵀ = K Qᵀ
     start_scores<T, C::kStartsFromDelta>(dp, values(), rows<DoTile>(shared.d_out[stage]));  // dPᵀ = V dOᵀ
+    if constexpr (C::kKeepsSums && !kFirst) fetch_sums(*this, sum_before);
     const auto wait_dp = [this] {
       ptx::wgmma_wait<0>();
       ptx::hold(dp.x[0]);
@@ -357,6 +335,7 @@ struct GradientConsumer {
     }
     step_use = ptx::here(step.number);
     shared.release_values(tile_index);
+    if constexpr (C::kKeepsSums) fetch_sums(*this, sum_before);
     start_dq(step_use - 1, listed);
     finish_dq<0>(step_use - 1, sum_before);
   }

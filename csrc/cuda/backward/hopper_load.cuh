@@ -6,6 +6,7 @@
 
 #include "cuda/backward/hopper_state.cuh"
 #include "cuda/backward/hopper_sums.cuh"
+#include "cuda/backward/hopper_tickets.cuh"
 #include "cuda/backward/query_step.cuh"
 #include "cuda/gradient.cuh"
 #include "cuda/hopper/tile_scheduler.cuh"
@@ -113,7 +114,7 @@ struct GradientProducer {
           load<typename C::DoTile>(shared.do_pipe, use, shared.d_out[stage], maps.dout,
                                    coordinates_of(p.dout, work, head, row));
           if (use == step_use) load_keys(tile);
-          if constexpr (!C::kStoresDq) {
+          if constexpr (C::kWaitsForEnd) {
             if (ends_soon(tile, step)) shared.ending_pipe.arrive(tile_index);
           }
         },
@@ -149,7 +150,7 @@ struct GradientProducer {
   }
 
   __device__ __forceinline__ void skip_keys() const {
-    if constexpr (!C::kStoresDq) shared.ending_pipe.arrive(tile_index);
+    if constexpr (C::kWaitsForEnd) shared.ending_pipe.arrive(tile_index);
     shared.key_pipe.wait_empty(tile_index);
     shared.key_pipe.arrive(tile_index);
     if constexpr (!C::kValuesApart) return;

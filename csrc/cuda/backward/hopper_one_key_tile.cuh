@@ -1,5 +1,5 @@
 // Calls whose keys lie in one tile: the CTA that has it rounds and stores dQ, so that no other kernel clears
-// or rounds sums.
+// or rounds sums. (hopper_kept_sums.cuh does so for a few tiles.)
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ namespace jax_flash {
 // longer than the steps, there are more.
 template <class C>
 inline constexpr int kKeyTileStates = [] {
-  if constexpr (C::kStoresDq) return C::kTakes96Queries ? 2 : 4;
+  if constexpr (C::kStoresDq) return C::kKeepsSums || C::kTakes96Queries ? 2 : 4;
   return 2;
 }();
 
@@ -67,14 +67,23 @@ __device__ __forceinline__ void store_dq(Consumer& of, int32_t sum) {
   store_rows_from_registers(of.dq, rows, (sum - head * tiles) * C::kM + at.row, p.q_rows);
 }
 
-// dQ ← 0 in the rows of query tiles that see no key.
+// The query tiles that see some key of the sequence. A window of negative width shows none.
+template <class C, class Tile>
+__device__ __forceinline__ Interval seen_tiles(const Tile& tile) {
+  if constexpr (!C::kKeepsSums) return uniform(tile.walk.tiles);
+  if (tile.band.left + tile.band.right < 0) return {0, 0};
+  return tiles_of(uniform(tile.seen), C::kM);
+}
+
+// dQ ← 0 in the rows of query tiles that see no key, by the first key tile's consumers.
 template <class Consumer>
 __device__ __forceinline__ void clear_unseen_dq(const Consumer& of) {
   using C = typename Consumer::Config;
   using T = typename C::Element;
-  const auto walk = steps_of(of.tile().walk);
-  const int32_t q_rows = of.p.q_rows, chunks = walk.heads * of.p.head_dim / kChunk<T>;
-  const Interval seen{walk.tiles.lo * C::kM, min(walk.tiles.hi * C::kM, q_rows)};
+  if (C::kKeepsSums && of.tile().work.tile.row > 0) return;
+  const Interval tiles = seen_tiles<C>(of.tile());
+  const int32_t q_rows = of.p.q_rows, chunks = uniform(of.tile().walk.heads) * of.p.head_dim / kChunk<T>;
+  const Interval seen{tiles.lo * C::kM, min(tiles.hi * C::kM, q_rows)};
   if (seen.lo <= 0 && seen.hi == q_rows) return;
   const GlobalRows<T> rows = of.tile().dquery;
 #pragma unroll 1

@@ -85,7 +85,7 @@ struct SingleConsumer : GradientConsumer<C> {
     shared.do_pipe.release(use);
     ptx::wgmma_wait<1>();
     ptx::hold(dq.x[0]);
-    this->add_dq(step.head * this->grid.sums.tiles + step.tile);
+    add_dq(*this, step.head * this->grid.sums.tiles + step.tile);
     ptx::wgmma_wait<0>();
     ptx::hold(dk.x[0]);
     ptx::hold(dst.x[0]);

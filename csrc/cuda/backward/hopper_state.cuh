@@ -7,6 +7,7 @@
 
 #include "core/families/hopper_layout.h"
 #include "core/plan/launch_plan.h"
+#include "cuda/backward/hopper_kept_sums.cuh"
 #include "cuda/backward/hopper_one_key_tile.cuh"
 #include "cuda/backward/query_step.cuh"
 #include "cuda/backward/query_sums.cuh"
@@ -97,43 +98,6 @@ inline constexpr bool kSkipsBlocks =
 // Whether the steps of a key tile are listed, so that consumers learn them from the statistics warp.
 template <class C>
 inline constexpr bool kListsSteps = lists_tiles(C::kKind);
-
-// In a deterministic call, the number of key tiles that add to dQ of a query tile of `rows` rows before this
-// one: all key tiles before it, from the first that the rows see. If segments or ranges leave each key tile
-// an interval of queries, all lanes of the warp count the intervals that contain the query tile outside of
-// their gaps.
-template <class C, class Tile>
-__device__ __forceinline__ int32_t tiles_before(const KeyGrid& grid, const Problem& p, const Tile& tile,
-                                                int32_t query_tile, int32_t rows = C::kM) {
-  const BlockWork& work = tile.work;
-  const int32_t row = query_tile * rows, own = work.tile.row / C::kN,
-                first = tile.band.rows(row, row + rows).lo / C::kN;
-  if constexpr (kTrimsSteps<C>) {
-    if (grid.segments) {
-      int64_t slot = (work.leading * p.batch + work.batch_row) * grid.key_tiles;
-      if constexpr (C::Score::reads(Operand::kRanges)) slot = slot_of_tile<Over::kKeys>(p, work, C::kN) - own;
-      const auto rows_of = [&](int32_t n) {
-        if constexpr (C::kKind != ScoreKind::kRanges && C::Score::reads(Operand::kRanges))
-          return seen_of_slot(p, grid.segments, slot + n).any;
-        return grid.segments[slot + n];
-      };
-      const auto skips = [&](int32_t n) {
-        if constexpr (C::kKind != ScoreKind::kRanges) return false;
-        const Interval gap = grid.gaps[slot + n];
-        return gap.lo * C::kM <= row && row + rows <= gap.hi * C::kM;
-      };
-      int32_t before = 0;
-      for (int32_t n = first; n < own; n += 32) {
-        const int32_t other = n + static_cast<int32_t>(threadIdx.x % 32);
-        const bool adds =
-            other < own && !intersect(rows_of(other), {row, row + rows}).empty() && !skips(other);
-        before += __popc(__ballot_sync(~0u, adds));
-      }
-      return before;
-    }
-  }
-  return own - first;
-}
 
 // The score's operands in a key tile's state; the plain score has none. Kernels for segments have no byte of
 // shared memory left for operands that they do not read.
@@ -238,28 +202,24 @@ struct KeyTileState {
               .any;
       walk.tiles = tiles_of(rows, C::kM);
     }
-#pragma unroll 1
-    for (int i = 0; !kMarksSteps<C> && i < kConsumers; ++i) {
-      reload_shared();
-      const int32_t key = tile.row + i * kConsumerRows;
-      const Interval all = band.common_queries(key, key + kConsumerRows);
-      whole[i] = {(all.lo + C::kM - 1) / C::kM, all.hi / C::kM};
-      if constexpr (kSkipsBlocks<C>) {
-        reload_shared();
-        blocks.seen[i] = tiles_of(band.queries(key, key + kConsumerRows), kConsumerRows);
-      }
-    }
+    if constexpr (!kMarksSteps<C>) mark_whole_tiles<C>();
     reload_shared();
     // Rows past the operand's end are loaded as zeros. Rows of other sequences, and unused rows, may hold
     // NaN.
-    constexpr int32_t kNone = std::numeric_limits<int32_t>::max();
     seen = clean = band.queries(0, band.k_len);
-    if (tile.q_begin + seen.hi >= p.q_rows) clean.hi = kNone;
-    clean_keys = tile.k_begin + tile.k_len < p.k_rows ? max(tile.k_len - tile.row, 0) : kNone;
+    if (tile.q_begin + seen.hi >= p.q_rows) clean.hi = kAllRows;
+    clean_keys = tile.k_begin + tile.k_len < p.k_rows ? max(tile.k_len - tile.row, 0) : kAllRows;
     find_rows(p);
     kv_head = static_cast<int32_t>(static_cast<uint32_t>(kv_head) / static_cast<uint32_t>(grid.head_parts));
     reload_shared();
-    if constexpr (C::kStoresDq) return dquery = dq_rows<T>(p, work), true;
+    if constexpr (C::kStoresDq) {
+      static_cast<GlobalRows<T>&>(dquery) = dq_rows<T>(p, work);
+      if constexpr (C::kKeepsSums) {
+        sums = sum_tile<C::kM>(p, grid.sums.data, int64_t{blockIdx.x} * walk.heads * grid.sums.tiles);
+        dquery.before = {0, 0}, dquery.after = queries_of_next<C>();
+      }
+      return true;
+    }
     const int64_t first = grid.sums.first_tile<C::kM>(p, work);
     sums = sum_tile<C::kM>(p, grid.sums.data, first);
     if constexpr (C::kOrdered || kStagesTiles<C>) {
@@ -270,7 +230,42 @@ struct KeyTileState {
     return true;
   }
 
+  // Computes the state of the key tile that follows that of `other` in its KV head.
+  template <class C>
+  __device__ __forceinline__ void follow(const KeyTileState& other, const Problem& p) {
+    *this = other;
+    work.tile.row += C::kN;
+    work.tile.end = min(work.tile.row + C::kN, p.k_rows);
+    if (clean_keys != kAllRows) clean_keys = max(clean_keys - C::kN, 0);
+    dquery.before = walk.tiles, walk.tiles = dquery.after, dquery.after = queries_of_next<C>();
+    mark_whole_tiles<C>();
+  }
+
  private:
+  static constexpr int32_t kAllRows = std::numeric_limits<int32_t>::max();
+
+  // The query tiles that see the key tile after this one.
+  template <class C>
+  __device__ __forceinline__ Interval queries_of_next() const {
+    reload_shared();
+    const int32_t next = work.tile.row + C::kN;
+    return tiles_of(band.queries(next, next + C::kN), C::kM);
+  }
+  // Finds the query tiles in which every row sees all keys of a consumer, and the blocks that see some.
+  template <class C>
+  __device__ __forceinline__ void mark_whole_tiles() {
+#pragma unroll 1
+    for (int i = 0; i < kConsumers; ++i) {
+      reload_shared();
+      const int32_t key = work.tile.row + i * kConsumerRows;
+      const Interval all = band.common_queries(key, key + kConsumerRows);
+      whole[i] = {(all.lo + C::kM - 1) / C::kM, all.hi / C::kM};
+      if constexpr (kSkipsBlocks<C>) {
+        reload_shared();
+        blocks.seen[i] = tiles_of(band.queries(key, key + kConsumerRows), kConsumerRows);
+      }
+    }
+  }
   // Takes the list of steps in which the mask and the band leave some key visible.
   template <class C>
   __device__ __forceinline__ void take_list(const Problem& p, const KeyGrid& grid) {
@@ -345,7 +340,8 @@ struct BackwardShared {
   alignas(1024) uint8_t v[C::kValueStages][C::VTile::kBytes];
   alignas(1024) uint8_t q[kStages][C::QTile::kBytes];
   alignas(1024) uint8_t d_out[kStages][C::DoTile::kBytes];
-  alignas(1024) uint8_t ds[C::kDsStages][C::DsTile::kBytes];    // dSᵀ
+  alignas(1024) uint8_t ds[C::kDsStages][C::DsTile::kBytes];  // dSᵀ
+  [[no_unique_address]] typename C::Kept kept;
   [[no_unique_address]] typename C::Tiles::Buffer score_tiles;  // bias and mask
   QueryStatistics<C::kM> statistics[kStages];
   int32_t large_lse[kStages];  // bit 0: some lse_too_large(); other bits: is_partial_of()
@@ -353,8 +349,7 @@ struct BackwardShared {
   using Segments =
       std::conditional_t<kStagesSegments<C>, StepSegments<kStages, kConsumers * kConsumerWarps>, NoSegments>;
   [[no_unique_address]] Segments segments;
-  using Tile = KeyTileState<typename C::Element, kConsumers, ScoreOperandsOf<C::kKind>,
-                            std::conditional_t<C::kStoresDq, GlobalRows<typename C::Element>, NoDqRows>>;
+  using Tile = KeyTileState<typename C::Element, kConsumers, ScoreOperandsOf<C::kKind>, typename C::DqRows>;
   Tile tiles[kKeyTileStates<C>];
   Pipeline<kKeyTileStates<C>> state_pipe;
   Pipeline<1> ending_pipe;               // full when the load thread is about to end a key tile

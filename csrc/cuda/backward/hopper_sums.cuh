@@ -1,5 +1,5 @@
 // A consumer warpgroup's part of dQ, 64 rows of some columns, on its way to the sums (query_sums.cuh): where
-// it belongs, and how TMA adds it from shared memory.
+// it belongs, and how it is added, from registers or by TMA from shared memory.
 #pragma once
 
 #include "cuda/backward/query_sums.cuh"
@@ -15,6 +15,20 @@ template <class C>
 __device__ __forceinline__ Placement dq_placement(int consumer) {
   if (C::kDqByRows) return {consumer * kConsumerRows, 16, 0, 16};
   return {0, 16, consumer * C::kDqColumns, 16};
+}
+
+// Adds a consumer's dQ to the sums. `sum`: the index of the query tile among them.
+template <class Consumer>
+__device__ __forceinline__ void add_dq(Consumer& of, int32_t sum) {
+  using C = typename Consumer::Config;
+  Placement at = dq_placement<C>(of.consumer);
+  at.row += Consumer::warp_row();
+  if (C::kTakes96Queries && at.row >= C::kM) return;
+  float* const to = sum_tile<C::kM>(of.p, of.tile().sums, sum);
+  // One test in place of one for every 8 columns, with a branch and an address each.
+  if (at.column + C::kDqColumns <= of.p.head_dim)
+    return add_to_sums<C::kM, true>(to, of.p.head_dim, of.dq, at);
+  add_to_sums<C::kM>(to, of.p.head_dim, of.dq, at);
 }
 
 // Stores a warp's rows, from `row` on, as they lie in the sums.
