@@ -63,6 +63,7 @@ struct BackwardSm90 {
   static constexpr bool kRoundsDq = Rounding == DqRounding::kClusters,
                         kKeepsSums = Rounding == DqRounding::kHeads,
                         kStoresDq = Rounding == DqRounding::kCtas || kKeepsSums;
+  static constexpr bool kLoadsEarly = Kind == ScoreKind::kPlain;  // other kernels would spill more
   // Whether the scheduler finds a tile only when the one before is about to end.
   static constexpr bool kWaitsForEnd = !kStoresDq || kKeepsSums;
   static constexpr bool kSingle = kConsumers == 1;

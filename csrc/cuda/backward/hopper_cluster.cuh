@@ -49,7 +49,7 @@ struct BackwardClusterSm90 {
   using Element = T;
   static constexpr int HeadDim = R.head_dim, ValueDim = R.value_dim, M = R.block_m, N = R.block_n;
   static constexpr ScoreKind kKind = Kind;
-  static constexpr bool kStoresDq = false;
+  static constexpr bool kStoresDq = false, kLoadsEarly = false;
   static constexpr bool kOrdered = true;  // tickets may order the additions to dQ
   static constexpr bool kStartsFromDelta = false, kOmitsDropoutScale = false, kBiasByTma = false;
   static constexpr int kCluster = hopper::backward_cluster_ctas(R), kConsumers = 3, kThreads = R.warps * 32;

@@ -54,18 +54,16 @@ __device__ __forceinline__ void schedule_tiles_of_heads(Producer& of, const Pers
       if (row == 0) {
         next.work = fixed_work<Over::kKeys>(reload(of.p), heads, head, 0, C::kN);
         next.walk.heads_inner = 0, next.walk.direction = 1;
-        next.template prepare<C>(reload(of.p), of.grid);
+        next.template prepare<C>(reload(of.p), of.grid, [&of] { of.let_load(); });
       } else {
-        next.template follow<C>(tile(of.tile_index - 1), reload(of.p));
+        next.template follow<C>(tile(of.tile_index - 1), reload(of.p), [&of] { of.let_load(); });
       }
       shared.state_pipe.arrive(of.tile_index);
       shared.ending_pipe.wait_full(of.tile_index++);
     }
     head = all.counter ? gridDim.x + atomicAdd(all.counter, 1u) : head + gridDim.x;
   }
-  shared.state_pipe.wait_empty(of.tile_index);
-  tile(of.tile_index).done = 1;
-  shared.state_pipe.arrive(of.tile_index);
+  of.end_tiles();
 }
 
 // Calls visit(global, shared, n) for the sums that a thread has in the columns from 8 n on. `tile`: the sums

@@ -24,11 +24,12 @@ struct GradientProducer {
   const KeyGrid& grid;
   uint32_t tile_index = 0, step_use = 0;  // key tiles and steps so far
 
-  // Calls visit(tile, step) for the steps of all key tiles, and release() after each tile.
-  template <class Visit, class Release>
-  __device__ __forceinline__ void for_steps(Visit visit, Release release) {
+  // Calls visit(tile, step) for the steps of all key tiles, and release() after each tile. `pipe`: says when
+  // what `visit` reads of a tile's state is there.
+  template <class Pipe, class Visit, class Release>
+  __device__ __forceinline__ void for_steps(const Pipe& pipe, Visit visit, Release release) {
     for (;; ++tile_index) {
-      shared.state_pipe.wait_full(tile_index);
+      pipe.wait_full(tile_index);
       const Tile& tile = shared.tiles[tile_index % kKeyTileStates<C>];
       if (tile.done) return;
       // Read from shared memory each time, because the warps have few registers.
@@ -39,6 +40,22 @@ struct GradientProducer {
       step_use = step.number;
       release(tile);
     }
+  }
+
+  template <class Visit, class Release>
+  __device__ __forceinline__ void for_steps(Visit visit, Release release) {
+    for_steps(shared.state_pipe, visit, release);
+  }
+
+  // The scheduling thread's: the thread that loads may read the state of the tile, or that no tile is left.
+  __device__ __forceinline__ void let_load() const {
+    if constexpr (C::kLoadsEarly) shared.walk_pipe.arrive(tile_index);
+  }
+  __device__ __forceinline__ void end_tiles() const {
+    shared.state_pipe.wait_empty(tile_index);
+    shared.tiles[tile_index % kKeyTileStates<C>].done = 1;
+    let_load();
+    shared.state_pipe.arrive(tile_index);
   }
 
   // Whether the first key tiles of all heads come before the others: where all rows see them (attention
@@ -84,13 +101,12 @@ struct GradientProducer {
         set_order(tile.walk, all, number);
       }
       if (ends_schedule(reload(p), tile.work.tile)) break;
-      if (tile.template prepare<C>(reload(p), grid)) shared.state_pipe.arrive(tile_index++);
+      if (tile.template prepare<C>(reload(p), grid, [this] { let_load(); }))
+        shared.state_pipe.arrive(tile_index++);
       if (tile_index > 0) shared.ending_pipe.wait_full(tile_index - 1);
       number = in_order ? scheduler.take() : scheduler.next(number);
     }
-    shared.state_pipe.wait_empty(tile_index);
-    shared.tiles[tile_index % kKeyTileStates<C>].done = 1;
-    shared.state_pipe.arrive(tile_index);
+    end_tiles();
   }
 
   // Waits for a stage, and starts the copy of a tile to it.
@@ -102,9 +118,21 @@ struct GradientProducer {
     load_rows<TileShape>(ptx::shared_address(to), 0, map, pipe.full_barrier(use), at);
   }
 
+  // Full when the thread that loads may read a tile's state. In the plain kernel it may do so when the walk
+  // is known, before lengths and addresses of other operands are.
+  __device__ __forceinline__ const auto& loading_pipe() const {
+    if constexpr (C::kLoadsEarly) {
+      for (const auto* map : {&maps.query, &maps.dout, &maps.key, &maps.value}) ptx::prefetch_map(*map);
+      return shared.walk_pipe;
+    } else {
+      return shared.state_pipe;
+    }
+  }
+
   // One thread loads Q and dO of the first step, K and V, then Q and dO of the other steps.
   __device__ __forceinline__ void load_tiles() {
     for_steps(
+        loading_pipe(),
         [&](const Tile& tile, const QueryStep& step) {
           const BlockWork& work = tile.work;
           const uint32_t use = step.number, stage = use % C::kStages;

@@ -36,17 +36,16 @@ __device__ __forceinline__ void schedule_heads(Producer& of, uint32_t count, int
   using C = typename Producer::Config;
   const uint32_t heads = reload(of.p).kv_heads, ctas = gridDim.x;
   uint32_t head = blockIdx.x + thread * ctas;
-  for (of.tile_index = thread;; of.tile_index += 2, head += 2 * ctas) {
+  for (of.tile_index = thread; head < count; of.tile_index += 2, head += 2 * ctas) {
     of.shared.state_pipe.wait_empty(of.tile_index);
     auto& tile = of.shared.tiles[of.tile_index % kKeyTileStates<C>];
-    tile.done = head >= count;
-    if (tile.done) break;
     tile.work = fixed_work<Over::kKeys>(reload(of.p), heads, head, 0, C::kN);
     tile.walk.heads_inner = 0, tile.walk.direction = 1;
-    tile.template prepare<C>(reload(of.p), of.grid);  // calls without keys have no tiles
+    // Calls without keys have no tiles.
+    tile.template prepare<C>(reload(of.p), of.grid, [&of] { of.let_load(); });
     of.shared.state_pipe.arrive(of.tile_index);
   }
-  of.shared.state_pipe.arrive(of.tile_index);
+  of.end_tiles();
 }
 
 // Stores a step's dQ. `sum`: the index of its query tile among those of the group.

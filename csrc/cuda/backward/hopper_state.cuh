@@ -177,13 +177,14 @@ struct KeyTileState {
 
   // Computes the rest of the state from `work`, part by part, because the thread has few registers. Returns
   // false if the tile has no rows.
-  template <class C>
-  __device__ __forceinline__ bool prepare(const Problem& p, const KeyGrid& grid) {
+  template <class C, class LetLoad>
+  __device__ __forceinline__ bool prepare(const Problem& p, const KeyGrid& grid, LetLoad let_load) {
     const TileWork& tile = work.tile;
     if (tile.row >= tile.end) return false;
     done = 0;
     walk.heads = p.heads / p.kv_heads;
-    kv_head = work.head / walk.heads;
+    const int32_t part = work.head / walk.heads;  // of a KV head, if its query heads are divided
+    kv_head = C::kLoadsEarly ? head_of_part(part, grid) : part;
     reload_shared();
     if constexpr (lists_tiles(C::kKind)) {
       band = make_band(p.spec, work.sequence());  // plan() gives these kernels no call whose band moves
@@ -202,6 +203,7 @@ struct KeyTileState {
               .any;
       walk.tiles = tiles_of(rows, C::kM);
     }
+    if constexpr (C::kLoadsEarly) let_load();
     if constexpr (!kMarksSteps<C>) mark_whole_tiles<C>();
     reload_shared();
     // Rows past the operand's end are loaded as zeros. Rows of other sequences, and unused rows, may hold
@@ -209,8 +211,8 @@ struct KeyTileState {
     seen = clean = band.queries(0, band.k_len);
     if (tile.q_begin + seen.hi >= p.q_rows) clean.hi = kAllRows;
     clean_keys = tile.k_begin + tile.k_len < p.k_rows ? max(tile.k_len - tile.row, 0) : kAllRows;
-    find_rows(p);
-    kv_head = static_cast<int32_t>(static_cast<uint32_t>(kv_head) / static_cast<uint32_t>(grid.head_parts));
+    find_rows(p, [&] { return C::kLoadsEarly ? part : kv_head; });
+    if constexpr (!C::kLoadsEarly) kv_head = head_of_part(kv_head, grid);  // here other kernels spill less
     reload_shared();
     if constexpr (C::kStoresDq) {
       static_cast<GlobalRows<T>&>(dquery) = dq_rows<T>(p, work);
@@ -231,17 +233,23 @@ struct KeyTileState {
   }
 
   // Computes the state of the key tile that follows that of `other` in its KV head.
-  template <class C>
-  __device__ __forceinline__ void follow(const KeyTileState& other, const Problem& p) {
+  template <class C, class LetLoad>
+  __device__ __forceinline__ void follow(const KeyTileState& other, const Problem& p, LetLoad let_load) {
     *this = other;
     work.tile.row += C::kN;
     work.tile.end = min(work.tile.row + C::kN, p.k_rows);
     if (clean_keys != kAllRows) clean_keys = max(clean_keys - C::kN, 0);
-    dquery.before = walk.tiles, walk.tiles = dquery.after, dquery.after = queries_of_next<C>();
+    dquery.before = walk.tiles, walk.tiles = dquery.after;
+    let_load();
+    dquery.after = queries_of_next<C>();
     mark_whole_tiles<C>();
   }
 
  private:
+  // The head of K and V whose query heads have this part.
+  __device__ __forceinline__ static int32_t head_of_part(int32_t part, const KeyGrid& grid) {
+    return static_cast<int32_t>(static_cast<uint32_t>(part) / static_cast<uint32_t>(grid.head_parts));
+  }
   static constexpr int32_t kAllRows = std::numeric_limits<int32_t>::max();
 
   // The query tiles that see the key tile after this one.
@@ -294,15 +302,17 @@ struct KeyTileState {
     score.blocks =
         grid.blocks + first_slot_of(p, work.leading, tile.index, tile.q_begin, p.q_rows, kRowBlock);
   }
-  __device__ __forceinline__ void find_rows(const Problem& p) {
+  // part(): the head of dkey and dvalue.
+  template <class Part>
+  __device__ __forceinline__ void find_rows(const Problem& p, Part part) {
     reload_shared();
     lse = p.lse.as<const float>() + offset(p.lse, work.head, work.tile.q_begin);
     reload_shared();
     delta = p.delta.as<const float>() + offset(p.delta, work.head, work.tile.q_begin);
     reload_shared();
-    dkey = {p.dkey.as<T>() + offset(p.dkey, kv_head, work.tile.k_begin), p.dkey.row, p.head_dim};
+    dkey = {p.dkey.as<T>() + offset(p.dkey, part(), work.tile.k_begin), p.dkey.row, p.head_dim};
     reload_shared();
-    dvalue = {p.dvalue.as<T>() + offset(p.dvalue, kv_head, work.tile.k_begin), p.dvalue.row, p.value_dim};
+    dvalue = {p.dvalue.as<T>() + offset(p.dvalue, part(), work.tile.k_begin), p.dvalue.row, p.value_dim};
   }
   // There is at most one leading dimension.
   __device__ __forceinline__ int64_t offset(const View& view, int32_t head, int32_t row) const {
@@ -328,6 +338,7 @@ struct StepSegments {
   SegmentRange rows[kStages], keys[kWarps];
 };
 struct NoSegments {};
+struct NoWalkPipe {};
 
 // Whether a kernel stages segments in shared memory.
 template <class C>
@@ -352,6 +363,8 @@ struct BackwardShared {
   using Tile = KeyTileState<typename C::Element, kConsumers, ScoreOperandsOf<C::kKind>, typename C::DqRows>;
   Tile tiles[kKeyTileStates<C>];
   Pipeline<kKeyTileStates<C>> state_pipe;
+  [[no_unique_address]] std::conditional_t<C::kLoadsEarly, Pipeline<kKeyTileStates<C>>, NoWalkPipe>
+      walk_pipe;                         // full when the thread that loads may read the state; never released
   Pipeline<1> ending_pipe;               // full when the load thread is about to end a key tile
   Pipeline<C::kKeyStages> key_pipe;      // K, and V unless it is apart
   Pipeline<C::kValueStages> value_pipe;  // released before the last dQ, which reads K
@@ -375,6 +388,7 @@ struct BackwardShared {
     constexpr uint32_t kConsumer = kConsumerWarps * ptx::kWarpArrivals;
     state_pipe.init(kConsumers * kConsumer + ptx::kWarpArrivals + (C::kOrdered ? 2 : 1) +
                     (kStagesTiles<C> ? ptx::kWarpArrivals : 0));  // also counts the other producers
+    if constexpr (C::kLoadsEarly) walk_pipe.init(1);
     ending_pipe.init(1);
     key_pipe.init(kConsumers * kConsumer);
     value_pipe.init(kConsumers * kConsumer);
