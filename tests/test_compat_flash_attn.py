@@ -140,6 +140,14 @@ def test_varlen_takes_any_max_seqlen(implementation):
     assert np.array_equal(jax.jit(call)(5, 5), wanted)
 
 
+@pytest.mark.parametrize("softcap", [0, -1.0])
+def test_a_softcap_that_is_not_positive_is_off(softcap):
+    q, k, v = fixed_inputs()
+    for call in (partial(flash_attn_func, q, k, v), partial(flash_attn_with_kvcache, q, k, v)):
+        assert np.array_equal(jax.tree.leaves(call(softcap=softcap))[0], jax.tree.leaves(call())[0])
+    assert np.array_equal(varlen(*packed_inputs(), softcap=softcap), varlen(*packed_inputs()))
+
+
 @pytest.mark.parametrize("name", ["causal window", "softcap", "alibi"])
 @pytest.mark.parametrize("packed", [False, True], ids=["func", "varlen"])
 def test_gradients(packed, name, implementation):
@@ -263,9 +271,9 @@ ERRORS = {
         "flash_attn_func: return_attn_probs must be True or False, got 'no'",
     ),
     "softcap": (
-        lambda: flash_attn_func(*fixed_inputs(), softcap=-1.0),
-        ValueError,
-        "flash_attn_func: softcap must be positive, or 0.0 for none, got -1.0",
+        lambda: flash_attn_func(*fixed_inputs(), softcap="a"),
+        TypeError,
+        "flash_attn_func: softcap must be a Python number (it is compiled in), got str",
     ),
     "heads": (
         lambda: flash_attn_func(normal(0, 3, 6, 5, D), *fixed_inputs()[1:]),

@@ -150,6 +150,15 @@ def test_jax_s_own_masks_are_read_as_ours(name):
         assert a == b if isinstance(a, Band) else np.array_equal(a, b)
 
 
+def test_random_masks_have_the_elements_of_jax_s_own_and_leave_numpy_s_generator():
+    own = jax_own("mask").make_random_mask(SHAPE, 0.3, 7)
+    before = np.random.get_state()[1:3]  # noqa: NPY002
+    ours = splash.make_random_mask(SHAPE, sparsity=0.3, seed=7)
+    assert ours.dtype == np.bool_
+    assert np.array_equal(ours, own)
+    assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state()[1:3], before))  # noqa: NPY002
+
+
 OPTIONS = {"cap": dict(attn_logits_soft_cap=1.5), "sinks": dict(), "both": dict(attn_logits_soft_cap=2.0)}
 
 

@@ -136,11 +136,9 @@ def window(check: Checker, size: Any) -> tuple[int | None, int | None] | None:
 
 
 def softcap(check: Checker, softcap: Any) -> float | None:
-    """The softcap with None for none, which is 0.0 in flash_attn."""
+    """The softcap with None for none, which is any number up to 0.0 in flash_attn."""
     cap = check.number("softcap", softcap)
-    if cap < 0:
-        raise check.fail(f"softcap must be positive, or 0.0 for none, got {softcap}")
-    return cap or None
+    return None if cap <= 0 else cap
 
 
 def dropout(check: Checker, dropout_p: Any, dropout_key: ArrayLike | None) -> dict[str, Any]:

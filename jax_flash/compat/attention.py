@@ -62,7 +62,7 @@ def flash_attn_func(  # type: ignore[misc]  # only an overload has `unpacked`
       softmax_scale: factor of q·kᵀ, 1/√d by default.
       causal: query i attends to keys 0 … i + (sk − sq).
       window_size: (left, right) keys visible around that diagonal; −1 for unlimited.
-      softcap: c in `S ← c·tanh(S/c)`; 0.0 for none.
+      softcap: c in `S ← c·tanh(S/c)`; 0.0 or less for none.
       alibi_slopes: float32 `[hq]` or `[b, hq]`; adds −slope·|i + sk − sq − j|.
       deterministic: makes the backward pass bit-for-bit reproducible.
       return_attn_probs: returns `(out, softmax_lse, None)` with float32 softmax_lse `[b, hq, sq]`.

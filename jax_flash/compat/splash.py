@@ -34,6 +34,7 @@ from .splash_masks import (
     make_causal_mask,
     make_chunk_attention_mask,
     make_local_attention_mask,
+    make_random_mask,
     structure,
 )
 
@@ -54,6 +55,7 @@ __all__ = [
     "make_causal_mask",
     "make_chunk_attention_mask",
     "make_local_attention_mask",
+    "make_random_mask",
     "make_splash_mha",
     "make_splash_mha_single_device",
     "make_splash_mqa",

@@ -207,6 +207,12 @@ def make_chunk_attention_mask(shape: tuple[int, int], chunk_size: int) -> np.nda
     return ChunkedCausalMask(shape, chunk_size)[:, :]
 
 
+def make_random_mask(shape: tuple[int, int], sparsity: float, seed: int) -> np.ndarray:
+    """Hides each key with probability `sparsity`: JAX's elements, without its effect on NumPy's global generator."""
+    random = np.random.RandomState(seed)
+    return random.binomial(n=1, p=1.0 - sparsity, size=shape).astype(np.bool_)
+
+
 # --- what kernels skip by --------------------------------------------------------------------------------------------
 
 

@@ -27,7 +27,13 @@ MASKS = (
     "LogicalOr",
     "MultiHeadMask",
 )
-MASK_FUNCTIONS = ("NumpyMask", "make_causal_mask", "make_chunk_attention_mask", "make_local_attention_mask")
+MASK_FUNCTIONS = (
+    "NumpyMask",
+    "make_causal_mask",
+    "make_chunk_attention_mask",
+    "make_local_attention_mask",
+    "make_random_mask",
+)
 
 
 def from_checkout(name: str) -> Any:
