@@ -235,7 +235,7 @@ def test_patch_reaches_models_that_have_taken_the_name(monkeypatch):
     users = [sys.modules[name] for name in (*names[2:5:2], "other")]
     for module in users:
         module.dot_product_attention = own
-    patch()
+    patch()  # this version has no levanter.grug
     assert [x.dot_product_attention for x in users] == [dot_product_attention, dot_product_attention, own]
 
 

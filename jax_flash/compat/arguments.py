@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,6 +123,17 @@ def ranked(check: Checker, name: str, x: Any, dims: str) -> jax.Array:
     array = check.array(name, x)
     check.rank(name, array, dims)
     return array
+
+
+def known_fields(check: Checker, mask: Any, known: Sequence[str], instead: str) -> None:
+    """Raises if a field that another version of a library's mask class has hides or shows keys."""
+    other = [name for name, x in vars(mask).items() if name not in known and x is not None and x is not False]
+    if other:
+        raise check.fail(
+            f"mask has {', '.join(sorted(other))}, which this version of jax_flash does not know, only "
+            f"{', '.join(known)}; {instead}",
+            NotImplementedError,
+        )
 
 
 def window(check: Checker, size: Any) -> tuple[int | None, int | None] | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -18,18 +20,35 @@ from ..attention import flash_attention
 from ..batch_dims import as_bias, over_batch_dims
 from ..checker import MARK_STATIC, Checker
 from ..options import Implementation
+from . import arguments
+from .levanter_grug import grug_attention
 
+_FIELDS = (
+    "bidirectional_window",
+    "causal_offset",
+    "explicit_mask",
+    "is_causal",
+    "segment_ids",
+    "sliding_window",
+)
 NamedArray = Any  # haliax's class; haliax is imported only when one is made
 Axis = Any
 
 
 def patch() -> None:
-    """Puts this `dot_product_attention` in the place of Levanter's own, also in modules that have taken the name from
-    `levanter.layers.attention` (some models, which importing levanter may load)."""
-    own = import_module("levanter.layers.attention").dot_product_attention
-    for name, module in list(sys.modules.items()):
-        if name.startswith("levanter") and getattr(module, "dot_product_attention", None) is own:
-            setattr(module, "dot_product_attention", dot_product_attention)  # noqa: B010
+    """Puts `dot_product_attention` and `grug_attention` in the place of Levanter's own, also in modules that have taken
+    the names from `levanter.layers.attention` and `levanter.grug.attention` (some models, which importing levanter may
+    load)."""
+    _replace("levanter.layers.attention", "dot_product_attention", dot_product_attention)
+    with suppress(ModuleNotFoundError):  # versions without grug
+        _replace("levanter.grug.attention", "attention", grug_attention)
+
+
+def _replace(module: str, name: str, ours: Callable[..., Any]) -> None:
+    own = getattr(import_module(module), name)
+    for loaded, x in list(sys.modules.items()):
+        if loaded.startswith("levanter") and getattr(x, name, None) is own:
+            setattr(x, name, ours)
 
 
 def dot_product_attention(
@@ -276,7 +295,8 @@ class _Seen:
         if not hasattr(mask, "is_causal"):
             found.arrays["dense"] = axes.scores(check, "mask", mask).astype(bool)
             return found
-        _require_known(check, mask)
+        instead = "mask.materialize(QPos, KPos) is an array with all of them"
+        arguments.known_fields(check, mask, _FIELDS, instead)
         offset = getattr(mask, "causal_offset", None)
         found.causal = mask.is_causal and offset is None
         if mask.is_causal and offset is not None:
@@ -300,25 +320,6 @@ class _Seen:
                 x = x.rename({either[0]: pos.name}) if either else x
                 found.arrays[name] = axes.entries(check, "mask's segment_ids", x, pos)
         return found
-
-
-def _require_known(check: Checker, mask: Any) -> None:
-    """Raises if a field that another version of Levanter has hides or shows keys."""
-    known = {
-        "is_causal",
-        "causal_offset",
-        "explicit_mask",
-        "segment_ids",
-        "sliding_window",
-        "bidirectional_window",
-    }
-    other = [name for name, x in vars(mask).items() if name not in known and x is not None and x is not False]
-    if other:
-        raise check.fail(
-            f"mask has {', '.join(sorted(other))}, which this version of jax_flash does not know, only "
-            f"{', '.join(sorted(known))}; mask.materialize(QPos, KPos) is an array with all of them",
-            NotImplementedError,
-        )
 
 
 def _arranged(x: Any, order: tuple[Axis, ...]) -> Array:
