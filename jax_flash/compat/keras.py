@@ -6,8 +6,10 @@
     nn.dot_product_attention = dot_product_attention
 
 `keras.ops.dot_product_attention`, MultiHeadAttention, GroupQueryAttention and the models of keras_hub then run here,
-where Keras calls its backend's function: it does not for layers with dropout or with returned attention scores, nor for
-keras_hub's Gemma on CPUs. It holds for Keras 3.15.1. This module does not import Keras.
+where Keras calls its backend's function: it does not for layers with dropout, with returned attention scores or with
+several attention axes. keras_hub 0.32 computes scores itself in T5, Falcon, gpt-oss, Bloom, DeBERTa, XLNet, Gemma 3n and
+Gemma 2, and on CPUs in its other Gemmas, Mixtral and Qwen MoE. It holds for Keras 3.15.1. This module does not import
+Keras.
 """
 
 from __future__ import annotations
