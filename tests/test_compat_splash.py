@@ -306,6 +306,13 @@ def test_shards_of_heads_and_queries(name, kernel):
     assert_close(jax.jit(run)(whole, Q[0], K[0], V[0], one), np.asarray(right))
 
 
+def test_shards_may_be_named_where_they_are_1_by_default():
+    for one in (splash.make_splash_mha_single_device, splash.make_splash_mqa_single_device):
+        kernel = one(multi_head(splash, "causal"), head_shards=2, q_seq_shards=3)
+        assert kernel.shards == (2, 3)
+        assert one(multi_head(splash, "causal")).shards == (1, 1)
+
+
 def test_a_name_for_remat():
     kernel = make(multi_head(splash, "causal"), residual_checkpoint_name="context", save_residuals=True)
     assert str(jax.make_jaxpr(kernel)(Q[0], K[0], V[0])).count("name=context") == 2

@@ -300,13 +300,13 @@ def make_splash_mqa(mask: Any, **options: Any) -> SplashAttentionKernel:
 
 
 def make_splash_mha_single_device(mask: Any, **options: Any) -> SplashAttentionKernel:
-    """`make_splash_mha` with head_shards and q_seq_shards 1."""
-    return make_splash_mha(mask, head_shards=1, q_seq_shards=1, **options)
+    """`make_splash_mha` with head_shards and q_seq_shards 1 by default."""
+    return make_splash_mha(mask, **{"head_shards": 1, "q_seq_shards": 1, **options})
 
 
 def make_splash_mqa_single_device(mask: Any, **options: Any) -> SplashAttentionKernel:
-    """`make_splash_mqa` with head_shards and q_seq_shards 1."""
-    return make_splash_mqa(mask, head_shards=1, q_seq_shards=1, **options)
+    """`make_splash_mqa` with head_shards and q_seq_shards 1 by default."""
+    return make_splash_mqa(mask, **{"head_shards": 1, "q_seq_shards": 1, **options})
 
 
 def _of_heads(heads: list[Any]) -> list[Found]:
