@@ -7,9 +7,8 @@
 
 `keras.ops.dot_product_attention`, MultiHeadAttention, GroupQueryAttention and the models of keras_hub then run here,
 where Keras calls its backend's function: it does not for layers with dropout, with returned attention scores or with
-several attention axes. keras_hub 0.32 computes scores itself in T5, Falcon, gpt-oss, Bloom, DeBERTa, XLNet, Gemma 3n and
-Gemma 2, and on CPUs in its other Gemmas, Mixtral and Qwen MoE. It holds for Keras 3.15.1. This module does not import
-Keras.
+several attention axes. keras_hub 0.32 computes scores itself in T5, Falcon, gpt-oss, Bloom, DeBERTa, XLNet, Gemma 2 and
+3n, and on CPUs in its other Gemmas, Mixtral and Qwen MoE. It holds for Keras 3.15.1. This module does not import Keras.
 """
 
 from __future__ import annotations
