@@ -118,11 +118,10 @@ struct GradientProducer {
     load_rows<TileShape>(ptx::shared_address(to), 0, map, pipe.full_barrier(use), at);
   }
 
-  // Full when the thread that loads may read a tile's state. In the plain kernel it may do so when the walk
-  // is known, before lengths and addresses of other operands are.
+  // Full when the thread that loads may read a tile's state: in the plain kernel when the walk is known,
+  // before the addresses of other operands are.
   __device__ __forceinline__ const auto& loading_pipe() const {
     if constexpr (C::kLoadsEarly) {
-      for (const auto* map : {&maps.query, &maps.dout, &maps.key, &maps.value}) ptx::prefetch_map(*map);
       return shared.walk_pipe;
     } else {
       return shared.state_pipe;
@@ -131,6 +130,8 @@ struct GradientProducer {
 
   // One thread loads Q and dO of the first step, K and V, then Q and dO of the other steps.
   __device__ __forceinline__ void load_tiles() {
+    if constexpr (C::kLoadsEarly)
+      for (const auto* map : {&maps.query, &maps.dout, &maps.key, &maps.value}) ptx::prefetch_map(*map);
     for_steps(
         loading_pipe(),
         [&](const Tile& tile, const QueryStep& step) {
