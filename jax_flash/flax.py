@@ -83,8 +83,9 @@ def attention_fn(
       force_fp32_for_softmax: the softmax is always float32; with True weights that are sown are float32 too.
       promote_dtype: a function that replaces the promotion, called with `(query, key, value)` and `dtype=`.
       is_causal: query i attends to keys 0 … i. nnx passes it, so that one bound with `functools.partial` has no
-        effect. A single query with a mask is a decode step, whose mask says which cached keys exist. There `is_causal`, which some versions of nnx pass, is ignored, and the query's position,
-        for `window` and `alibi_slopes`, is that of the last key that the mask shows.
+        effect. A single query with a mask is a decode step, whose mask says which cached keys exist. There
+        `is_causal`, which some versions of nnx pass, is ignored, and the query's position, for `window` and
+        `alibi_slopes`, is that of the last key that the mask shows.
       segment_ids: int32 `(q_ids [batch..., q_length], kv_ids [batch..., kv_length])`, or one array for both; a query
         attends only to keys of its own segment.
       sinks: float32 `[heads]`, or for each token `[batch..., q_length, heads]`; differentiable.
