@@ -20,7 +20,7 @@ from jax import lax
 from . import _jax
 from .autodiff import Operands, Results, attend, is_empty, without_elements
 from .operands import DROPOUT_HEAD
-from .sequence.transfer import send
+from .sequence.transfer import gathered, send
 from .spec import AttentionSpec, Ring
 from .zigzag import zigzag_permute, zigzag_unpermute
 
@@ -170,7 +170,7 @@ class _Exchange:
         return (self.device * (self.hq // self.devices)).astype(jnp.uint32)
 
     def all_tokens(self, x: jax.Array, tokens: int) -> jax.Array:
-        return self.in_sequence(lax.all_gather(x, self.ring.axes, axis=tokens, tiled=True), tokens)
+        return self.in_sequence(gathered(x, self.ring.axes, tokens), tokens)
 
     def in_sequence(self, x: jax.Array, tokens: int) -> jax.Array:
         return zigzag_unpermute(x, self.devices, tokens) if self.zigzag else x

@@ -41,6 +41,8 @@ Results = tuple[jax.Array, ...]
 
 def attend(spec: AttentionSpec, operands: Operands) -> Results:
     """out, lse and, where the spec asks for it, row_max of checked operands, by plain JAX or by the custom call."""
+    if _jax.manual_axes()[0] and is_empty(operands):
+        return without_elements(spec, operands)
     # Dropout's bits depend on the position in the larger sequence.
     if "position" in operands and "dropout" in operands:
         first = operands["position"].astype(jnp.uint32)
@@ -52,8 +54,6 @@ def attend(spec: AttentionSpec, operands: Operands) -> Results:
 
 def _in_plain_jax(spec: AttentionSpec, operands: Operands) -> Sequence[jax.Array]:
     if _jax.manual_axes()[0]:
-        if is_empty(operands):
-            return without_elements(spec, operands)
         operands = _jax.equally_varying(operands, spec.ring.axes if spec.ring else ())
     types = result_types(FORWARD, spec, {name: jax.typeof(x) for name, x in operands.items()})
     shardings = tuple(x.sharding for x in types)
@@ -73,7 +73,8 @@ def is_empty(operands: Operands) -> bool:
 
 
 def without_elements(spec: AttentionSpec, operands: Operands) -> Results:
-    """Results without elements: XLA does not compile the gradient of such a shard (jaxlib 0.10 to 0.12)."""
+    """Results without elements: XLA does not compile the gradient of such a shard, or its maximum (jaxlib 0.10 to
+    0.12)."""
     query = operands["query"]
     shapes = result_shapes(FORWARD, spec, {name: x.shape for name, x in operands.items()})
     made = {name: jnp.zeros(shape, query.dtype) for name, shape in zip(result_names(FORWARD, spec), shapes)}

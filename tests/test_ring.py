@@ -349,6 +349,36 @@ def test_an_empty_batch_or_sequence_in_and_outside_jit(implementation, empty, mo
         assert {leaf.shape for leaf in jax.tree.leaves(run(arrays)) if leaf.ndim} == {x.shape}
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("mode", ["ring", "all_to_all"])
+def test_no_queries_or_no_keys_beside_what_is_gathered(implementation, mode):
+    """XLA refuses to gather along a dimension without elements, and a maximum of a shard without any."""
+    makes = {
+        "segments": lambda q, k: masks.segments(q, k) & masks.segments(q, k),
+        "positions": masks.by_position,
+        "spans": lambda q, k: masks.bidirectional_spans(q),
+    }
+    split, by_row = P(None, "ring"), P(None, None, "ring")
+    for sq, sk in ((0, 4), (4, 0), (0, 0)):
+        q, k = jnp.ones((1, sq, 4, 8)), jnp.ones((1, sk, 4, 8))
+        ids = [jnp.zeros((1, size), jnp.int32) for size in (sq, sk)]
+        for make in makes.values():
+
+            def local(q, k, q_ids, k_ids, make=make):
+                options = {"mode": mode, "implementation": implementation, "segment_ids": (q_ids, k_ids)}
+                options |= {"mask": make(q_ids, k_ids), "return_lse": True, "return_max": True}
+                return ring_attention(q, k, k, axis_name="ring", **options)
+
+            mapped = jax.shard_map(
+                local, mesh=mesh_of(2), in_specs=(split,) * 4, out_specs=(split, by_row, P())
+            )
+            out, lse, largest = jax.jit(mapped)(q, k, *ids)
+            assert out.shape == q.shape
+            assert not out.any()
+            assert np.isneginf(lse).all()
+            assert np.isneginf(largest).all()
+
+
 def test_outside_shard_map_is_refused():
     with pytest.raises(ValueError, match="axis_name must name axes"):
         ring_attention(*make_inputs(PLAIN).positional.values(), axis_name="ring")

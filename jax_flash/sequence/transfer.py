@@ -20,3 +20,12 @@ def send(x: Array, ring: Ring, route: Sequence[tuple[int, int]]) -> Array:
     number = np.arange(ring.size).reshape(sizes).transpose([axes.index(axis) for axis in ring.axes]).ravel()
     sent: Array = lax.ppermute(x, axes, [(int(number[a]), int(number[b])) for a, b in route])
     return sent
+
+
+def gathered(x: Array, axes: Sequence[str], axis: int) -> Array:
+    """The arrays of all devices along mesh axes, joined along `axis`. XLA gathers along no dimension without
+    elements."""
+    if x.shape[axis] == 0:
+        return x
+    every: Array = lax.all_gather(x, tuple(axes), axis=axis, tiled=True)
+    return every

@@ -8,9 +8,10 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from .._jax import equally_varying, in_automatic_axes, manual_axes, same_dim
+from ..sequence.transfer import gathered
 from . import forms
 from .forms import Form
 
@@ -92,9 +93,7 @@ def both_segments(ring_axes: Sequence[str], a: forms.Segments, b: forms.Segments
     """Ids that are equal where both ids are equal: numbers of the pairs of ids, in a ring of those of all devices."""
 
     def of_all_devices(x: Array) -> Array:
-        varying = equally_varying({"x": x}, ring_axes)["x"]
-        every: Array = lax.all_gather(varying, ring_axes, axis=1, tiled=True)
-        return every
+        return gathered(equally_varying({"x": x}, ring_axes)["x"], ring_axes, 1)
 
     def pairs(name: str, x: Array, y: Array) -> Array:
         both = _of_one_shape("segments(…) & segments(…)", name, "b|1, s|1", 2, x, y)

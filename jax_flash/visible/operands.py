@@ -17,6 +17,7 @@ from ..masks import Mask
 from ..operands import OPTIONAL
 from ..paged import gather
 from ..sequence.passes import takes_blocks
+from ..sequence.transfer import gathered
 from ..spec import AttentionSpec, Ring
 from ..zigzag import zigzag_unpermute
 from . import bands, conjunctions, elements, forms
@@ -210,12 +211,12 @@ def _ring_rows(ring: Ring, sq: int, sk: int) -> Rows:
         half = jnp.arange(sq // 2, dtype=jnp.int32)
         index = jnp.concatenate([device * (sq // 2) + half, (2 * n - 1 - device) * (sq // 2) + half])
 
-    def gathered(x: Array) -> Array:
-        every = lax.all_gather(x, ring.axes, axis=x.ndim - 1, tiled=True)
+    def of_all_devices(x: Array) -> Array:
+        every = gathered(x, ring.axes, x.ndim - 1)
         return zigzag_unpermute(every, n, x.ndim - 1) if ring.order == "zigzag" else every
 
     lengths, keys = (jnp.full((1, 1), n * s, jnp.int32) for s in (sq, sk))
-    return Rows(index[None].astype(jnp.int32), lengths, keys, whole=gathered)
+    return Rows(index[None].astype(jnp.int32), lengths, keys, whole=of_all_devices)
 
 
 def _varlen_rows(operands: Operands) -> Rows:
