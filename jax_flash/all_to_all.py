@@ -100,7 +100,13 @@ class _Exchange:
 
     def repeated(self, x: jax.Array) -> jax.Array:
         """Keys or values [b, s, hk, d], each head `times` times."""
-        return _jax.repeated(lambda x: jnp.repeat(x, self.times, 2), x) if self.times > 1 else x
+        if self.times == 1:
+            return x
+
+        def repeat(x: jax.Array) -> jax.Array:
+            return jnp.repeat(x, self.times, 2, out_sharding=_jax.explicit_sharding(x))
+
+        return _jax.repeated(repeat, x)
 
     def scores(self, x: jax.Array, rows: int) -> jax.Array:
         """A mask or bias [b|1, hq|1, rows|1, sk|1] with the columns of all keys in the order of the sequence, or ranges

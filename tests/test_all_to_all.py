@@ -229,6 +229,29 @@ def test_beside_a_batch_and_a_head_axis(kernel, kv_heads, kind):
             assert set(collectives(compiled.as_text())) == {"collective-permute"}
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
+def test_repeated_kv_heads_beside_a_head_axis(kernel, kind):
+    """Explicit axes need the sharding of what repeats the heads."""
+    case, mesh = CAUSAL.replace(hk=2), make_mesh(4, heads=2, kind=kind)
+    arrays = arrays_of(case)
+
+    def inside(arrays):
+        options = case.options | {"implementation": kernel, "return_lse": True}
+        return jax_flash.ring_attention(**arrays, axis_name=AXIS, mode="all_to_all", **options)
+
+    mapped = jax.shard_map(
+        inside,
+        mesh=mesh,
+        in_specs=(dict.fromkeys(arrays, P(None, AXIS)),),
+        out_specs=(P(None, AXIS), P(None, None, AXIS)),
+        axis_names={AXIS},
+    )
+    wanted = jax.device_get(jax.jit(with_gradients(attention(case, kernel)))(arrays))
+    with jax.set_mesh(mesh):
+        placed = place(mesh, arrays, dict.fromkeys(arrays, P(None, AXIS, "heads")))
+        assert_same(jax.device_get(jax.jit(with_gradients(mapped))(placed)), wanted)
+
+
 def test_in_scan_over_layers_with_remat(kernel):
     """A policy that keeps attention's results runs its forward once; the all-to-alls of k and v run again."""
     mesh = make_mesh(4)

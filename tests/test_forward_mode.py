@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import checks
@@ -14,9 +15,11 @@ import oracle
 import pages
 import pytest
 from cases import BY_NAME, Case, Inputs, make_inputs, operands, poisoned, spec, varlen
-from conftest import IMPLEMENTATION
+from conftest import IMPLEMENTATION, IMPLEMENTATIONS
 from pages import FLOAT8, paged
 from test_paged import CHUNK, MIXED
+
+from jax_flash import flash_attention
 
 Arrays = dict[str, Any]
 
@@ -272,3 +275,14 @@ def test_rows_that_miss_a_page_have_nan_tangents_and_others_their_own(implementa
     for x, y in zip(got, wanted):
         assert np.isnan(x[0]).all()
         np.testing.assert_allclose(x[1], y[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("empty", ["b", "s"])
+def test_a_mapped_call_without_queries(implementation: str, empty: str) -> None:
+    """JAX 0.12 maps the product of no elements, a custom_jvp, to a wrong shape."""
+    query = jnp.zeros((3, 0, 1, 2, 8) if empty == "b" else (3, 1, 0, 2, 8))
+    key = jnp.zeros((3, 0 if empty == "b" else 1, 4, 2, 8))
+    call = jax.vmap(partial(flash_attention, implementation=implementation))
+    out, tangent = jax.jvp(call, (query, key, key), (query, key, key))
+    assert out.shape == tangent.shape == query.shape
