@@ -230,9 +230,10 @@ def test_beside_a_batch_and_a_head_axis(kernel, kv_heads, kind):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
-def test_repeated_kv_heads_beside_a_head_axis(kernel, kind):
-    """Explicit axes need the sharding of what repeats the heads."""
-    case, mesh = CAUSAL.replace(hk=2), make_mesh(4, heads=2, kind=kind)
+@pytest.mark.parametrize(("hq", "hk"), [(8, 2), (24, 6)])
+def test_other_numbers_of_heads_beside_a_head_axis(kernel, hq, hk, kind):
+    """Explicit axes need the sharding of what repeats KV heads, and split no dimension into 3 · 4 · 2 heads."""
+    case, mesh = CAUSAL.replace(hq=hq, hk=hk), make_mesh(4, heads=2, kind=kind)
     arrays = arrays_of(case)
 
     def inside(arrays):
