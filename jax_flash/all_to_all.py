@@ -181,7 +181,11 @@ class _Exchange:
         return (self.device * (self.hq // self.devices)).astype(jnp.uint32)
 
     def all_tokens(self, x: jax.Array, tokens: int) -> jax.Array:
-        return self.in_sequence(gathered(x, self.ring.axes, tokens), tokens)
+        # JAX does not lower the transpose, a reduce-scatter, beside explicit axes (0.12).
+        every: jax.Array = _jax.in_automatic_axes(
+            lambda x: gathered(x, self.ring.axes, tokens), x, jax.typeof(x).sharding
+        )
+        return self.in_sequence(every, tokens)
 
     def in_sequence(self, x: jax.Array, tokens: int) -> jax.Array:
         return zigzag_unpermute(x, self.devices, tokens) if self.zigzag else x

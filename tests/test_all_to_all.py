@@ -230,11 +230,12 @@ def test_beside_a_batch_and_a_head_axis(kernel, kv_heads, kind):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
-@pytest.mark.parametrize(("hq", "hk"), [(8, 2), (24, 6)])
-def test_other_numbers_of_heads_beside_a_head_axis(kernel, hq, hk, kind):
-    """Explicit axes need the sharding of what repeats KV heads, and split no dimension into 3 · 4 · 2 heads."""
-    case, mesh = CAUSAL.replace(hq=hq, hk=hk), make_mesh(4, heads=2, kind=kind)
+@pytest.mark.parametrize("options", [{"hk": 2}, {"hq": 24, "hk": 6}, {"bias": (2, 1, 16, 16)}], ids=str)
+def test_what_jax_refuses_of_explicit_axes(kernel, options, kind):
+    """Repeated KV heads, 24 heads as 3 · 4 · 2, and the transpose of gathered rows of a bias."""
+    case, mesh = CAUSAL.replace(**options), make_mesh(4, heads=2, kind=kind)
     arrays = arrays_of(case)
+    specs = specs_of(case, arrays)
 
     def inside(arrays):
         options = case.options | {"implementation": kernel, "return_lse": True}
@@ -243,13 +244,13 @@ def test_other_numbers_of_heads_beside_a_head_axis(kernel, hq, hk, kind):
     mapped = jax.shard_map(
         inside,
         mesh=mesh,
-        in_specs=(dict.fromkeys(arrays, P(None, AXIS)),),
+        in_specs=(specs,),
         out_specs=(P(None, AXIS), P(None, None, AXIS)),
         axis_names={AXIS},
     )
     wanted = jax.device_get(jax.jit(with_gradients(attention(case, kernel)))(arrays))
     with jax.set_mesh(mesh):
-        placed = place(mesh, arrays, dict.fromkeys(arrays, P(None, AXIS, "heads")))
+        placed = place(mesh, arrays, specs | dict.fromkeys(("query", "key", "value"), P(None, AXIS, "heads")))
         assert_same(jax.device_get(jax.jit(with_gradients(mapped))(placed)), wanted)
 
 
