@@ -7,7 +7,7 @@ which compiles sooner than their operations do one by one, except on GPUs.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -22,6 +22,11 @@ from programs import attention, weights
 
 import jax_flash
 from jax_flash.backends import compute_capability
+
+# Of tests of Hopper's kernels; other implementations have the same calls in other files.
+on_hopper = pytest.mark.skipif(
+    "emulated" in sys.modules or IMPLEMENTATION != "cuda", reason="Hopper's kernels are not tested"
+)
 
 # Head dims for which Hopper's kernels differ most; on CPUs 512 would only take time.
 HOPPER_HEAD_DIMS = (64, 128, 256, *([512] if IMPLEMENTATION == "cuda" else []))
@@ -242,6 +247,12 @@ def check_poisoned(case: Case, implementation: str, deterministic: bool | None =
     oracle.assert_result(got, right, low, case)
 
 
+def check_poisoned_gradients(case: Case, implementation: str) -> None:
+    """Like check_poisoned(); fails where gradients are not built. Half of the cases are deterministic."""
+    assert why_no_gradients(case, implementation) is None
+    check_poisoned(case, implementation)
+
+
 def assert_gradients_repeat(shapes: Sequence[tuple[int, ...]], implementation: str, **options: Any) -> None:
     """Gradients of bfloat16 q, k, v and dout of these shapes have the same bits twice."""
     q, k, v, dout = (jax.random.normal(jax.random.key(i), x, jnp.bfloat16) for i, x in enumerate(shapes))
@@ -254,6 +265,23 @@ def assert_gradients_repeat(shapes: Sequence[tuple[int, ...]], implementation: s
 
     for x, y in zip(gradients(), gradients(), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+def crossed(
+    make: Callable[..., Case], options: Iterable[str], sizes: Iterable[tuple[int, int]]
+) -> list[Case]:
+    """make(option, sq, sk, d=…, dtype=…) of all options and sizes, in turn with every kind of Hopper's head dims up to
+    128 and both 16-bit dtypes."""
+    return [
+        make(
+            option,
+            *size,
+            d=(64, 128, 40, 80, 96, 72)[(i + j) % 6],
+            dtype=("bfloat16", "float16")[(i // 2 + j) % 2],
+        )
+        for i, option in enumerate(options)
+        for j, size in enumerate(sizes)
+    ]
 
 
 def in_some_dtypes(cases: tuple[Case, ...], implementation: str) -> tuple[Case, ...]:

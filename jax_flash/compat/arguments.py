@@ -1,10 +1,10 @@
-"""Converts flash_attn's arguments to this library's."""
+"""Checks and conversions that adapters share, most of them of flash_attn's arguments."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -134,6 +134,23 @@ def known_fields(check: Checker, mask: Any, known: Sequence[str], instead: str) 
             f"{', '.join(known)}; {instead}",
             NotImplementedError,
         )
+
+
+class SegmentIds(NamedTuple):
+    """Segments of queries and keys, int32; a query sees keys of its own segment alone."""
+
+    q: ArrayLike
+    kv: ArrayLike
+
+
+def segment_ids(check: Checker, ids: Any) -> tuple[Any, Any]:
+    """Those of queries and of keys in `SegmentIds`, also of JAX's classes."""
+    if not (hasattr(ids, "q") and hasattr(ids, "kv")):
+        raise check.fail(
+            f"segment_ids must be SegmentIds(q, kv), got {type(ids).__name__}; SegmentIds(*pair) makes it of two",
+            TypeError,
+        )
+    return ids.q, ids.kv
 
 
 def window(check: Checker, size: Any) -> tuple[int | None, int | None] | None:

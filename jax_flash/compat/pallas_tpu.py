@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -13,16 +13,12 @@ from ..batch_dims import as_bias
 from ..checker import Checker
 from ..options import ArrayLike, Implementation, Number
 from . import arguments
+from .arguments import SegmentIds
+
+__all__ = ["BlockSizes", "SegmentIds", "flash_attention"]
 
 _CHECK = Checker("pallas_tpu.flash_attention")
 _SCORES = "b h sq sk"
-
-
-class SegmentIds(NamedTuple):
-    """Segments of queries `[b, sq]` and keys `[b, sk]`, int32; a query sees keys of its own segment alone."""
-
-    q: ArrayLike
-    kv: ArrayLike
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,7 @@ def flash_attention(
       k, v: `[b, hk, sk, d]` and `[b, hk, sk, dv]`, q's dtype. Pallas's kernel needs `h == hk` and `d == dv`, here `hk`
         divides `h`.
       ab: a bias that broadcasts to `[b, h, sq, sk]`, added before the scale: S = sm_scale · (q·kᵀ + ab).
-      segment_ids: `SegmentIds` of this module or JAX's.
+      segment_ids: `SegmentIds` of this module or JAX's, of `[b, sq]` and `[b, sk]`.
       causal: query i attends to keys 0 … i, whatever the lengths.
       sm_scale: 1 by default.
       block_sizes, debug: have no effect. No length has to be a multiple of a block size.
@@ -97,19 +93,13 @@ def flash_attention(
         sizes = query.shape[0], query.shape[2], query.shape[1], key.shape[1]
         bias = as_bias(_CHECK.broadcastable("ab", _CHECK.array("ab", ab), sizes, _SCORES), query.dtype)
         bias = bias if scale == 1 else bias.astype(jnp.float32) * scale  # 16 bits would round the product
-    if segment_ids is not None and not (hasattr(segment_ids, "q") and hasattr(segment_ids, "kv")):
-        raise _CHECK.fail(
-            f"segment_ids must be SegmentIds(q, kv), got {type(segment_ids).__name__}; SegmentIds(*pair) makes it of "
-            "two",
-            TypeError,
-        )
     out: Array = attend(
         query,
         key,
         value,
         causal=causal,
         align="top_left",
-        segment_ids=None if segment_ids is None else (segment_ids.q, segment_ids.kv),
+        segment_ids=None if segment_ids is None else arguments.segment_ids(_CHECK, segment_ids),
         scale=scale,
         bias=bias,
         implementation=implementation,

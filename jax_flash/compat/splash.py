@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from ..attention import flash_attention
 from ..checker import Checker
 from ..options import ArrayLike, Implementation, Number
 from . import arguments, costs
+from .arguments import SegmentIds
 from .splash_masks import (
     Band,
     CausalMask,
@@ -64,13 +65,6 @@ __all__ = [
 _CHECK = Checker("splash")
 
 
-class SegmentIds(NamedTuple):
-    """Segments of queries `[sq]` and keys `[sk]`, int32; a query sees keys of its own segment alone."""
-
-    q: ArrayLike
-    kv: ArrayLike
-
-
 class QKVLayout(IntEnum):
     """Splash's layouts. Code that makes BlockSizes still works, but they have no effect."""
 
@@ -113,7 +107,7 @@ class SplashAttentionKernel:
     Args of a call:
       q: `[hq, sq, d]`, float16, bfloat16 or float32. It is not scaled: multiply it by 1/√d.
       k, v: `[hk, sk, d]` and `[hk, sk, dv]`, q's dtype; of an MQA kernel without heads, `[sk, d]` and `[sk, dv]`.
-      segment_ids: `SegmentIds` of this module or JAX's.
+      segment_ids: `SegmentIds` of this module or JAX's, of `[sq]` and `[sk]`.
       sinks: `[hq]`, logits that take part in the softmax sum only. Differentiable.
 
     Returns:
@@ -337,13 +331,9 @@ def _dense(seen: Any, why: str) -> Any:
 
 
 def _segments(ids: Any, query: Array, key: Array) -> tuple[Array, Array]:
-    if not (hasattr(ids, "q") and hasattr(ids, "kv")):
-        raise _CHECK.fail(
-            f"segment_ids must be SegmentIds(q, kv), got {type(ids).__name__}; SegmentIds(*pair) makes it of two",
-            TypeError,
-        )
+    of_queries, of_keys = arguments.segment_ids(_CHECK, ids)
     found = []
-    for name, x, array in (("q", ids.q, query), ("kv", ids.kv, key)):
+    for name, x, array in (("q", of_queries, query), ("kv", of_keys, key)):
         numbers = _CHECK.int32(f"segment_ids.{name}", x)
         _CHECK.shape(f"segment_ids.{name}", numbers, array.shape[1:2], "sq" if name == "q" else "sk")
         found.append(numbers[None])

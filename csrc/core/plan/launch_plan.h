@@ -58,8 +58,8 @@ enum class DqRounding : uint8_t {
 // `decode` and `decode_kernel` belong to decode, `score` and `shared` to the forward.
 //
 // The forward runs over query tiles. The backward runs over key tiles and adds dQ to float32 sums or,
-// where dQ has to be repeatable, a second kernel over query tiles computes dQ; where all keys lie in one tile
-// it stores dQ. The bias gradient runs over the tiles of dbias, whose CTAs are counted in `queries`.
+// where dQ has to be repeatable, a second kernel over query tiles computes dQ; or its CTAs store dQ. The bias
+// gradient runs over the tiles of dbias, whose CTAs are counted in `queries`.
 struct LaunchPlan {
   int32_t kernel = -1;         // index into the built rows; -1: none runs
   int32_t decode_kernel = -1;  // with packed sequences: runs first, for sequences with few rows; -1: none

@@ -33,6 +33,7 @@
 #include "cuda/backward/hopper_load.cuh"
 #include "cuda/backward/hopper_single_consumer.cuh"
 #include "cuda/backward/hopper_state.cuh"
+#include "cuda/backward/hopper_tickets.cuh"
 #include "cuda/backward/query_sums.cuh"
 #include "cuda/gradient.cuh"
 #include "cuda/hopper/roles.cuh"
@@ -173,7 +174,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kSingle ? 2 : 1)
     if (warp == 1 && leads) producer.load_tiles();
     if (warp == 2) producer.load_statistics();
     if constexpr (C::kOrdered) {
-      if (warp == 3 && (leads || GradientProducer<C>::kWarpOrders)) producer.order_sums();
+      if (warp == 3 && (leads || kWarpOrders<C>)) order_sums(producer);
     }
     if constexpr (kStagesTiles<C>) {
       if (warp == 3) producer.load_score_tiles();

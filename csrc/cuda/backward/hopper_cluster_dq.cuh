@@ -5,6 +5,7 @@
 
 #include "cuda/backward/hopper_cluster_consumer.cuh"
 #include "cuda/backward/hopper_sums.cuh"
+#include "cuda/backward/hopper_tickets.cuh"
 #include "cuda/ptx/atomic.cuh"
 #include "cuda/ptx/tma.cuh"
 
@@ -27,33 +28,28 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
   static constexpr uint32_t kParts = C::kCluster * (C::kDqByTma ? 1 : kConsumerWarps);
   uint32_t* ticket = nullptr;  // the counter of a finished ticket that has not been passed on yet
 
-  __device__ __forceinline__ int32_t ticket_of(const QueryStep& step) const {
-    return step.tile >> grid.ticket_shift;
-  }
   // Whether a step is the first, or the last, of its ticket. Steps go backwards over the query tiles, and
   // over the heads within each tile.
   __device__ __forceinline__ bool begins_ticket(const QueryStep& step) const {
-    const bool first = ticket_of(step) != (step.tile + 1) >> grid.ticket_shift;
+    const bool first = ticket_of(grid, step) != (step.tile + 1) >> grid.ticket_shift;
     return step.head % kTicketSteps == 0 && (first || step.tile == uniform(tile().walk.tiles.hi) - 1);
   }
   __device__ __forceinline__ bool ends_ticket(const QueryStep& step) const {
-    const bool last = ticket_of(step) != (step.tile - 1) >> grid.ticket_shift;
+    const bool last = ticket_of(grid, step) != (step.tile - 1) >> grid.ticket_shift;
     const bool last_head = (step.head + 1) % kTicketSteps == 0 || step.head == uniform(tile().walk.heads) - 1;
     return last_head && (last || step.tile == uniform(tile().walk.tiles.lo));
   }
-  __device__ __forceinline__ uint32_t* count_of(const QueryStep& step) const {
-    const int32_t head = step.head / kTicketSteps * kTicketSteps;
-    return tile().tickets + head * grid.sums.tiles + (ticket_of(step) << grid.ticket_shift);
+  __device__ __forceinline__ uint32_t* count(const QueryStep& step) const {
+    return count_of(grid, tile(), step, step.head / kTicketSteps * kTicketSteps);
   }
   __device__ __forceinline__ void wait_ticket(const QueryStep& step) const {
     if (C::kDqByTma && this->warp_row() > 0) return;
-    const uint32_t before =
-        kParts * tiles_before<C>(grid, p, tile(), ticket_of(step), C::kM << grid.ticket_shift);
+    const uint32_t before = kParts * tiles_before_ticket<C>(grid, p, tile(), step);
     if constexpr (C::kDqByTma) {
-      if (leads()) ptx::wait_count(count_of(step), before);
+      if (leads()) ptx::wait_count(count(step), before);
       __syncwarp();
     } else {
-      ptx::wait_at_least(count_of(step), before);
+      ptx::wait_at_least(count(step), before);
     }
   }
   // Called one step after the ticket's last, so that its additions have had time to complete.
@@ -123,7 +119,7 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
         add(dq, step, column);
       }
     }
-    if (grid.tickets && ends_ticket(step)) ticket = count_of(step);
+    if (grid.tickets && ends_ticket(step)) ticket = count(step);
   }
 
   // The dQ accumulator of a step's query tile.

@@ -71,8 +71,7 @@ __device__ __forceinline__ void schedule_tiles_of_heads(Producer& of, const Pers
 template <class Consumer, class Visit>
 __device__ __forceinline__ void for_sums(Consumer& of, float* tile, Visit visit) {
   using C = typename Consumer::Config;
-  Placement at = dq_placement<C>(of.consumer);
-  at.row += Consumer::warp_row();
+  const Placement at = dq_of_warp(of);
   if (C::kTakes96Queries && at.row >= C::kM) return;
   const int32_t d = of.p.head_dim, first = sum_offset<C::kM>(d, at.row, at.column) + 4 * Consumer::lane();
   float* const global = tile + first;

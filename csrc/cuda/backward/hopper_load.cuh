@@ -6,7 +6,6 @@
 
 #include "cuda/backward/hopper_state.cuh"
 #include "cuda/backward/hopper_sums.cuh"
-#include "cuda/backward/hopper_tickets.cuh"
 #include "cuda/backward/query_step.cuh"
 #include "cuda/gradient.cuh"
 #include "cuda/hopper/tile_scheduler.cuh"
@@ -314,70 +313,6 @@ struct GradientProducer {
           ptx::barrier_arrive_by_warp(shared.ready_pipe.full_barrier(use));
         },
         [&](const Tile&) { shared.state_pipe.release(tile_index); });
-  }
-
-  // A ticket of a deterministic call covers 2^ticket_shift query tiles of a head, because each ticket costs a
-  // wait for memory and a fence. Its counter is that of its first query tile.
-  __device__ __forceinline__ int32_t ticket_of(const QueryStep& step) const {
-    return step.tile >> grid.ticket_shift;
-  }
-  __device__ __forceinline__ uint32_t* count_of(const Tile& tile, const QueryStep& step) const {
-    return tile.tickets + step.head * grid.sums.tiles + (ticket_of(step) << grid.ticket_shift);
-  }
-  // For the first step of a ticket: the number of the step after its last one. Steps go backwards over the
-  // query tiles.
-  __device__ __forceinline__ int32_t end_of_ticket(const Tile& tile, const QueryStep& step) const {
-    const int32_t last = max(ticket_of(step) << grid.ticket_shift, tile.walk.tiles.lo);
-    return step.number + step.tile - last + 1;
-  }
-  // Lets consumers add dQ of the steps [step, end).
-  __device__ __forceinline__ void let_add(const QueryStep& step, int32_t end) const {
-#pragma unroll 1
-    for (int32_t use = step.number; use < end; ++use) shared.sum_pipe.arrive(use);
-  }
-
-  // One thread, where sums are ordered: lets consumers add dQ of a ticket when the key tiles with earlier
-  // tickets have, and raises the ticket's counter when they have added it. Meanwhile it watches for the next
-  // ticket of the key tile, so that consumers seldom wait. With segments it is the warp's first thread, and
-  // the others help to find the tickets.
-  static constexpr bool kWarpOrders = kTrimsSteps<C>;
-  __device__ __forceinline__ void order_sums() {
-    const bool leads = !kWarpOrders || threadIdx.x % 32 == 0;
-    const auto before = [&](const Tile& tile, const QueryStep& step) {  // how many key tiles come first
-      return tiles_before<C>(grid, p, tile, ticket_of(step), C::kM << grid.ticket_shift);
-    };
-    for (;; ++tile_index) {
-      shared.state_pipe.wait_full(tile_index);
-      const Tile& tile = shared.tiles[tile_index % kKeyTileStates<C>];
-      if (tile.done) return;
-      const auto& walk = tile.walk;
-      auto next = first_step(walk, step_use);  // the first step of a ticket
-      const int32_t end = next.number + walk.steps();
-      int32_t wanted = next.number < end ? before(tile, next) : 0;
-      bool allowed = false;
-#pragma unroll 1
-      while (next.number < end) {
-        const int32_t stop = end_of_ticket(tile, next);
-        uint32_t* const count = count_of(tile, next);
-        if (leads && !allowed) {
-          ptx::wait_at_least(count, wanted);
-          let_add(next, stop);
-        }
-        while (next.number < stop) next.advance(walk);
-        wanted = next.number < end ? before(tile, next) : 0;
-        allowed = false;
-        if (!leads) continue;
-        while (!allowed && next.number < end && !shared.sum_pipe.is_released(stop - 1)) {
-          allowed = ptx::is_at_least(count_of(tile, next), wanted);
-          if (allowed) let_add(next, end_of_ticket(tile, next));
-        }
-        shared.sum_pipe.wait_released(stop - 1);
-        ptx::raise_by_thread(count);
-      }
-      step_use = end;
-      if constexpr (kWarpOrders) __syncwarp();
-      if (leads) shared.state_pipe.release_by_thread(tile_index);
-    }
   }
 
   // One warp loads bias and mask of a step, for the keys from `key` on.

@@ -54,8 +54,7 @@ __device__ __forceinline__ void store_dq(Consumer& of, int32_t sum) {
   using C = typename Consumer::Config;
   using T = typename C::Element;
   const Problem& p = of.p;
-  Placement at = dq_placement<C>(of.consumer);
-  at.row += Consumer::warp_row();
+  const Placement at = dq_of_warp(of);
   if (C::kTakes96Queries && at.row >= C::kM) return;
   const int32_t tiles = of.grid.sums.tiles;
   const int32_t head = sum < tiles ? 0 : static_cast<uint32_t>(sum) / static_cast<uint32_t>(tiles);

@@ -17,12 +17,19 @@ __device__ __forceinline__ Placement dq_placement(int consumer) {
   return {0, 16, consumer * C::kDqColumns, 16};
 }
 
+// Where a warp's rows of its consumer's part lie. With 96 rows some warps have none.
+template <class Consumer>
+__device__ __forceinline__ Placement dq_of_warp(const Consumer& of) {
+  Placement at = dq_placement<typename Consumer::Config>(of.consumer);
+  at.row += Consumer::warp_row();
+  return at;
+}
+
 // Adds a consumer's dQ to the sums. `sum`: the index of the query tile among them.
 template <class Consumer>
 __device__ __forceinline__ void add_dq(Consumer& of, int32_t sum) {
   using C = typename Consumer::Config;
-  Placement at = dq_placement<C>(of.consumer);
-  at.row += Consumer::warp_row();
+  const Placement at = dq_of_warp(of);
   if (C::kTakes96Queries && at.row >= C::kM) return;
   float* const to = sum_tile<C::kM>(of.p, of.tile().sums, sum);
   // One test in place of one for every 8 columns, with a branch and an address each.

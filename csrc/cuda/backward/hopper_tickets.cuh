@@ -5,6 +5,7 @@
 
 #include "cuda/backward/hopper_state.cuh"
 #include "cuda/backward/hopper_sums.cuh"
+#include "cuda/backward/query_step.cuh"
 #include "cuda/ptx/atomic.cuh"
 #include "cuda/work.cuh"
 
@@ -45,6 +46,84 @@ __device__ __forceinline__ int32_t tiles_before(const KeyGrid& grid, const Probl
     }
   }
   return own - first;
+}
+
+// A ticket covers 2^ticket_shift query tiles of a head, because each ticket costs a wait for memory and a
+// fence. Its counter is that of its first query tile.
+__device__ __forceinline__ int32_t ticket_of(const KeyGrid& grid, const QueryStep& step) {
+  return step.tile >> grid.ticket_shift;
+}
+// The counter of a step's ticket, at a head of the group.
+template <class Tile>
+__device__ __forceinline__ uint32_t* count_of(const KeyGrid& grid, const Tile& tile, const QueryStep& step,
+                                              int32_t head) {
+  return tile.tickets + head * grid.sums.tiles + (ticket_of(grid, step) << grid.ticket_shift);
+}
+// The number of key tiles that add to a step's ticket before this one.
+template <class C, class Tile>
+__device__ __forceinline__ int32_t tiles_before_ticket(const KeyGrid& grid, const Problem& p,
+                                                       const Tile& tile, const QueryStep& step) {
+  return tiles_before<C>(grid, p, tile, ticket_of(grid, step), C::kM << grid.ticket_shift);
+}
+
+// Whether a whole warp finds the tickets, as tiles_before() needs it.
+template <class C>
+inline constexpr bool kWarpOrders = kTrimsSteps<C>;
+
+// One thread of a producer, where sums are ordered: lets consumers add dQ of a ticket when the key tiles with
+// earlier tickets have, and raises the ticket's counter when they have added it. Meanwhile it watches for the
+// next ticket of the key tile, so that consumers seldom wait. If a whole warp runs this, its first thread
+// does.
+template <class Producer>
+__device__ __forceinline__ void order_sums(Producer& of) {
+  using C = typename Producer::Config;
+  auto& shared = of.shared;
+  const KeyGrid& grid = of.grid;
+  const bool leads = !kWarpOrders<C> || threadIdx.x % 32 == 0;
+  for (;; ++of.tile_index) {
+    shared.state_pipe.wait_full(of.tile_index);
+    const auto& tile = shared.tiles[of.tile_index % kKeyTileStates<C>];
+    if (tile.done) return;
+    const auto& walk = tile.walk;
+    const auto before = [&](const QueryStep& step) { return tiles_before_ticket<C>(grid, of.p, tile, step); };
+    const auto count = [&](const QueryStep& step) { return count_of(grid, tile, step, step.head); };
+    // For the first step of a ticket: the number of the step after its last one. Steps go backwards over the
+    // query tiles.
+    const auto end_of_ticket = [&](const QueryStep& step) {
+      const int32_t last = max(ticket_of(grid, step) << grid.ticket_shift, walk.tiles.lo);
+      return step.number + step.tile - last + 1;
+    };
+    const auto let_add = [&](const QueryStep& step, int32_t end) {  // the steps [step, end)
+#pragma unroll 1
+      for (int32_t use = step.number; use < end; ++use) shared.sum_pipe.arrive(use);
+    };
+    auto next = first_step(walk, of.step_use);  // the first step of a ticket
+    const int32_t end = next.number + walk.steps();
+    int32_t wanted = next.number < end ? before(next) : 0;
+    bool allowed = false;
+#pragma unroll 1
+    while (next.number < end) {
+      const int32_t stop = end_of_ticket(next);
+      uint32_t* const own = count(next);
+      if (leads && !allowed) {
+        ptx::wait_at_least(own, wanted);
+        let_add(next, stop);
+      }
+      while (next.number < stop) next.advance(walk);
+      wanted = next.number < end ? before(next) : 0;
+      allowed = false;
+      if (!leads) continue;
+      while (!allowed && next.number < end && !shared.sum_pipe.is_released(stop - 1)) {
+        allowed = ptx::is_at_least(count(next), wanted);
+        if (allowed) let_add(next, end_of_ticket(next));
+      }
+      shared.sum_pipe.wait_released(stop - 1);
+      ptx::raise_by_thread(own);
+    }
+    of.step_use = end;
+    if constexpr (kWarpOrders<C>) __syncwarp();
+    if (leads) shared.state_pipe.release_by_thread(of.tile_index);
+  }
 }
 
 // Adds dQ when it is this key tile's turn.
