@@ -69,4 +69,5 @@ def test_tables_are_no_larger_than_the_pool():
     indices = jnp.zeros(64 * 2048, jnp.int32).at[:64].set(jnp.arange(64) % 32)
     arrays = (rows, rows, rows, cache, lengths, indices, offsets, 16 * offsets, jnp.array([0, 0, 64]))
     compiled = jax.jit(sglang_jax.ragged_paged_attention).lower(*arrays).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 2**22
+    # Each sequence's row of the tables would list all of these pages.
+    assert compiled.memory_analysis().temp_size_in_bytes < lengths.size * indices.nbytes

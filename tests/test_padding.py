@@ -100,10 +100,13 @@ def test_the_same_in_16_bit(case, dtype):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("size", [70, 40])  # on CUDA two tiles of dQ, and one that needs no sums
-def test_rows_past_a_length_have_no_gradient_whatever_values_the_others_see(size, dtype, deterministic):
-    sizes = {"sq": size, "sk": size, "hq": 4, "hk": 4}
-    case = Case("lengths", q_lengths=(size - 5, 3), kv_lengths=(size, size), dtype=dtype, **sizes)
+@pytest.mark.parametrize(  # on CUDA: dQ from one or two key tiles, with sums in memory, and with kept sums
+    "sizes", [(2, 4, 40), (2, 4, 70), (2, 4, 140), (66, 8, 140)], ids=lambda sizes: "x".join(map(str, sizes))
+)
+def test_rows_past_a_length_have_no_gradient_whatever_values_the_others_see(sizes, dtype, deterministic):
+    batch, heads, size = sizes
+    lengths = {"q_lengths": (size - 5, 3) * (batch // 2), "kv_lengths": (size,) * batch}
+    case = Case("lengths", b=batch, hq=heads, hk=heads, sq=size, sk=size, dtype=dtype, **lengths)
     inputs = make_inputs(case)
     value = inputs.positional["value"].at[:, 5].set(np.inf)
     got = checks.run(
