@@ -3,7 +3,7 @@
 The sharding rule tells XLA's propagation which dimensions correspond. `partition` then derives all shardings from that
 of the pass's guide, query or k_pages; other operands only add axes of leading dimensions. Where query, key and value
 are split alike over a sequence, or over a row of packed ones, it stays split, and each shard runs the pass in a ring
-(sequence/passes.py).
+(sequence/passes.py). Where only the query is, each shard has its rows and all keys.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ._jax import Region
 from .batching import over_leading
 from .operands import DELTA, DROPOUT_BATCH, DROPOUT_HEAD, Pass
 from .sequence import packed, passes
+from .sequence.sums import wide
 from .spec import AttentionSpec, Ring, Spec, result_names
 
 Axes = tuple[str, ...]
@@ -131,17 +132,23 @@ class _Rules:
             return "sq", "sk"
         return ("tq", "tk") if packed.may_be_ring(self.spec, shapes) else ()
 
-    def sequence_factors(self, shapes: dict[str, Sequence[int]]) -> tuple[dict[str, str], dict[str, int]]:
+    def sequence_factors(
+        self, mesh: Any, shapes: dict[str, Sequence[int]]
+    ) -> tuple[dict[str, str], dict[str, int]]:
         """Factors of the sequence dimensions in the rule, and sizes of new factors.
 
-        Queries and keys share the factor "s", the greatest common divisor of their lengths.
+        Queries and keys share the factor "s", the greatest common divisor of their lengths, unless a mesh axis divides
+        the queries alone, which are then split without the keys.
         """
         dims = self.sequence_dims(shapes)
         lengths = [shapes[name][-3] for name, _ in zip(("query", "key"), dims)]
         if not dims or _jax.same_dim(*lengths):
             return dict.fromkeys(dims, "s"), {}
-        if any(map(_jax.is_symbolic, lengths)) or (common := math.gcd(*lengths)) == 1:
+        if any(map(_jax.is_symbolic, lengths)):
             return {}, {}
+        common = math.gcd(*lengths)
+        if common == 1 or any(common % size and lengths[0] % size == 0 for size in mesh.shape.values()):
+            return {dims[0]: "s"}, {}
         rest = {dim: size // common for dim, size in zip(dims, lengths) if size != common}
         # a dimension whose only factor is "s" gives "s" its size
         shared = {"s": common} if len(rest) == len(dims) else {}
@@ -164,7 +171,7 @@ class _Rules:
             sizes["g"] = hq // hk
         else:
             heads = {}
-        tokens, rest = self.sequence_factors(shapes)
+        tokens, rest = self.sequence_factors(mesh, shapes)
         factor_of = heads | tokens
         sizes |= rest
         free = 0
@@ -240,7 +247,8 @@ class _Rules:
         found = _split_heads(mesh, axes, head_axes, hq, hk, used)
         ring = self.ring(mesh, found, named)
         if ring:
-            tokens = self.sequence_dims({name: x.shape for name, x in named.items()})
+            queries, keys = self.sequence_dims({name: x.shape for name, x in named.items()})
+            tokens = (queries,) if ring.whole_keys else (queries, keys)
             found = replace(found, axes=found.axes | dict.fromkeys(tokens, ring.axes), ring=ring)
         if "bias" not in named:
             return found
@@ -249,22 +257,26 @@ class _Rules:
         return replace(found, same_bias=tuple(same))
 
     def ring(self, mesh: Any, split: Split, named: dict[str, Any]) -> Ring | None:
-        """The ring, if query, key and value are split alike over a sequence that can run as one."""
+        """The ring, if the query is split over a sequence that can run as one. Keys and values that are not split
+        alike are whole on each device."""
         if not self.sequence_dims({name: x.shape for name, x in named.items()}):
             return None
         axes, *others = (_jax.dimension_axes(named[name], mesh)[-3] for name in ("query", "key", "value"))
         taken = {axis for entry in split.axes.values() for axis in entry}
         size = _size(mesh, axes)
-        tokens = (named["query"].shape[-3], named["key"].shape[-3])
+        rows, keys = (named[name].shape[-3] for name in ("query", "key"))
         if (
             size == 1
-            or any(x != axes for x in others)
             or taken & set(axes)
-            or any(named[name].shape[-3] % size for name in ("query", "key"))
-            or ("block_mask" in named and not passes.takes_blocks(cast("AttentionSpec", self.spec), *tokens))
+            or rows % size
+            or (
+                "block_mask" in named
+                and not passes.takes_blocks(cast("AttentionSpec", self.spec), rows, keys)
+            )
         ):
             return None
-        return Ring.on(mesh, axes, size)
+        whole_keys = keys % size != 0 or any(x != axes for x in others)
+        return Ring.on(mesh, axes, size, whole_keys=whole_keys)
 
     def run_shard(self, split: Split, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         if self.pass_ is DELTA:  # each row by itself
@@ -308,9 +320,13 @@ class _Rules:
     def finish(self, name: str, x: jax.Array, split: Split, kv_heads: int) -> jax.Array:
         """Sums a gradient over the shards that contribute to it."""
         summed: Axes = ()
-        if name in ("dkey", "dvalue") and split.kv_replicas:
-            x = _put_back(x, split.kv_slices(), kv_heads)
+        if name in ("dkey", "dvalue"):
             summed = split.kv_replicas
+            if summed:
+                x = _put_back(x, split.kv_slices(), kv_heads)
+            if split.ring and split.ring.whole_keys:  # as many terms as devices, so that float32 sums them
+                in_float32: jax.Array = lax.psum(wide(x), summed + split.ring.axes)
+                return in_float32.astype(x.dtype)
         elif name == "dbias":
             summed = split.same_bias
         total: jax.Array = lax.psum(x, summed) if summed else x

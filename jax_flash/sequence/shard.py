@@ -48,7 +48,8 @@ class Shard:
 
     @cached_property
     def keys(self) -> tuple[Chunk, ...]:
-        return chunks(self.spec, self.ring, self.operands["key"].shape[1])
+        size = self.operands["key"].shape[1]
+        return (Chunk(0, size, 0, 0),) if self.ring.whole_keys else chunks(self.spec, self.ring, size)
 
     @cached_property
     def visits(self) -> list[Visit]:
@@ -265,7 +266,7 @@ class Shard:
     def _sizes(self) -> tuple[int, int]:
         """Queries and keys of the whole sequence."""
         q, k = (self.operands[name].shape[1] for name in ("query", "key"))
-        return q * self.ring.size, k * self.ring.size
+        return q * self.ring.size, k * self.ring.key_shards()
 
     def _seen(self) -> tuple[AttentionSpec, tuple[int, int]]:
         """A spec whose band is also that of its reach, and its `_shifts`."""
