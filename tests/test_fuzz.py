@@ -104,6 +104,29 @@ def varlen_cases(draw, dtypes):
     )  # fmt: skip
 
 
+@st.composite
+def many_heads(draw):
+    """Calls of few keys with KV heads for all SMs of Hopper: one for each, or four, as sequences with lengths need."""
+    (hq, hk), sizes = draw(st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 1), (8, 8)])), st.integers(-1, 600)
+    sq = draw(st.sampled_from([1, 13, 64, 65, 129, 200, 290]))
+    sk = draw(st.sampled_from([1, 77, 128, 129, 256, 257, 385, 512, 594]))
+    limited = draw(st.booleans())
+    b = -(-draw(st.integers(528 if limited else 132, 560 if limited else 270)) // hk)
+    assume(b * hq * sq * sk <= 30e6)  # the equations take seconds
+    lengths = [
+        draw(maybe(st.lists(sizes, min_size=b, max_size=b).map(tuple))) if limited else None for _ in "qk"
+    ]
+    d = draw(st.sampled_from([8, 40, 64, 72, 80, 96, 104, 128]))
+    return Case(
+        draw(st.sampled_from(["heads", "many heads"])),  # by its name a case is deterministic
+        b=b, sq=sq, sk=sk, hq=hq, hk=hk, d=d, dv=draw(st.sampled_from([d, d, 64])),
+        dtype=draw(st.sampled_from(HALF)), q_lengths=lengths[0], kv_lengths=lengths[1],
+        causal=draw(st.booleans()), window=draw(maybe(st.tuples(SIDE, SIDE))),
+        align=draw(st.sampled_from(["bottom_right", "top_left"])),
+        scale=draw(maybe(st.sampled_from([0.0, -0.3, 0.11]))),
+    )  # fmt: skip
+
+
 # float32 where it is built: its tolerance is one per element, so it also holds for small arrays.
 SINGLE = [checks.usual_dtype(IMPLEMENTATION)]
 
@@ -150,6 +173,12 @@ def test_forward_in_16_bit(part):
 @in_parts
 def test_the_largest_scores(part):
     fuzz(st.one_of(fixed_cases(DTYPES), varlen_cases(DTYPES)), check_max, part, PART // 4)
+
+
+@checks.on_hopper
+@pytest.mark.parametrize("part", range(-(-EXAMPLES // 5)))
+def test_many_heads(part):
+    fuzz(many_heads(), lambda case: checks.check_poisoned_gradients(case, IMPLEMENTATION), part, 4)
 
 
 def check_max(case):
