@@ -64,14 +64,14 @@ test-newest-jax:  ## of test-newest the files that test JAX's part in the work r
 
 # JAX's global modes that change how a call is traced: Python's integers beside lax.axis_index are int64 with x64, and
 # arrays of different rank may not meet where ranks are not promoted. About one case of each promise.
-X64_TESTS = $(patsubst %,tests/test_%,ring.py ring_sharding.py sharding.py sharded_vmap.py index_arrays.py paged_programs.py \
-  transforms.py all_to_all.py::test_every_option_at_once)
+X64_TESTS = $(patsubst %,tests/test_%,ring.py ring_sharding.py packed_ring.py whole_keys.py sharding.py sharded_vmap.py \
+  index_arrays.py paged_programs.py transforms.py all_to_all.py::test_every_option_at_once)
 RANK_TESTS = $(patsubst %,tests/test_%,draft_mask.py::test_each_option_in_plain_jax \
   draft_mask.py::test_a_missing_page_counts_for_the_rows_that_see_a_key_there draft_mask.py::test_tangents \
   append_dynamic.py::test_with_rotary append_dynamic.py::test_a_page_that_grows_keeps_its_earlier_tokens \
   compat_kvcache.py::test_with_kvcache forward_mode.py::test_tangents_of_every_option \
   paged_gradients.py::test_gradients_in_plain_jax merge.py::test_gradients_flow_through_the_merge \
-  ring.py::test_forward_mode ring_sharding.py::test_packed_tokens_with_lengths_of_keys)
+  ring.py::test_forward_mode packed_ring.py::test_packed_tokens_with_lengths_of_keys)
 
 .PHONY: test-modes
 test-modes: $(INSTALLED)  ## rings, sharding and vmap with JAX_ENABLE_X64; what plain JAX does with JAX_NUMPY_RANK_PROMOTION=raise

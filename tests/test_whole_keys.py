@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import varlen
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import GQA, MQA, arrays_of, check, check_run, forward, make_mesh, place, qkv, stack, within
 from programs import assert_same, attention, collectives, require_devices, shard_shapes, with_gradients
 from test_derivative_sharding import jvp_of
 from test_manual_sharding import check_explicit, full, typed
+from test_packed_ring import PACKED, TOKENS, packed
 from test_partly_manual import manual_over
 from test_ring_sharding import ALL, ALL_SPECS
 
@@ -163,7 +163,7 @@ MASKS = {
     "positions": lambda: zigzag_mask(16, 4),
     "prefix": lambda: masks.prefix_lm(jnp.array([3, 0, 9, 16], jnp.int32)),
     "ranges": lambda: masks.ranges(
-        *jnp.sort(jnp.asarray(np.random.default_rng(0).integers(0, 17, (2, 16))), 0)
+        *jnp.sort(jnp.asarray(np.random.default_rng(0).integers(0, 17, (2, 16), np.int32)), 0)
     ),
     "window as data": lambda: masks.window(jnp.int32(5), jnp.int32(0)),
     "chunks": lambda: masks.chunked(6) & masks.causal(),
@@ -220,9 +220,6 @@ def test_keys_that_are_values(kernel, mesh):
 # packed tokens
 
 
-PACKED = varlen("packed", (9, 0, 14, 5), padding=(4, 4), hq=8, hk=4, d=8, dv=8, causal=True)
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -236,13 +233,11 @@ PACKED = varlen("packed", (9, 0, 14, 5), padding=(4, 4), hq=8, hk=4, d=8, dv=8, 
 )
 def test_packed_tokens(kernel, mesh, changes):
     case = PACKED.replace(**changes)
-    call = attention(case, kernel)
-    run = lambda arrays: call(arrays | {"cu_seqlens_k": None})  # noqa: E731
-    text, _ = check(run, mesh, arrays_of(case), qkv(P("model"), P()))
+    text, _ = check(packed(case, kernel), mesh, arrays_of(case), qkv(TOKENS, P()))
     assert_own_rows(text, (1, 8, 8, 8))
 
 
 def test_packed_keys_with_offsets_of_their_own(kernel, mesh):
     case = PACKED.replace(causal=False, k_sequences=(20, 8, 3, 30))
-    text, _ = check(attention(case, kernel), mesh, arrays_of(case), qkv(P("model"), P()))
+    text, _ = check(attention(case, kernel), mesh, arrays_of(case), qkv(TOKENS, P()))
     assert_own_rows(text, (1, 8, 8, 8))

@@ -25,12 +25,14 @@ _UNSEEN = -1, -2  # ids of queries and of keys outside every sequence
 
 def may_be_ring(spec: AttentionSpec, shapes: Mapping[str, Sequence[Any]]) -> bool:
     """Whether a row of packed sequences may stay split. It may not if something depends on positions within each
-    sequence: dropout's bits, ranges, a block mask, a window in arrays, or a diagonal that is not the row's."""
-    if spec.layout != "varlen" or {"dropout", "ranges", "block_mask", *WINDOW} & {*spec.operands}:
+    sequence: dropout's bits, ranges, a block mask, or a diagonal that is not the row's. Nor may it if each sequence has
+    a window or slopes of its own."""
+    if spec.layout != "varlen" or {"dropout", "ranges", "block_mask"} & {*spec.operands}:
         return False
-    if "alibi_slopes" in spec.operands and shapes["alibi_slopes"][-2] != 1:
+    by_distance = [name for name in ("alibi_slopes", *WINDOW) if name in spec.operands]
+    if any(shapes[name][spec.dims[name].index("n*") - len(spec.dims[name])] != 1 for name in by_distance):
         return False
-    if not spec.limited and "alibi_slopes" not in spec.operands:
+    if not spec.limited and not by_distance:
         return True
     return spec.same_offsets and ("kv_lengths" not in spec.operands or spec.align == "top_left")
 
