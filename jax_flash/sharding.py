@@ -3,7 +3,8 @@
 The sharding rule tells XLA's propagation which dimensions correspond. `partition` then derives all shardings from that
 of the pass's guide, query or k_pages; other operands only add axes of leading dimensions. Where query, key and value
 are split alike over a sequence, or over a row of packed ones, it stays split, and each shard runs the pass in a ring
-(sequence/passes.py). Where only the query is, each shard has its rows and all keys.
+(sequence/passes.py). Where only query, or only key and value are, each shard has its rows and all keys, or its keys and
+all rows.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ Axes = tuple[str, ...]
 Body = Callable[..., Sequence[jax.Array]]
 MARKER = "marker"  # an operand that is split over all free axes of a region, one by one
 _NO_MESH = AbstractMesh((), ())
+# By `Ring.whole`, the results to which all devices of a split sequence contribute.
+_SUMS_OF_ALL = {"": (), "keys": ("dkey", "dvalue"), "queries": ("tout", "tlse", "dquery", "dbias")}
 
 
 @cache
@@ -138,7 +141,7 @@ class _Rules:
         """Factors of the sequence dimensions in the rule, and sizes of new factors.
 
         Queries and keys share the factor "s", the greatest common divisor of their lengths, unless a mesh axis divides
-        the queries alone, which are then split without the keys.
+        only one of them. Then keys have the factor "t", so that the one stays split without the other.
         """
         dims = self.sequence_dims(shapes)
         lengths = [shapes[name][-3] for name, _ in zip(("query", "key"), dims)]
@@ -147,8 +150,9 @@ class _Rules:
         if any(map(_jax.is_symbolic, lengths)):
             return {}, {}
         common = math.gcd(*lengths)
-        if common == 1 or any(common % size and lengths[0] % size == 0 for size in mesh.shape.values()):
-            return {dims[0]: "s"}, {}
+        alone = (size for size in mesh.shape.values() if common % size)
+        if common == 1 or any(tokens % size == 0 for size in alone for tokens in lengths):
+            return dict(zip(dims, "st")), {}
         rest = {dim: size // common for dim, size in zip(dims, lengths) if size != common}
         # a dimension whose only factor is "s" gives "s" its size
         shared = {"s": common} if len(rest) == len(dims) else {}
@@ -186,7 +190,9 @@ class _Rules:
         for row in factors:
             for factor in row:
                 splittable = (
-                    factor in ("b", "s", "h", "(h g)", "hq", "hk") or factor[0] in "lu" or factor[:2] == "(s"
+                    factor in ("b", "s", "t", "h", "(h g)", "hq", "hk")
+                    or factor[0] in "lu"
+                    or factor[:2] == "(s"
                 )
                 if not splittable and factor not in replicated:
                     replicated.append(factor)
@@ -248,7 +254,7 @@ class _Rules:
         ring = self.ring(mesh, found, named)
         if ring:
             queries, keys = self.sequence_dims({name: x.shape for name, x in named.items()})
-            tokens = (queries,) if ring.whole_keys else (queries, keys)
+            tokens = [dim for dim, of in ((queries, "queries"), (keys, "keys")) if ring.whole != of]
             found = replace(found, axes=found.axes | dict.fromkeys(tokens, ring.axes), ring=ring)
         if "bias" not in named:
             return found
@@ -257,26 +263,25 @@ class _Rules:
         return replace(found, same_bias=tuple(same))
 
     def ring(self, mesh: Any, split: Split, named: dict[str, Any]) -> Ring | None:
-        """The ring, if the query is split over a sequence that can run as one. Keys and values that are not split
-        alike are whole on each device."""
+        """The ring, if the query, or key and value alike, are split over a sequence that can run as one. If both are
+        not split alike, each device has all queries, or all keys."""
         if not self.sequence_dims({name: x.shape for name, x in named.items()}):
             return None
-        axes, *others = (_jax.dimension_axes(named[name], mesh)[-3] for name in ("query", "key", "value"))
-        taken = {axis for entry in split.axes.values() for axis in entry}
-        size = _size(mesh, axes)
+        query, key, value = (_jax.dimension_axes(named[name], mesh)[-3] for name in ("query", "key", "value"))
         rows, keys = (named[name].shape[-3] for name in ("query", "key"))
-        if (
-            size == 1
-            or taken & set(axes)
-            or rows % size
-            or (
-                "block_mask" in named
-                and not passes.takes_blocks(cast("AttentionSpec", self.spec), rows, keys)
-            )
-        ):
+        taken = {axis for entry in split.axes.values() for axis in entry}
+
+        def divides(axes: Axes, tokens: int) -> bool:
+            return _size(mesh, axes) > 1 and tokens % _size(mesh, axes) == 0 and not taken & set(axes)
+
+        if "block_mask" in named and not passes.takes_blocks(cast("AttentionSpec", self.spec), rows, keys):
             return None
-        whole_keys = keys % size != 0 or any(x != axes for x in others)
-        return Ring.on(mesh, axes, size, whole_keys=whole_keys)
+        if divides(query, rows):
+            whole = "" if query == key == value and divides(key, keys) else "keys"
+            return Ring.on(mesh, query, _size(mesh, query), whole=whole)
+        if key == value and divides(key, keys):
+            return Ring.on(mesh, key, _size(mesh, key), whole="queries")
+        return None
 
     def run_shard(self, split: Split, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         if self.pass_ is DELTA:  # each row by itself
@@ -318,17 +323,18 @@ class _Rules:
         return dropout
 
     def finish(self, name: str, x: jax.Array, split: Split, kv_heads: int) -> jax.Array:
-        """Sums a gradient over the shards that contribute to it."""
+        """Sums a gradient or tangent over the shards that contribute to it."""
         summed: Axes = ()
-        if name in ("dkey", "dvalue"):
+        if name in ("dkey", "dvalue") and split.kv_replicas:
+            x = _put_back(x, split.kv_slices(), kv_heads)
             summed = split.kv_replicas
-            if summed:
-                x = _put_back(x, split.kv_slices(), kv_heads)
-            if split.ring and split.ring.whole_keys:  # as many terms as devices, so that float32 sums them
-                in_float32: jax.Array = lax.psum(wide(x), summed + split.ring.axes)
-                return in_float32.astype(x.dtype)
         elif name == "dbias":
             summed = split.same_bias
+        if (
+            split.ring and name in _SUMS_OF_ALL[split.ring.whole]
+        ):  # float32, as there are terms of all devices
+            in_float32: jax.Array = lax.psum(wide(x), summed + split.ring.axes)
+            return in_float32.astype(x.dtype)
         total: jax.Array = lax.psum(x, summed) if summed else x
         return total
 

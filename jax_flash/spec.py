@@ -58,31 +58,25 @@ class Ring:
     """The devices that share a sequence: the mesh axes that it is split over, their size, and the order of its shards.
 
     In zigzag order each of n devices holds the chunks i and 2n − 1 − i of 2n. Devices are numbered along `axes`, the
-    first of which is the slowest. `mesh_axes` are the same axes in the mesh's order. With `whole_keys` each device has
-    all keys, so that only queries are split and nothing is sent.
+    first of which is the slowest. `mesh_axes` are the same axes in the mesh's order. With `whole` "keys" or "queries"
+    each device has all of these, and only the others are split; then devices send nothing but sums of results.
     """
 
     axes: tuple[str, ...]
     size: int
     order: str = "contiguous"
     mesh_axes: tuple[str, ...] = ()
-    whole_keys: bool = False
+    whole: str = ""
 
     @classmethod
     def on(
-        cls,
-        mesh: Any,
-        axes: tuple[str, ...],
-        size: int,
-        order: str = "contiguous",
-        *,
-        whole_keys: bool = False,
+        cls, mesh: Any, axes: tuple[str, ...], size: int, order: str = "contiguous", *, whole: str = ""
     ) -> Ring:
-        return cls(axes, size, order, tuple(axis for axis in mesh.axis_names if axis in axes), whole_keys)
+        return cls(axes, size, order, tuple(axis for axis in mesh.axis_names if axis in axes), whole)
 
-    def key_shards(self) -> int:
-        """The number of shards of the keys."""
-        return 1 if self.whole_keys else self.size
+    def shards(self, of: str) -> int:
+        """The number of shards of the "queries" or of the "keys"."""
+        return 1 if self.whole == of else self.size
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,15 @@ def shard_shapes(program: str, name: str) -> set[tuple[int, ...]]:
     return {tuple(map(int, match[1].split(","))) for match in shapes if match}
 
 
+def key_shapes(program: str, name: str) -> set[tuple[int, ...]]:
+    """Shapes of the second operand, key, of every custom call of that name."""
+    calls = (line for line in program.splitlines() if f'"jax_flash_{name}"' in line)
+    operands = (
+        re.search(r"operand_layout_constraints=\{\w+\[[\d,]*\]\S* \w+\[([\d,]*)\]", line) for line in calls
+    )
+    return {tuple(map(int, match[1].split(","))) for match in operands if match}
+
+
 def require_devices(count: int) -> None:
     """Skips the test on a machine with fewer devices. On the CPU 8 devices are forced; GPUs cannot be."""
     if jax.device_count() < count:

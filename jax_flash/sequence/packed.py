@@ -39,12 +39,8 @@ def may_be_ring(spec: AttentionSpec, shapes: Mapping[str, Sequence[Any]]) -> boo
 
 def run(pass_: Pass, spec: AttentionSpec, ring: Ring, operands: Operands, call: Call) -> list[Array]:
     """Runs `passes.run` on packed sequences."""
-    first = lax.axis_index(ring.axes)
-    queries, used, _ = _documents(operands["cu_seqlens_q"], operands["query"].shape[0], first, ring.size)
-    if ring.whole_keys:
-        first = jnp.zeros_like(first)
-    tokens = operands["key"].shape[0]
-    keys, seen, place = _documents(operands["cu_seqlens_k"], tokens, first, ring.key_shards())
+    queries, used, _ = _documents(operands["cu_seqlens_q"], operands["query"].shape[0], ring, "queries")
+    keys, seen, place = _documents(operands["cu_seqlens_k"], operands["key"].shape[0], ring, "keys")
     if "kv_lengths" in operands and operands["kv_lengths"].shape[0] > 0:
         seen &= place < operands["kv_lengths"][keys - 1]
     in_use = {"tq": used, "tk": seen}
@@ -71,9 +67,11 @@ def run(pass_: Pass, spec: AttentionSpec, ring: Ring, operands: Operands, call: 
     return results
 
 
-def _documents(offsets: Array, tokens: int, shard: Array, shards: int) -> tuple[Array, Array, Array]:
-    """For each of a shard's tokens: the number of its sequence, whether it has one, and its position in it."""
-    position = shard * tokens + jnp.arange(tokens, dtype=jnp.int32)
+def _documents(offsets: Array, tokens: int, ring: Ring, of: str) -> tuple[Array, Array, Array]:
+    """For each of this device's tokens: the number of its sequence, whether it has one, and its position in it."""
+    shards = ring.shards(of)
+    first = lax.axis_index(ring.axes) * tokens if shards > 1 else 0
+    position = first + jnp.arange(tokens, dtype=jnp.int32)
     starts = starts_of(offsets, tokens * shards)
     # 0: before the first sequence.
     document = jnp.searchsorted(starts, position, side="right").astype(jnp.int32)

@@ -15,7 +15,7 @@ from ..operands import BACKWARD, FORWARD, TANGENT, Pass
 from ..spec import AttentionSpec
 from .schedule import Range, Visit, Work
 from .shard import Block, Call, Operands, Shard
-from .sums import GRADIENTS, MERGED, MERGED_MAX, PAIRS, TANGENTS, Arrays, Total, wide
+from .sums import GRADIENTS, MERGED, MERGED_MAX, PAIRS, TANGENTS, Arrays, Total, merged_over, wide
 
 
 def takes_blocks(spec: AttentionSpec, rows: int, keys: int) -> bool:
@@ -46,6 +46,8 @@ def _by_rows(shard: Shard, call: Call) -> list[Array]:
     for visit, work, block in _calls(shard, total):
         _add(shard, total, work.queries, tuple(shard.compute(call, visit, work, block)))
     out, *by_row = total.result()
+    if shard.pass_ is FORWARD and shard.ring.whole == "queries":
+        out, *by_row = merged_over(shard.ring.axes, out, *by_row)
     # Without a barrier, XLA writes the result in float32 if it fuses it with a reader such as delta.
     joined: list[Array] = lax.optimization_barrier([out.astype(query.dtype), *by_row])
     return joined

@@ -98,7 +98,7 @@ def visits(
     diagonal of the sequence's first query. With `halves` the first visit has two calls if shards are large and most of
     their keys are sent."""
     found = []
-    for distance in range(ring.key_shards()):
+    for distance in range(1 if ring.whole else ring.size):
         run = distance == 0 and _is_run(spec, queries, keys, shifts)
         pairs = {
             (q, k): _Pair(spec, ring, distance, query, key, shifts)

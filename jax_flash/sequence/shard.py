@@ -44,12 +44,14 @@ class Shard:
 
     @cached_property
     def queries(self) -> tuple[Chunk, ...]:
-        return chunks(self.spec, self.ring, self.operands["query"].shape[1])
+        return self._chunks("queries", self.operands["query"].shape[1])
 
     @cached_property
     def keys(self) -> tuple[Chunk, ...]:
-        size = self.operands["key"].shape[1]
-        return (Chunk(0, size, 0, 0),) if self.ring.whole_keys else chunks(self.spec, self.ring, size)
+        return self._chunks("keys", self.operands["key"].shape[1])
+
+    def _chunks(self, of: str, size: int) -> tuple[Chunk, ...]:
+        return (Chunk(0, size, 0, 0),) if self.ring.whole == of else chunks(self.spec, self.ring, size)
 
     @cached_property
     def visits(self) -> list[Visit]:
@@ -170,6 +172,8 @@ class Shard:
                     made[name] = jnp.maximum(made[name], 0) - column
                 if self.has_columns(name):
                     made[name] = lax.dynamic_slice_in_dim(made[name], column, keys.size, -1)
+        if "sinks" in made and self.ring.whole == "queries":
+            made["sinks"] = jnp.where(self.device == 0, made["sinks"], -jnp.inf)
         spec = replace(self.spec, ring=None, align="top_left")
         if work.whole:
             spec = replace(spec, left=UNLIMITED, right=UNLIMITED)
@@ -266,7 +270,7 @@ class Shard:
     def _sizes(self) -> tuple[int, int]:
         """Queries and keys of the whole sequence."""
         q, k = (self.operands[name].shape[1] for name in ("query", "key"))
-        return q * self.ring.size, k * self.ring.key_shards()
+        return q * self.ring.shards("queries"), k * self.ring.shards("keys")
 
     def _seen(self) -> tuple[AttentionSpec, tuple[int, int]]:
         """A spec whose band is also that of its reach, and its `_shifts`."""

@@ -42,6 +42,17 @@ def wide(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def merged_over(axes: tuple[str, ...], out: Array, lse: Array, *row_max: Array) -> Arrays:
+    """The results of all keys, of which each device along the axes has some: out `[b, s, h, d]`, lse and row_max
+    `[b, h, s]`."""
+    largest = lax.pmax(lse, axes)
+    largest = jnp.where(jnp.isneginf(largest), 0, largest)
+    total = jnp.log(lax.psum(jnp.exp(lse - largest), axes)) + largest
+    weight = jnp.where(jnp.isneginf(lse), 0, jnp.exp(lse - total))
+    merged = lax.psum(wide(out) * jnp.swapaxes(weight, 1, 2)[..., None], axes)
+    return merged, total, *(lax.pmax(x, axes) for x in row_max)
+
+
 MERGED = Kind((1, 2), (0.0, -float("inf")), _merge)  # out [b, s, h, d] and lse [b, h, s]
 MERGED_MAX = Kind((1, 2, 2), (0.0, -float("inf"), -float("inf")), _merge)  # and row_max [b, h, s]
 TANGENTS = Kind((1, 2), (0.0, 0.0), _sum)  # of out and lse
