@@ -22,8 +22,9 @@ import jax.numpy as jnp
 
 from ..checker import Checker
 from ..options import ArrayLike
-from . import splash
-from .splash import BlockSizes, SegmentIds
+from . import splash_kernel
+from .arguments import SegmentIds
+from .splash_kernel import BlockSizes, SplashAttentionKernel
 
 __all__ = ["BlockSizes", "PrefillKernel", "SegmentIds", "make_splash_mha", "patch"]
 
@@ -54,9 +55,13 @@ def patch(model: ModuleType) -> None:
         setattr(x, "splash", sys.modules[__name__])  # noqa: B010
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=splash.DATA_FIELDS, meta_fields=splash.META_FIELDS)
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=splash_kernel.DATA_FIELDS,
+    meta_fields=splash_kernel.META_FIELDS,
+)
 @dataclass(frozen=True, eq=False)
-class PrefillKernel(splash.SplashAttentionKernel):
+class PrefillKernel(SplashAttentionKernel):
     """A `SplashAttentionKernel` that gets a whole cache, and reads only as many keys as the mask has."""
 
     def __call__(
@@ -90,4 +95,4 @@ def make_splash_mha(mask: Any, **options: Any) -> PrefillKernel:
     Example:
       >>> jax_flash.compat.tunix.patch(tunix.models.qwen3.model)
     """
-    return PrefillKernel(**vars(splash.make_splash_mha(mask, **options)))
+    return PrefillKernel(**vars(splash_kernel.make_splash_mha(mask, **options)))
