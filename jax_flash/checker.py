@@ -133,7 +133,21 @@ class Checker:
         return array
 
     def number(self, name: str, x: Any, instead: str = "") -> float:
-        """A number, or a known array without dimensions. `instead` says what to do with a traced one."""
+        """A finite number, or a known array without dimensions. `instead` says what to do with a traced one."""
+        value = self._real(name, x, instead)
+        if not abs(value) <= MAX_NUMBER:
+            allowed = f"within ±{MAX_NUMBER}, as float32 needs it" if np.isfinite(value) else "finite"
+            raise self.fail(f"{name} must be {allowed}, got {x}")
+        return value
+
+    def rate(self, name: str, x: Any, instead: str = "") -> float:
+        """A probability below 1."""
+        value = self._real(name, x, instead)
+        if not 0 <= value < 1:
+            raise self.fail(f"{name} must be in the range [0, 1), got {value}")
+        return value
+
+    def _real(self, name: str, x: Any, instead: str) -> float:
         if isinstance(x, jax.core.Tracer):
             hint = f"; {instead}" if instead else ""
             raise self.fail(
@@ -145,13 +159,9 @@ class Checker:
                 f"{name} must be a Python number (it is compiled in), got {type(x).__name__}", TypeError
             )
         try:
-            value = float(value)
+            return float(value)
         except OverflowError:
-            value = float("inf")
-        if not abs(value) <= MAX_NUMBER:
-            allowed = f"within ±{MAX_NUMBER}, as float32 needs it" if np.isfinite(value) else "finite"
-            raise self.fail(f"{name} must be {allowed}, got {x}")
-        return value
+            return float("inf")
 
     def divisor(self, name: str, x: Any, instead: str = "") -> float:
         value = self.number(name, x, instead)

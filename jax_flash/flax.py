@@ -116,9 +116,7 @@ def attention_fn(
         attn_weights_value_einsum=attn_weights_value_einsum,
     )
     _check_precision(precision)
-    dropout_rate = _CHECK.number("dropout_rate", dropout_rate, MARK_STATIC)
-    if not 0.0 <= dropout_rate < 1.0:
-        raise _CHECK.fail(f"dropout_rate must be in the range [0, 1), got {dropout_rate}")
+    dropout_rate = _CHECK.rate("dropout_rate", dropout_rate, MARK_STATIC)
     dropout = not deterministic and dropout_rate > 0.0
     if dropout and dropout_rng is None:
         raise _CHECK.fail(

@@ -148,9 +148,7 @@ def dropout_operand(check: Checker, rate: object, key: Any) -> jax.Array:
 
 
 def _dropout_rate(check: Checker, given: Any) -> float:
-    rate = check.number("dropout_rate", given, MARK_STATIC)
-    if not 0 <= rate < 1:
-        raise check.fail(f"dropout_rate must be in [0, 1), got {rate}")
+    rate = check.rate("dropout_rate", given, MARK_STATIC)
     threshold = philox.threshold(rate)
     if threshold == philox.NUMBERS:
         raise check.fail(

@@ -72,13 +72,14 @@ BOTH = [  # (what is wrong, exception, sentence); both functions raise it, with 
     (dict(softcap=-2.5), ValueError, "softcap must be positive, or None or 0 for none, got -2.5"),
     (dict(softcap=1e-40), ValueError, TINY),
     (dict(softcap=[3.0]), TypeError, "softcap must be a Python number (it is compiled in), got list"),
-    (dict(dropout_rate=1.0), ValueError, "dropout_rate must be in [0, 1), got 1.0"),
+    (dict(dropout_rate=1.0), ValueError, "dropout_rate must be in the range [0, 1), got 1.0"),
     (
         dict(dropout_rate=0.99999),
         ValueError,
         "dropout_rate must be below 1 when rounded to a multiple of 1/32768, got 0.99999",
     ),
-    (dict(dropout_rate=-0.1), ValueError, "dropout_rate must be in [0, 1), got -0.1"),
+    (dict(dropout_rate=float("nan")), ValueError, "dropout_rate must be in the range [0, 1), got nan"),
+    (dict(dropout_rate=-0.1), ValueError, "dropout_rate must be in the range [0, 1), got -0.1"),
     (dict(dropout_rate=0.1), ValueError, "dropout_rate is 0.1, which needs a dropout_key (jax.random.key)"),
     (
         dict(dropout_rate=0.5, dropout_key=floats(2)),

@@ -305,8 +305,7 @@ def test_dropout_without_a_key_raises():
 @pytest.mark.parametrize("rate", [-0.5, 1.0, float("nan"), float("inf")])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_dropout_rates_that_flax_refuses_raise(rate, deterministic):
-    allowed = r"in the range \[0, 1\)" if np.isfinite(rate) else "finite"
-    with pytest.raises(ValueError, match=f"^attention_fn: dropout_rate must be {allowed}, got"):
+    with pytest.raises(ValueError, match=r"^attention_fn: dropout_rate must be in the range \[0, 1\), got"):
         ours(*qkv(B), dropout_rate=rate, deterministic=deterministic, dropout_rng=jax.random.key(0))
 
 
