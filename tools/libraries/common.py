@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,15 @@ class _Counter:
             self.error[report.nodeid] = str(report.longrepr).splitlines()[-1]
 
 
+class _Fixtures:
+    """Those of tests/conftest.py that tests of an adapter beside its library need; its settings are for the suite."""
+
+    @pytest.fixture
+    def exact_products(self) -> Iterator[None]:
+        with jax.default_matmul_precision("highest"):
+            yield
+
+
 class Library:
     """One library's row: what ran, what passed, and why the rest did not.
 
@@ -122,9 +131,10 @@ class Library:
     def pytest(self, *paths: Path | str, options: Iterable[str] = (), ours: bool = False) -> None:
         """Runs test files in this process, where the library is already patched; `ours` are files of this tree."""
         counter = _Counter()
+        plugins = [counter, _Fixtures()] if ours else [counter]
         arguments = ["-q", "--tb=short", "-p", "no:cacheprovider", *options]
         # Their files' own ini files ask for plugins that are not installed.
-        pytest.main([*arguments, "-c", os.devnull, *map(str, paths)], plugins=[counter])
+        pytest.main([*arguments, "-c", os.devnull, *map(str, paths)], plugins=plugins)
         for name, outcome in counter.outcome.items():
             if outcome != "skipped":
                 self.count(name, outcome == "passed", counter.error.get(name, ""), ours)
