@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from ..attention import flash_attention
 from ..checker import Checker
 from ..options import ArrayLike, Implementation, IndexLike, Number
-from ..paged.attention import paged_attention as attend_to_pages
-from ..paged.gather import FLOAT8
-from . import arguments, costs
+from .pages_by_head import Pools
 
 _LOG2_E = math.log2(math.e)
-_POOL = "hk p ps d"
 
 
 @dataclass(frozen=True)
@@ -132,7 +127,7 @@ def paged_attention(
       lengths: int32 `[n]`, keys of each sequence; None where all tables are full.
       k_scales_pages, v_scales_pages: `[hk, p, ps]`, a scale of each key and value: value = stored · scale. Float8 pools
         of one dtype are read as they are, by a table with an entry for each token. Where a pool is int8, or only one of
-        the two is quantised, both are made q's dtype in each call, with a warning.
+        the two is quantised, both are made float32 in each call, with a warning.
       block_h, pages_per_compute_block, k_splits, num_warps, num_stages, interpret, debug: have no effect.
       mask_value: has no effect; keys past a length are not seen.
       attn_logits_soft_cap: c in `S ← c·tanh(S/c)`.
@@ -151,57 +146,19 @@ def paged_attention(
       >>> out = paged_attention(q / jnp.sqrt(d), k_pages, v_pages, block_tables, lengths)
     """
     check = Checker("pallas_gpu.paged_attention")
-    query = arguments.ranked(check, "q", q, "n hq d")
-    k = arguments.ranked(check, "k_pages", k_pages, _POOL)
-    v = arguments.ranked(check, "v_pages", v_pages, _POOL)
-    check.shape("v_pages", v, k.shape, _POOL.replace(" ", ", "))
-    (n, hq, d), (hk, pages, page_size, _) = query.shape, k.shape
-    check.dim("k_pages", "head dim", k.shape[-1], d, "q")
-    if hk < 1 or hq % hk:
-        raise check.fail(f"k_pages has {hk} heads, which does not divide q's {hq}")
-    tables = check.int32("block_tables", block_tables)
-    check.rank("block_tables", tables, "n pages")
-    check.shape("block_tables", tables, (n, tables.shape[1]), "n, pages")
-    full = tables.shape[1] * page_size
-    ends = jnp.full((n,), full, jnp.int32) if lengths is None else check.lengths("lengths", lengths, n, "n")
-    scales = [
-        None if x is None else _scales(check, name, x, k.shape)
-        for name, x in (("k_scales_pages", k_scales_pages), ("v_scales_pages", v_scales_pages))
-    ]
-    if any(x is not None for x in scales) and not (k.dtype == v.dtype and k.dtype in FLOAT8):
-        costs.warn(
-            check,
-            f"k_pages is {k.dtype} and v_pages {v.dtype}, so that every call stores both as {query.dtype}, "
-            f"{costs.size((2, *k.shape), query.dtype)}",
-            "float8 pools, both of one dtype, are read as they are",
-        )
-        k, v = (_dequantised(x, scale, query.dtype) for x, scale in zip((k, v), scales))
-        scales = [None, None]
-    if any(x is not None for x in scales):
-        token = jnp.arange(page_size, dtype=jnp.int32)
-        inside = (tables >= 0) & (tables < pages)
-        of_tokens = jnp.where(inside[..., None], tables[..., None] * jnp.int32(page_size) + token, -1)
-        tables, page_size = of_tokens.reshape(n, full), 1
-    attend = partial(attend_to_pages, scale=1.0, softcap=attn_logits_soft_cap, implementation=implementation)
-
-    def of_head(query: Array, k: Array, v: Array, scales: list[Array | None]) -> Array:
-        """query [n, hq / hk, d], k and v [p, ps, d], scales [p, ps] → [n, hq / hk, d]"""
-        k, v = (x.reshape(-1, page_size, 1, d) for x in (k, v))
-        k_scale, v_scale = (None if x is None else x.reshape(-1, 1) for x in scales)
-        out: Array = attend(query[:, None], k, v, tables, ends, k_scale=k_scale, v_scale=v_scale)
-        return out[:, 0]
-
-    heads = query.reshape(n, hk, hq // hk, d)
-    return jax.vmap(of_head, in_axes=(1, 0, 0, 0), out_axes=1)(heads, k, v, scales).reshape(n, hq, d)
+    pools = Pools.of(check, k_pages, v_pages)
+    shape = pools.arrays[0].shape
+    scales = (
+        _scales(check, "k_scales_pages", k_scales_pages, shape),
+        _scales(check, "v_scales_pages", v_scales_pages, shape),
+    )
+    pools = replace(pools, scales=scales)
+    return pools.attend(q, "block_tables", block_tables, lengths, attn_logits_soft_cap, implementation)
 
 
-def _scales(check: Checker, name: str, x: Any, pool: tuple[Any, ...]) -> Array:
+def _scales(check: Checker, name: str, x: Any, pool: tuple[Any, ...]) -> Array | None:
+    if x is None:
+        return None
     scales = check.array(name, x)
     check.shape(name, scales, pool[:-1], "hk, p, ps")
     return scales.astype(jnp.float32)
-
-
-def _dequantised(pool: Array, scale: Array | None, dtype: Any) -> Array:
-    if scale is None:
-        return pool.astype(dtype)
-    return (pool.astype(jnp.float32) * scale[..., None]).astype(dtype)

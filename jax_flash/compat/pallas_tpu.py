@@ -1,9 +1,12 @@
-"""`flash_attention` of jax.experimental.pallas.ops.tpu; Splash attention is in `jax_flash.compat.splash`."""
+"""`flash_attention` and `paged_attention` of jax.experimental.pallas.ops.tpu.
+
+Splash attention is in `jax_flash.compat.splash`, ragged paged attention in `jax_flash.compat.ragged_paged_attention`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -11,14 +14,18 @@ from jax import Array
 from ..attention import flash_attention as attend
 from ..batch_dims import as_bias
 from ..checker import Checker
-from ..options import ArrayLike, Implementation, Number
+from ..options import ArrayLike, Implementation, IndexLike, Number
 from . import arguments
 from .arguments import SegmentIds
+from .pages_by_head import Pools
 
-__all__ = ["BlockSizes", "SegmentIds", "flash_attention"]
+__all__ = ["BlockSizes", "QuantizedTensor", "SegmentIds", "flash_attention", "paged_attention"]
 
 _CHECK = Checker("pallas_tpu.flash_attention")
+_PAGED = Checker("pallas_tpu.paged_attention")
 _SCORES = "b h sq sk"
+_MEGACORE = ("batch", "kv_head")
+_MAX_INT8 = 127.5  # JAX's, by which it divides scales
 
 
 @dataclass(frozen=True)
@@ -105,3 +112,83 @@ def flash_attention(
         implementation=implementation,
     )
     return out.swapaxes(1, 2)
+
+
+class QuantizedTensor(NamedTuple):
+    """Pages as integers or float8, and their scales: value = weight · scales / 127.5, as in JAX."""
+
+    weight: ArrayLike
+    scales: ArrayLike
+
+
+def paged_attention(
+    q: ArrayLike,
+    k_pages: Any,
+    v_pages: Any,
+    lengths: IndexLike,
+    page_indices: IndexLike,
+    *,
+    mask_value: float | None = None,
+    attn_logits_soft_cap: Number | None = None,
+    pages_per_compute_block: int | None = None,
+    megacore_mode: str | None = None,
+    inline_seq_dim: bool = True,
+    implementation: Implementation | None = None,
+) -> Array:
+    """`jax_flash.paged_attention` with the arguments of `jax.experimental.pallas.ops.tpu.paged_attention`.
+
+    The pools are read where they are, as one pool for each KV head: nothing is transposed or copied, and pools that are
+    sharded over their heads stay so.
+
+    Args:
+      q: `[b, hq, d]`, one token of each sequence, float16, bfloat16 or float32. It is not scaled: multiply it by 1/√d.
+      k_pages, v_pages: `[hk, p, ps, d]`, q's dtype or float8_e4m3fn or float8_e5m2, or a `QuantizedTensor` of this
+        module or JAX's. Float8 weights of one dtype with scales `[hk, p, ps, 1]` are read as they are, by a table with
+        an entry for each token. No kernel reads int8, which JAX's own quantisation makes, scales `[hk, p, ps, d]`, or
+        pools of which only one is quantised: both are then made float32 in each call, with a warning.
+      lengths: int32 `[b]`, keys of each sequence.
+      page_indices: int32 `[b, pages]`. Entries past a length are never read; rows that need a page outside the pool
+        give NaN.
+      mask_value: has no effect; keys past a length are not seen.
+      attn_logits_soft_cap: c in `S ← c·tanh(S/c)`.
+      pages_per_compute_block, megacore_mode, inline_seq_dim: have no effect. No number of pages or heads has to be a
+        multiple of another.
+      implementation: as in `jax_flash.paged_attention`.
+
+    Returns:
+      `[b, hq, d]` in q's dtype. A sequence of length 0 gives 0. Differentiable with respect to q and the pools unless
+      they are float8.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError: as in `jax_flash.paged_attention`.
+
+    Source: Kwon et al., PagedAttention (2023); the interface is JAX's.
+
+    Example:
+      >>> out = paged_attention(q / jnp.sqrt(d), k_pages, v_pages, lengths, page_indices, pages_per_compute_block=4)
+    """
+    del mask_value, pages_per_compute_block, inline_seq_dim
+    if megacore_mode is not None:
+        _PAGED.one_of("megacore_mode", megacore_mode, _MEGACORE)
+    ends = _PAGED.int32("lengths", lengths)
+    k, k_scales = _parts("k_pages", k_pages)
+    v, v_scales = _parts("v_pages", v_pages)
+    pools = replace(Pools.of(_PAGED, k, v), scales=(k_scales, v_scales))
+    return pools.attend(q, "page_indices", page_indices, ends, attn_logits_soft_cap, implementation)
+
+
+def _parts(name: str, pages: Any) -> tuple[Any, Array | None]:
+    """The array of a pool, and the factors of its tokens `[hk, p, ps]` or elements `[hk, p, ps, d]`, if it has any."""
+    if not (hasattr(pages, "weight") and hasattr(pages, "scales")):
+        return pages, None
+    weight = arguments.ranked(_PAGED, f"{name}.weight", pages.weight, "hk p ps d")
+    scales = _PAGED.array(f"{name}.scales", pages.scales)
+    by_token = scales.ndim == 4 and scales.shape[-1] == 1
+    _PAGED.shape(
+        f"{name}.scales",
+        scales,
+        weight.shape[:3] + ((1,) if by_token else weight.shape[3:]),
+        "hk, p, ps, 1 or d",
+    )
+    factors = scales.astype(jnp.float32) / _MAX_INT8
+    return weight, factors[..., 0] if by_token else factors
