@@ -127,14 +127,15 @@ def with_kvcache(
     found = []
     for z in range(len(q)):
         n = size if cache_seqlens is None else int(np.broadcast_to(cache_seqlens, len(q))[z])
+        first = n  # rotary positions include the padding
         n -= 0 if cache_leftpad is None else int(cache_leftpad[z])
         query = q[z].astype(float)
         if k is not None:
             new = k[z].astype(float)
             if rotary_cos is not None:
                 turn = partial(rotate, cos=rotary_cos, sin=rotary_sin, interleaved=rotary_interleaved)
-                new = turn(new, n + np.arange(len(new)))
-                query = turn(query, n + np.arange(len(query)) * limited)
+                new = turn(new, first + np.arange(len(new)))
+                query = turn(query, first + np.arange(len(query)) * limited)
             for i in range(len(new)):
                 caches[0][slot(z, n + i)], caches[1][slot(z, n + i)] = new[i], v[z, i]
             n += len(new)

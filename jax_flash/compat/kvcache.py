@@ -72,8 +72,8 @@ def flash_attn_with_kvcache(  # type: ignore[misc]  # only an overload has `unpa
       cache_seqlens: int or int32 `[b]`, the end of each sequence in its cache before the call. None, which is allowed
         without k, means that the caches are full.
       cache_batch_idx: int32 `[b]`, the cache row of each batch entry of q, by default 0, 1, …; not with block_table.
-      cache_leftpad: int32 `[b]`, the start of each sequence in its cache, which is its position 0; not with
-        block_table.
+      cache_leftpad: int32 `[b]`, the start of each sequence in its cache; not with block_table. Rotary positions count
+        from the start of the cache, as in flash_attn.
       block_table: int32 `[b, pages]`, the pages of each sequence.
       softmax_scale, causal, window_size, softcap, alibi_slopes: as in `flash_attn_func`; sk includes the
         new keys.
@@ -115,11 +115,9 @@ def flash_attn_with_kvcache(  # type: ignore[misc]  # only an overload has `unpa
         rotary = arguments.rotary_tables(check, rotary_cos, rotary_sin, cache.capacity)
         if rotary is not None:
             rotate = partial(apply_rotary, cos=rotary[0], sin=rotary[1], interleaved=rotary_interleaved)
-            position = cache.lengths(ends)[:, None]
+            position = ends[:, None]  # in the row of the cache, left padding included, as append_kv rotates k
             limited = causal or window is not None
             query = rotate(query, position + _rows(query) if limited else position)
-            if cache.start is not None:  # append_kv would count positions from the padding
-                k, rotary = rotate(k, position + _rows(k)), None
         k_pages, v_pages, ends = append_kv(
             cache.k_pages,
             cache.v_pages,
