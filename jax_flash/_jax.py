@@ -117,6 +117,24 @@ def whole_along(x: jax.Array, dim: int) -> jax.Array:
     return whole
 
 
+def split_alike(x: jax.Array, dim: int, other: jax.Array, of_other: int) -> jax.Array:
+    """x, resharded where explicit mesh axes split its dimension `dim` in other ways than dimension `of_other` of
+    `other`: jax.vmap does not map over both then."""
+    like = explicit_sharding(other)
+    if like is None or like.spec[of_other] is None:
+        return whole_along(x, dim)
+    axes, have = _axes(like.spec[of_other]), explicit_sharding(x)
+    entries = [()] * x.ndim if have is None else [_axes(entry) for entry in have.spec]
+    if entries[dim] == axes:
+        return x
+    entries = [tuple(axis for axis in entry if axis not in axes) for entry in entries]
+    entries[dim] = axes
+    spec = PartitionSpec(*(entry or None for entry in entries))
+    place: Any = like if isinstance(other, jax.core.Tracer) else other.sharding
+    moved: jax.Array = jax.sharding.reshard(x, NamedSharding(place.mesh, spec))
+    return moved
+
+
 def explicit_parts(x: jax.Array) -> list[int]:
     """The number of parts into which explicit mesh axes split each dimension of x."""
     sharding = jax.typeof(x).sharding
@@ -130,6 +148,24 @@ def reshaped(x: jax.Array, shape: tuple[Any, ...], kept: int) -> jax.Array:
         return x.reshape(shape)
     spec = PartitionSpec(*sharding.spec[:kept], *[None] * (len(shape) - kept))
     return x.reshape(shape, out_sharding=sharding.update(spec=spec))
+
+
+def with_dim_split(x: jax.Array, dim: int, sizes: Sequence[int]) -> jax.Array:
+    """x with a dimension split into several. JAX splits none whose first part an explicit axis does not divide, so that
+    such a dimension is gathered first."""
+    if next((size for size in sizes if size > 1), 1) % explicit_parts(x)[dim]:
+        x = whole_along(x, dim)
+    return x.reshape(*x.shape[:dim], *sizes, *x.shape[dim + 1 :])
+
+
+def with_dims_merged(x: jax.Array, first: int, count: int) -> jax.Array:
+    """x with `count` dimensions merged into one. JAX merges none that explicit axes split beside a whole one before
+    it, so that all but the first are gathered first."""
+    dims = range(first, first + count)
+    for dim in [dim for dim in dims if x.shape[dim] > 1][1:]:
+        x = whole_along(x, dim)
+    merged = math.prod(x.shape[dim] for dim in dims)
+    return x.reshape(*x.shape[:first], merged, *x.shape[first + count :])
 
 
 def in_automatic_axes(run: Callable[[Any], Any], operands: Any, shardings: Any) -> Any:

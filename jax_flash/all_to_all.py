@@ -164,11 +164,7 @@ class _Exchange:
         parts = (devices, count // devices // step, step)
         if not self.whole_runs:
             parts = (parts[1], devices, step)
-        # JAX splits no dimension whose first part an explicit axis does not divide.
-        if next((size for size in parts if size > 1), 1) % _jax.explicit_parts(x)[heads]:
-            x = _jax.whole_along(x, heads)
-        shape = (*x.shape[:heads], *parts, *x.shape[heads + 1 :])
-        return x.reshape(shape), heads if self.whole_runs else heads + 1
+        return _jax.with_dim_split(x, heads, parts), heads if self.whole_runs else heads + 1
 
     def own_heads(self, x: jax.Array, heads: int) -> jax.Array:
         cut, device = self.cut(x, heads)

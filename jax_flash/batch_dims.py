@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ._jax import same_dim
+from ._jax import same_dim, split_alike
 from .checker import Checker
 from .options import Implementation
 
@@ -81,11 +81,11 @@ def over_batch_dims(
 
     inner_arrays, axes = dict(arrays), dict[str, int | None](dict.fromkeys(arrays))
     for name, array in arrays.items():
-        if name == "dropout_key":
-            # Each batch entry gets its own key; with one key for all, they would drop the same weights.
-            inner_arrays[name], axes[name] = jax.random.split(array, query.shape[0]), 0
-        elif same_dim(array.shape[0], 1):
+        if name != "dropout_key" and same_dim(array.shape[0], 1):
             inner_arrays[name] = array[0]
-        else:
-            axes[name] = 0
+            continue
+        # Each batch entry gets its own key; with one key for all, they would drop the same weights.
+        by_entry = jax.random.split(array, query.shape[0]) if name == "dropout_key" else array
+        inner_arrays[name], axes[name] = split_alike(by_entry, 0, query, 0), 0
+    key, value = (split_alike(x, 0, query, 0) for x in (key, value))
     return jax.vmap(inner, in_axes=(0, 0, 0, axes))(query, key, value, inner_arrays)

@@ -12,7 +12,9 @@ import named_arrays
 import numpy as np
 import pytest
 from flash_attn_reference import assert_close, i32, normal, slope
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from named_arrays import AttentionMask, Axis, NamedArray
+from programs import require_devices
 
 from jax_flash.compat.levanter import dot_product_attention, patch
 
@@ -144,6 +146,27 @@ def test_keys_without_batch_serve_all_entries():
     k, v = (NamedArray(x.array[0], x.axes[1:]) for x in (K, V))
     both = [NamedArray(np.stack([x.array] * 2), (B, *x.axes)) for x in (k, v)]
     assert_close(attend(Q, k, v).array, right(Q, *both))
+
+
+@pytest.mark.parametrize("split", [(G,), (H,), (H, G)], ids=["groups", "KV heads", "both"])
+def test_explicit_axes_split_heads(split):
+    require_devices(6)
+    devices = jax.devices()[:6]
+    mesh = jax.make_mesh((2, 3), ("kv_head", "group"), (AxisType.Explicit,) * 2, devices=devices)
+    bias, sinks = NamedArray(normal(8, 2, 3, 12, 12), (H, G, P, KP)), NamedArray(SINKS, (H, G))
+
+    def loss(q, k, v, bias, sinks):
+        out = attend(q, k, v, AttentionMask(True), bias=bias, attn_sink=sinks).array
+        return jnp.sin(out).sum(), out
+
+    def place(x):
+        spec = PartitionSpec(*(axis.name if axis in split else None for axis in x.axes))
+        return NamedArray(jax.device_put(x.array, NamedSharding(mesh, spec)), x.axes)
+
+    run = jax.jit(jax.value_and_grad(loss, range(5), has_aux=True))
+    wanted = run(Q, K, V, bias, sinks)
+    with jax.set_mesh(mesh):
+        jax.tree.map(assert_close, run(*map(place, (Q, K, V, bias, sinks))), wanted)
 
 
 def test_dropout_is_off_in_inference():

@@ -224,6 +224,31 @@ def test_pools_split_over_their_heads_are_not_gathered(kernel):
     assert "all-gather" not in run.lower(q, *pools).compile().as_text()
 
 
+@pytest.mark.parametrize("parts", ["queries", "pools", "one pool"])
+def test_explicit_axes_may_split_heads_of_some_arrays_alone(parts, kernel):
+    require_devices(4)
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2, devices=jax.devices()[:4])
+    q, k, v = {
+        "queries": ((None, ("x", "y")), (), ()),  # KV heads cannot be split in four
+        "pools": ((), ("x",), ("x",)),
+        "one pool": ((None, "y"), ("x",), (None, "x")),
+    }[parts]
+
+    def loss(*arrays):
+        out = pallas_gpu.paged_attention(*arrays, TABLES, ENDS, implementation=kernel)
+        return jnp.sin(out).sum(), out
+
+    run = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)
+    wanted = run(TOKENS, *map(jnp.asarray, POOLS))
+    with jax.set_mesh(mesh):
+        placed = [
+            jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+            for x, spec in zip((TOKENS, *POOLS), (q, k, v))
+        ]
+        for got in (run(*placed), jax.jit(run)(*placed)):
+            jax.tree.map(assert_close, got, wanted)
+
+
 ERRORS = {
     "other pools": (
         lambda: pallas_gpu.paged_attention(TOKENS, POOLS[0], POOLS[1][:1], TABLES, ENDS),

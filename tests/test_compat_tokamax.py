@@ -166,6 +166,24 @@ def test_any_number_of_batch_dims():
     assert_close(dot_product_attention(*more, **options)[:, 0, 0], wanted)
 
 
+@pytest.mark.parametrize("names", ["query", "query, key", "key, lengths", "lengths"])
+def test_explicit_axes_may_split_batch_dims_of_some_arrays_alone(names, kernel):
+    require_devices(2)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
+    arrays = dict(query=Q, key=K, value=V, lengths=LENGTHS[1])
+    arrays = {name: jnp.asarray(x[:, None]) for name, x in arrays.items()}
+
+    def call(query, key, value, lengths):
+        options = dict(key_value_seq_lengths=lengths, implementation=kernel)
+        return dot_product_attention(query, key, value, **options)
+
+    with jax.set_mesh(mesh):
+        place = NamedSharding(mesh, PartitionSpec("x"))
+        placed = {name: jax.device_put(x, place) if name in names else x for name, x in arrays.items()}
+        for run in (call, jax.jit(call)):
+            assert_close(run(**placed)[:, 0], right({}, LENGTHS[1][:, None, None, None] > KEY))
+
+
 def test_a_query_without_a_visible_key_gives_zero():
     out, (top, total) = tokamax_attention(Q, K, V, mask=Mask(q_end=i32([9])), return_residuals=True)
     assert not out[:, 9:].any()

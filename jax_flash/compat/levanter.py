@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .. import masks
+from .._jax import with_dims_merged
 from ..attention import flash_attention
 from ..batch_dims import as_bias, over_batch_dims
 from ..checker import MARK_STATIC, Checker
@@ -122,10 +123,8 @@ def dot_product_attention(
         _arranged(x, order).astype(dtype)
         for x, order in ((query, axes.of_query), (key, axes.of_key), (value, axes.of_value))
     )
-    q, k, v = (
-        x.reshape(*x.shape[: len(axes.batch) + 1], heads, x.shape[-1])
-        for x, heads in zip((q, k, v), (axes.heads, axes.kv_heads, axes.kv_heads))
-    )
+    lead = len(axes.batch) + 1
+    q, k, v = (with_dims_merged(x, lead, x.ndim - lead - 1) for x in (q, k, v))
     scale = scaling_factor
     if isinstance(scale, jax.core.Tracer):
         q, scale = q * scale.astype(dtype), 1.0
@@ -233,24 +232,20 @@ class _Axes:
     def heads(self) -> int:
         return math.prod(self.head_sizes)
 
-    @property
-    def kv_heads(self) -> int:
-        return math.prod(axis.size for axis in self.kv_head)
-
     def scores(self, check: Checker, name: str, x: Any) -> Array:
         """x as `[batch | 1…, heads | 1, QPos | 1, KPos | 1]`."""
         heads = (*self.kv_head, *self.group)
         order = (*self.batch, *heads, self.q_pos, self.k_pos)
         self.only(check, name, x, order)
         array = _arranged(x, order)
-        sizes = array.shape[len(self.batch) : -2]
-        whole = math.prod(sizes)
-        if whole not in (1, self.heads):  # it differs along some axes of heads only
+        if math.prod(array.shape[len(self.batch) : -2]) not in (
+            1,
+            self.heads,
+        ):  # it differs along some axes of heads only
             array = jnp.broadcast_to(
                 array, (*array.shape[: len(self.batch)], *self.head_sizes, *array.shape[-2:])
             )
-            whole = self.heads
-        return array.reshape(*array.shape[: len(self.batch)], whole, *array.shape[-2:])
+        return with_dims_merged(array, len(self.batch), len(heads))
 
     def entries(self, check: Checker, name: str, x: Any, pos: Axis | None = None) -> Array:
         """x as `[batch…]`, or `[batch…, pos]` if `pos` is given."""
@@ -267,7 +262,7 @@ class _Axes:
         if all(axis in heads for axis in x.axes):
             order = heads
         array = jnp.broadcast_to(_arranged(x, order), tuple(axis.size for axis in order)).astype(jnp.float32)
-        return array.reshape(*array.shape[: len(order) - len(heads)], self.heads)
+        return with_dims_merged(array, len(order) - len(heads), len(heads))
 
     def only(self, check: Checker, name: str, x: Any, allowed: tuple[Axis, ...]) -> None:
         names = {axis.name for axis in allowed}

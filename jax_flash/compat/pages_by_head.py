@@ -8,9 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import PartitionSpec
 
-from .._jax import explicit_sharding
+from .._jax import split_alike, with_dim_split, with_dims_merged
 from ..checker import Checker
 from ..options import Implementation, Number
 from ..paged.attention import paged_attention
@@ -89,9 +88,10 @@ class Pools:
             )
             return out[:, 0]
 
-        heads = _split_as(used.reshape(n, hk, hq // hk, d), k)
+        heads = split_alike(with_dim_split(used, 1, (hk, hq // hk)), 1, k, 0)
+        v, scales = jax.tree.map(lambda x: split_alike(x, 0, k, 0), (v, scales))
         out = jax.vmap(of_head, in_axes=(1, 0, 0, 0), out_axes=1)(heads, k, v, scales)
-        return out.reshape(n, hq, d).astype(query.dtype)
+        return with_dims_merged(out, 1, 2).astype(query.dtype)
 
     def _readable(self) -> tuple[tuple[Array, Array], list[Array | None]]:
         """Pools that kernels read, and their scales by token. Where scales belong to other pools than float8 ones, or
@@ -114,13 +114,3 @@ class Pools:
 def _dequantised(pool: Array, scale: Array | None) -> Array:
     whole = pool.astype(jnp.float32)
     return whole if scale is None else whole * (scale[..., None] if scale.ndim == 3 else scale)
-
-
-def _split_as(heads: Array, pool: Array) -> Array:
-    """heads `[n, hk, …]`, resharded where explicit mesh axes split the KV heads of the pool `[hk, …]` otherwise."""
-    have, wanted = explicit_sharding(heads), explicit_sharding(pool)
-    if wanted is None or (have is not None and have.spec[1] == wanted.spec[0]):
-        return heads
-    spec = PartitionSpec(None if have is None else have.spec[0], wanted.spec[0], None, None)
-    moved: Array = jax.sharding.reshard(heads, wanted.update(spec=spec))
-    return moved
