@@ -8,11 +8,12 @@ gradients go directly back. There are no leading dimensions here (vmap adds them
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from jax import Array, lax
 
 from ..operands import BACKWARD, FORWARD, TANGENT, Pass
-from ..spec import AttentionSpec
+from ..spec import UNLIMITED, AttentionSpec
 from .schedule import Range, Visit, Work
 from .shard import Block, Call, Operands, Shard
 from .sums import GRADIENTS, MERGED, MERGED_MAX, PAIRS, TANGENTS, Arrays, Total, merged_over, wide
@@ -32,10 +33,19 @@ def run(pass_: Pass, spec: AttentionSpec, operands: Operands, call: Call) -> lis
     # Without this XLA fetches keys once for forward and backward, and keeps them in between.
     if "dout" in operands:
         operands = lax.optimization_barrier(operands)
-    shard = Shard(pass_, spec, operands)
+    assert spec.ring is not None
+    rows = operands["query"].shape[1] * spec.ring.shards("queries")
+    shard = Shard(pass_, _without_vacuous_bound(spec, rows), operands)
     if pass_ is FORWARD or pass_ is TANGENT:
         return _by_rows(shard, call)
     return _backward(shard, call) if pass_ is BACKWARD else _bias_gradient(shard, call)
+
+
+def _without_vacuous_bound(spec: AttentionSpec, rows: int) -> AttentionSpec:
+    """The spec without a limit on the right that hides no key, as that of a causal mask in a decode step: the diagonal
+    of the last row ends at the last key, and that of the first one at most rows − 1 before it."""
+    vacuous = spec.align == "bottom_right" and not spec.window_is_data and spec.right >= rows - 1
+    return replace(spec, right=UNLIMITED) if vacuous else spec
 
 
 def _by_rows(shard: Shard, call: Call) -> list[Array]:
