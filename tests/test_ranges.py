@@ -200,10 +200,11 @@ def test_halves_of_key_tiles(d, implementation):
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0}], ids=lambda x: str(*x))
 def test_rows_of_no_sequence(options, implementation):
-    """More query tiles than SMs, and no sequence, so that no kernel looks for the keys that they see."""
+    """On CUDA more query tiles than SMs, and no sequence, so that no kernel looks for the keys that they see."""
     checks.require(implementation, dtype="bfloat16", d=64, dv=64)
-    x = jnp.ones((4096, 16, 64), jnp.bfloat16)
-    mask = masks.ranges(jnp.zeros((1, 4096), jnp.int32), jnp.full((1, 4096), 4096, jnp.int32))
+    tokens = 4096 if implementation == "cuda" else 256
+    x = jnp.ones((tokens, 16, 64), jnp.bfloat16)
+    mask = masks.ranges(jnp.zeros((1, tokens), jnp.int32), jnp.full((1, tokens), tokens, jnp.int32))
     out, lse = flash_attention_varlen(
         x, x, x, jnp.zeros(1, jnp.int32), mask=mask, return_lse=True, implementation=implementation, **options
     )
