@@ -36,8 +36,11 @@ def assert_own_keys(text, *shard):
     assert key_shapes(text, "forward") == key_shapes(text, "backward") == {shard}
 
 
-@pytest.mark.parametrize("sizes", [{"sk": 16}, {"sk": 32}, {"sq": 1, "sk": 32}, {"sq": 5, "sk": 8}], ids=str)
-@pytest.mark.parametrize("name", CASES)
+SIZES = ({"sk": 16}, {"sk": 32}, {"sq": 1, "sk": 32}, {"sq": 5, "sk": 8})
+IN_TURN = [(name, SIZES[i % len(SIZES)]) for i, name in enumerate(CASES)]
+
+
+@pytest.mark.parametrize(("name", "sizes"), IN_TURN + [("causal", sizes) for sizes in SIZES[1:]], ids=str)
 def test_each_device_has_its_own_keys(kernel, mesh, name, sizes):
     case = CASES[name].replace(**sizes)
     text, got = check(attention(case, kernel), mesh, arrays_of(case), SPLIT)
