@@ -107,6 +107,20 @@ def sharded_like(x: jax.Array, other: jax.Array) -> jax.Array:
     return moved
 
 
+def constrained(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """x with this sharding: along explicit mesh axes JAX takes no constraint, but a reshard."""
+    kinds = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types))
+    explicit = any(kinds[axis] is AxisType.Explicit for entry in sharding.spec for axis in _axes(entry))
+    place: Any = jax.sharding.reshard if explicit else jax.lax.with_sharding_constraint
+    placed: jax.Array = place(x, sharding)
+    return placed
+
+
+def parts_of(sharding: NamedSharding, entry: Any) -> int:
+    """The number of parts into which an entry of a sharding's spec splits a dimension."""
+    return math.prod(sharding.mesh.shape[axis] for axis in _axes(entry))
+
+
 def whole_along(x: jax.Array, dim: int) -> jax.Array:
     """x, resharded if explicit mesh axes split this dimension, so that none does."""
     sharding = explicit_sharding(x)
@@ -138,7 +152,7 @@ def split_alike(x: jax.Array, dim: int, other: jax.Array, of_other: int) -> jax.
 def explicit_parts(x: jax.Array) -> list[int]:
     """The number of parts into which explicit mesh axes split each dimension of x."""
     sharding = jax.typeof(x).sharding
-    return [math.prod(sharding.mesh.shape[axis] for axis in _axes(entry)) for entry in sharding.spec]
+    return [parts_of(sharding, entry) for entry in sharding.spec]
 
 
 def reshaped(x: jax.Array, shape: tuple[Any, ...], kept: int) -> jax.Array:

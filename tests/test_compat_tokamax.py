@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flash_attn_reference import assert_close, i32, normal, slope
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from meshes import within
 from programs import require_devices
 
 from jax_flash import masks
@@ -222,16 +223,19 @@ def test_it_differentiates():
 
 
 @pytest.mark.parametrize(
-    "axes", [("x",), (None, None, "x"), ("x", None, "y")], ids=["batch", "heads", "both"]
+    "axes",
+    [(None, None, ("x", "y")), ("x",), (None, None, "x"), ("x", None, "y")],
+    ids=["more parts than KV heads", "batch", "heads", "both"],
 )
-def test_a_sharding_of_query_splits_the_call(axes, kernel):
+def test_a_sharding_of_query_splits_the_call(axes, axis_type, kernel):
     require_devices(4)
-    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(axis_type,) * 2, devices=jax.devices()[:4])
     place = NamedSharding(mesh, PartitionSpec(*axes))
     call = jax.jit(lambda *x: dot_product_attention(*x, q_sharding=place, implementation=kernel))
-    out = call(Q, K, V)
-    assert out.sharding.is_equivalent_to(place, 4)
-    assert_close(out, right({}, True))
+    with within(mesh):
+        out = call(Q, K, V)
+        assert out.sharding.is_equivalent_to(place, 4)
+        assert_close(out, right({}, True))
 
 
 class Quantised:

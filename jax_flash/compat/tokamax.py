@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from functools import partial, reduce
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .. import masks
+from .._jax import constrained, parts_of
 from ..attention import flash_attention
 from ..batch_dims import as_bias, check_batch_dims, local_window, over_batch_dims
 from ..checker import INT32_MAX, Checker
@@ -189,12 +189,12 @@ class _Call:
         check_batch_dims(check, q, k, v)
         if q_sharding is not None:
             spec = (*q_sharding.spec, *(None,) * (q.ndim - len(q_sharding.spec)))
-            heads = None if k.shape[-2] == 1 else spec[-2]
+            heads = None if k.shape[-2] % parts_of(q_sharding, spec[-2]) else spec[-2]
             of_keys = NamedSharding(q_sharding.mesh, PartitionSpec(*spec[:-3], None, heads, None))
             k_sharding = of_keys if k_sharding is None else k_sharding
-            q = jax.lax.with_sharding_constraint(q, q_sharding)
+            q = constrained(q, q_sharding)
         if k_sharding is not None:
-            k, v = (jax.lax.with_sharding_constraint(x, k_sharding) for x in (k, v))
+            k, v = (constrained(x, k_sharding) for x in (k, v))
         return cls(check, q, k, v)
 
     @property
