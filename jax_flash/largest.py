@@ -36,6 +36,12 @@ def max_or_nan(x: Array) -> Array:
     return jnp.where(jnp.isnan(x).any(-1), jnp.nan, x.max(-1, initial=-_INF))
 
 
+def max_or_nan_over(axes: tuple[str, ...], x: Array) -> Array:
+    """The largest number of all devices along the axes, NaN if one is."""
+    is_nan = lax.pmax(jnp.isnan(x).astype(jnp.int32), axes) > 0
+    return jnp.where(is_nan, jnp.nan, lax.pmax(x, axes))
+
+
 def _largest(spec: AttentionSpec, operands: dict[str, Array], row_max: Array) -> Array:
     """`[b, hq]` from row maxima `[b, hq, sq]`, or packed `[n, hq]` from `[hq, tq]`; in a ring, over all devices."""
     row_max = lax.stop_gradient(row_max)
@@ -43,8 +49,7 @@ def _largest(spec: AttentionSpec, operands: dict[str, Array], row_max: Array) ->
         largest = max_or_nan(row_max)
         if not spec.ring:
             return largest
-        is_nan = lax.pmax(jnp.isnan(largest).astype(jnp.int32), spec.ring.axes) > 0
-        return jnp.where(is_nan, jnp.nan, lax.pmax(largest, spec.ring.axes))
+        return max_or_nan_over(spec.ring.axes, largest)
     made = {"row_max": row_max, "offsets": operands["cu_seqlens_q"]}
     sharding = jax.typeof(row_max).sharding
     if not sharding.mesh.empty:

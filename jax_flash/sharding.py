@@ -330,9 +330,8 @@ class _Rules:
             summed = split.kv_replicas
         elif name == "dbias":
             summed = split.same_bias
-        if (
-            split.ring and name in _SUMS_OF_ALL[split.ring.whole]
-        ):  # float32, as there are terms of all devices
+        if split.ring and name in _SUMS_OF_ALL[split.ring.whole]:
+            # Float32, because each device adds a term that it has rounded.
             in_float32: jax.Array = lax.psum(wide(x), summed + split.ring.axes)
             return in_float32.astype(x.dtype)
         total: jax.Array = lax.psum(x, summed) if summed else x

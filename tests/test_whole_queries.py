@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from meshes import MQA, arrays_of, check, check_run, make_mesh, place, qkv, stack
+from meshes import MQA, arrays_of, check, check_run, make_mesh, place, qkv, stack, within
 from programs import assert_same, attention, collectives, key_shapes, require_devices, with_gradients
 from test_derivative_sharding import jvp_of
 from test_manual_sharding import check_explicit, full, typed
@@ -118,6 +118,17 @@ def test_keys_that_are_values(kernel, mesh):
     check_run(with_gradients(lambda arrays: call(arrays)[:2]), mesh, arrays, specs)
     text, _ = check_run(call, mesh, arrays, specs)
     assert key_shapes(text, "forward") == {(2, 4, 4, 8)}
+
+
+def test_a_key_that_is_nan_on_one_device_reaches_all_rows(kernel, mesh):
+    arrays = arrays_of(CAUSAL)
+    arrays["key"] = arrays["key"].at[:, 3].set(jnp.nan)
+    options = {"implementation": kernel, "return_lse": True, "return_max": True}
+    placed = place(mesh, arrays, SPLIT)
+    with within(mesh):
+        results = jax.jit(lambda arrays: flash_attention(**arrays, **options))(placed)
+    for x in results:
+        assert np.isnan(np.asarray(x)).all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

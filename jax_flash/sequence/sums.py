@@ -15,6 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ..largest import max_or_nan_over
 from ..merge import combine
 
 Arrays = tuple[Array, ...]  # arrays that are joined together, such as out and lse
@@ -50,7 +51,7 @@ def merged_over(axes: tuple[str, ...], out: Array, lse: Array, *row_max: Array) 
     total = jnp.log(lax.psum(jnp.exp(lse - largest), axes)) + largest
     weight = jnp.where(jnp.isneginf(lse), 0, jnp.exp(lse - total))
     merged = lax.psum(wide(out) * jnp.swapaxes(weight, 1, 2)[..., None], axes)
-    return merged, total, *(lax.pmax(x, axes) for x in row_max)
+    return merged, total, *(max_or_nan_over(axes, x) for x in row_max)
 
 
 MERGED = Kind((1, 2), (0.0, -float("inf")), _merge)  # out [b, s, h, d] and lse [b, h, s]
