@@ -100,8 +100,8 @@ def flash_attention_varlen(  # type: ignore[misc]  # only an overload has `unpac
       cu_seqlens_q: int32 `[n + 1]`, offsets of the sequences in query; sequences may be empty. The kernels read the
         running maximum of these values clamped to [0, tq]; `check_inputs` raises if that changes any of them.
       cu_seqlens_k: int32 `[n + 1]`, offsets in key and value; None means cu_seqlens_q. With None, or the same array
-        again, tokens that are sharded over devices stay so under jit; with dropout, or slopes of each sequence, they
-        are gathered, since bits and distances count from the first token of each sequence.
+        again, tokens that are sharded over devices stay so under jit; with dropout, or a window or slopes of each
+        sequence, they are gathered, since bits and distances count from the first token of each sequence.
       mask: a value of `jax_flash.masks`, whose rows and keys count from the first of each sequence; arrays are
         `[hq | 1, tq]`, and `[n]` where there is one number for each sequence.
       kv_lengths: int32 `[n]`, keys in use of each sequence, or one number for all; by default every key.
