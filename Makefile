@@ -64,8 +64,8 @@ test-newest-jax:  ## of test-newest the files that test JAX's part in the work r
 
 # JAX's global modes that change how a call is traced: Python's integers beside lax.axis_index are int64 with x64, and
 # arrays of different rank may not meet where ranks are not promoted. About one case of each promise.
-X64_TESTS = $(patsubst %,tests/test_%,ring.py ring_sharding.py packed_ring.py whole_keys.py whole_queries.py sharding.py sharded_vmap.py \
-  index_arrays.py paged_programs.py transforms.py all_to_all.py::test_every_option_at_once)
+X64_TESTS = $(patsubst %,tests/test_%,ring.py ring_sharding.py packed_ring.py whole_keys.py whole_queries.py sharding.py \
+  sharded_vmap.py index_arrays.py paged_programs.py transforms.py all_to_all.py::test_every_option_at_once)
 RANK_TESTS = $(patsubst %,tests/test_%,draft_mask.py::test_each_option_in_plain_jax \
   draft_mask.py::test_a_missing_page_counts_for_the_rows_that_see_a_key_there draft_mask.py::test_tangents \
   append_dynamic.py::test_with_rotary append_dynamic.py::test_a_page_that_grows_keeps_its_earlier_tokens \

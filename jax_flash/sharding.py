@@ -249,13 +249,13 @@ class _Rules:
                     claim(dim, entry, size)
                 elif name == guide and dim in ("hq", "hk"):
                     head_axes = entry
-        hq, hk = self.heads({name: x.shape for name, x in named.items()})
-        found = _split_heads(mesh, axes, head_axes, hq, hk, used)
-        ring = self.ring(mesh, found, named)
+        shapes = {name: x.shape for name, x in named.items()}
+        found = _split_heads(mesh, axes, head_axes, *self.heads(shapes), used)
+        tokens = self.sequence_dims(shapes)
+        ring = self.ring(mesh, found, named) if tokens else None
         if ring:
-            queries, keys = self.sequence_dims({name: x.shape for name, x in named.items()})
-            tokens = [dim for dim, of in ((queries, "queries"), (keys, "keys")) if ring.whole != of]
-            found = replace(found, axes=found.axes | dict.fromkeys(tokens, ring.axes), ring=ring)
+            divided = [dim for dim, of in zip(tokens, ("queries", "keys")) if ring.whole != of]
+            found = replace(found, axes=found.axes | dict.fromkeys(divided, ring.axes), ring=ring)
         if "bias" not in named:
             return found
         own = self.dims("bias", named["bias"].shape)
@@ -265,8 +265,6 @@ class _Rules:
     def ring(self, mesh: Any, split: Split, named: dict[str, Any]) -> Ring | None:
         """The ring, if the query, or key and value alike, are split over a sequence that can run as one. If both are
         not split alike, each device has all queries, or all keys."""
-        if not self.sequence_dims({name: x.shape for name, x in named.items()}):
-            return None
         query, key, value = (_jax.dimension_axes(named[name], mesh)[-3] for name in ("query", "key", "value"))
         rows, keys = (named[name].shape[-3] for name in ("query", "key"))
         taken = {axis for entry in split.axes.values() for axis in entry}

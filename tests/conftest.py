@@ -28,6 +28,8 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from jax._src.interpreters import mlir  # noqa: E402
 from jax.sharding import AxisType  # noqa: E402
+from meshes import make_mesh  # noqa: E402
+from programs import require_devices  # noqa: E402
 
 from jax_flash.backends import cuda_library  # noqa: E402
 
@@ -58,6 +60,25 @@ def kernel():
 def axis_type(request):
     """Both types of mesh axes over which XLA splits a call; jax.make_mesh makes explicit ones by default."""
     return request.param
+
+
+@pytest.fixture
+def mesh(axis_type):
+    """2 × 4 devices, data × model."""
+    return make_mesh(axis_type, axis_type)
+
+
+@pytest.fixture
+def automatic():
+    """The same with automatic axes alone."""
+    return make_mesh(AxisType.Auto, AxisType.Auto)
+
+
+@pytest.fixture
+def cube(axis_type):
+    """2 × 2 × 2 devices, data × ring × model."""
+    require_devices(8)
+    return jax.make_mesh((2, 2, 2), ("data", "ring", "model"), (axis_type,) * 3)
 
 
 def pytest_collection_modifyitems(config, items):

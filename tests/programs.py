@@ -92,18 +92,18 @@ def custom_calls(program: str) -> Counter[str]:
 
 def shard_shapes(program: str, name: str) -> set[tuple[int, ...]]:
     """Shapes of the first result of every custom call of that name: what one device computes."""
-    calls = (line for line in program.splitlines() if f'"jax_flash_{name}"' in line)
-    shapes = (re.search(r" = \(?\w+\[([\d,]*)\]", line) for line in calls)
-    return {tuple(map(int, match[1].split(","))) for match in shapes if match}
+    return _shapes(program, name, r" = \(?\w+\[([\d,]*)\]")
 
 
 def key_shapes(program: str, name: str) -> set[tuple[int, ...]]:
     """Shapes of the second operand, key, of every custom call of that name."""
+    return _shapes(program, name, r"operand_layout_constraints=\{\w+\[[\d,]*\]\S* \w+\[([\d,]*)\]")
+
+
+def _shapes(program: str, name: str, pattern: str) -> set[tuple[int, ...]]:
     calls = (line for line in program.splitlines() if f'"jax_flash_{name}"' in line)
-    operands = (
-        re.search(r"operand_layout_constraints=\{\w+\[[\d,]*\]\S* \w+\[([\d,]*)\]", line) for line in calls
-    )
-    return {tuple(map(int, match[1].split(","))) for match in operands if match}
+    found = (re.search(pattern, line) for line in calls)
+    return {tuple(map(int, match[1].split(","))) for match in found if match}
 
 
 def require_devices(count: int) -> None:

@@ -34,16 +34,6 @@ from test_manual_sharding import full, typed
 
 
 @pytest.fixture
-def mesh(axis_type):
-    return make_mesh(axis_type, axis_type)
-
-
-@pytest.fixture
-def automatic():
-    return make_mesh(AxisType.Auto, AxisType.Auto)
-
-
-@pytest.fixture
 def explicit():
     return make_mesh(AxisType.Explicit, AxisType.Explicit)
 

@@ -27,11 +27,6 @@ OUT_LSE = (BATCH_HEADS, P("data", "model"))
 
 
 @pytest.fixture
-def mesh(axis_type):
-    return make_mesh(axis_type, axis_type)
-
-
-@pytest.fixture
 def explicit():
     mesh = make_mesh(AxisType.Explicit, AxisType.Explicit)
     with jax.set_mesh(mesh):

@@ -7,17 +7,11 @@ import pytest
 from cases import varlen
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from meshes import arrays_of, check, check_run, make_mesh, place, qkv, stack, within
+from meshes import arrays_of, check, check_run, place, qkv, stack, within
 from programs import attention, collectives, custom_calls, shard_shapes
 from test_derivative_sharding import jvp_of
 
 from jax_flash import flash_attention_varlen, masks
-
-
-@pytest.fixture
-def mesh(axis_type):
-    return make_mesh(axis_type, axis_type)
-
 
 PACKED = varlen("packed", (9, 0, 14, 5), padding=(4, 4), hq=8, hk=4, d=8, dv=8, causal=True)
 TOKENS = P("model")

@@ -264,11 +264,6 @@ def test_it_is_exported(kernel):
     assert_same(jax.export.deserialize(program.serialize()).call(query), call(query))
 
 
-@pytest.fixture
-def mesh(axis_type):
-    return meshes.make_mesh(axis_type, axis_type)
-
-
 @pytest.mark.parametrize("case", [meshes.GQA, meshes.EVERYTHING], ids=lambda case: case.name)
 def test_batch_and_heads_need_no_collective(kernel, mesh, case):
     specs = meshes.qkv(meshes.BATCH_HEADS) | (meshes.OPTIONS if case is meshes.EVERYTHING else {})

@@ -28,22 +28,6 @@ CAUSAL = GQA.replace(sq=16, sk=16)
 FULL = CAUSAL.replace(causal=False)
 
 
-@pytest.fixture
-def mesh(axis_type):
-    return make_mesh(axis_type, axis_type)
-
-
-@pytest.fixture
-def automatic():
-    return make_mesh(AxisType.Auto, AxisType.Auto)
-
-
-@pytest.fixture
-def cube(axis_type):
-    require_devices(8)
-    return jax.make_mesh((2, 2, 2), ("data", "ring", "model"), (axis_type,) * 3)
-
-
 def assert_ring(text, visits, backward=None):
     """Asserts the number of visits in forward and backward. All but the first permute K with V, and dK with dV."""
     permutes = visits - 1 + (0 if backward is None else 2 * (backward - 1))

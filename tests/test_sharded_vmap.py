@@ -8,12 +8,6 @@ from jax.sharding import PartitionSpec as P
 from meshes import GQA, MHA, PACKED, arrays_of, check, forward, make_mesh, qkv, stack
 from programs import assert_same, attention, collectives, shard_shapes, with_gradients
 
-
-@pytest.fixture
-def mesh(axis_type):
-    return make_mesh(axis_type, axis_type)
-
-
 VMAPPED = {
     "inner axes": (P(None, "data", None, "model"), (4, 2, 6, 2, 8)),
     "mapped axis": (P("data"), (2, 4, 6, 8, 8)),

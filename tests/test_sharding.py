@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from cases import make_inputs
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import (
     BATCH_HEADS,
@@ -19,7 +19,6 @@ from meshes import (
     arrays_of,
     check,
     forward,
-    make_mesh,
     place,
     qkv,
     within,
@@ -34,17 +33,6 @@ from programs import (
 )
 
 from jax_flash import flash_attention
-
-
-@pytest.fixture
-def mesh(axis_type):
-    return make_mesh(axis_type, axis_type)
-
-
-@pytest.fixture
-def automatic():
-    return make_mesh(AxisType.Auto, AxisType.Auto)
-
 
 # jit and NamedSharding: no collective for batch × heads
 

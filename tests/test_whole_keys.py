@@ -26,22 +26,6 @@ WHOLE = qkv(SEQUENCE, P("data"))
 SUMS = {"all-reduce"} | ({"all-gather"} if jax.__version_info__ < (0, 11) else set())
 
 
-@pytest.fixture
-def mesh(axis_type):
-    return make_mesh(axis_type, axis_type)
-
-
-@pytest.fixture
-def automatic():
-    return make_mesh(AxisType.Auto, AxisType.Auto)
-
-
-@pytest.fixture
-def cube(axis_type):
-    require_devices(8)
-    return jax.make_mesh((2, 2, 2), ("data", "ring", "model"), (axis_type,) * 3)
-
-
 def assert_own_rows(text, shard=None):
     """Asserts that devices only sum gradients, and that calls have shards of this shape."""
     assert set(collectives(text)) <= SUMS

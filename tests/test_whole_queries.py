@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import MQA, arrays_of, check, check_run, make_mesh, place, qkv, stack, within
-from programs import assert_same, attention, collectives, key_shapes, require_devices, with_gradients
+from programs import assert_same, attention, collectives, key_shapes, with_gradients
 from test_derivative_sharding import jvp_of
 from test_manual_sharding import check_explicit, full, typed
 from test_packed_ring import PACKED, TOKENS, packed
@@ -18,17 +18,6 @@ from test_whole_keys import CASES, CAUSAL, MASKS, SEQUENCE
 from jax_flash import flash_attention
 
 SPLIT = qkv(P("data"), SEQUENCE)
-
-
-@pytest.fixture
-def mesh(axis_type):
-    return make_mesh(axis_type, axis_type)
-
-
-@pytest.fixture
-def cube(axis_type):
-    require_devices(8)
-    return jax.make_mesh((2, 2, 2), ("data", "ring", "model"), (axis_type,) * 3)
 
 
 def assert_own_keys(text, *shard):

@@ -1,6 +1,7 @@
 """JAX: the tests of jax.nn.dot_product_attention, Splash attention and other Pallas kernels, with ours in their place.
 
-The tests exist only in JAX's repository. Those of ragged paged attention have a file of their own.
+JAX's distribution has no tests, so they come from a checkout of its repository. ragged_paged_attention.py runs those of
+ragged paged attention.
 """
 
 from __future__ import annotations
@@ -32,8 +33,6 @@ MASKS = (
     "LogicalAnd",
     "LogicalOr",
     "MultiHeadMask",
-)
-MASK_FUNCTIONS = (
     "NumpyMask",
     "make_causal_mask",
     "make_chunk_attention_mask",
@@ -70,7 +69,7 @@ def main() -> int:
     gpu_attention.mha = pallas_gpu.mha
     gpu_paged_attention.paged_attention = pallas_gpu.paged_attention
     tpu_paged_attention.paged_attention = pallas_tpu.paged_attention
-    for name in (*MASKS, *MASK_FUNCTIONS):
+    for name in MASKS:
         setattr(splash_attention_mask, name, getattr(splash, name))
     for name in KERNELS:
         setattr(splash_attention_kernel, name, getattr(splash, name))
