@@ -98,11 +98,18 @@ def test_the_same_in_16_bit(case, dtype):
     checks.assert_same(checks.run(case, fill(case, inputs, np.nan), IMPLEMENTATION), clean)
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize(  # on CUDA: dQ from one or two key tiles, with sums in memory, and with kept sums
-    "sizes", [(2, 4, 40), (2, 4, 70), (2, 4, 140), (66, 8, 140)], ids=lambda sizes: "x".join(map(str, sizes))
-)
+by_deterministic = pytest.mark.parametrize("deterministic", [False, True])
+by_dtype = pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+
+
+def by_sizes(*sizes):  # (batch, heads, tokens)
+    return pytest.mark.parametrize("sizes", sizes, ids=lambda each: "x".join(map(str, each)))
+
+
+# On CUDA: dQ from one or two key tiles, with sums in memory, and with kept sums.
+@by_deterministic
+@by_dtype
+@by_sizes((2, 4, 40), (2, 4, 70), (2, 4, 140), (66, 8, 140))
 def test_rows_past_a_length_have_no_gradient_whatever_values_the_others_see(sizes, dtype, deterministic):
     batch, heads, size = sizes
     lengths = {"q_lengths": (size - 5, 3) * (batch // 2), "kv_lengths": (size,) * batch}
@@ -116,6 +123,45 @@ def test_rows_past_a_length_have_no_gradient_whatever_values_the_others_see(size
     dquery = got.gradients["query"].astype(np.float32)
     assert (dquery[rows] == 0).all()
     assert not np.isfinite(dquery[~rows]).any()
+
+
+@by_deterministic
+@by_dtype
+@by_sizes((2, 4, 40), (2, 4, 140))
+@pytest.mark.parametrize("head_dim", [16, 256])
+@pytest.mark.parametrize("infinite", ["query", "dout"])
+def test_keys_past_a_length_have_no_gradient_whatever_rows_see_the_others(
+    infinite, head_dim, sizes, dtype, deterministic
+):
+    batch, heads, size = sizes
+    lengths = {"q_lengths": (size,) * batch, "kv_lengths": (size - 5, 3) * (batch // 2)}
+    case = Case("lengths", b=batch, hq=heads, hk=heads, sq=size, sk=size, d=head_dim, dv=head_dim, dtype=dtype,
+                **lengths)  # fmt: skip
+    inputs = make_inputs(case)
+    array = inputs.dout if infinite == "dout" else inputs.positional["query"]
+    inputs = checks.with_arrays(inputs, **{infinite: array.at[:, 2].set(np.inf)})
+    got = checks.run(case, inputs, IMPLEMENTATION, deterministic=deterministic)
+    _, keys = unused(case, inputs)
+    for name in ("key", "value"):
+        gradient = got.gradients[name].astype(np.float32)
+        assert (gradient[keys] == 0).all(), name
+        assert not np.isfinite(gradient[~keys]).all(), name
+
+
+@by_dtype
+@pytest.mark.parametrize("size", [40, 140])
+@pytest.mark.parametrize("infinite", ["query", "value", "dout"])
+def test_scores_past_a_length_have_no_gradient_of_bias(infinite, size, dtype):
+    case = Case("lengths", hq=2, hk=2, sq=size, sk=size, q_lengths=(size - 5, 3), kv_lengths=(size - 7, 20),
+                bias=(2, 2, size, size), dtype=dtype)  # fmt: skip
+    inputs = make_inputs(case)
+    array = inputs.dout if infinite == "dout" else inputs.positional[infinite]
+    inputs = checks.with_arrays(inputs, **{infinite: array.at[:, 2].set(np.inf)})
+    rows, keys = unused(case, inputs)
+    hidden = rows[:, None, :, None] | keys[:, None, None, :] | np.zeros((1, 2, 1, 1), bool)
+    dbias = checks.run(case, inputs, IMPLEMENTATION).gradients["bias"].astype(np.float32)
+    assert (dbias[hidden] == 0).all()
+    assert not np.isfinite(dbias[~hidden]).all()
 
 
 # In 16 bits a kernel chooses its tanh by the largest score that a warp holds.

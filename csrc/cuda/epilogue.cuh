@@ -85,7 +85,7 @@ __device__ __forceinline__ void store_rows(const O& o, uint8_t* shared, int row,
   __syncwarp();
   store_accumulator<Tile>(o, shared, {row, 16, 0, 16});
   __syncwarp();
-  store_tile<Tile, 16 * O::kRowTiles, 32>(shared, row, out, first, end, threadIdx.x % 32);
+  store_tile<Tile, 16 * O::kRowTiles, 32>(shared, row, out, first, end, end, threadIdx.x % 32);
 }
 
 // Transposes 4 × 4 words between the four lanes of a row: lane i gets their x[i].

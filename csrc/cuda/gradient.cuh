@@ -170,6 +170,8 @@ __device__ __forceinline__ void tile_gradient(Score& score, const Tile& tile, co
     float& ds = dp.at(slot, n, e);
     ds = x * (Score::kScalesGradient ? ds : ds - rows.delta(slot));
   });
+  if (kOf == GradientOf::kBias && partial)  // P = 0 there, but dP may be infinite, or NaN
+    clear_unseen(dp, tile.band(), tile.row(), tile.key);
   score.drop_weights(s, tile);  // P ← drop(P)
 }
 

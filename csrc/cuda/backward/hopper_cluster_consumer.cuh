@@ -301,6 +301,7 @@ struct ScoreConsumer : ClusterConsumer<C> {
       const bool in_floats = this->grid.head_parts > 1;
       auto to = tile().dvalue;
       to.skip_columns(first_own_column<C, DoHalf>(), in_floats ? 2 : 1);
+      for (auto& half : dv) clear_rows_from(tile().work.tile.used_keys() - this->key(), half);
       store_gradient_rows(dv[0], to, this->key(), tile().work.tile.end, in_floats);
       to.skip_columns(DoHalf::kColumns, in_floats ? 2 : 1);
       store_gradient_rows(dv[1], to, this->key(), tile().work.tile.end, in_floats);

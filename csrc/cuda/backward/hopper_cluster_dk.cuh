@@ -136,6 +136,7 @@ struct ScoreGradientConsumer : ClusterConsumer<C> {
 #pragma unroll
       for (auto& half : dk) {
         for_each(half, [&](float& x, int, int, int) { x *= p.spec.scale; });  // dK ← scale · dK
+        clear_rows_from(tile().work.tile.used_keys() - this->key(), half);
         store_gradient_rows(half, to, this->key(), tile().work.tile.end, in_floats);
         to.skip_columns(QHalf::kColumns, in_floats ? 2 : 1);
       }

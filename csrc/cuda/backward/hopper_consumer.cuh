@@ -364,9 +364,12 @@ struct GradientConsumer {
         for_each(dv, [&](float& x, int, int, int) { x *= factor; });
       }
       const bool in_floats = grid.head_parts > 1;
+      const int32_t used = tile().work.tile.used_keys() - key();
+      clear_rows_from(used, dv);  // P = 0 past a length, but an infinite row of dO makes NaN of it
       store_gradient_rows(dv, tile().dvalue, key(), tile().work.tile.end, in_floats);
       const float dk_factor = p.spec.scale * (C::kOmitsDropoutScale ? dropout_scale(p.spec) : 1);
       for_each(dk, [&](float& x, int, int, int) { x *= dk_factor; });  // dK ← scale · dK
+      clear_rows_from(used, dk);
       store_gradient_rows(dk, tile().dkey, key(), tile().work.tile.end, in_floats);
       shared.state_pipe.release(tile_index);
     }

@@ -58,10 +58,10 @@ __device__ __forceinline__ void store_dq(Consumer& of, int32_t sum) {
   if (C::kTakes96Queries && at.row >= C::kM) return;
   const int32_t tiles = of.grid.sums.tiles;
   const int32_t head = sum < tiles ? 0 : static_cast<uint32_t>(sum) / static_cast<uint32_t>(tiles);
-  const int32_t row = (sum - head * tiles) * C::kM + at.row, used = of.tile().band.q_len - row;
+  const int32_t row = (sum - head * tiles) * C::kM + at.row;
   for_each(of.dq, [&](float& x, int, int, int) { x *= p.spec.scale; });  // dQ ← scale · dQ
-  if (used < 16)  // P = 0 in rows past a length, but dP is infinite where a value is
-    for_each(of.dq, [&](float& x, int slot, int, int) { x = C::DQ::row(slot) < used ? x : 0; });
+  // P = 0 in rows past a length, but dP is infinite where a value is.
+  clear_rows_from(of.tile().band.q_len - row, of.dq);
   GlobalRows<T> rows = of.tile().dquery;
   rows.data += head * p.head_dim + at.column;
   rows.columns = min(p.head_dim - at.column, C::kDqColumns);

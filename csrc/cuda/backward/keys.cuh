@@ -119,9 +119,10 @@ __device__ __forceinline__ void store_dk_dv(const Problem& p, const KeyBlockStat
   store_accumulator<K>(dk, shared, dk_at);
   store_accumulator<V>(dv, shared + C::kLayout.v, dk_at);
   __syncthreads();
-  const int thread = ptx::thread_index();
-  store_tile<K, C::kN, C::kThreads>(shared, 0, block.dkey, tile.row, tile.end, thread);
-  store_tile<V, C::kN, C::kThreads>(shared + C::kLayout.v, 0, block.dvalue, tile.row, tile.end, thread);
+  // P = 0 past a length, but an infinite row of Q or dO makes NaN of it.
+  const int32_t used = tile.used_keys(), thread = ptx::thread_index();
+  store_tile<K, C::kN, C::kThreads>(shared, 0, block.dkey, tile.row, used, tile.end, thread);
+  store_tile<V, C::kN, C::kThreads>(shared + C::kLayout.v, 0, block.dvalue, tile.row, used, tile.end, thread);
 }
 
 // Finds the score operands of a head of the group.

@@ -126,11 +126,7 @@ struct BiasConsumer : BiasRole<C> {
       finish_scores<0>(dp, dp_use);
       return add_whole_tile(rows, in_tile);
     }
-    const int32_t keys = step.work.tile.k_len - tile.column;
-    const auto wait_dp = [&] {
-      finish_scores<0>(dp, dp_use);
-      if (keys < C::kN) hide(dp, 0, 0, [&](int) { return keys; }, FromLimit{});  // V may hold NaN there
-    };
+    const auto wait_dp = [&] { finish_scores<0>(dp, dp_use); };
     typename C::Score score;
     const Tile at{*this, this->p, step.band, row, tile.column, in_tile};
     score.prefetch_gradient(at);

@@ -120,6 +120,13 @@ __device__ __forceinline__ void for_each(S& s, F f) {
       for (int e = 0; e < 2; ++e) f(s.at(slot, n, e), slot, n, e);
 }
 
+// Zeroes the rows from `end` on.
+template <class A>
+__device__ __forceinline__ void clear_rows_from(int32_t end, A& a) {
+  if (end >= A::kRows) return;
+  for_each(a, [&](float& x, int slot, int, int) { x = A::row(slot) < end ? x : 0; });
+}
+
 // Which 16-row and 16-column blocks of a tile a warp's accumulator covers: the first, and the distance from
 // one to the next.
 struct Placement {

@@ -102,15 +102,16 @@ __device__ __forceinline__ void load_tile(uint32_t shared, const GlobalRows<cons
                                   [=](int row, int r) { return r < end - first - row; });
 }
 
-// Copies rows [row, row + kRows) of a shared tile to global rows [first, end). This is the share of thread
-// `thread` among kThreads.
+// Copies rows [row, row + kRows) of a shared tile to global rows [first, end), of which those from `used` on
+// become zeros. This is the share of thread `thread` among kThreads.
 template <class Tile, int kRows, int kThreads, class T>
 __device__ __forceinline__ void store_tile(const uint8_t* shared, int row, const GlobalRows<T>& to,
-                                           int32_t first, int32_t end, int thread) {
+                                           int32_t first, int32_t used, int32_t end, int thread) {
   for (int at = thread; at < kRows * Tile::kChunks; at += kThreads) {
     const int r = at / Tile::kChunks, chunk = at % Tile::kChunks;
     if (r < end - first && chunk * kChunk<T> < to.columns) {
-      const uint4 x = *reinterpret_cast<const uint4*>(shared + Tile::offset(row + r, chunk));
+      uint4 x = *reinterpret_cast<const uint4*>(shared + Tile::offset(row + r, chunk));
+      if (r >= used - first) x = {0, 0, 0, 0};
       *reinterpret_cast<uint4*>(to.data + (int64_t{first} + r) * to.stride + chunk * kChunk<T>) = x;
     }
   }
