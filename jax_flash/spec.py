@@ -59,7 +59,7 @@ class Ring:
 
     In zigzag order each of n devices holds the chunks i and 2n − 1 − i of 2n. Devices are numbered along `axes`, the
     first of which is the slowest. `mesh_axes` are the same axes in the mesh's order. With `whole` "keys" or "queries"
-    each device has all of these, and only the others are split; then devices send nothing but sums of results.
+    each device has all of these, and only the others are split; then devices send results, and sums of gradients.
     """
 
     axes: tuple[str, ...]

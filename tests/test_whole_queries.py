@@ -16,6 +16,7 @@ from test_ring_sharding import ALL, ALL_SPECS
 from test_whole_keys import CASES, CAUSAL, MASKS, SEQUENCE
 
 from jax_flash import flash_attention
+from jax_flash.sequence import sums
 
 SPLIT = qkv(P("data"), SEQUENCE)
 
@@ -109,19 +110,28 @@ def test_keys_that_are_values(kernel, mesh):
     assert key_shapes(text, "forward") == {(2, 4, 4, 8)}
 
 
-def test_a_key_that_is_nan_on_one_device_reaches_all_rows(kernel, mesh):
+@pytest.fixture(params=[True, False], ids=["gathered", "summed"])
+def gathered(request, monkeypatch):
+    """Whether devices gather the results of all, as small ones are, or sum them."""
+    if not request.param:
+        monkeypatch.setattr(sums, "GATHERED", 0)
+    return request.param
+
+
+def test_a_key_that_is_nan_on_one_device_reaches_all_rows(kernel, mesh, gathered):
     arrays = arrays_of(CAUSAL)
     arrays["key"] = arrays["key"].at[:, 3].set(jnp.nan)
     options = {"implementation": kernel, "return_lse": True, "return_max": True}
     placed = place(mesh, arrays, SPLIT)
     with within(mesh):
-        results = jax.jit(lambda arrays: flash_attention(**arrays, **options))(placed)
-    for x in results:
+        compiled = jax.jit(lambda arrays: flash_attention(**arrays, **options)).lower(placed).compile()
+    assert gathered == ("all-gather" in collectives(compiled.as_text()))
+    for x in compiled(placed):
         assert np.isnan(np.asarray(x)).all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_decode_step_reads_its_own_part_of_the_cache(kernel, mesh, dtype):
+def test_a_decode_step_reads_its_own_part_of_the_cache(kernel, mesh, dtype, gathered):
     """The cache has room for 64 tokens, of which each request uses its own number: none, a part of one shard, all."""
     case = CAUSAL.replace(sq=1, sk=64, kv_lengths=(0, 3, 17, 64))
     arrays = {n: x.astype(dtype) if n != "kv_lengths" else x for n, x in arrays_of(case).items()}
@@ -134,7 +144,7 @@ def test_a_decode_step_reads_its_own_part_of_the_cache(kernel, mesh, dtype):
         SPLIT | {"kv_lengths": P("data")},
         1e-5 if dtype == "float32" else 1e-2,
     )
-    assert set(collectives(text)) == {"all-reduce"}
+    assert set(collectives(text)) == {"all-gather" if gathered else "all-reduce"}
     assert key_shapes(text, "forward") == {(2, 16, 4, 8)}
     assert not np.asarray(got[0])[0].any()
 

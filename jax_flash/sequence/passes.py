@@ -57,7 +57,7 @@ def _by_rows(shard: Shard, call: Call) -> list[Array]:
         _add(shard, total, work.queries, tuple(shard.compute(call, visit, work, block)))
     out, *by_row = total.result()
     if shard.pass_ is FORWARD and shard.ring.whole == "queries":
-        out, *by_row = merged_over(shard.ring.axes, out, *by_row)
+        out, *by_row = merged_over(shard.ring, out, *by_row)
     # Without a barrier, XLA writes the result in float32 if it fuses it with a reader such as delta.
     joined: list[Array] = lax.optimization_barrier([out.astype(query.dtype), *by_row])
     return joined
