@@ -241,6 +241,7 @@ def _sow(module: Any, weights: Array) -> None:
 _LEAVE_OUT = "leave it out, or use flax's own dot_product_attention"
 _WAYS_OUT = {  # of unknown arguments
     "causal": "Flax's name is is_causal, as in layer(x, is_causal=True)",
+    "float32_logits": "scores are always float32, so that a function around attention_fn can leave it out",
     "input_positions": "a function around attention_fn can rotate query and key by them (jax_flash.apply_rotary) and "
     "leave them out",
 }

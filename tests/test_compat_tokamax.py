@@ -301,7 +301,8 @@ ERRORS = {
     "implementation": (
         ValueError,
         lambda: dot_product_attention(Q, K, V, implementation="mosaic"),
-        "flash_attention: implementation must be None or one of ('cpu', 'cuda', 'xla'), got 'mosaic'",
+        "tokamax.dot_product_attention: implementation must be None or one of ('cpu', 'cuda', 'xla'), got 'mosaic'; "
+        "a model that passes one of tokamax's names runs here if it passes [tokamax_attention]",
     ),
 }
 

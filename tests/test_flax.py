@@ -276,6 +276,10 @@ UNSUPPORTED = {
         {"input_positions": jnp.arange(5)},
         "unknown argument input_positions; a function around attention_fn",
     ),
+    "logits of T5X": (
+        {"float32_logits": True},
+        "unknown argument float32_logits; scores are always float32, so that a function around",
+    ),
     "no argument": ({"wrong": 1}, "unknown argument wrong; leave it out"),
     "algorithm": (
         {"precision": "TF32_TF32_F32"},

@@ -59,6 +59,49 @@ def test_cross_attention():
     close(nnx_layer(ours)(X, y), nnx_layer(nnx.dot_product_attention)(X, y))
 
 
+class Model(linen.Module):
+    """One that passes no attention_fn to its layer."""
+
+    @linen.compact
+    def __call__(self, x):
+        return linen.MultiHeadDotProductAttention(num_heads=HEADS)(x)
+
+
+def test_a_model_of_linen_whose_layers_take_no_attention_fn(monkeypatch):
+    def step(params):
+        return jax.value_and_grad(lambda p: (Model().apply(p, X) ** 2).sum())(params)
+
+    params = Model().init(jax.random.key(0), X)
+    want, layer = step(params), linen.MultiHeadDotProductAttention
+    monkeypatch.setattr(
+        linen, "MultiHeadDotProductAttention", functools.partial(layer, attention_fn=counted(calls := []))
+    )
+    close(step(params), want, 1e-4, 1e-4)
+    assert calls
+    assert jax.tree.structure(Model().init(jax.random.key(0), X)) == jax.tree.structure(params)
+
+
+def test_a_model_of_nnx_that_was_built_with_flax_s_own_attention():
+    model, calls = nnx.Sequential(nnx_layer(nnx.dot_product_attention), nnx.relu), []
+    want = model(X)
+    for _, layer in nnx.iter_modules(model):
+        if isinstance(layer, nnx.MultiHeadAttention):
+            layer.attention_fn = counted(calls)
+    close(model(X), want)
+    assert calls
+
+
+def counted(calls):
+    """attention_fn with its signature, which appends to `calls`; linen passes what the signature names."""
+
+    @functools.wraps(ours)
+    def attention_fn(*given, **options):
+        calls.append(options)
+        return ours(*given, **options)
+
+    return attention_fn
+
+
 def test_a_layer_takes_options_bound_with_partial():
     params = linen_layer(ours).init(jax.random.key(0), X)
     causal = functools.partial(ours, window=(S, 0))

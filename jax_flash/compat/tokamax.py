@@ -17,6 +17,7 @@ from ..attention import flash_attention
 from ..batch_dims import as_bias, check_batch_dims, local_window, over_batch_dims
 from ..checker import INT32_MAX, Checker
 from ..options import ArrayLike, Implementation, IndexLike, Number
+from ..validate import IMPLEMENTATIONS
 from . import costs
 
 _SCORES = "batch... hq sq sk"
@@ -74,6 +75,11 @@ def dot_product_attention(
       >>> out = dot_product_attention(q, k, v, is_causal=True, logits_soft_cap=50.0)
     """
     check = Checker("tokamax.dot_product_attention")
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise check.fail(
+            f"implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}; a model that passes one "
+            "of tokamax's names runs here if it passes [tokamax_attention] to tokamax's own function instead"
+        )
     call = _Call.of(check, query, key, value, q_sharding, None)
     call.see(mask, is_causal, None, None)
     for name, option, given in (
