@@ -131,6 +131,20 @@ def whole_along(x: jax.Array, dim: int) -> jax.Array:
     return whole
 
 
+def whole_beside_manual(x: jax.Array) -> jax.Array:
+    """x, gathered over the automatic axes of a partly manual region that split its first dimension; elsewhere as it is.
+
+    XLA's partitioner aborts where an array that is split over one of several such axes is read or written by indices
+    (jaxlib 0.12.0).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.manual_axes or mesh.are_all_axes_manual:
+        return x
+    spec = PartitionSpec(None, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1))
+    whole: jax.Array = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    return whole
+
+
 def split_alike(x: jax.Array, dim: int, other: jax.Array, of_other: int) -> jax.Array:
     """x, resharded where explicit mesh axes split its dimension `dim` in other ways than dimension `of_other` of
     `other`: jax.vmap does not map over both then."""

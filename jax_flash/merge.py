@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ._jax import sharded_like
+from .checker import Checker
 from .options import ArrayLike
 
 _INF = float("inf")
@@ -49,7 +50,9 @@ def merge_attention(outs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tup
                 f"merge_attention: {name} must be a list or a tuple with one array for each part, got one array of "
                 f"shape {jnp.shape(given)}; if its first dimension is the parts, pass list({name})"
             )
-    parts, part_lses = [jnp.asarray(out) for out in outs], [jnp.asarray(lse) for lse in lses]
+    check = Checker("merge_attention")
+    parts = [check.array(f"outs[{n}]", out) for n, out in enumerate(outs)]
+    part_lses = [check.array(f"lses[{n}]", lse) for n, lse in enumerate(lses)]
     _check(parts, part_lses)
     merged, lse = combine(parts, part_lses)
     return merged.astype(parts[0].dtype), lse

@@ -220,3 +220,11 @@ def part(out=(2, 3, 4, 8), lse=(2, 4, 3)):
 def test_errors_name_the_argument_and_the_value(outs, lses, message):
     with pytest.raises(ValueError, match=f"merge_attention: {message}"):
         merge_attention(outs, lses)
+
+
+def test_parts_that_are_no_arrays_are_named():
+    out, lse = jnp.zeros((2, 5, 3, 8)), jnp.zeros((2, 3, 5))
+    with pytest.raises(TypeError, match=r"merge_attention: outs\[1\] must be an array, got None"):
+        merge_attention([out, None], [lse, lse])
+    with pytest.raises(TypeError, match=r"merge_attention: lses\[0\] must be an array, got 'x'"):
+        merge_attention([out], ["x"])
