@@ -121,11 +121,14 @@ class Checker:
                 f'{name} has head dim {d}, allowed are 1 to {MAX_HEAD_DIM}; implementation="xla" takes any'
             )
 
-    def float32(self, name: str, x: Any) -> jax.Array:
+    def narrow(self, name: str, x: Any) -> jax.Array:
+        """x as an array, float32 for float64 of the host, as JAX makes it without x64."""
         array = self.array(name, x)
-        # Without x64 JAX makes float32 of host arrays.
-        if array.dtype == jnp.float64 and not isinstance(x, jax.Array):
-            array = array.astype(jnp.float32)
+        host = not isinstance(x, jax.Array)
+        return array.astype(jnp.float32) if host and array.dtype == jnp.float64 else array
+
+    def float32(self, name: str, x: Any) -> jax.Array:
+        array = self.narrow(name, x)
         if array.dtype != jnp.float32:
             raise self.fail(
                 f"{name} must be float32, got {array.dtype}; cast it with .astype('float32')", TypeError

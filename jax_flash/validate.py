@@ -255,9 +255,13 @@ def fixed(op: str, arguments: SequenceArguments, ring: Ring | None = None) -> tu
     if arguments.mask is not None and not isinstance(arguments.mask, Mask):
         operands["mask"] = _boolean_mask(check, arguments.mask, (b, hq, sq, columns))
     if arguments.bias is not None:
-        bias = check.array("bias", arguments.bias)
-        if bias.dtype.name not in DTYPES and bias.dtype != operands["query"].dtype:
-            raise check.fail(f"bias must be {', '.join(DTYPES)}, got {bias.dtype}", TypeError)
+        of_query = operands["query"].dtype
+        bias = (check.array if of_query == jnp.float64 else check.narrow)("bias", arguments.bias)
+        if bias.dtype.name not in DTYPES and bias.dtype != of_query:
+            raise check.fail(
+                f"bias must be {', '.join(DTYPES)}, got {bias.dtype}; cast it with .astype('float32')",
+                TypeError,
+            )
         operands["bias"] = check.broadcastable("bias", bias, (b, hq, sq, columns), "b hq sq sk")
     score_operands(check, operands, arguments, b, "b")
     spec = static_spec(check, "fixed", operands, arguments)

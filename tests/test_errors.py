@@ -11,6 +11,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax import ShapeDtypeStruct as Array
@@ -228,7 +229,11 @@ ONLY_FIXED = [
     (dict(mask=Array((SK,), bool)), ValueError, f"{RANK} (7,)"),
     (dict(mask=Array((B, SQ, SK), bool)), ValueError, f"{RANK} (2, 5, 7)" + RANK_3),
     (dict(mask=Array((1, B, HQ, SQ, SK), bool)), ValueError, f"{RANK} (1, 2, 4, 5, 7)"),
-    (dict(bias=ints(SQ, SK)), TypeError, "bias must be float16, bfloat16, float32, got int32"),
+    (
+        dict(bias=ints(SQ, SK)),
+        TypeError,
+        "bias must be float16, bfloat16, float32, got int32; cast it with .astype('float32')",
+    ),
     (dict(bias_first=1), TypeError, "bias_first must be True or False, got 1"),
     (dict(bias=floats(HK, SQ, SK)), ValueError, f"bias must broadcast to {FULL}, got shape (2, 5, 7)"),
     (dict(alibi_slopes=floats(3, HQ)), ValueError, "alibi_slopes must broadcast to [b hq] = (2, 4), got shape (3, 4)"),
@@ -393,6 +398,14 @@ def test_float64_is_refused_except_in_plain_jax():
         with pytest.raises(TypeError, match=re.escape(message)):
             trace(jax_flash.flash_attention, wide)
         assert trace(jax_flash.flash_attention, wide | {"implementation": "xla"}).dtype == jnp.float64
+
+
+def test_a_bias_of_the_host_is_float32_in_x64_mode():
+    with jax.enable_x64(True):
+        for bias in (0.5, np.zeros((SQ, SK))):
+            assert trace(jax_flash.flash_attention, FIXED | {"bias": bias}).dtype == jnp.float32
+        with pytest.raises(TypeError, match=r"got float64; cast it with .astype\('float32'\)"):
+            trace(jax_flash.flash_attention, FIXED | {"bias": Array((SQ, SK), jnp.float64)})
 
 
 def test_int64_index_arrays_are_refused_in_x64_mode():
