@@ -117,6 +117,8 @@ SHORT = [
         Case("eight tiles", **SIZES | {"sq": 1024, "sk": 1024, "hq": 16, "hk": 16}),
         Case("lengths", q_lengths=(SQ - 7, 64), kv_lengths=(300, 130), **SIZES | {"b": 2, "sk": 384}),
         Case("more heads than clusters", causal=True, **SIZES | {"sk": 500, "hq": 66, "hk": 33}),
+        Case("groups of heads", causal=True, **SIZES | {"b": 5, "sk": 600, "hq": 12, "hk": 12}),
+        varlen("packed groups of heads", (700, 40, 300), hq=48, hk=48, causal=True),
     )
 ]
 

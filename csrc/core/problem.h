@@ -39,6 +39,8 @@ struct Problem : Sizes<int32_t> {
   JF_HD bool varlen() const { return spec.layout == Layout::kVarlen; }
   JF_HD bool packed() const { return spec.packed(); }
   JF_HD bool paged() const { return spec.paged(); }
+  // Whether a band or ranges limit what rows see, so that some tiles have more steps than others.
+  JF_HD bool uneven() const { return spec.left >= 0 || spec.right >= 0 || spec.moves_band() || ranges; }
 };
 
 // The tangents of a call, for the tangent pass. They are not fields of Problem, because every kernel takes a

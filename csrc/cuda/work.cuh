@@ -62,6 +62,12 @@ __device__ inline bool in_order(const int32_t* starts, int64_t stride, int32_t n
 // Heads whose tiles are worked on together: few enough that their K and V stay in L2.
 inline constexpr uint32_t kHeadsTogether = 16;
 
+// The size of a group if heads are divided into groups of equal size, of at least `least` heads.
+JF_HD uint32_t equal_group(uint32_t heads, uint32_t least) {
+  const uint32_t groups = heads < least ? 1 : heads / least;
+  return (heads + groups - 1) / groups;
+}
+
 // A tile's number among the `count` tiles of all heads.
 struct TileNumber {
   uint32_t number, count;
@@ -69,11 +75,13 @@ struct TileNumber {
 
 // The work of a tile of packed sequences. Sequences come in the schedule's order, longest first. Within a
 // sequence, one group of heads follows the other, and within a group tile follows tile, each with all heads
-// of the group. Slot s of the schedule stands for numbers [s · heads, (s + 1) · heads).
+// of the group; `heads_together` 0: groups have about a tile for each SM, and end with their short ones. Slot
+// s of the schedule stands for numbers [s · heads, (s + 1) · heads).
 template <Over over>
 __device__ __forceinline__ BlockWork find_packed_work(const Problem& p, const TileWork* schedule,
                                                       int32_t tiles, int32_t block, TileNumber wanted,
-                                                      uint32_t heads_together = 1) {
+                                                      uint32_t heads_together) {
+  constexpr uint32_t kTilesTogether = 128;
   constexpr bool kQueries = over == Over::kQueries;
   const uint32_t heads = kQueries ? p.heads : p.kv_heads, all = tiles * heads;
   BlockWork work;
@@ -85,6 +93,7 @@ __device__ __forceinline__ BlockWork find_packed_work(const Problem& p, const Ti
   work.head = 0;
   if (work.tile.tiles == 0) return work;
   const uint32_t first = slot - work.tile.row / block, count = work.tile.tiles;
+  if (heads_together == 0) heads_together = equal_group(heads, max(kTilesTogether / count, 1u));
   const uint32_t rest = number - first * heads, group = rest / (heads_together * count) * heads_together;
   const uint32_t together = min(heads_together, heads - group), of_group = rest - group * count;
   const uint32_t t = of_group / together;
@@ -110,29 +119,37 @@ __device__ __forceinline__ BlockWork fixed_work(const Problem& p, uint32_t heads
   return work;
 }
 
+// How heads are grouped: those of a group are worked on together, few enough that what they share stays in
+// L2. The last group has all heads from `last` on.
+struct HeadGroups {
+  uint32_t size = kHeadsTogether, last = ~0u;
+};
+
 // The work of a tile. The tiles of a group of heads have consecutive numbers. With a causal mask the longest
 // come first (the last queries, the first keys), so that the last CTAs to run have short ones. kUneven: query
 // tiles differ without a causal mask, too. slots: query tiles of the same rows (KeyLists), in place of heads;
 // 0: heads. leads: whether the first tiles of all heads come before the groups.
 template <Over over, bool kUneven = false>
 __device__ __forceinline__ BlockWork find_work(const Problem& p, const TileWork* schedule, int32_t tiles,
-                                               int32_t block, TileNumber wanted,
-                                               uint32_t heads_together = kHeadsTogether, int32_t slots = 0,
-                                               bool leads = false) {
-  if (p.packed())  // in a deterministic backward, tiles of one head wait for each other
-    return find_packed_work<over>(p, schedule, tiles, block, wanted,
-                                  p.spec.deterministic ? heads_together : 1);
+                                               int32_t block, TileNumber wanted, HeadGroups groups = {},
+                                               int32_t slots = 0, bool leads = false) {
   constexpr bool kQueries = over == Over::kQueries;
+  if (p.packed()) {
+    // In a deterministic backward tiles of one head wait for each other.
+    const uint32_t together = !kQueries && p.spec.deterministic ? groups.size : p.uneven() ? 0 : 1;
+    return find_packed_work<over>(p, schedule, tiles, block, wanted, together);
+  }
   const uint32_t heads = slots > 0 ? slots : kQueries ? p.heads : p.kv_heads, all = wanted.count / tiles;
   // Without a causal mask query tiles are equally long, and share more K and V if the heads come one after
   // the other.
-  const uint32_t group = kQueries && !kUneven && p.spec.right < 0 ? 1 : heads_together;
+  const uint32_t group = kQueries && !kUneven && p.spec.right < 0 ? 1 : groups.size;
   int32_t tile = 0;
   uint32_t rest = wanted.number;
   if (!leads || wanted.number >= all) {
     const uint32_t others = tiles - leads, of_others = wanted.number - leads * all;
-    const uint32_t first = of_others / (group * others) * group;
-    const uint32_t together = min(group, all - first), number = of_others - first * others;
+    const uint32_t first = min(of_others / (group * others) * group, groups.last), left = all - first;
+    const uint32_t together = first < groups.last ? min(group, left) : left;
+    const uint32_t number = of_others - first * others;
     const int32_t t = static_cast<int32_t>(number / together + leads);
     tile = kQueries ? tiles - 1 - t : t;
     rest = first + number % together;

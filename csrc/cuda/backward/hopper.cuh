@@ -226,9 +226,9 @@ inline int64_t head_bytes(const Problem& p) {
 // In a deterministic call a tile waits for those of its head that began before it. The more heads are worked
 // on together, the later it begins. Tiles that have few steps need more heads.
 inline uint32_t backward_heads_together(const Problem& p, int32_t block_m, uint32_t cluster_size) {
-  const bool band = p.spec.left >= 0 || p.spec.right >= 0 || p.spec.moves_band() || p.ranges;
-  if (!p.spec.deterministic) return band ? 4 : 2;
-  const uint32_t least = band ? 32 : cluster_size > 1 ? 16 : 8, all_steps = band ? 512 : 256;
+  const bool uneven = p.uneven();
+  if (!p.spec.deterministic) return uneven ? 4 : 2;
+  const uint32_t least = uneven ? 32 : cluster_size > 1 ? 16 : 8, all_steps = uneven ? 512 : 256;
   const auto steps = static_cast<uint32_t>(std::max<int64_t>(1, ceil_div(mean_queries(p), block_m)));
   return std::max(p.q_segment_ids ? 2 * least : least, all_steps / steps) / cluster_size;
 }
@@ -243,16 +243,14 @@ inline void keep_in_step(PersistentTiles& tiles, const Problem& p, int32_t worke
   if (p.packed() || !causal || p.heads == p.kv_heads || head_bytes(p) < kManyBytes) return;
   if (p.spec.deterministic || tiles.tiles_per_head > workers) return;
   tiles.back_and_forth = true;
-  tiles.heads_together = static_cast<uint32_t>(workers / std::max(1, tiles.tiles_per_head));
+  tiles.heads.size = static_cast<uint32_t>(workers / std::max(1, tiles.tiles_per_head));
 }
 
 // The number of KV heads that have about one tile for each worker, in groups of equal size. With more heads
 // together, Q, dO and the sums of dQ would not stay in L2.
 inline uint32_t heads_of_one_wave(const PersistentTiles& tiles, int32_t workers) {
-  const uint32_t heads = tiles.count / tiles.tiles_per_head;
-  const auto running = static_cast<uint32_t>(std::max(1, workers / tiles.tiles_per_head));
-  const uint32_t groups = std::max(1u, heads / running);
-  return static_cast<uint32_t>(ceil_div(heads, groups));
+  return equal_group(tiles.count / tiles.tiles_per_head,
+                     static_cast<uint32_t>(std::max(1, workers / tiles.tiles_per_head)));
 }
 
 // Decides which heads' tiles run together, unless steps are listed: there a kernel orders the tiles of a
@@ -260,11 +258,14 @@ inline uint32_t heads_of_one_wave(const PersistentTiles& tiles, int32_t workers)
 inline void order_tiles(PersistentTiles& tiles, const Problem& p, const LaunchPlan& plan, int32_t block_m,
                         int32_t cluster) {
   const int32_t workers = plan.persistent_ctas / cluster;
-  tiles.heads_together = backward_heads_together(p, block_m, cluster);
+  tiles.heads.size = backward_heads_together(p, block_m, cluster);
   keep_in_step(tiles, p, workers);
-  // With few tiles, a long one that starts late would be the last to end.
-  if (plan.parts > 1 && !tiles.back_and_forth && !p.spec.deterministic)
-    tiles.heads_together = std::max(tiles.heads_together, heads_of_one_wave(tiles, workers));
+  if (tiles.back_and_forth || p.spec.deterministic || !p.uneven()) return;
+  // A long tile that starts late would be the last to end. So the last heads, as many as have a tile for each
+  // worker, are one group, which ends with its short tiles.
+  const uint32_t heads = tiles.count / tiles.tiles_per_head, size = tiles.heads.size;
+  const uint32_t others = heads - std::min(heads, heads_of_one_wave(tiles, workers));
+  tiles.heads.last = others / size * size;
 }
 
 // Finds the key grid's tables in the workspace, as the plan placed them.
@@ -309,8 +310,8 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
     const KeyGrid key_grid = make_key_grid(p, plan, workspace, sums, ticket_shift(p, C::kM, kInClusters<C>));
     if constexpr (kListsSteps<C>) {
       const uint32_t heads = tiles.count / tiles.tiles_per_head;
-      tiles.heads_together = heads_of_one_wave(tiles, plan.persistent_ctas / C::kCluster);
-      e = launch_step_order(key_grid.lists, tiles.tiles_per_head, heads, tiles.heads_together, stream);
+      tiles.heads.size = heads_of_one_wave(tiles, plan.persistent_ctas / C::kCluster);
+      e = launch_step_order(key_grid.lists, tiles.tiles_per_head, heads, tiles.heads.size, stream);
       if (e != cudaSuccess) return e;
     }
     constexpr size_t kShared = sizeof(typename C::Shared);

@@ -75,7 +75,7 @@ struct GradientProducer {
                                             uint32_t number) const {
     const uint32_t tiles = static_cast<uint32_t>(all.tiles_per_head);
     if (first_tiles_lead(tiles)) number -= min(number, all.count / tiles);
-    const uint32_t group = number / (all.heads_together * tiles);
+    const uint32_t group = number / (all.heads.size * tiles);
     walk.heads_inner = all.back_and_forth || (C::kCluster > 1 && grid.tickets);
     walk.direction = grid.tickets || (all.back_and_forth && group % 2 == 0) ? -1 : 1;
   }

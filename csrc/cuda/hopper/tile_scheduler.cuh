@@ -27,7 +27,7 @@ struct PersistentTiles {
   int32_t tiles_per_head;
   uint32_t count;     // tiles of all heads
   uint32_t* counter;  // counts the tiles that were taken; nullptr: workers have a fixed stride
-  uint32_t heads_together;
+  HeadGroups heads;
   bool back_and_forth = false;  // in the backward, every other group of heads has its steps in reverse
 };
 
@@ -103,8 +103,9 @@ struct TileScheduler {
   __device__ __forceinline__ BlockWork work(const Problem& p, uint32_t number,
                                             int32_t rows = kCluster * kRows, int32_t slots = 0,
                                             bool leads = false) const {
+    const uint32_t last = over == Over::kKeys ? tiles.heads.last : HeadGroups{}.last;
     return find_work<over, kUneven>(p, tiles.schedule, tiles.tiles_per_head, rows, {number, tiles.count},
-                                    tiles.heads_together, slots, leads);
+                                    {tiles.heads.size, last}, slots, leads);
   }
 };
 

@@ -44,11 +44,11 @@ struct Offsets {
 };
 
 // Loads rows [3, kEnd) of `in`, whose last 8 columns are not used, into a tile, writes the tile, and stores
-// it back.
+// it back, with zeros from row kZeros on.
 template <class T, int kRows, int kColumns>
 struct Copied {
   using Tile = SharedTile<T, kRows, kColumns>;
-  static constexpr int kStride = kColumns + 8, kUsed = kColumns - 8, kEnd = kRows - 2;
+  static constexpr int kStride = kColumns + 8, kUsed = kColumns - 8, kEnd = kRows - 2, kZeros = kEnd - 5;
 
   __device__ void operator()(const float* in, float* out) const {
     uint8_t* const shared = ptx::dynamic_shared();
@@ -64,7 +64,7 @@ struct Copied {
     }
     for (int i = static_cast<int>(threadIdx.x); i < (kEnd + 3) * kStride; i += 128) rows[i] = T(7.0f);
     __syncthreads();
-    store_tile<Tile, kRows, 128>(shared, 0, GlobalRows<T>{rows, kStride, kUsed}, 3, kEnd,
+    store_tile<Tile, kRows, 128>(shared, 0, GlobalRows<T>{rows, kStride, kUsed}, 3, kZeros, kEnd,
                                  static_cast<int>(threadIdx.x));
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.x); i < kRows * kColumns; i += 128) {
@@ -85,7 +85,8 @@ void test_copy(const std::string& name) {
     const int row = i % kAll / kColumns, column = i % kColumns;
     const int source = loaded ? row + 3 : row;
     const bool used = column < Body::kUsed && (loaded ? source < Body::kEnd : row >= 3 && row < Body::kEnd);
-    return used ? in[source * Body::kStride + column] : loaded ? 0 : 7;
+    if (!used) return loaded ? 0 : 7;
+    return loaded || row < Body::kZeros ? in[source * Body::kStride + column] : 0;
   });
 }
 
