@@ -154,6 +154,8 @@ def test_varlen(kernel, mesh):
 @pytest.mark.parametrize("packed", [False, True], ids=["equal", "packed"])
 def test_sequences_of_pages_split_over_one_of_two_free_axes(implementation, axis_type, packed):
     """XLA's partitioner aborts where tables and lengths that are split like this are read by indices."""
+    if packed and implementation == "xla" and axis_type is not EXPLICIT and jax.__version_info__ < (0, 11):
+        pytest.skip("XLA of JAX 0.10 aborts in packed plain JAX")
     require_devices(8)
     mesh = jax.make_mesh((2, 2, 2), ("pipe", "data", "model"), axis_types=(axis_type,) * 3)
     rng = np.random.default_rng(0)
