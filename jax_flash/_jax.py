@@ -131,18 +131,23 @@ def whole_along(x: jax.Array, dim: int) -> jax.Array:
     return whole
 
 
-def whole_beside_manual(x: jax.Array) -> jax.Array:
-    """x, gathered over the automatic axes of a partly manual region that split its first dimension; elsewhere as it is.
+def whole_beside_manual(operands: dict[str, jax.Array], names: Sequence[str]) -> dict[str, jax.Array]:
+    """The operands, of which in a partly manual region those of these names are gathered over the automatic axes that
+    split their first dimensions.
 
     XLA's partitioner aborts where an array that is split over one of several such axes is read or written by indices
     (jaxlib 0.12.0).
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.manual_axes or mesh.are_all_axes_manual:
-        return x
-    spec = PartitionSpec(None, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1))
-    whole: jax.Array = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-    return whole
+        return operands
+
+    def whole(x: jax.Array) -> jax.Array:
+        spec = PartitionSpec(None, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1))
+        gathered: jax.Array = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+        return gathered
+
+    return operands | {name: whole(operands[name]) for name in names if name in operands}
 
 
 def split_alike(x: jax.Array, dim: int, other: jax.Array, of_other: int) -> jax.Array:

@@ -5,13 +5,11 @@ Each row of the table is called inside jax.eval_shape: the error comes while tra
 
 import ast
 import inspect
-import re
 import traceback
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 from jax import ShapeDtypeStruct as Array
@@ -389,25 +387,3 @@ def test_symbolic_heads_and_head_dims_are_refused():
         ValueError, match="flash_attention: query must have a static head dim of at least 1, got d"
     ):
         symbolic_head_dim()
-
-
-def test_float64_is_refused_except_in_plain_jax():
-    wide = {name: floats(*x.shape, dtype="float64") for name, x in FIXED.items()}
-    with jax.enable_x64(True):
-        message = 'query has dtype float64, allowed are float16, bfloat16, float32; implementation="xla" takes float64'
-        with pytest.raises(TypeError, match=re.escape(message)):
-            trace(jax_flash.flash_attention, wide)
-        assert trace(jax_flash.flash_attention, wide | {"implementation": "xla"}).dtype == jnp.float64
-
-
-def test_a_bias_of_the_host_is_float32_in_x64_mode():
-    with jax.enable_x64(True):
-        for bias in (0.5, np.zeros((SQ, SK))):
-            assert trace(jax_flash.flash_attention, FIXED | {"bias": bias}).dtype == jnp.float32
-        with pytest.raises(TypeError, match=r"got float64; cast it with .astype\('float32'\)"):
-            trace(jax_flash.flash_attention, FIXED | {"bias": Array((SQ, SK), jnp.float64)})
-
-
-def test_int64_index_arrays_are_refused_in_x64_mode():
-    with jax.enable_x64(True), pytest.raises(TypeError, match="cu_seqlens_q must be int32, got int64"):
-        trace(jax_flash.flash_attention_varlen, PACKED | {"cu_seqlens_q": Array((3,), jnp.int64)})

@@ -167,7 +167,7 @@ def _in_plain_jax(spec: AppendSpec, operands: Operands) -> tuple[jax.Array, ...]
 def _scatter(spec: AppendSpec, operands: Operands) -> tuple[jax.Array, ...]:
     """All results in plain JAX."""
     if "cu_seqlens" in operands:
-        operands = operands | {name: whole_beside_manual(operands[name]) for name in ("key", "value")}
+        operands = whole_beside_manual(operands, ("key", "value"))
     slots = _slots(spec, operands)
     key = operands["key"]
     if "cos" in operands:
@@ -203,18 +203,19 @@ class _Slots(NamedTuple):
 
 
 def _slots(spec: AppendSpec, operands: Operands) -> _Slots:
+    packed = "cu_seqlens" in operands
+    if packed:
+        operands = whole_beside_manual(operands, ("block_tables", "kv_lengths"))
+    tables = operands["block_tables"]
     pool = gather.tokens_first(operands["k_pages"], spec.page_layout)
     pages, page_size = pool.shape[:2]
-    packed = "cu_seqlens" in operands
-    names = "block_tables", "kv_lengths"
-    tables, before = (whole_beside_manual(operands[n]) if packed else operands[n] for n in names)
     if packed:
         sequence, row, _ = offsets.locate(operands["cu_seqlens"], operands["key"].shape[0])
     else:
         n, s = operands["key"].shape[:2]
         sequence, row = jnp.arange(n, dtype=jnp.int32)[:, None], jnp.arange(s, dtype=jnp.int32)[None]
     capacity = gather.table_capacity(tables, page_size)
-    lengths = jnp.clip(before, 0, capacity)
+    lengths = jnp.clip(operands["kv_lengths"], 0, capacity)
     position = (jnp.pad(lengths, (0, 1))[sequence] if packed else lengths[:, None]) + row
     inside = (row >= 0) & (position < capacity)
     at = jnp.where(inside, position // page_size, 0)

@@ -116,9 +116,7 @@ def in_columns(x: jax.Array, columns: Any, start: int = 0) -> jax.Array:
 def rows_missing_pages(spec: AttentionSpec, operands: Operands) -> jax.Array:
     """Whether a query row sees a key on a page outside the pool, `[n, sq, h]` or `[tq, h]`; h is 1 if all heads see
     the same keys."""
-    operands = operands | {
-        name: whole_beside_manual(operands[name]) for name in _BY_SEQUENCE if name in operands
-    }
+    operands = whole_beside_manual(operands, _BY_SEQUENCE)
     tables = operands["block_tables"]
     page_size = tokens_first(operands["key"], spec.page_layout).shape[1]
     outside = (tables < 0) | (tables >= operands["key"].shape[0])

@@ -263,9 +263,8 @@ inline void order_tiles(PersistentTiles& tiles, const Problem& p, const LaunchPl
   if (tiles.back_and_forth || p.spec.deterministic || !p.uneven()) return;
   // A long tile that starts late would be the last to end. So the last heads, as many as have a tile for each
   // worker, are one group, which ends with its short tiles.
-  const uint32_t heads = tiles.count / tiles.tiles_per_head, size = tiles.heads.size;
-  const uint32_t others = heads - std::min(heads, heads_of_one_wave(tiles, workers));
-  tiles.heads.last = others / size * size;
+  const uint32_t others = tiles.count / tiles.tiles_per_head - heads_of_one_wave(tiles, workers);
+  tiles.heads.last = others / tiles.heads.size * tiles.heads.size;
 }
 
 // Finds the key grid's tables in the workspace, as the plan placed them.
