@@ -248,6 +248,8 @@ def test_hopper_has_teams_where_large_tiles_leave_more_of_the_last_round_idle():
     assert teams(512, 8)  # 512 tiles or 384
     assert not teams(768, 4)  # 384 tiles or 256
     assert teams(1024, 10)  # 8 waves of large tiles
+    assert teams(3072, 1, heads=26, kv_heads=26)  # 5 waves or 4
+    assert not teams(4096, 1, heads=20, kv_heads=20)  # likewise, but long tiles come from a counter
     assert not teams(1024, 12)  # 9 waves
     assert not teams(512, 8, operands=("kv_lengths",))  # the tiles take different times
     assert teams(1024, 2, operands=("kv_lengths",))  # the tiles take different times, but all run in one wave
@@ -319,9 +321,9 @@ def test_hoppers_blocks_work_in_pairs_where_all_rows_see_many_keys():
     def pairs(rows: int, keys: int, d: int = 256, **options: Any) -> bool:
         return "in 2-CTA clusters" in plan(d=d, dv=d, q_rows=rows, k_rows=keys, **options)["text"]
 
-    assert pairs(4096, 4096)
-    assert pairs(4096, 4096, right=0)
-    assert not pairs(2048, 2048)
+    assert pairs(8192, 8192)
+    assert pairs(8192, 8192, right=0)
+    assert not pairs(4096, 4096)
     assert not pairs(8192, 8192, left=4096, right=4096)
     assert not pairs(8192, 8192, left=8192, right=0)
     assert not pairs(8192, 8192, operands=("kv_lengths",))

@@ -75,12 +75,13 @@ struct TileNumber {
 
 // The work of a tile of packed sequences. Sequences come in the schedule's order, longest first. Within a
 // sequence, one group of heads follows the other, and within a group tile follows tile, each with all heads
-// of the group; `heads_together` 0: groups have about a tile for each SM, and end with their short ones. Slot
-// s of the schedule stands for numbers [s · heads, (s + 1) · heads).
+// of the group. A group has `heads_together` heads; if `fills_sms`, it has at least these, and about a tile
+// for each SM, and ends with its short ones. Slot s of the schedule stands for numbers
+// [s · heads, (s + 1) · heads).
 template <Over over>
 __device__ __forceinline__ BlockWork find_packed_work(const Problem& p, const TileWork* schedule,
                                                       int32_t tiles, int32_t block, TileNumber wanted,
-                                                      uint32_t heads_together) {
+                                                      uint32_t heads_together, bool fills_sms) {
   constexpr uint32_t kTilesTogether = 128;
   constexpr bool kQueries = over == Over::kQueries;
   const uint32_t heads = kQueries ? p.heads : p.kv_heads, all = tiles * heads;
@@ -93,7 +94,7 @@ __device__ __forceinline__ BlockWork find_packed_work(const Problem& p, const Ti
   work.head = 0;
   if (work.tile.tiles == 0) return work;
   const uint32_t first = slot - work.tile.row / block, count = work.tile.tiles;
-  if (heads_together == 0) heads_together = equal_group(heads, max(kTilesTogether / count, 1u));
+  if (fills_sms) heads_together = equal_group(heads, max(kTilesTogether / count, heads_together));
   const uint32_t rest = number - first * heads, group = rest / (heads_together * count) * heads_together;
   const uint32_t together = min(heads_together, heads - group), of_group = rest - group * count;
   const uint32_t t = of_group / together;
@@ -135,9 +136,11 @@ __device__ __forceinline__ BlockWork find_work(const Problem& p, const TileWork*
                                                int32_t slots = 0, bool leads = false) {
   constexpr bool kQueries = over == Over::kQueries;
   if (p.packed()) {
-    // In a deterministic backward tiles of one head wait for each other.
-    const uint32_t together = !kQueries && p.spec.deterministic ? groups.size : p.uneven() ? 0 : 1;
-    return find_packed_work<over>(p, schedule, tiles, block, wanted, together);
+    // In a deterministic backward tiles of one head wait for each other. Otherwise a group of key tiles has
+    // few heads, so that their Q and dO stay in L2.
+    const bool waits = !kQueries && p.spec.deterministic, fills_sms = !waits && p.uneven();
+    const uint32_t together = waits || (kQueries && fills_sms) ? groups.size : 1;
+    return find_packed_work<over>(p, schedule, tiles, block, wanted, together, fills_sms);
   }
   const uint32_t heads = slots > 0 ? slots : kQueries ? p.heads : p.kv_heads, all = wanted.count / tiles;
   // Without a causal mask query tiles are equally long, and share more K and V if the heads come one after

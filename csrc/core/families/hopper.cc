@@ -24,11 +24,10 @@ constexpr int64_t kCounterBytes = 4;
 // (docs/experiments/ring.md).
 void plan_persistent(int64_t blocks, bool unequal, int64_t steps, const KernelRow& row, const Call& call,
                      Workspace& workspace, LaunchPlan& plan) {
-  constexpr int64_t kLongTile = 4096;
   const int64_t cluster = plan.cluster_size,
                 most = int64_t{call.device.sm_count} / cluster * cluster * row.blocks;
   plan.persistent_ctas = static_cast<int32_t>(std::min(blocks, most));
-  if ((unequal || steps >= kLongTile) && blocks > most * row.teams)
+  if ((unequal || steps >= hopper::kLongTile) && blocks > most * row.teams)
     plan.tile_counter = workspace.add(kCounterBytes);
 }
 
@@ -144,13 +143,13 @@ class Forward final : public PassTraits {
            static_cast<double>(tiles) >= kFilled * static_cast<double>(ceil_div(tiles, sms) * sms);
   }
 
-  // Multicast halves the loads of K and V. At settled power that pays if rows see many keys (K of 2 MB), with
+  // Multicast halves the loads of K and V. At settled power that pays if rows see many keys (K of 4 MB), with
   // a full or causal mask. With a window or lengths, the two CTAs of a cluster have tiles of different
   // lengths, and more SMs idle at the end. An odd number of tiles leaves one CTA of the last cluster idle.
   static bool uses_clusters(const KernelRow& row, const Call& call, const LaunchPlan& plan) {
     if (row.multicast == 1 || plan.score != ScoreKind::kPlain || call.spec.packed() || call.spec.paged())
       return false;
-    constexpr int64_t kManyElements = 1 << 20, kManyTiles = 16;
+    constexpr int64_t kManyElements = 1 << 21, kManyTiles = 16;
     const bool whole =
         call.spec.left < 0 && !(call.spec.operands & bits_of(Operand::kQLengths, Operand::kKvLengths,
                                                              Operand::kWindowLeft, Operand::kWindowRight));

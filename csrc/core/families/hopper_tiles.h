@@ -18,6 +18,9 @@ inline Consumers consumers_of(const KernelRow& row) {
                                             : Consumers::kThree;
 }
 
+// Keys of a query tile, or rows of a key tile, from which a counter hands tiles out.
+inline constexpr int64_t kLongTile = 4096;
+
 // Chooses the shape of the forward's tiles for a call. The limits were measured on one H200
 // (docs/experiments).
 class TileChoice {
@@ -64,12 +67,14 @@ class TileChoice {
 
   // Whether the last wave of large tiles would leave more SMs idle than the last wave of the teams' smaller
   // tiles. The cost of a wave, in rows of large tiles, was measured at d = 64. If tiles differ in length,
-  // short ones fill the last wave, and teams pay only if all their tiles run at once.
+  // short ones fill the last wave, and teams pay only if all their tiles run at once. If a counter hands out
+  // equal tiles, the last may go to both teams of an SM while other SMs have none.
   bool few_waves() const {
     constexpr int64_t kCostOfOneTeam = 164, kCostOfBothTeams = 280;  // rows
     constexpr int64_t kMostWaves = 8, kMostTeamWaves = 2;
     const int64_t large = waves(kLargeTile), small = waves(kSmallTile);
-    const bool few = call_.tiles_differ() ? small <= kMostTeamWaves : large <= kMostWaves;
+    const bool few =
+        call_.tiles_differ() ? small <= kMostTeamWaves : large <= kMostWaves && visible_keys_ < kLongTile;
     return few && small / 2 * kCostOfBothTeams + small % 2 * kCostOfOneTeam <= large * kLargeTile;
   }
 

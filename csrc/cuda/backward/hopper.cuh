@@ -261,9 +261,12 @@ inline void order_tiles(PersistentTiles& tiles, const Problem& p, const LaunchPl
   tiles.heads.size = backward_heads_together(p, block_m, cluster);
   keep_in_step(tiles, p, workers);
   if (tiles.back_and_forth || p.spec.deterministic || !p.uneven()) return;
-  // A long tile that starts late would be the last to end. So the last heads, as many as have a tile for each
-  // worker, are one group, which ends with its short tiles.
-  const uint32_t others = tiles.count / tiles.tiles_per_head - heads_of_one_wave(tiles, workers);
+  // A long tile that starts late would be the last to end. So the last heads, as many as have two tiles for
+  // each worker, or one where two would not stay in L2, are one group, which ends with its short tiles.
+  constexpr int64_t kMostBytes = 64 << 20;
+  const uint32_t one = heads_of_one_wave(tiles, workers), two = heads_of_one_wave(tiles, 2 * workers);
+  const uint32_t last = two * head_bytes(p) <= kMostBytes ? two : one;
+  const uint32_t others = tiles.count / tiles.tiles_per_head - last;
   tiles.heads.last = others / tiles.heads.size * tiles.heads.size;
 }
 

@@ -81,10 +81,11 @@ struct LoadWarp {
 
   // The tile scheduler takes the next query tile when this many key tiles are left to load. The number is
   // small, because a CTA that reserves a tile long before it begins may finish after all other CTAs. Three
-  // consumers are so fast, and CTAs that share tiles need so long to agree, that the next tile would not be
-  // ready in time, so they take it at once.
-  static constexpr int32_t kTilesLeft =
-      C::kConsumers <= 2 && C::kTeams == 1 && C::kSharers == 1 ? 1 : INT32_MAX / 2;
+  // consumers are faster, so they need more. Teams, and CTAs that share tiles, which need long to agree, take
+  // the next tile at once.
+  static constexpr int32_t kTilesLeft = C::kTeams > 1 || C::kSharers > 1 ? INT32_MAX / 2
+                                        : C::kConsumers <= 2             ? 1
+                                                                         : 4;
 
   // Loads K, Q, then K, V, K, V … V: the order in which consumers wait for them.
   template <bool kKeys, bool kValues>
