@@ -115,9 +115,9 @@ def gradients(spec: AttentionSpec, wanted: tuple[str, ...], operands: Operands) 
         return _paged_gradients(spec, wanted, operands)
     out, lse = operands["out"], operands["lse"]
     dout, dlse = operands.get("dout"), operands.get("dlse")
-    seen = _seen_lse(operands)
     # rowsum(dO ∘ O) − dlse; its readers ignore rows that see nothing, but for those of sinks
     delta = _zeros(lse) if dout is None else _row_products(spec, operands)
+    seen = _seen_lse(operands, delta)
     if "sinks" in operands:
         delta = jnp.where(seen == -jnp.inf, 0, delta)
     if dlse is not None:
@@ -183,18 +183,23 @@ def _row_products(spec: AttentionSpec, operands: Operands) -> jax.Array:
     return by_row
 
 
-def _seen_lse(operands: Operands) -> jax.Array:
+def _seen_lse(operands: Operands, products: jax.Array | None = None) -> jax.Array:
     """lse, but −inf for rows that see nothing and have a sink, too, if their q, dO or tq may not be multiplied. Such a
     row's lse is its sink, and its out 0. So are those of a row whose values are 0, and beside whose sink the scores are
-    small, but that row has gradients."""
+    small, but that row has gradients.
+
+    `products`: rowsum(dO ∘ O) in lse's order. Where O is 0, it is finite if dO is, and it is already computed."""
     lse = operands["lse"]
     if "sinks" not in operands:
         return lse
-    of_row = [operands[name] for name in ("query", "dout", "tquery") if name in operands]
-    unclean = reduce(jnp.logical_or, (~jnp.isfinite(x).all(-1) for x in of_row))
-    unclean &= (operands["out"] == 0).all(-1)
+    rows = [operands[name] for name in ("query", "tquery") if name in operands]
+    clean = reduce(jnp.logical_and, (jnp.isfinite(x).all(-1) for x in rows))
+    nothing = (operands["out"] == 0).all(-1)
+    clean, nothing = jnp.swapaxes(clean, -1, -2), jnp.swapaxes(nothing, -1, -2)
+    if products is not None:
+        clean &= jnp.isfinite(products)
     is_sink = lse == _by_row_of_lse(operands["sinks"], lse)
-    return jnp.where(is_sink & jnp.swapaxes(unclean, -1, -2), -jnp.inf, lse)
+    return jnp.where(is_sink & nothing & ~clean, -jnp.inf, lse)
 
 
 def _through_sinks(sinks: jax.Array, lse: jax.Array, x: jax.Array) -> jax.Array:
