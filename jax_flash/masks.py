@@ -90,6 +90,7 @@ class Mask:
         """A line of text for each of `sq` query rows, `#` where it sees the key, for one batch entry and head."""
         sk = sq if sk is None else sk
         b, h = jax.eval_shape(partial(self._seen, *_sizes(self.conditions))).shape[:2]
+        b = max(b, *_entries(self.conditions))
         for condition in conjunctions.flat(self.conditions):
             check_sizes(Checker("masks: picture"), condition, Sizes(b, h, h, sq, sk, sk))
         seen = np.asarray(self._seen(sq, sk))
@@ -367,3 +368,14 @@ def _sizes(conditions: tuple[Form, ...]) -> tuple[int, int]:
     of_blocks = [x.chosen.shape[-2] * x.block[0] for x in each if isinstance(x, forms.Blocks)]
     rows = rows or max(of_blocks, default=0) or 8
     return rows, keys or rows
+
+
+def _entries(conditions: tuple[Form, ...]) -> list[int]:
+    """The numbers of batch entries in arrays that need not hide anything, so that what is seen may be the same for
+    all entries."""
+    each = [*conjunctions.flat(conditions)]
+    data = [jnp.shape(x.offset) for x in each if isinstance(x, forms.Band)]
+    rows = [
+        y.shape[:-1] for x in each if isinstance(x, forms.Positions) for y in (x.q_positions, x.kv_positions)
+    ]
+    return [1, *(shape[0] for shape in (*data, *rows) if shape)]
