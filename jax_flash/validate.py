@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import philox
-from ._jax import is_symbolic, same_dim
+from ._jax import is_symbolic, same_dim, whole_along
 from .checker import DTYPES, INT32_MAX, MARK_STATIC, Checker, is_int
 from .masks import Mask
 from .operands import OPTIONAL
@@ -144,6 +144,8 @@ def dropout_operand(check: Checker, rate: object, key: Any) -> jax.Array:
         )
     if jax.debug_key_reuse.value and not raw:
         jax.random.bits(key)  # consumes the key for JAX's checker, as key_data does not
+    if raw:
+        words = whole_along(words, 0)
     return jnp.concatenate([philox.key_words(words), jnp.zeros(4, jnp.uint32)])
 
 

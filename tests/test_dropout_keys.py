@@ -5,6 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.random import define_prng_impl
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from programs import require_devices
 
 from jax_flash import flash_attention, philox
 
@@ -124,6 +127,23 @@ def test_several_keys_are_refused(impl):
         TypeError, match=r"dropout_key must be one jax.random.key, got dtype key<.*> and shape \(2,\)"
     ):
         dropped(jax.random.split(jax.random.key(0, impl=impl)), "xla")
+
+
+@pytest.mark.parametrize("words", [2, 4])
+def test_raw_words_that_explicit_axes_split_are_gathered(implementation, words):
+    require_devices(2)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    key = np.random.default_rng(3).integers(0, 2**32, words, np.uint32)
+
+    def attend(key):
+        options = dict(dropout_rate=0.5, dropout_key=key, implementation=implementation)
+        return flash_attention(QUERY, KEY, VALUE, **options)
+
+    wanted = attend(key)
+    with jax.set_mesh(mesh):
+        split = jax.device_put(key, NamedSharding(mesh, P("data")))
+        for call in (attend, jax.jit(attend)):
+            np.testing.assert_allclose(call(split), wanted, atol=1e-6)
 
 
 @each_key
