@@ -114,8 +114,7 @@ class _Call:
         if isinstance(x, Mask):
             self.mask = x
         elif name == "segment_ids":
-            parts = x if isinstance(x, (tuple, list)) and len(x) == 2 else (x, x)
-            for side, part in zip(("q", "kv"), parts, strict=True):
+            for side, part in zip(("q", "kv"), _CHECK.segment_pair(x)):
                 self.index[f"{side}_segment_ids"] = _host("segment_ids", part)
         elif name in _INDEX:
             self.index[name] = _host(name, x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import jax
@@ -111,6 +112,16 @@ class Checker:
             return jnp.broadcast_to(lengths, (count,))
         self.shape(name, lengths, (count,), dim)
         return lengths
+
+    def segment_pair(self, ids: Any) -> Sequence[Any]:
+        """The segment ids of queries and of keys; one array is both."""
+        if not isinstance(ids, (tuple, list)):
+            return ids, ids
+        rows = isinstance(ids, list) and any(isinstance(x, list) and all(map(is_int, x)) for x in ids)
+        if rows or len(ids) != 2:
+            got = "lists of numbers; numpy.array makes one array of rows" if rows else "items"
+            raise self.fail(f"segment_ids must be one array or a pair (q_ids, kv_ids), got {len(ids)} {got}")
+        return ids
 
     def head_dim(self, name: str, x: jax.Array, implementation: str | None) -> None:
         d = x.shape[-1]

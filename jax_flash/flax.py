@@ -292,9 +292,7 @@ def _with_batch_dims_of(scored: Sequence[Any], query: Array, key: Array, value: 
 
 def _segments(given: Any, query: Array, key: Array) -> Sequence[Array]:
     """The segment ids of queries, `[batch..., q_length]`, and of keys."""
-    pair = given if isinstance(given, (tuple, list)) else (given, given)
-    if len(pair) != 2:
-        raise _CHECK.fail(f"segment_ids must be one array or a pair (q_ids, kv_ids), got {len(pair)} items")
+    pair = _CHECK.segment_pair(given)
     found = []
     for ids, x, dims in zip(pair, (query, key), ("batch... q_length", "batch... kv_length")):
         checked = _CHECK.broadcastable("segment_ids", _CHECK.int32("segment_ids", ids), x.shape[:-2], dims)

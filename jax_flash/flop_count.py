@@ -99,7 +99,10 @@ def spec_and_shapes(
 
 def _given(function: Callable[..., Any], *arguments: Any, **options: Any) -> dict[str, Any]:
     """The arguments of a call by name, with the defaults."""
-    given = inspect.signature(function).bind(*arguments, **options)
+    try:
+        given = inspect.signature(function).bind(*arguments, **options)
+    except TypeError as error:  # does not name the function
+        raise Checker(function.__name__).fail(str(error), TypeError) from None
     given.apply_defaults()
     return given.arguments
 
@@ -135,8 +138,7 @@ def _known_values(spec: AttentionSpec, given: Mapping[str, Any], shapes: Shapes)
     if "cu_seqlens_k" in shapes:
         offsets = given["cu_seqlens_k"]
         found["cu_seqlens_k"] = given["cu_seqlens_q"] if offsets is None else offsets
-    ids = given.get("segment_ids")
-    pair = ids if isinstance(ids, (tuple, list)) else (ids, ids)
+    pair = _CHECK.segment_pair(given.get("segment_ids"))
     if all(map(_is_known, pair)):
         found |= zip(("q_segment_ids", "kv_segment_ids"), pair)
     values = {}

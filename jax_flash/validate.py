@@ -6,7 +6,6 @@ checked again below this file, except for what only the device knows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast, get_args
 
@@ -250,7 +249,11 @@ def fixed(op: str, arguments: SequenceArguments, ring: Ring | None = None) -> tu
     if arguments.kv_lengths is not None:
         operands["kv_lengths"] = check.lengths("kv_lengths", arguments.kv_lengths, b, "b")
     if arguments.segment_ids is not None:
-        ids = _segment_pair(check, arguments.segment_ids, sq, sk)
+        ids = check.segment_pair(arguments.segment_ids)
+        if ids is not arguments.segment_ids and not same_dim(sq, sk):
+            raise check.fail(
+                f"segment_ids must be a pair (q_ids, kv_ids) when query's length {sq} differs from key's {sk}"
+            )
         for name, part, s, dims in zip(("q_segment_ids", "kv_segment_ids"), ids, (sq, sk), ("b sq", "b sk")):
             operands[name] = check.int32("segment_ids", part)
             check.shape("segment_ids", operands[name], (b, s), dims)
@@ -298,7 +301,8 @@ def ring(op: str, arguments: RingArguments) -> tuple[AttentionSpec, Operands]:
     axes = tuple(given) if isinstance(given, (tuple, list)) else (given,)
     mesh = jax.sharding.get_abstract_mesh()
     manual = mesh.manual_axes
-    if not axes or len(set(axes)) < len(axes) or not all(axis in manual for axis in axes):
+    known = all(isinstance(axis, str) and axis in manual for axis in axes)
+    if not axes or not known or len(set(axes)) < len(axes):
         raise check.fail(
             f"axis_name must name axes that are manual in the jax.shard_map around the call, {manual}, got {given!r}"
         )
@@ -327,18 +331,6 @@ def ring(op: str, arguments: RingArguments) -> tuple[AttentionSpec, Operands]:
 def ring_names(check: Checker, arguments: RingArguments) -> None:
     for name, given, allowed in (("order", arguments.order, ORDERS), ("mode", arguments.mode, MODES)):
         check.one_of(name, given, allowed)
-
-
-def _segment_pair(check: Checker, ids: Any, sq: Any, sk: Any) -> Sequence[Any]:
-    if isinstance(ids, (tuple, list)):
-        if len(ids) != 2:
-            raise check.fail(f"segment_ids must be one array or a pair (q_ids, kv_ids), got {len(ids)} items")
-        return ids
-    if not same_dim(sq, sk):
-        raise check.fail(
-            f"segment_ids must be a pair (q_ids, kv_ids) when query's length {sq} differs from key's {sk}"
-        )
-    return ids, ids
 
 
 def varlen(op: str, arguments: VarlenArguments) -> tuple[AttentionSpec, Operands]:

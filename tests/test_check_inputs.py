@@ -210,6 +210,11 @@ WRONG = {
         dict(POOL, block_tables=i32([0, 1, 2], [3, 6, 0]), kv_lengths=i32(12, 5)),
         "block_tables[1, 1] = 6 is outside the pool of 6 pages, and sequence 1 with 5 keys needs it",
     ),
+    "segments in lists": (
+        dict(FIXED, segment_ids=[[0] * 8] * 2),
+        "segment_ids must be one array or a pair (q_ids, kv_ids), got 2 lists of numbers; numpy.array makes one array "
+        "of rows",
+    ),
     "negative page": (
         dict(POOL, block_tables=i32([-2]), kv_lengths=i32(1)),
         "block_tables[0, 0] = -2 is outside the pool of 6 pages, and sequence 0 with 1 keys needs it",

@@ -208,6 +208,15 @@ ONLY_FIXED = [
         ValueError,
         "segment_ids must be one array or a pair (q_ids, kv_ids), got 1 items",
     ),
+    *(
+        (
+            dict(segment_ids=[[0] * SQ] * rows),
+            ValueError,
+            f"segment_ids must be one array or a pair (q_ids, kv_ids), got {rows} lists of numbers; numpy.array makes "
+            "one array of rows",
+        )
+        for rows in (2, 3)
+    ),
     (
         dict(segment_ids=(ints(B, SK), ints(B, SK))),
         ValueError,
@@ -275,6 +284,9 @@ ODD_HEADS = dict(query=floats(B, SQ, 3, D), key=floats(B, SK, 1, D), value=float
 ONLY_RING = [
     (dict(axis_name="other"), ValueError, MANUAL + "'other'"),
     (dict(axis_name=()), ValueError, MANUAL + "()"),
+    (dict(axis_name=[["ring"]]), ValueError, MANUAL + "[['ring']]"),
+    (dict(axis_name={"ring"}), ValueError, MANUAL + "{'ring'}"),
+    (dict(axis_name=("ring", "ring")), ValueError, MANUAL + "('ring', 'ring')"),
     (dict(order="striped"), ValueError, "order must be one of ('contiguous', 'zigzag'), got 'striped'"),
     (dict(order="zigzag"), ValueError, 'query has 5 tokens on each device; order="zigzag" needs an even number'),
     (dict(query=floats(B, 2**30, HQ, D)), ValueError, f"query has {2**31} tokens on 2 devices, allowed are 2147483647"),

@@ -384,6 +384,7 @@ def test_shapes_that_do_not_fit_raise(name):
             r"segment_ids must broadcast to \[batch... kv_length\] = \(2, 6\), got",
         ),
         ([np.zeros(5, int)] * 3, r"segment_ids must be one array or a pair \(q_ids, kv_ids\), got 3 items"),
+        ([[0] * 5] * B, r"segment_ids must be one array or a pair \(q_ids, kv_ids\), got 2 lists of numbers"),
     ],
 )
 def test_segment_ids_that_do_not_fit_raise(ids, message):

@@ -286,7 +286,8 @@ def test_a_ring_counts_as_the_whole_sequence_on_all_devices():
             ValueError,
             "flops: of is 'both'; allowed are \"forward\", \"backward\" and \"tangent\"",
         ),
-        (lambda: flops(flash_attention, Q, Q), TypeError, "missing a required argument: 'value'"),
+        (lambda: flops(flash_attention, Q, Q), TypeError, "flash_attention: missing a required argument: 'value'"),
+        (lambda: flops(flash_attention, *[Q] * 4), TypeError, "flash_attention: too many positional arguments"),
         (
             lambda: flops(flash_attention, Q, Q[:, :, :3], Q[:, :, :3]),
             ValueError,
