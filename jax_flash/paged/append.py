@@ -92,7 +92,7 @@ def append_kv(  # type: ignore[misc]  # only an overload has `unpacked`
       cu_seqlens: int32 `[n + 1]`, offsets of the sequences in packed key and value.
       rotary: `(cos, sin)`, each float32 `[positions, d_rot / 2]`. Keys are rotated by the angles of their position, as
         by `apply_rotary`, before they are written.
-      interleaved: as in `apply_rotary`.
+      interleaved: as in `apply_rotary`; without rotary it has no effect.
       k_scale, v_scale: float32 `[hk]`, `[p, hk]` (by page), or a number, only for float8 pools, where stored =
         value / scale, rounded to nearest and saturated at the largest number of the dtype, infinities too; 1 by
         default.

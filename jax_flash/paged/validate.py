@@ -147,7 +147,7 @@ def append(op: str, arguments: AppendArguments) -> tuple[AppendSpec, Operands]:
     spec = AppendSpec(
         layout="append" if cu_seqlens is None else "append_varlen",
         page_layout=arguments.page_layout,
-        interleaved=check.flag("interleaved", arguments.interleaved),
+        interleaved=check.flag("interleaved", arguments.interleaved) and "cos" in operands,
         operands=tuple(
             name for name in APPEND_OPTIONAL if name in operands and not (dynamic and name in SCALES)
         ),
