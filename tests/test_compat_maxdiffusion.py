@@ -64,10 +64,17 @@ def test_it_differentiates():
     assert_close(got, wanted, 1e-4)
 
 
-@pytest.mark.parametrize("dtype", [None, jnp.bfloat16, jnp.float32])
-def test_the_result_has_the_dtype_of_weights_and_values(dtype):
-    out = apply_attention(Q, K, jnp.asarray(V, jnp.bfloat16), H, dtype=dtype)
-    assert out.dtype == (jnp.bfloat16 if dtype is None else dtype)
+@pytest.mark.parametrize(
+    ("dtype", "of_values", "wanted"),
+    [
+        (None, "bfloat16", "bfloat16"),
+        ("bfloat16", "bfloat16", "bfloat16"),
+        ("float32", "bfloat16", "float32"),
+        ("bfloat16", "float32", "float32"),
+    ],
+)
+def test_the_result_has_the_dtype_of_weights_and_values(dtype, of_values, wanted):
+    assert apply_attention(Q, K, jnp.asarray(V, of_values), H, dtype=dtype).dtype == wanted
 
 
 @pytest.mark.parametrize(
