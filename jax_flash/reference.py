@@ -92,8 +92,9 @@ def band_limits(
     def of_rows(name: str) -> Array | None:
         if name not in operands:
             return None
-        if same_dim((x := operands[name]).shape[0], 1):
-            return x[(None,) * (diagonal.ndim - 1)]
+        x = operands[name]
+        if not spec.packed or same_dim(x.shape[0], 1):
+            return x.reshape(x.shape[0], *(1,) * (diagonal.ndim - 1))
         return jnp.pad(x, (0, 1))[sequence]
 
     offset = of_rows("window_offset")
@@ -183,8 +184,10 @@ def _drafts(spec: AttentionSpec, mask: Array, operands: dict[str, Array], place:
     mask is true there. It does not apply to a sequence with more rows than the mask has."""
     size = mask.shape[-1]
     n = operands["query"].shape[0] if spec.layout == "fixed" else operands["cu_seqlens_q"].shape[0] - 1
-    mask = jnp.pad(jnp.broadcast_to(mask, (n, size, size)), ((0, 1), (0, 0), (0, 0)))
-    of_rows = mask[place.sequence, jnp.clip(place.row, 0, size - 1)]  # [b, sq, size]
+    of_rows = jnp.broadcast_to(mask, (n, size, size))  # [b, sq, size]
+    if spec.packed:
+        of_rows = jnp.pad(of_rows, ((0, 1), (0, 0), (0, 0)))
+        of_rows = of_rows[place.sequence, jnp.clip(place.row, 0, size - 1)]
     token = place.column[:, None, :] - place.new[..., None]  # [b, sq | 1, sk]
     token = jnp.broadcast_to(token, (*of_rows.shape[:2], token.shape[2]))
     seen = jnp.take_along_axis(of_rows, jnp.clip(token, 0, size - 1), axis=2)

@@ -12,10 +12,22 @@ from meshes import make_mesh, place
 from programs import assert_same, require_devices
 from test_partly_manual import manual_over
 
-from jax_flash import append_kv, paged_attention
+from jax_flash import append_kv, masks, paged_attention
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 HEADS_OF_POOLS = P(None, None, "model")
+HEADS = P(None, None, "pipe")
+OFFSETS = np.array([0, 9, 14], np.int32)
+BY_SEQUENCE = {  # what a row reads by its sequence: an array of two, its spec, and the argument that it makes
+    "draft_mask": (np.tri(9) > 0, P("data"), lambda x: {"draft_mask": x}),
+    "alibi_slopes": (
+        np.array([1, 0.5, 0.25, 0.5], np.float32),
+        P("data", "pipe"),
+        lambda x: {"alibi_slopes": x},
+    ),
+    "window": (np.int32(3), P("data"), lambda x: {"mask": masks.window(x, None)}),
+    "blocks": (np.zeros((1, 1, 1), np.int32), P("data"), lambda x: {"mask": masks.blocks(x, (16, 16))}),
+}
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -60,24 +72,35 @@ def test_append_with_tables_split_over_an_automatic_axis(kernel):
     assert_same(jax.device_get(jax.jit(mapped)(*split)), jax.device_get(step(pool, new, tables, lengths)))
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["equal", "packed"])
-def test_sequences_of_pages_split_over_one_of_two_free_axes(implementation, axis_type, packed):
-    """XLA's partitioner aborts where tables and lengths that are split like this are read by indices."""
-    if packed and implementation == "xla" and axis_type is not EXPLICIT and jax.__version_info__ < (0, 11):
-        pytest.skip("XLA of JAX 0.10 aborts in packed plain JAX")
+each_layout = pytest.mark.parametrize("packed", [False, True], ids=["equal", "packed"])
+
+
+def two_sequences(axis_type, packed):
+    """A mesh, and arrays of two sequences and their specs: heads split over "pipe", sequences or tokens over "data"."""
     require_devices(8)
     mesh = jax.make_mesh((2, 2, 2), ("pipe", "data", "model"), axis_types=(axis_type,) * 3)
     rng = np.random.default_rng(0)
     shapes = {"query": (2, 8, 4, 8), "k_pages": (4, 8, 2, 8), "v_pages": (4, 8, 2, 8), "new": (2, 4, 2, 8)}
-    heads, tokens = P(None, None, "pipe"), P("data", None, "pipe")
+    tokens = P("data", None, "pipe")
     if packed:
         shapes |= {"query": (16, 4, 8), "new": (8, 2, 8)}
         tokens = P("data", "pipe")
     arrays = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
     arrays |= {"tables": np.array([[0, 1], [2, 3]], np.int32), "lengths": np.array([9, 5], np.int32)}
-    offsets = (np.array([0, 9, 14], np.int32), np.array([0, 3, 7], np.int32)) if packed else (None, None)
-    specs = dict.fromkeys(("query", "new"), tokens) | dict.fromkeys(("k_pages", "v_pages"), heads)
+    specs = dict.fromkeys(("query", "new"), tokens) | dict.fromkeys(("k_pages", "v_pages"), HEADS)
     specs |= dict.fromkeys(("tables", "lengths"), P("data"))
+    return mesh, arrays, specs
+
+
+def whole_but_for_heads(spec):
+    return P(*(axis if axis == "pipe" else None for axis in spec))
+
+
+@each_layout
+def test_sequences_of_pages_split_over_one_of_two_free_axes(implementation, axis_type, packed):
+    """XLA's partitioner aborts where tables and lengths that are split like this are read by indices."""
+    mesh, arrays, specs = two_sequences(axis_type, packed)
+    offsets = (OFFSETS, np.array([0, 3, 7], np.int32)) if packed else (None, None)
 
     def call(x):
         pools, where = (x["k_pages"], x["v_pages"]), (x["tables"], x["lengths"])
@@ -90,8 +113,8 @@ def test_sequences_of_pages_split_over_one_of_two_free_axes(implementation, axis
         )
         return out, *appended, after
 
-    whole = P(*(axis if axis == "pipe" else None for axis in tokens))
-    mapped = manual_over({"pipe"}, call, specs, (whole, heads, heads, P()), mesh=mesh)
+    results = whole_but_for_heads(specs["query"]), HEADS, HEADS, P()
+    mapped = manual_over({"pipe"}, call, specs, results, mesh=mesh)
 
     def run(call):
         def gradient(moving, x):
@@ -103,3 +126,30 @@ def test_sequences_of_pages_split_over_one_of_two_free_axes(implementation, axis
     with jax.set_mesh(mesh) if axis_type is EXPLICIT else nullcontext():
         got = jax.jit(run(mapped))(place(mesh, arrays, specs))
     assert_same(got, run(call)(arrays))
+
+
+@each_layout
+@pytest.mark.parametrize("name", BY_SEQUENCE)
+def test_options_of_sequences_split_over_one_of_two_free_axes(implementation, name, packed):
+    """As above, without an append: XLA's partitioner aborts on reads by indices of any of these."""
+    mesh, arrays, specs = two_sequences(AUTO, packed)
+    one, spec, made = BY_SEQUENCE[name]
+    if name == "draft_mask" and not packed:
+        one = one[:8, :8]
+    arrays, specs = arrays | {"option": np.stack([one, one])}, specs | {"option": spec}
+
+    def call(x):
+        out = paged_attention(
+            x["query"], x["k_pages"], x["v_pages"], x["tables"], x["lengths"], implementation=implementation,
+            cu_seqlens_q=OFFSETS if packed else None, **made(x["option"]),
+        )  # fmt: skip
+        return (out,)
+
+    mapped = manual_over({"pipe"}, call, specs, (whole_but_for_heads(specs["query"]),), mesh=mesh)
+
+    def run(call):
+        if packed and name == "draft_mask" and implementation != "xla":  # there is no gradient
+            return call
+        return lambda x: (call(x), jax.grad(lambda q: jnp.sin(call(x | {"query": q})[0]).sum())(x["query"]))
+
+    assert_same(jax.jit(run(mapped))(place(mesh, arrays, specs)), run(call)(arrays))

@@ -23,7 +23,10 @@ Operands = dict[str, jax.Array]
 # Page pools may have query's dtype or one of these; the value is the largest finite number of the dtype.
 FLOAT8 = {jnp.dtype(jnp.float8_e4m3fn): 448.0, jnp.dtype(jnp.float8_e5m2): 57344.0}
 # Operands that are read by the index of a row's sequence.
-_BY_SEQUENCE = ("block_tables", "kv_lengths", "cu_seqlens_q", "draft_mask", *WINDOW)
+BY_SEQUENCE = (
+    *("block_tables", "kv_lengths", "cu_seqlens_q", "cu_seqlens_k"),
+    *("draft_mask", "block_mask", "alibi_slopes", *WINDOW),
+)
 _PAGED_ONLY = ("block_tables", "k_scale", "v_scale")
 
 
@@ -116,7 +119,7 @@ def in_columns(x: jax.Array, columns: Any, start: int = 0) -> jax.Array:
 def rows_missing_pages(spec: AttentionSpec, operands: Operands) -> jax.Array:
     """Whether a query row sees a key on a page outside the pool, `[n, sq, h]` or `[tq, h]`; h is 1 if all heads see
     the same keys."""
-    operands = whole_beside_manual(operands, _BY_SEQUENCE)
+    operands = whole_beside_manual(operands, BY_SEQUENCE)
     tables = operands["block_tables"]
     page_size = tokens_first(operands["key"], spec.page_layout).shape[1]
     outside = (tables < 0) | (tables >= operands["key"].shape[0])
