@@ -48,7 +48,7 @@ def attend(spec: AttentionSpec, operands: Operands) -> Results:
         first = operands["position"].astype(jnp.uint32)
         operands = operands | {"dropout": operands["dropout"].at[DROPOUT_ROW:].add(first)}
     if spec.implementation == "xla":
-        return tuple(_in_plain_jax(spec, operands))
+        return tuple(no_derivative.without_transpose(_in_plain_jax(spec, operands)))
     return tuple(bind(FORWARD, spec, operands))
 
 

@@ -56,6 +56,13 @@ def _without_derivative_jvp(message: str, primals: Any, tangents: Any) -> Any:
     return primals[0], tangents_of(primals, tangents, message)[0]
 
 
+def without_transpose(results: Sequence[jax.Array]) -> list[jax.Array]:
+    """The results of attention in plain JAX, whose `jax.linear_transpose` raises: even in value they are not linear to
+    JAX, since they depend on which elements are finite. Derivatives pass by this primitive."""
+    found: list[jax.Array] = _results.bind(*results)
+    return found
+
+
 def zeros(results: Sequence[jax.Array]) -> list[ad.Zero]:
     """Symbolic zeros, the tangents of results that depend on no perturbed operand."""
     return [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in results]
@@ -86,6 +93,15 @@ def _batch(args: Sequence[Any], axes: Sequence[Any], *, avals: Any, message: str
     wide = tuple(x.update(shape=(size, *x.shape), sharding=s) for x, s in zip(avals, sharding))
     return _missing.bind(*args, avals=wide, message=message), [0] * len(wide)
 
+
+_results = Primitive("jax_flash_no_transpose")
+_results.multiple_results = True
+_results.def_impl(lambda *x: list(x))
+_results.def_abstract_eval(lambda *x: list(x))
+ad.primitive_jvps[_results] = lambda primals, tangents: (_results.bind(*primals), list(tangents))
+ad.primitive_transposes[_results] = lambda *_: _raise(message=TRANSPOSE)
+batching.primitive_batchers[_results] = lambda x, axes: (_results.bind(*x), axes)
+mlir.register_lowering(_results, lambda _, *x: list(x))
 
 _missing.def_impl(_raise)
 _missing.def_abstract_eval(lambda *_, avals, message: list(avals))

@@ -27,6 +27,11 @@ def moving_of(case, seed=0):
     return moving, others, fixed
 
 
+def twice(call):
+    """The call over a batch of two equal entries."""
+    return lambda x: jax.vmap(call)(stack([x, x]))
+
+
 def calls_of(function, *arguments):
     return custom_calls(jax.jit(function).lower(*arguments).compile().as_text())
 
@@ -246,14 +251,27 @@ def test_a_gradient_is_its_own_derivative_with_respect_to_the_cotangents(kernel,
     assert_same(row(mapped, 1), pull(tangents))
 
 
-def test_a_transpose_of_attention_or_of_its_gradient_raises_and_names_the_way_out(kernel):
+def test_a_transpose_of_attentions_gradient_raises_and_names_the_way_out(kernel):
     arrays = arrays_of(PLAIN)
     f = attention(PLAIN, kernel)
     _, pull = jax.vjp(lambda query: f(arrays | {"query": query})[0], arrays["query"])
     with pytest.raises(NotImplementedError, match=r'use implementation="xla"'):
         jax.linear_transpose(pull, arrays["query"])((arrays["query"],))
+
+
+@pytest.mark.parametrize("name", ["query", "value"])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, twice], ids=["as it is", "jit", "vmap"])
+@pytest.mark.parametrize("plain", [False, True], ids=["kernel", "xla"])
+def test_a_transpose_of_attention_raises_and_names_the_way_out(kernel, plain, wrap, name):
+    arrays = arrays_of(PLAIN)
+    call = wrap(attention(PLAIN, "xla" if plain else kernel))
+
+    def out(x):
+        return call(arrays | {name: x})[0]
+
+    cotangent = jnp.zeros_like(jax.eval_shape(out, arrays[name]))
     with pytest.raises(NotImplementedError, match=r"use jax\.vjp"):
-        jax.linear_transpose(lambda value: f(arrays | {"value": value})[0], arrays["value"])(arrays["query"])
+        jax.linear_transpose(out, arrays[name])(cotangent)
 
 
 @pytest.mark.parametrize("mode", MODES)
