@@ -82,15 +82,15 @@ def test_rows_that_see_only_a_sink_pass_no_nan_on(hides, dtype, kernel):
     def attend(q, k, v, sinks):
         return flash_attention(q, k, v, sinks=sinks, **options, implementation=kernel)
 
-    def gradients(poison):
-        given = jnp.where(at, jnp.asarray(poison, q.dtype), q)
+    def gradients(in_query, in_dout):
+        given = jnp.where(at, jnp.asarray(in_query, q.dtype), q)
         out, vjp = jax.vjp(attend, given, k, v, sinks)
-        return vjp(jnp.where(at, jnp.asarray(poison, q.dtype), jnp.ones_like(out)))
+        return vjp(jnp.where(at, jnp.asarray(in_dout, q.dtype), jnp.ones_like(out)))
 
-    clean = gradients(0)
+    clean = gradients(0, 0)
     np.testing.assert_array_equal(np.asarray(clean[0], np.float32)[0, rows], 0)
-    for poison in (np.nan, np.inf):
-        jax.tree.map(np.testing.assert_array_equal, gradients(poison), clean)
+    for poison in ((np.nan, np.nan), (np.inf, np.inf), (0, np.nan), (0, np.inf), (np.nan, 0)):
+        jax.tree.map(np.testing.assert_array_equal, gradients(*poison), clean)
 
 
 @pytest.mark.parametrize("scale", [3e2, 3e3, 3e4, 3e6])
