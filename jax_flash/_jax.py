@@ -131,7 +131,7 @@ def whole_along(x: jax.Array, dim: int) -> jax.Array:
     return whole
 
 
-def whole_beside_manual(operands: dict[str, jax.Array], names: Sequence[str]) -> dict[str, jax.Array]:
+def whole_beside_manual(operands: dict[Any, jax.Array], names: Sequence[Any]) -> dict[Any, jax.Array]:
     """The operands, of which in a partly manual region those of these names are gathered over the automatic axes that
     split their first dimensions.
 

@@ -167,12 +167,13 @@ def seen_blocks(
     """The pairs that a block mask `[b|1, h|1, blocks of rows, blocks of keys]` shows, given the positions of rows and
     those of keys `[sk]`: `[b|1, h|1, sq, sk]`. Rows of several sequences, of shape `…`, give `[…, h|1, sk]`. Rows and
     keys past the last block see nothing. In a packed batch blocks of one row are those of the packed rows."""
-    if spec.packed and spec.block[0] == 1:
-        row = jnp.arange(mask.shape[2], dtype=row.dtype)
-    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 1), (0, 1)))
+    by_row = spec.packed and spec.block[0] == 1
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, int(not by_row)), (0, 1)))
     rows = jnp.clip(row // spec.block[0], 0, mask.shape[2] - 1)
     columns = jnp.minimum(column // spec.block[1], mask.shape[3] - 1)
-    if sequence is None:
+    if by_row:
+        of_rows = jnp.swapaxes(mask[0], 0, 1)
+    elif sequence is None:
         of_rows = mask[:, :, rows]
     else:
         of_rows = jnp.swapaxes(mask, 1, 2)[jnp.clip(sequence, 0, mask.shape[0] - 1), rows]

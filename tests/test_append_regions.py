@@ -26,6 +26,8 @@ BY_SEQUENCE = {  # what a row reads by its sequence: an array of two, its spec, 
         lambda x: {"alibi_slopes": x},
     ),
     "window": (np.int32(3), P("data"), lambda x: {"mask": masks.window(x, None)}),
+    "prefix_lm": (np.int32(3), P("data"), lambda x: {"mask": masks.prefix_lm(x)}),
+    "dense": (np.tri(9, 16, 3)[None] > 0, P("data"), lambda x: {"mask": masks.dense(x)}),
     "blocks": (np.zeros((1, 1, 1), np.int32), P("data"), lambda x: {"mask": masks.blocks(x, (16, 16))}),
 }
 
@@ -134,8 +136,8 @@ def test_options_of_sequences_split_over_one_of_two_free_axes(implementation, na
     """As above, without an append: XLA's partitioner aborts on reads by indices of any of these."""
     mesh, arrays, specs = two_sequences(AUTO, packed)
     one, spec, made = BY_SEQUENCE[name]
-    if name == "draft_mask" and not packed:
-        one = one[:8, :8]
+    if name in ("draft_mask", "dense") and not packed:  # sequences of 8 tokens instead of 9
+        one = one[..., :8, : 8 if name == "draft_mask" else None]
     arrays, specs = arrays | {"option": np.stack([one, one])}, specs | {"option": spec}
 
     def call(x):

@@ -83,6 +83,9 @@ def _add(
 
     def made(arrays: tuple[dict[int, Array], Operands]) -> Operands:
         of_mask, of_call = arrays
+        if sizes.keys is None:  # rows read by index what their sequence has
+            of_mask = _jax.whole_beside_manual(of_mask, [n for n, x in of_mask.items() if x.ndim])
+            of_call = _jax.whole_beside_manual(of_call, [*of_call])
         conditions, window = jax.tree.unflatten(tree, [of_mask.get(n, x) for n, x in enumerate(leaves)])
         ring_axes = () if ring is None else ring.axes
         conditions = merged(conditions, ring_axes)
