@@ -7,7 +7,7 @@ with one of them alone.
 
 from __future__ import annotations
 
-import functools
+from functools import cache, partial
 
 import checks
 import jax
@@ -104,7 +104,7 @@ MANY = {"hq": 8, "bias": (2, 8, SQ, SK), "dtype": "bfloat16"}
 CASES += [Case(f"bias of more tiles than CTAs d{d}", **SIZES | MANY | {"d": d, "dv": d}) for d in (64, 128)]
 
 
-@functools.cache
+@cache
 def references(case):
     return checks.references(case)
 
@@ -167,3 +167,28 @@ def test_leading_dimensions_that_do_not_merge(d, options, kernel):
     for i, j in np.ndindex(3, 3):
         entry = jax.tree.map(lambda x: x[i, j], got)  # noqa: B023
         checks.assert_right(entry, case, checks.with_arrays(inputs[0], **pick(i, j)))
+
+
+# With these lengths some query tiles see no key, and no key tile adds to their sums of dQ.
+UNSEEN = {
+    "few keys": {"b": 1, "sq": 900, "sk": 900, "kv_lengths": (300,)},
+    "lengths": {"b": 3, "sq": 700, "sk": 700, "q_lengths": (700, 130, 500), "kv_lengths": (90, 600, 0)},
+}
+
+
+@pytest.mark.parametrize("sizes", UNSEEN.values(), ids=UNSEEN)
+@pytest.mark.parametrize(("d", "dv"), [(64, 64), (80, 80), (128, 128), (256, 256), (192, 128), (512, 512)])
+def test_a_deterministic_backward_reads_no_sums_of_another_call(d, dv, sizes, kernel):
+    """Where these sums lie, the turn before, whose sequences have their full length, leaves NaN."""
+    checks.require(kernel, "forward", "backward", d=d, dv=dv)
+    case = Case(
+        "unseen rows", hq=4, hk=2, d=d, dv=dv, dtype="bfloat16", causal=True, align="bottom_right", **sizes
+    )
+    inputs = make_inputs(case)
+    arrays = inputs.positional | inputs.keywords
+    call = with_gradients(attention(case, kernel, deterministic=True))
+    changing = {name: jnp.stack([jnp.full_like(x, case.sq), x]) for name, x in inputs.keywords.items()}
+    changing["key"] = arrays["key"] * jnp.asarray([jnp.nan, 1], "bfloat16")[:, None, None, None, None]
+    both = jax.jit(partial(jax.lax.map, lambda x: call(arrays | x)))(changing)
+    assert np.isnan(np.asarray(both["gradients"]["query"][0], np.float32)).all()
+    checks.assert_right(jax.tree.map(lambda x: x[1], both), case, inputs)

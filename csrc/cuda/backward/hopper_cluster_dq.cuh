@@ -129,8 +129,9 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
 
   // sums += dQ
   __device__ __forceinline__ void add(const typename C::DQ& dq, const QueryStep& step, int column) const {
-    const auto row = static_cast<int>(this->warp_row());
-    add_to_sums<C::kM>(sums_of(step), p.head_dim, dq, {row, 16, this->rank() * kOwnColumns + column, 16});
+    const Placement at{static_cast<int>(this->warp_row()), 16, this->rank() * kOwnColumns + column, 16};
+    if (uniform(tile().stores_dq)) return add_to_sums<C::kM, false, true>(sums_of(step), p.head_dim, dq, at);
+    add_to_sums<C::kM>(sums_of(step), p.head_dim, dq, at);
   }
 
   // Adds dQ to the accumulator by TMA. One thread issues the copy.
@@ -143,7 +144,8 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
     ptx::sync_group(2, kWarpgroup);
     if (leads())
       start_sum_of_part<C::kM, C::kDqColumns>(sums_of(step), p.head_dim, shared.dq,
-                                              {0, 16, this->rank() * kOwnColumns + column, 16});
+                                              {0, 16, this->rank() * kOwnColumns + column, 16},
+                                              tile().stores_dq);
   }
 
   __device__ __forceinline__ void run() {

@@ -149,7 +149,8 @@ struct KeyTileState {
   [[no_unique_address]] Operands score;  // at the first head
   [[no_unique_address]] DqRows dquery;   // at the first head
 
-  int32_t done;  // no tile is left, and this state describes none
+  int32_t stores_dq;  // first_tile_stores(), for the first key tile of an ordered call
+  int32_t done;       // no tile is left, and this state describes none
 
   // Computes the rest of the state from `work`, part by part, because the thread has few registers. Returns
   // false if the tile has no rows.
@@ -202,6 +203,7 @@ struct KeyTileState {
     sums = sum_tile<C::kM>(p, grid.sums.data, first);
     if constexpr (C::kOrdered || kStagesTiles<C>) {
       if (grid.tickets) tickets = grid.tickets + first;
+      stores_dq = grid.tickets && work.tile.row == 0 && first_tile_stores(p);
     }
     if constexpr (C::kKind != ScoreKind::kPlain)
       score.template prepare<typename C::Score>(reload(p), work, work.head);

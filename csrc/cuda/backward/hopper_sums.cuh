@@ -25,13 +25,16 @@ __device__ __forceinline__ Placement dq_of_warp(const Consumer& of) {
   return at;
 }
 
-// Adds a consumer's dQ to the sums. `sum`: the index of the query tile among them.
-template <class Consumer>
+// Adds a consumer's dQ to the sums. `sum`: the index of the query tile among them. kOrdered: key tiles add in
+// order, and the first one may store.
+template <bool kOrdered = false, class Consumer>
 __device__ __forceinline__ void add_dq(Consumer& of, int32_t sum) {
   using C = typename Consumer::Config;
   const Placement at = dq_of_warp(of);
   if (C::kTakes96Queries && at.row >= C::kM) return;
   float* const to = sum_tile<C::kM>(of.p, of.tile().sums, sum);
+  if constexpr (kOrdered)
+    if (uniform(of.tile().stores_dq)) return add_to_sums<C::kM, false, true>(to, of.p.head_dim, of.dq, at);
   // One test in place of one for every 8 columns, with a branch and an address each.
   if (at.column + C::kDqColumns <= of.p.head_dim)
     return add_to_sums<C::kM, true>(to, of.p.head_dim, of.dq, at);
@@ -52,13 +55,20 @@ __device__ __forceinline__ void store_part(const DQ& dq, float* part, int row) {
 }
 
 // One thread: issues tile += part, as far as it has columns of the head, in a bulk group of its own.
+// `stores`: tile = part.
 template <int kM, int kColumns>
 __device__ __forceinline__ void start_sum_of_part(float* tile, int32_t head_dim, const float* part,
-                                                  Placement at) {
+                                                  Placement at, bool stores) {
   const int32_t columns = min(head_dim - at.column, kColumns);
-  if (columns > 0)
-    ptx::reduce_add_floats(tile + sum_offset<kM>(head_dim, at.row, at.column), ptx::shared_address(part),
-                           columns * kConsumerRows * sizeof(float));
+  if (columns > 0) {
+    float* const to = tile + sum_offset<kM>(head_dim, at.row, at.column);
+    const uint32_t from = ptx::shared_address(part), bytes = columns * kConsumerRows * sizeof(float);
+    if (stores) {
+      ptx::store_bytes(to, from, bytes);
+    } else {
+      ptx::reduce_add_floats(to, from, bytes);
+    }
+  }
   ptx::bulk_commit();
 }
 

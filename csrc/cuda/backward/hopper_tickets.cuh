@@ -130,7 +130,7 @@ __device__ __forceinline__ void order_sums(Producer& of) {
 template <class Consumer>
 __device__ __forceinline__ void add_dq_in_order(Consumer& of, uint32_t use, int32_t sum) {
   of.shared.sum_pipe.wait_full(use);
-  add_dq(of, sum);
+  add_dq<true>(of, sum);
   of.shared.sum_pipe.release(use);
 }
 
@@ -142,7 +142,7 @@ __device__ __forceinline__ void add_dq_by_ticket(Consumer& of, int32_t sum) {
   uint32_t* const ticket = of.tile().tickets + sum;
   const int32_t before = tiles_before<C>(of.grid, of.p, of.tile(), sum % of.grid.sums.tiles);
   ptx::wait_at_least(ticket, before * kWarps);
-  add_dq(of, sum);
+  add_dq<true>(of, sum);
   ptx::raise_by_warp(ticket);
 }
 

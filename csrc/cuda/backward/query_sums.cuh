@@ -55,8 +55,16 @@ __device__ __forceinline__ int32_t sum_offset(int32_t head_dim, int32_t row, int
   return (row - in_part) * head_dim + column * kSumRows<kM> + in_part * kSumColumns;
 }
 
-// tile += dQ, from a warp's registers. kAll: all columns are in use.
-template <int kM, bool kAll = false, class DQ>
+// Whether the first key tile of a head stores dQ, and those after it, which wait for it, add to it. Then the
+// sums need no zeros, except those of query tiles that see no key. Without a window, rows that see a key see
+// that of the first tile. Segments, ranges and blocks may hide it, and packed sequences may have no key.
+JF_HD bool first_tile_stores(const Problem& p) {
+  return p.spec.deterministic && !p.packed() && p.spec.left < 0 && !p.spec.moves_band() && !p.q_segment_ids &&
+         !p.ranges && !p.block_mask;
+}
+
+// tile += dQ, from a warp's registers. kAll: all columns are in use; kStores: tile = dQ.
+template <int kM, bool kAll = false, bool kStores = false, class DQ>
 __device__ __forceinline__ void add_to_sums(float* tile, int32_t head_dim, const DQ& dq, Placement at) {
   static_assert(16 * DQ::kRowTiles <= kSumRows<kM>);
   const auto lane = static_cast<uint32_t>(ptx::thread_index()) % 32;
@@ -66,8 +74,14 @@ __device__ __forceinline__ void add_to_sums(float* tile, int32_t head_dim, const
     const int column = n / 2 * at.column_step + n % 2 * kSumColumns;
     if (!kAll && column >= head_dim - at.column) continue;
 #pragma unroll
-    for (int m = 0; m < DQ::kRowTiles; ++m)
-      ptx::add_fragment(to + sum_offset<kM>(0, m * at.row_step, column), lane, dq.x[m][n]);
+    for (int m = 0; m < DQ::kRowTiles; ++m) {
+      float* const block = to + sum_offset<kM>(0, m * at.row_step, column);
+      if constexpr (kStores) {
+        ptx::store_fragment(block, lane, dq.x[m][n]);
+      } else {
+        ptx::add_fragment(block, lane, dq.x[m][n]);
+      }
+    }
   }
 }
 
@@ -86,7 +100,7 @@ QuerySums query_sums(const Problem& p, const LaunchPlan& plan, void* workspace) 
   return {reinterpret_cast<float*>(static_cast<char*>(workspace) + plan.dq_sums), tiles};
 }
 
-// Clears the sums of dQ, unless the kernel does or there are none, and the tile counter and the tickets,
+// Clears the sums of dQ, unless the kernel does or needs no zeros, and the tile counter and the tickets,
 // which lie before them.
 template <int kM>
 cudaError_t clear_sums(const Problem& p, const LaunchPlan& plan, void* workspace, const QuerySums& sums,
@@ -95,7 +109,7 @@ cudaError_t clear_sums(const Problem& p, const LaunchPlan& plan, void* workspace
   int64_t begin = plan.dq_sums, end = plan.dq_sums;
   for (int64_t counters : {plan.tile_counter, plan.dq_tickets})
     if (counters >= 0) begin = std::min(begin, counters);
-  if (plan.dq_rounding == DqRounding::kKernel)
+  if (plan.dq_rounding == DqRounding::kKernel && !first_tile_stores(p))
     end += sum_entries(p) * p.heads * sums.tiles * kM * p.head_dim * int64_t{sizeof(float)};
   if (begin == end) return cudaSuccess;
   return cudaMemsetAsync(static_cast<char*>(workspace) + begin, 0, end - begin, stream);
@@ -180,7 +194,10 @@ __global__ void __launch_bounds__(kSumThreads)
     const int32_t z = sequence_of_slot(starts, p.batch, kM, tile);
     rows.first = starts[z] + (tile - first_slot(starts[z], kM, z)) * kM, rows.used = rows.end = starts[z + 1];
   } else {
-    rows.used = fixed_sequence(p, entry / p.batch, static_cast<int32_t>(entry % p.batch)).q_len;
+    const Sequence s = fixed_sequence(p, entry / p.batch, static_cast<int32_t>(entry % p.batch));
+    const auto first = static_cast<int32_t>(rows.first);
+    const bool stored = !first_tile_stores(p) || !make_band(p.spec, s).rows(first, first + kM).empty();
+    rows.used = stored ? s.q_len : 0;
   }
   const float* const from = sums.data + ((entry * p.heads + head) * tiles + tile) * kM * p.head_dim;
   round_tile<T, kM>(p, from, rows, static_cast<int>(threadIdx.x), kSumThreads);

@@ -21,6 +21,11 @@ __device__ __forceinline__ void add_fragment(float* block, uint32_t lane, const 
 #endif
 }
 
+// Stores a fragment in such a block. Only for sm_90 and newer.
+__device__ __forceinline__ void store_fragment(float* block, uint32_t lane, const float (&x)[4]) {
+  *reinterpret_cast<float4*>(block + 4 * lane) = make_float4(x[0], x[1], x[2], x[3]);
+}
+
 // x[t] ← the elements of lane 4 · row + t in such a block: columns 2 · t and 2 · t + 1 of `row`, row < 8, and
 // of row + 8.
 __device__ __forceinline__ void load_fragments(float (&x)[4][4], const float* block, int row) {
