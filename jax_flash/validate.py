@@ -279,6 +279,12 @@ def fixed(op: str, arguments: SequenceArguments, ring: Ring | None = None) -> tu
 
 def _boolean_mask(check: Checker, given: Any, scores: tuple[Any, ...]) -> jax.Array:
     """A boolean array, `[b|1, hq|1, sq|1, sk|1]`."""
+    if callable(given):  # such as masks.causal without its parentheses
+        name = getattr(given, "__name__", type(given).__name__)
+        raise check.fail(
+            f"mask must be a value of jax_flash.masks or boolean, got the function {name}; pass what it returns",
+            TypeError,
+        )
     mask = check.array("mask", given)
     if mask.dtype != jnp.bool_:
         raise check.fail(

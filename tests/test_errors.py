@@ -17,7 +17,7 @@ from jax import export
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 import jax_flash
-from jax_flash import checker, validate
+from jax_flash import checker, masks, validate
 
 B, SQ, SK, HQ, HK, D, DV = 2, 5, 7, 4, 2, 8, 16
 
@@ -226,6 +226,11 @@ ONLY_FIXED = [
         dict(segment_ids=(ints(B, SQ), floats(B, SK))),
         TypeError,
         "segment_ids must be int32, got float32; cast it with .astype('int32')",
+    ),
+    (
+        dict(mask=masks.causal),
+        TypeError,
+        "mask must be a value of jax_flash.masks or boolean, got the function causal; pass what it returns",
     ),
     (
         dict(mask=floats(SQ, SK)),
