@@ -124,6 +124,8 @@ def attention_fn(
         )
     query, key, value = (promote_dtype or promote)((query, key, value), dtype=dtype)
     _check_shapes(query, key, value)
+    bias = None if bias is None else _CHECK.array("bias", bias)
+    mask = mask if mask is None or isinstance(mask, Mask) else _CHECK.array("mask", mask)
     query, key, value = _with_batch_dims_of((bias, mask), query, key, value)
     decode_step = mask is not None and same_dim(query.shape[-3], 1)
     left = band(_CHECK, False, window)[0] if decode_step else UNLIMITED
@@ -173,7 +175,7 @@ def attention_fn(
             )
         attend = partial(attend, mask=mask)
     elif mask is not None:
-        arrays["mask"] = _CHECK.broadcastable("mask", jnp.asarray(mask).astype(bool), scores, _SCORES)
+        arrays["mask"] = _CHECK.broadcastable("mask", mask.astype(bool), scores, _SCORES)
         if left != UNLIMITED or slopes is not None:
             arrays["mask"], distance = _before_last(arrays["mask"], key.shape[-3])
         if left != UNLIMITED:

@@ -362,13 +362,16 @@ MISFITS = {
         lambda q, k, v: (q[None], k[None], v[None], None, jnp.ones((1, 3, 1, 1, 1), bool)),
         r"mask must broadcast to .* = \(1, 2, 4, 5, 6\)",
     ),
+    "function": (lambda q, k, v: (q, k, v, None, masks.causal), "mask must be an array, got function"),
+    "text": (lambda q, k, v: (q, k, v, "alibi"), "bias must be an array, got 'alibi'"),
 }
 
 
 @pytest.mark.parametrize("name", MISFITS)
 def test_shapes_that_do_not_fit_raise(name):
     change, message = MISFITS[name]
-    with pytest.raises(ValueError, match="^attention_fn: .*" + message):
+    error = TypeError if "must be an array" in message else ValueError
+    with pytest.raises(error, match="^attention_fn: .*" + message):
         ours(*change(*qkv(B)))
 
 
