@@ -208,14 +208,11 @@ ONLY_FIXED = [
         ValueError,
         "segment_ids must be one array or a pair (q_ids, kv_ids), got 1 items",
     ),
-    *(
-        (
-            dict(segment_ids=[[0] * SQ] * rows),
-            ValueError,
-            f"segment_ids must be one array or a pair (q_ids, kv_ids), got {rows} lists of numbers; numpy.array makes "
-            "one array of rows",
-        )
-        for rows in (2, 3)
+    (
+        dict(segment_ids=[[0] * SQ] * 2),
+        ValueError,
+        "segment_ids must be one array or a pair (q_ids, kv_ids), got 2 lists of numbers; numpy.array makes one array "
+        "of rows",
     ),
     (
         dict(segment_ids=(ints(B, SK), ints(B, SK))),
@@ -290,7 +287,6 @@ ONLY_RING = [
     (dict(axis_name="other"), ValueError, MANUAL + "'other'"),
     (dict(axis_name=()), ValueError, MANUAL + "()"),
     (dict(axis_name=[["ring"]]), ValueError, MANUAL + "[['ring']]"),
-    (dict(axis_name={"ring"}), ValueError, MANUAL + "{'ring'}"),
     (dict(axis_name=("ring", "ring")), ValueError, MANUAL + "('ring', 'ring')"),
     (dict(order="striped"), ValueError, "order must be one of ('contiguous', 'zigzag'), got 'striped'"),
     (dict(order="zigzag"), ValueError, 'query has 5 tokens on each device; order="zigzag" needs an even number'),
@@ -359,10 +355,9 @@ def test_every_raise_of_the_checks_is_in_the_table():
     reached = set()
     for function, defaults, wrong, _, _ in TABLE:
         reached |= raising_lines(lambda f=function, a=defaults | wrong: trace(f, a))
-    numbers = [partial(jax_flash.zigzag_positions, 8, n) for n in (2.0, 0)]
-    numbers.append(partial(checker.Checker("f").divisor, "k_scale", 0))
-    numbers.append(partial(checker.Checker("f").page_layout, "dhn"))
-    numbers.append(lambda: checker.Checker("f").array("query", jax.new_ref(0.0)))
+    check, numbers = checker.Checker("f"), [partial(jax_flash.zigzag_positions, 8, n) for n in (2.0, 0)]
+    numbers += [partial(check.divisor, "k_scale", 0), partial(check.page_layout, "dhn")]
+    numbers.append(lambda: check.array("query", jax.new_ref(0.0)))
     for call in (symbolic_heads, symbolic_head_dim, symbolic_shard, *numbers):
         reached |= raising_lines(call)
     for module in (checker, validate):
@@ -397,7 +392,7 @@ def symbolic_head_dim():
 
 def test_symbolic_heads_and_head_dims_are_refused():
     with pytest.raises(
-        ValueError, match="flash_attention: the numbers of heads must be static, got query h, key 2"
+        ValueError, match="attention: the numbers of heads must be static, got query h, key 2"
     ):
         symbolic_heads()
     with pytest.raises(

@@ -85,3 +85,18 @@ IDS = np.zeros((2, 19), np.int32)
 def test_a_picture_of_sizes_that_the_mask_does_not_have_is_refused(mask, named):
     with pytest.raises(ValueError, match=re.escape(f"masks: picture: mask's {named}")):
         mask.picture(13, 19)
+
+
+def test_masks_of_a_batch_that_hide_nothing_are_drawn():
+    positions, offset = jnp.zeros((2, 3), jnp.int32), jnp.array([0, 2], jnp.int32)
+    everything = masks.window(None, None, offset), masks.by_position(positions[:1], positions, causal=False)
+    for mask in (*everything, everything[0] | everything[1]):
+        assert mask.picture(3, entry=1) == ["###"] * 3
+        assert repr(mask).count("###") >= 3
+    assert (everything[1] & masks.causal(offset)).picture(3, entry=1) == ["###"] * 3
+    with pytest.raises(
+        ValueError, match=r"q_positions must broadcast to \[b sq\] = \(2, 4\), got shape \(1, 3\)"
+    ):
+        everything[1].picture(4)
+    with pytest.raises(ValueError, match=r"offset must broadcast to \[b\] = \(3,\), got shape \(2,\)"):
+        (everything[0] & masks.prefix_lm(jnp.ones(3, jnp.int32))).picture(3)
