@@ -391,11 +391,7 @@ def symbolic_head_dim():
 
 
 def test_symbolic_heads_and_head_dims_are_refused():
-    with pytest.raises(
-        ValueError, match="attention: the numbers of heads must be static, got query h, key 2"
-    ):
+    with pytest.raises(ValueError, match="the numbers of heads must be static, got query h, key 2"):
         symbolic_heads()
-    with pytest.raises(
-        ValueError, match="flash_attention: query must have a static head dim of at least 1, got d"
-    ):
+    with pytest.raises(ValueError, match="query must have a static head dim of at least 1, got d"):
         symbolic_head_dim()
