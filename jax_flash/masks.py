@@ -87,12 +87,16 @@ class Mask:
         )
 
     def picture(self, sq: int, sk: int | None = None, *, entry: int = 0, head: int = 0) -> list[str]:
-        """A line of text for each of `sq` query rows, `#` where it sees the key, for one batch entry and head."""
-        sk = sq if sk is None else sk
+        """A line of text for each of `sq` query rows, `#` where it sees the key, for one batch entry and head. A mask
+        that is the same for all of these has any."""
+        check, sk = Checker("masks: picture"), sq if sk is None else sk
         b, h = jax.eval_shape(partial(self._seen, *_sizes(self.conditions))).shape[:2]
         b = max(b, *_entries(self.conditions))
         for condition in conjunctions.flat(self.conditions):
-            check_sizes(Checker("masks: picture"), condition, Sizes(b, h, h, sq, sk, sk))
+            check_sizes(check, condition, Sizes(b, h, h, sq, sk, sk))
+        for name, index, size in (("entry", entry, b), ("head", head, h)):
+            if not is_int(index) or index < 0 or index >= size > 1:
+                raise check.fail(f"{name} must be an int in [0, {size}), the mask's own, got {index!r}")
         seen = np.asarray(self._seen(sq, sk))
         seen = np.broadcast_to(seen, (*seen.shape[:2], sq, sk))
         chosen = seen[min(entry, len(seen) - 1), min(head, seen.shape[1] - 1)]

@@ -100,3 +100,15 @@ def test_masks_of_a_batch_that_hide_nothing_are_drawn():
         everything[1].picture(4)
     with pytest.raises(ValueError, match=r"offset must broadcast to \[b\] = \(3,\), got shape \(2,\)"):
         (everything[0] & masks.prefix_lm(jnp.ones(3, jnp.int32))).picture(3)
+
+
+def test_a_picture_is_of_an_entry_and_a_head_that_the_mask_has():
+    mask = masks.dense(jnp.arange(12).reshape(2, 3, 1, 2) % 5 < 1)
+    assert mask.picture(1, 2, entry=1, head=2) == ["#."]
+    assert masks.causal().picture(2, entry=7, head=np.int64(3)) == ["#.", "##"]
+    for wrong, size in (({"entry": 2}, 2), ({"entry": -1}, 2), ({"head": 3}, 3), ({"head": 1.0}, 3)):
+        ((name, index),) = wrong.items()
+        with pytest.raises(
+            ValueError, match=rf"masks: picture: {name} must be .* \[0, {size}\), .* got {index}"
+        ):
+            mask.picture(1, 2, **wrong)
