@@ -87,8 +87,8 @@ class Mask:
         )
 
     def picture(self, sq: int, sk: int | None = None, *, entry: int = 0, head: int = 0) -> list[str]:
-        """A line of text for each of `sq` query rows, `#` where it sees the key, for one batch entry and head. A mask
-        that is the same for all of these has any."""
+        """A line of text for each of `sq` query rows, `#` where it sees the key, for one batch entry and head. Where
+        all entries or heads are alike, any index is allowed."""
         check, sk = Checker("masks: picture"), sq if sk is None else sk
         b, h = jax.eval_shape(partial(self._seen, *_sizes(self.conditions))).shape[:2]
         b = max(b, *_entries(self.conditions))

@@ -24,8 +24,14 @@ Operands = dict[str, jax.Array]
 FLOAT8 = {jnp.dtype(jnp.float8_e4m3fn): 448.0, jnp.dtype(jnp.float8_e5m2): 57344.0}
 # Operands that are read by the index of a row's sequence.
 BY_SEQUENCE = (
-    *("block_tables", "kv_lengths", "cu_seqlens_q", "cu_seqlens_k"),
-    *("draft_mask", "block_mask", "alibi_slopes", *WINDOW),
+    "block_tables",
+    "kv_lengths",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "draft_mask",
+    "block_mask",
+    "alibi_slopes",
+    *WINDOW,
 )
 _PAGED_ONLY = ("block_tables", "k_scale", "v_scale")
 
