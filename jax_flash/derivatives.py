@@ -41,7 +41,9 @@ def tangents(spec: AttentionSpec, operands: Operands) -> Pair:
         by_score.add("tbias")
     if by_score:
         zeros = {"t" + n: _zeros(operands[n]) for n in ("query", "key", "value")}
-        made = zeros | operands | {"lse": _seen_lse(operands)}
+        finite = (_finite_rows(operands[name]) for name in ("query", "tquery") if name in operands)
+        clean = reduce(jnp.logical_and, finite)
+        made = zeros | operands | {"lse": _seen_lse(operands, clean)}
         if spec.shared_kv:
             made["tvalue"] = made["tkey"]
         tout, tlse = bind(TANGENT, spec, made)
@@ -116,8 +118,8 @@ def gradients(spec: AttentionSpec, wanted: tuple[str, ...], operands: Operands) 
     out, lse = operands["out"], operands["lse"]
     dout, dlse = operands.get("dout"), operands.get("dlse")
     # rowsum(dO ∘ O) − dlse; its readers ignore rows that see nothing, but for those of sinks
-    delta = _zeros(lse) if dout is None else _row_products(spec, operands)
-    seen = _seen_lse(operands, delta)
+    delta = _row_products(spec, operands)
+    seen = _seen_lse(operands, jnp.isfinite(delta))
     if "sinks" in operands:
         delta = jnp.where(seen == -jnp.inf, 0, delta)
     if dlse is not None:
@@ -174,30 +176,32 @@ def _missing_rows(spec: AttentionSpec, operands: Operands) -> Pair:
 
 
 def _row_products(spec: AttentionSpec, operands: Operands) -> jax.Array:
-    """rowsum(dO ∘ O) in lse's order."""
-    dout, out = operands["dout"], operands["out"]
-    if spec.deterministic:
+    """rowsum(dO ∘ O) in lse's order, 0 without dO; with sinks, NaN where q is not finite."""
+    out, dout = operands["out"], operands.get("dout")
+    finite = operands["query"] if "sinks" in operands else None
+    products = _zeros(operands["lse"])
+    if dout is not None and not spec.deterministic:
+        products = row_products(dout, out, finite)
+        return products
+    if dout is not None:
         pair = {"dout": _jax.sharded_like(dout, out), "out": out}
-        return bind(DELTA, delta_spec(spec), operands | pair)[0]
-    by_row: jax.Array = row_products(dout, out)
-    return by_row
+        (products,) = bind(DELTA, delta_spec(spec), operands | pair)
+    return products if finite is None else jnp.where(_finite_rows(finite), products, jnp.nan)
 
 
-def _seen_lse(operands: Operands, products: jax.Array | None = None) -> jax.Array:
-    """lse, but −inf for rows that see nothing and have a sink, too, if their q, dO or tq may not be multiplied. Such a
-    row's lse is its sink, and its out 0. So are those of a row whose values are 0, and beside whose sink the scores are
-    small, but that row has gradients.
+def _finite_rows(x: jax.Array) -> jax.Array:
+    """Whether all elements of the rows of x […, s, h, d] are finite, in lse's order."""
+    return jnp.swapaxes(jnp.isfinite(x).all(-1), -1, -2)
 
-    `products`: rowsum(dO ∘ O) in lse's order. Where O is 0, it is finite if dO is, and it is already computed."""
+
+def _seen_lse(operands: Operands, clean: jax.Array) -> jax.Array:
+    """lse, but −inf for rows that see nothing and have a sink, too, unless they are `clean`: their q, and dO or tq, may
+    be multiplied. Such a row's lse is its sink, and its out 0. So are those of a row whose values are 0, and beside
+    whose sink the scores are small, but that row has gradients. The first column of out stands for all."""
     lse = operands["lse"]
     if "sinks" not in operands:
         return lse
-    rows = [operands[name] for name in ("query", "tquery") if name in operands]
-    clean = reduce(jnp.logical_and, (jnp.isfinite(x).all(-1) for x in rows))
-    nothing = (operands["out"] == 0).all(-1)
-    clean, nothing = jnp.swapaxes(clean, -1, -2), jnp.swapaxes(nothing, -1, -2)
-    if products is not None:
-        clean &= jnp.isfinite(products)
+    nothing = jnp.swapaxes(operands["out"][..., 0] == 0, -1, -2)
     is_sink = lse == _by_row_of_lse(operands["sinks"], lse)
     return jnp.where(is_sink & nothing & ~clean, -jnp.inf, lse)
 
