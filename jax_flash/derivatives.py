@@ -179,10 +179,10 @@ def _row_products(spec: AttentionSpec, operands: Operands) -> jax.Array:
     """rowsum(dO ∘ O) in lse's order, 0 without dO; with sinks, NaN where q is not finite."""
     out, dout = operands["out"], operands.get("dout")
     finite = operands["query"] if "sinks" in operands else None
-    products = _zeros(operands["lse"])
     if dout is not None and not spec.deterministic:
-        products = row_products(dout, out, finite)
-        return products
+        by_row: jax.Array = row_products(dout, out, finite)
+        return by_row
+    products = _zeros(operands["lse"])
     if dout is not None:
         pair = {"dout": _jax.sharded_like(dout, out), "out": out}
         (products,) = bind(DELTA, delta_spec(spec), operands | pair)

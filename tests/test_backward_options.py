@@ -1,8 +1,8 @@
 """Bias, mask and segments in the backward, alone and together, repeatable or not: tiles of 128 keys, several of them.
 
 On Hopper these run in the loop of csrc/cuda/backward/hopper.cuh, where a warp stages bias and mask 8 keys at a time;
-rows that begin elsewhere are the portable kernels'. Above head dim 128 hopper_cluster.cuh runs those without either, or
-with one of them alone.
+rows that begin elsewhere are the portable kernels', and so is a float32 bias with other options. Above head dim 128 hopper_cluster.cuh runs those without either, or
+with one of them alone, and the portable kernels those of a float32 bias.
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ CASES += [
 
 MANY = {"hq": 8, "bias": (2, 8, SQ, SK), "dtype": "bfloat16"}
 CASES += [Case(f"bias of more tiles than CTAs d{d}", **SIZES | MANY | {"d": d, "dv": d}) for d in (64, 128)]
+CASES += [case.replace(name=f"float32 {case.name}") for case in CASES if case.name.startswith("bias")]
 
 
 @cache
@@ -113,7 +114,7 @@ def references(case):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name}, {case.dtype}")
 def test_an_options_gradients(case, deterministic):
     """With NaN in all that is never read; a deterministic backward has the same bits again."""
-    if case.bias is not None:
+    if case.bias is not None and not case.name.startswith("float32"):
         case = case.replace(bias_dtype=case.dtype)
     inputs = poisoned(case, make_inputs(case))
 
@@ -138,6 +139,7 @@ LEADING = Case("several leading dimensions", b=2, sq=140, sk=264, hq=4, hk=2, d=
     [
         {},
         {"bias": (1, 4, 140, 264)},
+        {"bias": (1, 4, 140, 264), "bias_dtype": "float32"},
         {"mask": (2, 1, 140, 264), "window": (90, 10)},
         {"bias": (2, 1, 140, 264), "dropout_rate": 0.2},
     ],
@@ -146,7 +148,7 @@ LEADING = Case("several leading dimensions", b=2, sq=140, sk=264, hq=4, hk=2, d=
 @pytest.mark.parametrize("d", [64, 128, 256, 512])
 def test_leading_dimensions_that_do_not_merge(d, options, kernel):
     """The outer vmap maps query and mask, the inner one key, value and bias: each pair of entries is its own call."""
-    case = LEADING.replace(dtype="bfloat16", bias_dtype="bfloat16", d=d, dv=d, **options)
+    case = LEADING.replace(dtype="bfloat16", d=d, dv=d, **{"bias_dtype": "bfloat16"} | options)
     checks.require(kernel, "forward", "backward", "bias_gradient", dtype="bfloat16", d=d, dv=d)
     inputs = [make_inputs(case, seed) for seed in range(3)]
     each = [x.positional | x.keywords for x in inputs]

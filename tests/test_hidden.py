@@ -53,6 +53,8 @@ HALF = tuple(
         ("mask", {"mask": (1, 2, 600, 600)}),
         ("bias", {"bias": (1, 2, 600, 600), "bias_dtype": "bfloat16", "d": 64, "dv": 64}),
         ("bias, d 128", {"bias": (1, 1, 600, 600), "bias_dtype": "bfloat16", "d": 128, "dv": 128}),
+        ("float32 bias", {"bias": (1, 2, 600, 600), "d": 64, "dv": 64}),
+        ("float32 bias of keys, d 128", {"bias": (1, 1, 1, 600), "d": 128, "dv": 128}),
         ("segments", {"segments": 9}),
     )
 )
@@ -314,10 +316,11 @@ def test_a_key_outside_every_tile_that_a_row_is_in_reaches_it_nowhere(case, name
         np.testing.assert_array_equal(x[:, far], y[:, far])
 
 
+@pytest.mark.parametrize("bias_dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("d", [64, 128])
-def test_a_hidden_keys_nan_reaches_no_gradient_of_the_bias(d, implementation):
+def test_a_hidden_keys_nan_reaches_no_gradient_of_the_bias(d, bias_dtype, implementation):
     case = Case("bias", b=2, hq=2, hk=1, sq=130, sk=264, d=d, dv=d, bias=(1, 2, 130, 264), dtype="bfloat16")
-    case = case.replace(bias_dtype="bfloat16")
+    case = case.replace(bias_dtype=bias_dtype)
     inputs = hiding(case)
     bias = inputs.keywords["bias"].at[..., np.array(POISONED)].set(-np.inf)
     inputs = dataclasses.replace(inputs, keywords={**inputs.keywords, "bias": bias})

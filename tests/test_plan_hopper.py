@@ -121,6 +121,15 @@ def test_hoppers_backward_has_kernels_for_options(d, kind, options):
     assert arch(pass_="backward", d=32, dv=32, **options) == "sm90"
 
 
+@pytest.mark.parametrize(("d", "gradients"), [(64, "sm90 float_bias"), (128, "sm90 float_bias"), (256, "sm80 general")])
+def test_a_float32_bias_has_kernels_of_its_own(d, gradients):
+    floats: dict[str, Any] = BIAS | {"bias_in_tiles": True, "float_bias": True, "bias": (1, 8, 1000, 1500)}
+    for pass_, kernel in {"forward": "sm90 float_bias", "backward": gradients, "bias_gradient": gradients}.items():
+        alone, other = (plan(pass_, d=d, dv=d, **floats | also) for also in ({}, {"scale": -1.0}))
+        assert f"{alone['row']['arch']} {alone['score']}" == kernel
+        assert f"{other['row']['arch']} {other['score']}" == f"sm{90 if pass_ == 'forward' else 80} general"
+
+
 @pytest.mark.parametrize(
     "options",
     [

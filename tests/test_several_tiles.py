@@ -37,7 +37,7 @@ EVERY_HEAD_DIM = [
     if options is not general or not EMULATED
 ]
 
-# Each option alone has kernels of its own on Hopper, which read a bias in the query's dtype.
+# Each option alone has kernels of its own on Hopper, which read a bias in the query's dtype or in float32.
 OPTIONS = {
     "alibi": {"alibi_slopes": (2,)},
     "segments": {"segments": 3},
@@ -48,6 +48,7 @@ OPTIONS = {
     "more dropout": {"dropout_rate": 0.7},
     "bias": {"bias": (2, 1, SQ, SK)},
     "bias of heads": {"bias": (1, 2, SQ, SK)},
+    "bias of keys": {"bias": (2, 1, 1, SK)},
 }
 SHORTER = {"q_lengths": (SQ - 7, 64), "kv_lengths": (SK - 20, 130), "causal": True}
 ONE_OPTION = [
@@ -312,9 +313,8 @@ def test_long_groups_of_heads(d, window):
 @pytest.mark.skipif(EMULATED, reason="the emulator has none of Hopper's kernels")
 @pytest.mark.parametrize("case", in_dtypes(ONE_OPTION, HALF), ids=lambda case: case.name)
 def test_each_option_alone(case):
-    if case.bias is not None:
-        case = case.replace(bias_dtype=case.dtype)
-    check(case)
+    for dtype in (case.dtype, "float32") if case.bias else (case.dtype,):
+        check(case.replace(bias_dtype=dtype))
 
 
 @pytest.mark.parametrize("case", in_dtypes(FEW_TOKENS, HALF), ids=lambda case: case.name)

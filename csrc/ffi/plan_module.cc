@@ -164,6 +164,7 @@ Shapes shapes_of_options(const AttentionSpec& spec, Options& options) {
   s.bias_in_tiles = options.get("bias_in_tiles", false);
   s.bias_in_chunks = options.get("bias_in_chunks", s.bias_in_tiles);
   s.mask_in_chunks = options.get("mask_in_chunks", false);
+  s.float_bias = options.get("float_bias", false);
   const auto mask = options.get("mask", std::array<int64_t, 3>{});
   s.mask = {mask[0], mask[1], mask[2]};
   return s;

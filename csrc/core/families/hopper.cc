@@ -159,6 +159,13 @@ class Forward final : public PassTraits {
   }
 };
 
+// Whether the row's kernel of a gradient can stage tiles of the bias. A float32 one has kernels of its own.
+bool stages_bias(const KernelRow& row, const Call& call) {
+  ScoreKind score;
+  return call.shapes.bias_in_chunks &&
+         (!call.shapes.float_bias || (find_score(row, call, score) && score == ScoreKind::kFloatBias));
+}
+
 // CTAs own key tiles, compute their dK and dV, and add dQ to float32 sums, in key-tile order if the
 // call is deterministic. The portable rows run
 // - calls without queries, for which no tensor map can be made;
@@ -175,7 +182,7 @@ class Backward final : public PassTraits {
     }
     if (hopper::takes_96_queries(row) && !wants_96_queries(call)) return false;
     if (spec.has(Operand::kBlockMask) && !lists_steps(row, call)) return false;
-    if (spec.has(Operand::kBias) && !call.shapes.bias_in_chunks) return false;
+    if (spec.has(Operand::kBias) && !stages_bias(row, call)) return false;
     if (spec.has(Operand::kMask) && !lists_mask(row, call) && !call.shapes.mask_in_chunks) return false;
     return call.shapes.q_rows > 0 && call.device.sm_count >= cluster_of(row);
   }
@@ -287,10 +294,10 @@ class Backward final : public PassTraits {
 // CTAs own tiles of dbias. Only biases that broadcast over nothing but batch entries and heads are served.
 class BiasGradient final : public PassTraits {
  public:
-  bool serves(const KernelRow&, const Call& call) const override {
+  bool serves(const KernelRow& row, const Call& call) const override {
     const Shapes& s = call.shapes;
     if (call.spec.has(Operand::kMask) && !s.mask_in_chunks) return false;
-    return s.bias_in_chunks && s.bias[2] == s.q_rows && s.bias[3] == s.k_rows && s.q_rows > 0;
+    return stages_bias(row, call) && s.bias[2] == s.q_rows && s.bias[3] == s.k_rows && s.q_rows > 0;
   }
 
   int64_t shared_bytes(const KernelRow&, const Call&) const override { return hopper::kMaxSharedBytes; }

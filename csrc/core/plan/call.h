@@ -29,8 +29,9 @@ struct Shapes : Sizes<int64_t> {  // page_size and draft_rows are 0 without page
   MaskSizes<int64_t> mask;
   bool bias_in_tiles = false;  // TMA can load tiles of the bias
   // Whether the bias, and the mask, can be copied 8 keys at a time; a bias must also have query's 16-bit
-  // dtype.
+  // dtype, or float32.
   bool bias_in_chunks = false, mask_in_chunks = false;
+  bool float_bias = false;  // the bias is float32, and query is not
 
   bool operator==(const Shapes&) const = default;
 };

@@ -65,6 +65,7 @@ struct Candidates {
   explicit Candidates(const Call& call) {
     ScoreKind only = only_option(call.spec);
     if (!serves(only, call)) only = ScoreKind::kGeneral;
+    if (only == ScoreKind::kBias && call.shapes.float_bias) only = ScoreKind::kFloatBias;
     const bool dropout = call.spec.has(Operand::kDropout);  // the general kernel has none
     kinds[2] = dropout ? ScoreKind::kGeneralDropout : ScoreKind::kGeneral;
     kinds[1] = only == ScoreKind::kGeneral ? kinds[2] : only;

@@ -42,14 +42,18 @@ bool in_chunks(const View& view, const Leading& leading, int64_t element_bytes) 
   return whole;
 }
 
-bool bias_in_chunks(const Problem& p) {
-  return p.bias_dtype == p.dtype && p.dtype != DType::kF32 && in_chunks(p.bias, p.leading, 2);
+bool has_float_bias(const Problem& p) {
+  return p.bias && p.bias_dtype == DType::kF32 && p.dtype != DType::kF32;
 }
 
-// TMA copies boxes of rows, and has room for one leading dimension.
-bool bias_in_tiles(const Problem& p) {
-  return bias_in_chunks(p) && p.leading.rank <= 1 && (p.bias.row != 0 || p.q_rows == 1);
+bool bias_in_chunks(const Problem& p) {
+  const bool wide = has_float_bias(p);
+  return p.dtype != DType::kF32 && (wide || p.bias_dtype == p.dtype) &&
+         in_chunks(p.bias, p.leading, wide ? 4 : 2);
 }
+
+// TMA has room for one leading dimension.
+bool bias_in_tiles(const Problem& p) { return bias_in_chunks(p) && p.leading.rank <= 1; }
 
 MaskSizes<int64_t> mask_sizes(const Problem& p) {
   if (!p.mask) return {};
@@ -135,7 +139,8 @@ Shapes shapes_of(const Problem& p) {
           p.kv_dtype,        p.leading.count(),
           p.leading.rank,    {p.dbias_batch, p.dbias_heads, p.dbias_rows, p.dbias_columns},
           mask_sizes(p),     bias_in_tiles(p),
-          bias_in_chunks(p), in_chunks(p.mask, p.leading, 1)};
+          bias_in_chunks(p), in_chunks(p.mask, p.leading, 1),
+          has_float_bias(p)};
 }
 
 }  // namespace jax_flash

@@ -94,9 +94,9 @@ struct BackwardSm90 {
   using DsTile = SharedTile<T, N, hopper::whole_panels(M, kConsumerRows)>;
   using S = TransposedAccumulator<1, M / 8>;
   using Score = GradientScore<Kind, S>;
+  static constexpr bool kBias = Kind == ScoreKind::kBias || Kind == ScoreKind::kFloatBias;
   // A bias of 128 queries uses the third stage of dS.
-  static constexpr bool kSpareDs =
-      (Kind == ScoreKind::kBias || Kind == ScoreKind::kGeneralDropout) && M > kConsumerRows;
+  static constexpr bool kSpareDs = (kBias || Kind == ScoreKind::kGeneralDropout) && M > kConsumerRows;
   // Whether consumers alternate in issuing products (ping-pong).
   static constexpr bool kAlternates = M < 2 * kConsumerRows && !kSingle;
   // With four tiles of dS no stage needs to be released: before a consumer overwrites a tile, it has waited
@@ -128,15 +128,11 @@ struct BackwardSm90 {
   using DV = Accumulator<1, ValueDim / 8>;
   using DQ = Accumulator<1, kDqColumns / 8>;
   using Shared = BackwardShared<BackwardSm90>;
-  // A bias is copied by TMA, which with 64 query rows is slower. TMA cannot repeat a row that all queries
-  // share; a warp copies such a bias.
-  static constexpr bool kBiasByTma = Kind == ScoreKind::kBias && M == 2 * kConsumerRows;
-  struct BiasMap : CUtensorMap {
-    bool used;
-  };
+  // A bias is copied by TMA, which with 64 query rows is slower.
+  static constexpr bool kBiasByTma = kBias && M == 2 * kConsumerRows;
   struct Maps {
     CUtensorMap query, dout, key, value;
-    [[no_unique_address]] std::conditional_t<kBiasByTma, BiasMap, NoScoreTiles> bias;
+    [[no_unique_address]] std::conditional_t<kBiasByTma, CUtensorMap, NoScoreTiles> bias;
   };
   using Consumer = std::conditional_t<kSingle, SingleConsumer<BackwardSm90>, GradientConsumer<BackwardSm90>>;
   static_assert(kThreads == (1 + kConsumers) * kWarpgroup);
@@ -206,10 +202,7 @@ cudaError_t make_maps(typename C::Maps& maps, const Problem& p) {
     if (cudaError_t e = make_tensor_map(map, p, view, shape); e != cudaSuccess) return e;
   }
   if constexpr (C::kBiasByTma) {
-    maps.bias.used = p.bias.row != 0 || p.q_rows == 1;
-    if (!maps.bias.used) return cudaSuccess;
-    constexpr int kColumns = C::Tiles::BiasTile::kPanel * 8;
-    return make_tensor_map(maps.bias, p, p.bias, {p.k_rows, p.heads, p.q_rows, p.batch, kColumns, C::kM});
+    return make_bias_map<typename C::Tiles::BiasTile>(maps.bias, p);
   }
   return cudaSuccess;
 }

@@ -10,6 +10,7 @@
 #include "cuda/gradient.cuh"
 #include "cuda/hopper/tile_scheduler.cuh"
 #include "cuda/hopper/tma.cuh"
+#include "cuda/load/hopper_bias.cuh"
 
 namespace jax_flash {
 
@@ -318,9 +319,7 @@ struct GradientProducer {
   // One warp loads bias and mask of a step, for the keys from `key` on.
   __device__ __forceinline__ void load_score_tile(const Tile& tile, const QueryStep& step,
                                                   int32_t key) const {
-    if constexpr (C::kBiasByTma) {
-      if (maps.bias.used) return load_bias(tile, step, key);
-    }
+    if constexpr (C::kBiasByTma) return load_bias(tile, step, key);
     if (!p.bias && !p.mask) return;
     const ScoreOperands operands = tile.score.template of_head<typename C::Score>(p, tile.work, step.head);
     shared.score_pipe.wait_empty(step.number);
@@ -333,10 +332,9 @@ struct GradientProducer {
     const uint32_t full = shared.score_pipe.full_barrier(step.number);
     shared.score_pipe.wait_empty(step.number);
     if (threadIdx.x % 32 != 0) return ptx::barrier_arrive(full);
-    ptx::Coordinates at =
-        shared_coordinates_of(p.bias, tile.work, tile.work.head + step.head, step.tile * C::kM);
+    ptx::Coordinates at = bias_coordinates_of(p, tile.work, tile.work.head + step.head, step.tile * C::kM);
     at.column = key;
-    ptx::barrier_expect(full, BiasTile::kBytes);
+    ptx::barrier_expect(full, bias_bytes<BiasTile>(p));
     load_rows<BiasTile>(C::Tiles::stage_of(shared, step.number), 0, maps.bias, full, at);
   }
 

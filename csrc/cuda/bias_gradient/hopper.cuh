@@ -38,6 +38,7 @@ namespace jax_flash {
 template <class T, Row R, ScoreKind Kind>
 struct BiasGradientSm90 {
   using Element = T;
+  static constexpr ScoreKind kKind = Kind;
   static constexpr bool kGeneral = Kind == ScoreKind::kGeneralDropout;  // this kind has a mask, too
   static constexpr int kHeadDim = R.head_dim;
   static constexpr int kM = R.block_m, kN = R.block_n, kThreads = R.warps * 32;
@@ -50,7 +51,9 @@ struct BiasGradientSm90 {
   using Keys = SharedTile<T, kN, 64>;  // of K or V
   using S = Accumulator<1, kN / 8>;
   using Score = GradientScore<Kind, S>;
-  using Tiles = GradientTiles<Kind, T, kM, kN, static_cast<int>(hopper::kMaxSharedBytes)>;
+  using Tiles =
+      GradientTiles<Kind, T, kM, kN,
+                    static_cast<int>(hopper::kMaxSharedBytes) - kStages*(Rows::kBytes + Keys::kBytes)>;
   struct Maps {
     CUtensorMap query, key, dout, value;
   };
@@ -88,7 +91,7 @@ struct BiasGradientSm90 {
   static constexpr int kConsumerRegisters = 224, kProducerRegisters = 56;
   static_assert(kThreads == 3 * kWarpgroup && kConsumers == 2);
   static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 65536 / kThreads / 8 * 8 * 3);
-  static_assert(sizeof(Shared) <= hopper::kMaxSharedBytes && Tiles::kStages == 2);
+  static_assert(sizeof(Shared) <= hopper::kMaxSharedBytes);
 };
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)

@@ -48,6 +48,7 @@ struct BiasConsumer : BiasRole<C> {
   S s, dp, sum;
   // Whether there are too few stages to load the operands of dP before S has been computed.
   static constexpr bool kLateDp = C::kStages < 2 * C::kParts;
+  static constexpr bool kFloats = stages_float_bias(C::kKind);  // dbias, like the bias
 
   // The tile of S of a step, for its score variant.
   struct Tile {
@@ -142,11 +143,12 @@ struct BiasConsumer : BiasRole<C> {
   __device__ __forceinline__ void add_whole_tile(const StagedRows<S>& rows, int32_t in_tile) {
     const float scale = this->p.spec.scale;
     const uint32_t tile = C::Tiles::stage_of(this->shared, bias_use);
-    C::Tiles::template for_each_bias<S>(tile, in_tile, 0, [&](int slot, int n, int e, float bias) {
-      const float score = fmaf(s.at(slot, n, e), scale, bias);                // S ← scale · S + bias
-      const float weight = ptx::exp2(fmaf(score, kLog2e, -rows.lse(slot)));   // P = exp(S − lse)
-      sum.at(slot, n, e) += weight * (dp.at(slot, n, e) - rows.delta(slot));  // dS = P ∘ (dP − delta)
-    });
+    for_each_bias<typename C::Tiles::BiasTile, S>(
+        tile, in_tile, 0, false, [&](int slot, int n, int e, float bias) {
+          const float score = fmaf(s.at(slot, n, e), scale, bias);                // S ← scale · S + bias
+          const float weight = ptx::exp2(fmaf(score, kLog2e, -rows.lse(slot)));   // P = exp(S − lse)
+          sum.at(slot, n, e) += weight * (dp.at(slot, n, e) - rows.delta(slot));  // dS = P ∘ (dP − delta)
+        });
   }
 
   __device__ __forceinline__ void release_score() {
@@ -194,11 +196,13 @@ struct BiasConsumer : BiasRole<C> {
   __device__ __forceinline__ void store(const BiasTile& tile) {
     const View& view = this->p.dbias;
     const int64_t first = tile.leading * view.leading[0] + view.offset(tile.b, tile.h, 0, tile.column);
-    if (this->grid.in_floats) return store_elements(view.as<float>() + first, tile);
+    if (kFloats || this->grid.in_floats) return store_elements(view.as<float>() + first, tile);
     T* const to = view.as<T>() + first;
-    if (!C::kGeneral && view.row % 8 == 0 && reinterpret_cast<uintptr_t>(to) % 16 == 0)
-      return store_chunks(to, tile);
-    store_elements(to, tile);
+    if constexpr (!kFloats) {
+      if (!C::kGeneral && view.row % 8 == 0 && reinterpret_cast<uintptr_t>(to) % 16 == 0)
+        return store_chunks(to, tile);
+      store_elements(to, tile);
+    }
   }
 
   template <class B>

@@ -82,10 +82,14 @@ struct ForwardSm90 {
                        kValueStages = kSharedValues ? kStages + 1 : kStages;
   // The bias needs one or two stages of tiles in addition to Q, K and V; key tiles are smaller if these do
   // not fit. Dropout needs whole Philox blocks.
-  static constexpr int64_t kTileBytes = hopper::forward_tile_bytes(R);
-  static constexpr int kBiasStages =
-      std::min<int>(2, (hopper::kMaxSharedBytes - hopper::kStateBytes - kTileBytes) / (2 * kM * R.block_n));
-  static constexpr bool kSmallBiasTile = Kind == ScoreKind::kBias && (R.block_n % 32 != 0 || kBiasStages < 1);
+  static constexpr bool kFloatBias = Kind == ScoreKind::kFloatBias,
+                        kBias = Kind == ScoreKind::kBias || kFloatBias;
+  static constexpr int bias_stages(int n) {
+    const int64_t room =
+        hopper::kMaxSharedBytes - hopper::kStateBytes - hopper::forward_tile_bytes(R.with_tile(kM, n));
+    return static_cast<int>(std::min<int64_t>(2, room / ((kFloatBias ? 4 : 2) * kM * n)));
+  }
+  static constexpr bool kSmallBiasTile = kBias && (R.block_n % 32 != 0 || bias_stages(R.block_n) < 1);
   static constexpr bool kDropout = Kind == ScoreKind::kGeneralDropout || Kind == ScoreKind::kDropout;
   // If CTAs share the query tile, the general kernels would spill registers with more keys.
   static constexpr bool kSmallKeyTile =
@@ -137,7 +141,7 @@ struct ForwardSm90 {
       std::conditional_t<kPacksHeads, PackedHeadsScore<S>, HopperScore<Kind, S, kInPages<KeyLoader>>>;
   static constexpr bool kGap = Score::reads(Operand::kRanges);  // ranges may leave a gap between key tiles
   using Softmax = typename Score::template Softmax<T>;
-  using Input = typename Score::template Input<T, kN, kSmallBiasTile ? 2 : kBiasStages, kConsumers>;
+  using Input = typename Score::template Input<T, kN, bias_stages(kN), kConsumers>;
   using Loader = KeyLoader<ForwardSm90>;
   // Whether the load warp starts before the scheduler has prepared what the consumers need, which saves 2,000
   // cycles of a kernel's start. With three consumers ptxas would then allocate registers differently, and the

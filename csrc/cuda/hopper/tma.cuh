@@ -1,5 +1,4 @@
-// TMA in the sm_90a kernels: tiles of 16-bit elements are copied with tensor maps. One thread issues each
-// copy.
+// TMA in the sm_90a kernels: tiles are copied with tensor maps. One thread issues each copy.
 #pragma once
 
 #include <cstdint>
@@ -32,10 +31,10 @@ __device__ __forceinline__ ptx::Coordinates shared_coordinates_of(const View& vi
 template <class Tile, int kCluster = 1>
 __device__ __forceinline__ void load_rows(uint32_t tile, int32_t first, const CUtensorMap& map,
                                           uint32_t barrier, ptx::Coordinates at) {
-  constexpr int kColumns = Tile::kPanel * 8;
+  constexpr int kInChunk = kChunk<typename Tile::Element>, kColumns = Tile::kPanel * kInChunk;
 #pragma unroll
   for (int column = 0; column < Tile::kColumns; column += kColumns, at.column += kColumns) {
-    const uint32_t to = tile + Tile::panel_offset(column / 8) + first * Tile::kPitch;
+    const uint32_t to = tile + Tile::panel_offset(column / kInChunk) + first * Tile::kPitch;
     if constexpr (kCluster == 1) {
       ptx::copy_box(to, map, barrier, at);
     } else {

@@ -26,6 +26,16 @@ __device__ __forceinline__ uint32_t load_shared(uint32_t address) {
   return x;
 }
 
+__device__ __forceinline__ float load_shared_float(uint32_t address) {
+  return __uint_as_float(load_shared(address));
+}
+
+__device__ __forceinline__ float2 load_shared_float2(uint32_t address) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
+  return x;
+}
+
 __device__ __forceinline__ float4 load_shared_float4(uint32_t address) {
   float4 x;
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"

@@ -1,4 +1,4 @@
-// The score variants on sm_90a for calls whose only score option is a 16-bit bias.
+// The score variants on sm_90a for calls whose only score option is a bias, of the call's dtype or float32.
 #pragma once
 
 #include <cmath>
@@ -25,13 +25,14 @@ struct BiasScore : ScoreVariant<S> {
   __device__ __forceinline__ void apply(Scores& s, const Tile& tile, const Softmax&) {
     const float scale = tile.p.spec.scale;
     tile.shared.input_pipe.wait_full(tile.input_use);
-    Tile::Input::for_each(s, tile.shared, tile.consumer, tile.input_use, [scale](float& x, float bias) {
-      if constexpr (Softmax::template kFindsNan<Scores>) {
-        x = fmaf(x, scale, bias);
-      } else {
-        scale_and_add_bias(x, scale, bias);
-      }
-    });
+    Tile::Input::for_each(s, tile.shared, tile.p, tile.consumer, tile.input_use,
+                          [scale](float& x, float bias) {
+                            if constexpr (Softmax::template kFindsNan<Scores>) {
+                              x = fmaf(x, scale, bias);
+                            } else {
+                              scale_and_add_bias(x, scale, bias);
+                            }
+                          });
   }
   // A bias of −∞ may hide a NaN. Such a NaN reaches the maximum of its row, so elements are tested only if a
   // maximum is NaN, because testing all of them costs 7 to 10% of the pass.
@@ -40,9 +41,10 @@ struct BiasScore : ScoreVariant<S> {
                                                float (&alpha)[S::kSlots], int early) {
     if constexpr (Softmax::template kFindsNan<Scores>) {
       softmax.update(s, alpha, [&] {
-        Tile::Input::for_each(s, tile.shared, tile.consumer, tile.input_use, [](float& x, float bias) {
-          if (bias == -INFINITY) x = -INFINITY;
-        });
+        Tile::Input::for_each(s, tile.shared, tile.p, tile.consumer, tile.input_use,
+                              [](float& x, float bias) {
+                                if (bias == -INFINITY) x = -INFINITY;
+                              });
       });
     } else {
       softmax.update(s, alpha);
@@ -50,6 +52,12 @@ struct BiasScore : ScoreVariant<S> {
     tile.shared.input_pipe.release(tile.input_use);
     softmax.exponentiate(s, 0, early);
   }
+};
+
+template <class S>
+struct FloatBiasScore : BiasScore<S> {
+  template <class, int N, int kStages, int kConsumers>
+  using Input = BiasInput<float, N, kStages, kConsumers>;
 };
 
 // The variant of kernels that compute gradients. It reads the tiles of load/score_tiles.cuh, whichever copy

@@ -27,27 +27,34 @@ template <ScoreKind kKind, class S>
 using GradientScore = typename GradientScoreOf<kKind, S>::type;
 
 // The tiles of bias and mask that a kind stages, as bits.
-enum ScoreTileSet { kBiasTiles = 1, kMaskTiles = 2 };
+enum ScoreTileSet { kBiasTiles = 1, kMaskTiles = 2, kFloatBiasTiles = 4 };
 inline constexpr int kScoreTileSets[] = {
 #define JF_SCORE(kind, name, printed, inputs, option, served, portable, hopper, gradient, tiles) tiles,
 #include "scores.def"
 };
-constexpr bool stages_bias(ScoreKind kind) { return kScoreTileSets[static_cast<int>(kind)] & kBiasTiles; }
-constexpr bool stages_mask(ScoreKind kind) { return kScoreTileSets[static_cast<int>(kind)] & kMaskTiles; }
+constexpr bool stages(ScoreKind kind, int tiles) { return kScoreTileSets[static_cast<int>(kind)] & tiles; }
+constexpr bool stages_mask(ScoreKind kind) { return stages(kind, kMaskTiles); }
+constexpr bool stages_float_bias(ScoreKind kind) { return stages(kind, kFloatBiasTiles); }
+constexpr bool stages_bias(ScoreKind kind) { return stages(kind, kBiasTiles | kFloatBiasTiles); }
 constexpr bool stages_tiles(ScoreKind kind) { return stages_bias(kind) || stages_mask(kind); }
 
-// Bytes of a tile [M, N] of a 16-bit bias and of the mask.
+// Bytes of a tile [M, N] of the bias and of the mask.
 constexpr int score_tile_bytes(ScoreKind kind, int block_m, int block_n) {
-  return block_m * block_n * ((stages_bias(kind) ? 2 : 0) + (stages_mask(kind) ? 1 : 0));
+  return block_m * block_n *
+         ((stages_float_bias(kind) ? 4
+           : stages_bias(kind)     ? 2
+                                   : 0) +
+          (stages_mask(kind) ? 1 : 0));
 }
 
 // The tiles [M, N] that a kind stages: as many stages as fit into `bytes`, at most two.
 template <ScoreKind kKind, class T, int M, int N, int bytes>
 struct GradientTilesOf {
   static constexpr int kStages = 2 * score_tile_bytes(kKind, M, N) <= bytes ? 2 : 1;
-  using type =
-      std::conditional_t<stages_tiles(kKind),
-                         ScoreTiles<T, M, N, kStages, stages_bias(kKind), stages_mask(kKind)>, NoScoreTiles>;
+  using Bias = std::conditional_t<stages_float_bias(kKind), float, T>;
+  using type = std::conditional_t<stages_tiles(kKind),
+                                  ScoreTiles<Bias, M, N, kStages, stages_bias(kKind), stages_mask(kKind)>,
+                                  NoScoreTiles>;
 };
 
 template <ScoreKind kKind, class T, int M, int N, int bytes>
