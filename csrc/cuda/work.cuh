@@ -126,14 +126,20 @@ struct HeadGroups {
   uint32_t size = kHeadsTogether, last = ~0u;
 };
 
+// Which key tiles of a head come first, if not its first ones.
+struct KeyTileOrder {
+  bool leads = false;  // whether the first tiles of all heads come before the groups
+  int32_t begin = 0;   // or: the tile that comes first; the tiles before it come last
+};
+
 // The work of a tile. The tiles of a group of heads have consecutive numbers. With a causal mask the longest
 // come first (the last queries, the first keys), so that the last CTAs to run have short ones. kUneven: query
 // tiles differ without a causal mask, too. slots: query tiles of the same rows (KeyLists), in place of heads;
-// 0: heads. leads: whether the first tiles of all heads come before the groups.
+// 0: heads. order: of the key tiles of a head.
 template <Over over, bool kUneven = false>
 __device__ __forceinline__ BlockWork find_work(const Problem& p, const TileWork* schedule, int32_t tiles,
                                                int32_t block, TileNumber wanted, HeadGroups groups = {},
-                                               int32_t slots = 0, bool leads = false) {
+                                               int32_t slots = 0, KeyTileOrder order = {}) {
   constexpr bool kQueries = over == Over::kQueries;
   if (p.packed()) {
     // In a deterministic backward tiles of one head wait for each other. Otherwise a group of key tiles has
@@ -148,13 +154,13 @@ __device__ __forceinline__ BlockWork find_work(const Problem& p, const TileWork*
   const uint32_t group = kQueries && !kUneven && p.spec.right < 0 ? 1 : groups.size;
   int32_t tile = 0;
   uint32_t rest = wanted.number;
-  if (!leads || wanted.number >= all) {
-    const uint32_t others = tiles - leads, of_others = wanted.number - leads * all;
+  if (!order.leads || wanted.number >= all) {
+    const uint32_t others = tiles - order.leads, of_others = wanted.number - order.leads * all;
     const uint32_t first = min(of_others / (group * others) * group, groups.last), left = all - first;
     const uint32_t together = first < groups.last ? min(group, left) : left;
     const uint32_t number = of_others - first * others;
-    const int32_t t = static_cast<int32_t>(number / together + leads);
-    tile = kQueries ? tiles - 1 - t : t;
+    const int32_t t = static_cast<int32_t>(number / together + order.leads) + order.begin;
+    tile = kQueries ? tiles - 1 - t : t < tiles ? t : t - tiles;
     rest = first + number % together;
   }
   return fixed_work<over>(p, heads, rest, tile * block, block);

@@ -232,7 +232,8 @@ inline uint32_t backward_heads_together(const Problem& p, int32_t block_m, uint3
 // heads of a group.
 inline void keep_in_step(PersistentTiles& tiles, const Problem& p, int32_t workers) {
   constexpr int64_t kManyBytes = 16 << 20;
-  const bool causal = p.spec.left < 0 && (p.spec.right >= 0 || p.ranges);
+  const bool windowed = p.spec.left >= 0 || p.window_left,
+             causal = !windowed && (p.spec.right >= 0 || p.ranges);
   if (p.packed() || !causal || p.heads == p.kv_heads || head_bytes(p) < kManyBytes) return;
   if (p.spec.deterministic || tiles.tiles_per_head > workers) return;
   tiles.back_and_forth = true;

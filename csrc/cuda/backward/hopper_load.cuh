@@ -58,12 +58,18 @@ struct GradientProducer {
     shared.state_pipe.arrive(tile_index);
   }
 
-  // Whether the first key tiles of all heads come before the others: where all rows see them (attention
-  // sinks), one that began late would end last. Elsewhere it would only take longer, as the queries of all
-  // heads would pass through L2 once more.
-  __device__ __forceinline__ bool first_tiles_lead(uint32_t tiles_per_head) const {
-    if constexpr (C::kKind != ScoreKind::kRanges) return false;
-    return tiles_per_head > 1 && grid.segments[0].size() > 2 * grid.segments[1].size();
+  // With ranges, the longest key tiles of a head may not be the first, in order. A long tile that began late
+  // would end last.
+  // - Where all rows see the first keys (attention sinks), the first tiles of all heads come before the
+  //   others. Elsewhere they would only take longer, as the queries of all heads would pass through L2 once
+  //   more.
+  // - Where few rows see the first half of the keys (block diffusion), a head begins with the second half.
+  __device__ __forceinline__ KeyTileOrder key_tile_order(int32_t tiles_per_head) const {
+    if constexpr (C::kKind != ScoreKind::kRanges) return {};
+    if (p.packed() || tiles_per_head < 2) return {};
+    const int32_t first = grid.segments[0].size(), half = tiles_per_head / 2;
+    if (first > 2 * grid.segments[1].size()) return {true, 0};
+    return {false, !grid.tickets && grid.segments[half].size() > 2 * first ? half : 0};
   }
 
   // Back and forth: the tiles of one group of KV heads begin together and go from the last query tile to the
@@ -75,7 +81,7 @@ struct GradientProducer {
   __device__ __forceinline__ void set_order(QueryWalk& walk, const PersistentTiles& all,
                                             uint32_t number) const {
     const uint32_t tiles = static_cast<uint32_t>(all.tiles_per_head);
-    if (first_tiles_lead(tiles)) number -= min(number, all.count / tiles);
+    if (key_tile_order(all.tiles_per_head).leads) number -= min(number, all.count / tiles);
     const uint32_t group = number / (all.heads.size * tiles);
     walk.heads_inner = all.back_and_forth || (C::kCluster > 1 && grid.tickets);
     walk.direction = grid.tickets || (all.back_and_forth && group % 2 == 0) ? -1 : 1;
@@ -97,7 +103,7 @@ struct GradientProducer {
       if constexpr (kListsSteps<C>) {
         tile.work = scheduler.work(reload(p), grid.lists.order[number]);
       } else {
-        tile.work = scheduler.work(reload(p), number, C::kN, 0, first_tiles_lead(all.tiles_per_head));
+        tile.work = scheduler.work(reload(p), number, C::kN, 0, key_tile_order(all.tiles_per_head));
         set_order(tile.walk, all, number);
       }
       if (ends_schedule(reload(p), tile.work.tile)) break;

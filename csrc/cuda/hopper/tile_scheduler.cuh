@@ -99,14 +99,14 @@ struct TileScheduler {
   __device__ __forceinline__ uint32_t next(uint32_t number) {
     return tiles.counter ? workers() + take() : number + workers();
   }
-  // `rows`: of a tile; `slots` and `leads`: see find_work().
+  // `rows`: of a tile; `slots` and `order`: see find_work().
   __device__ __forceinline__ BlockWork work(const Problem& p, uint32_t number,
                                             int32_t rows = kCluster * kRows, int32_t slots = 0,
-                                            bool leads = false) const {
+                                            KeyTileOrder order = {}) const {
     // A constant for queries, so that forward kernels have no value of their own to load.
     const uint32_t last = over == Over::kKeys ? tiles.heads.last : HeadGroups{}.last;
     return find_work<over, kUneven>(p, tiles.schedule, tiles.tiles_per_head, rows, {number, tiles.count},
-                                    {tiles.heads.size, last}, slots, leads);
+                                    {tiles.heads.size, last}, slots, order);
   }
 };
 
