@@ -104,7 +104,8 @@ def band_limits(
         if side is None and static == UNLIMITED:
             return None
         side = jnp.full((1,) * diagonal.ndim, static, jnp.int32) if side is None else side
-        return plus(diagonal, toward(jnp.zeros_like(side) if offset is None else offset, side))
+        found: Array = plus(diagonal, toward(jnp.zeros_like(side) if offset is None else offset, side))
+        return found
 
     return limit("window_left", spec.left, minus), limit("window_right", spec.right, plus)
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -27,7 +29,8 @@ class Either(Form):
     b: tuple[Form, ...]
 
     def pairs(self, rows: Rows) -> list[Pair]:
-        return union(pairs_of(self.a, rows), pairs_of(self.b, rows))
+        found: list[Pair] = ordered([*pairs_of(self.a, rows), *pairs_of(self.b, rows)])  # one range of each
+        return found
 
     def reach(self) -> Reach:
         a, b = reach_of(self.a), reach_of(self.b)
@@ -91,12 +94,7 @@ def intersection(a: Sequence[Pair], b: Sequence[Pair]) -> list[Pair]:
     return [(jnp.maximum(x[0], y[0]), jnp.minimum(x[1], y[1])) for x in a for y in b]
 
 
-def union(a: Sequence[Pair], b: Sequence[Pair]) -> list[Pair]:
-    """The keys in either of two single ranges: one range if they touch, else two in ascending order."""
-    (lo, hi), (begin, end) = a[0], b[0]
-    return ordered([(lo, hi), (begin, end)])
-
-
+@partial(jax.jit, inline=True)  # traced once for several masks
 def ordered(pairs: Sequence[Pair]) -> list[Pair]:
     """At most two ranges, ascending and disjoint; the second is empty if one range holds all keys."""
     if len(pairs) < 2:

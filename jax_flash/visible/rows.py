@@ -19,12 +19,14 @@ Data = int | Array  # a number, or one for each batch entry, int32 [b]
 MOST = INT32_MAX
 
 
+@partial(jax.jit, inline=True)  # traced once for several masks
 def plus(x: Array, y: Array | int) -> Array:
     """x + y, or the end of int32 that it would pass."""
     total = x + y
     return jnp.where(((x ^ total) & (y ^ total)) < 0, jnp.where(x < 0, -MOST - 1, MOST), total)
 
 
+@partial(jax.jit, inline=True)
 def minus(x: Array, y: Array) -> Array:
     """x − y, or the end of int32 that it would pass."""
     left = x - y
