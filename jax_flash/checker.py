@@ -43,6 +43,8 @@ class Checker:
             raise self.fail(f"{name} must be an array, got {x!r}{hint}", TypeError)
         if isinstance(x, jax.Ref):
             raise self.fail(f"{name} must be an array, got a jax.Ref; read it with ref[...]", TypeError)
+        if is_function(x):  # such as masks.causal without its parentheses
+            raise self.fail(f"{name} must be an array, got {function_text(x)}", TypeError)
 
     def _not_of_jax(self, name: str, x: Any) -> Exception:
         dtype = getattr(x, "dtype", None)
@@ -225,6 +227,16 @@ def _without_array(x: Any) -> Any:
 def is_int(x: Any) -> TypeGuard[int]:
     """Whether x is an int of Python or NumPy, and no bool."""
     return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+
+
+def is_function(x: Any) -> bool:
+    """Whether x is to be called for a value. Variables of Flax can be called, too, but are arrays to JAX."""
+    return callable(x) and not hasattr(type(x), "__jax_array__")
+
+
+def function_text(x: Any) -> str:
+    """What messages say about a function in place of a value."""
+    return f"the function {getattr(x, '__name__', type(x).__name__)}; pass what it returns"
 
 
 def _holds_jax_arrays(x: Any) -> bool:

@@ -21,7 +21,7 @@ from .checker import MARK_STATIC, Checker
 from .masks import Mask
 from .options import ArrayLike, Implementation, IndexLike, Number, Window
 from .spec import UNLIMITED
-from .validate import band
+from .validate import band, dropout_key
 
 _CHECK = Checker("attention_fn")
 _SCORES = "batch... heads q_length kv_length"
@@ -203,7 +203,7 @@ def attention_fn(
         )
         _sow(module, jnp.moveaxis(rows, -2, -3))
     if dropout and dropout_rng is not None:
-        arrays["dropout_key"] = dropout_rng
+        arrays["dropout_key"] = dropout_key(_CHECK, "dropout_rng", dropout_rng)
     out: Array = over_batch_dims(attend, query, key, value, arrays)
     return out
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from . import philox
 from ._jax import is_symbolic, same_dim, whole_along
-from .checker import DTYPES, INT32_MAX, MARK_STATIC, Checker, is_int
+from .checker import DTYPES, INT32_MAX, MARK_STATIC, Checker, is_function, is_int
 from .masks import Mask
 from .operands import OPTIONAL
 from .options import (
@@ -125,26 +125,34 @@ def require_dropout_key(check: Checker, name: str, rate: object, key: Any) -> No
         raise check.fail(f"{name} is {rate}, which needs a dropout_key (jax.random.key)")
 
 
-def dropout_operand(check: Checker, rate: object, key: Any) -> jax.Array:
-    """uint32 [6]: two key words, then the global offsets, zeros which sharding replaces."""
-    require_dropout_key(check, "dropout_rate", rate, key)
-    if callable(key):  # such as nnx.Rngs and its streams
+def dropout_key(check: Checker, name: str, given: Any) -> jax.Array:
+    """The argument `name` as one key of jax.random, typed or the words of one."""
+    if is_function(given):  # such as nnx.Rngs and its streams
         raise check.fail(
-            f"dropout_key must be one jax.random.key, got {type(key).__name__}, which makes keys: "
+            f"{name} must be one jax.random.key, got {type(given).__name__}, which makes keys: "
             "pass rngs.dropout() or rngs()",
             TypeError,
         )
-    key = check.array("dropout_key", key)
-    words = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
-    raw = words is key
-    if words.dtype != jnp.uint32 or (words.shape not in ((2,), (4,)) if raw else key.shape != ()):
+    key = check.array(name, given)
+    words = key.dtype == jnp.uint32 and key.shape in ((2,), (4,))
+    if not words and (key.shape != () or not _is_typed(key)):
         raise check.fail(
-            f"dropout_key must be one jax.random.key, got dtype {key.dtype} and shape {key.shape}", TypeError
+            f"{name} must be one jax.random.key, got dtype {key.dtype} and shape {key.shape}", TypeError
         )
-    if jax.debug_key_reuse.value and not raw:
+    return key
+
+
+def _is_typed(key: jax.Array) -> bool:
+    return bool(jnp.issubdtype(key.dtype, jax.dtypes.prng_key))
+
+
+def _dropout_operand(check: Checker, rate: object, given: Any) -> jax.Array:
+    """uint32 [6]: two key words, then the global offsets, zeros which sharding replaces."""
+    require_dropout_key(check, "dropout_rate", rate, given)
+    key = dropout_key(check, "dropout_key", given)
+    words = jax.random.key_data(key) if _is_typed(key) else whole_along(key, 0)
+    if jax.debug_key_reuse.value and _is_typed(key):
         jax.random.bits(key)  # consumes the key for JAX's checker, as key_data does not
-    if raw:
-        words = whole_along(words, 0)
     return jnp.concatenate([philox.key_words(words), jnp.zeros(4, jnp.uint32)])
 
 
@@ -189,7 +197,7 @@ def static_spec(check: Checker, layout: Layout, operands: Operands, arguments: A
         value_dim = d if arguments.value is None else 0
         rate = _dropout_rate(check, arguments.dropout_rate)
         if rate:
-            operands["dropout"] = dropout_operand(check, arguments.dropout_rate, arguments.dropout_key)
+            operands["dropout"] = _dropout_operand(check, arguments.dropout_rate, arguments.dropout_key)
     return AttentionSpec(
         layout=layout,
         left=left,
@@ -279,12 +287,6 @@ def fixed(op: str, arguments: SequenceArguments, ring: Ring | None = None) -> tu
 
 def _boolean_mask(check: Checker, given: Any, scores: tuple[Any, ...]) -> jax.Array:
     """A boolean array, `[b|1, hq|1, sq|1, sk|1]`."""
-    if callable(given):  # such as masks.causal without its parentheses
-        name = getattr(given, "__name__", type(given).__name__)
-        raise check.fail(
-            f"mask must be a value of jax_flash.masks or boolean, got the function {name}; pass what it returns",
-            TypeError,
-        )
     mask = check.array("mask", given)
     if mask.dtype != jnp.bool_:
         raise check.fail(

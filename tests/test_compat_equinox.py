@@ -114,6 +114,14 @@ ERRORS = {
         lambda: Layer(p=0.1)(X[0], Y[0], Y[0]),
         "dropout.p is 0.1, which needs key (a jax.random.key), or inference=True",
     ),
+    "a key": (
+        lambda: Layer(p=0.1)(X[0], Y[0], Y[0], key=3),
+        "key must be one jax.random.key, got dtype int32 and shape ()",
+    ),
+    "a mask": (
+        lambda: Layer()(X[0], Y[0], Y[0], masks.causal),
+        "mask must be an array, got the function causal; pass what it returns",
+    ),
     "a traced rate": (
         lambda: jax.jit(lambda p: Layer(p=p)(X[0], Y[0], Y[0]))(0.1),
         "dropout.p must be a Python number (it is compiled in), got a traced value; keep it a float",

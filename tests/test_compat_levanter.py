@@ -232,6 +232,11 @@ ERRORS = {
         lambda: attend(dropout=0.1, inference=False),
         "dropout is 0.1 without inference, which needs prng",
     ),
+    "a key": (
+        TypeError,
+        lambda: attend(dropout=0.1, inference=False, prng=3),
+        "prng must be one jax.random.key, got dtype int32 and shape ()",
+    ),
 }
 
 

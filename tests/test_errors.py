@@ -227,7 +227,7 @@ ONLY_FIXED = [
     (
         dict(mask=masks.causal),
         TypeError,
-        "mask must be a value of jax_flash.masks or boolean, got the function causal; pass what it returns",
+        "mask must be an array, got the function causal; pass what it returns",
     ),
     (
         dict(mask=floats(SQ, SK)),

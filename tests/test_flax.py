@@ -362,7 +362,10 @@ MISFITS = {
         lambda q, k, v: (q[None], k[None], v[None], None, jnp.ones((1, 3, 1, 1, 1), bool)),
         r"mask must broadcast to .* = \(1, 2, 4, 5, 6\)",
     ),
-    "function": (lambda q, k, v: (q, k, v, None, masks.causal), "mask must be an array, got function"),
+    "function": (
+        lambda q, k, v: (q, k, v, None, masks.causal),
+        "mask must be an array, got the function causal; pass",
+    ),
     "text": (lambda q, k, v: (q, k, v, "alibi"), "bias must be an array, got 'alibi'"),
 }
 

@@ -1,6 +1,7 @@
 """linen's and nnx's attention layers with attention_fn give what they give with Flax's own, in training and decode."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ from flax_inputs import (
     normal,
     ours,
 )
+
+from jax_flash import flash_attention
 
 pytestmark = pytest.mark.usefixtures("exact_products")
 
@@ -238,3 +241,29 @@ def test_nnx_decode_equals_the_causal_forward(kv_heads, is_causal):
     layer.init_cache(X.shape)
     step = nnx.jit(lambda m, token: m(token, decode=True, is_causal=is_causal))
     close(jnp.concatenate([step(layer, X[:, i : i + 1]) for i in range(S)], axis=1), full)
+
+
+def test_variables_of_nnx_are_arrays():
+    """A mask and a key may be in variables, which can be called like functions."""
+    q, key, mask = normal(0, B, S, HEADS, 8), jax.random.key(0), CAUSAL.astype(bool)
+    see = functools.partial(flash_attention, q, q, q)
+    np.testing.assert_array_equal(see(mask=nnx.Variable(mask)), see(mask=mask))
+    drop = functools.partial(flash_attention, q, q, q, dropout_rate=0.5)
+    np.testing.assert_array_equal(drop(dropout_key=nnx.Variable(key)), drop(dropout_key=key))
+
+
+@pytest.mark.parametrize("batch", [(B,), (2, B)], ids=str)
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        (3, "be one jax.random.key, got dtype int32 and shape ()"),
+        ("x", "be an array, got 'x'"),
+        (nnx.Rngs(0), "be one jax.random.key, got Rngs, which makes keys: pass rngs.dropout() or rngs()"),
+        (jax.random.split(jax.random.key(0)), "be one jax.random.key, got dtype key<fry> and shape (2,)"),
+    ],
+    ids=str,
+)
+def test_errors_of_a_key_have_flax_s_name_for_it(key, message, batch):
+    q = jnp.ones((*batch, S, HEADS, 8))
+    with pytest.raises(TypeError, match="^" + re.escape(f"attention_fn: dropout_rng must {message}")):
+        ours(q, q, q, dropout_rng=key, dropout_rate=0.5)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jax_flash import flash_attention, flash_attention_varlen, masks, paged_attention
+from jax_flash.flax import attention_fn
 
 S = 48
 X = [jnp.zeros((2, S, heads, 16)) for heads in (4, 2, 2)]
@@ -19,12 +20,20 @@ ONE_KEY = {
     "segments of keys": masks.segments(np.zeros((1, 48), np.int32), np.zeros(1, np.int32)),
 }
 BLOCKED = [np.zeros((1, 768, 1, 8), np.float32)] * 3
+CALLS = [
+    partial(flash_attention, *X),
+    partial(flash_attention_varlen, *PACKED),
+    partial(paged_attention, X[0], X[1], X[2], np.arange(2)[:, None], S),
+    partial(attention_fn, *X),
+]
 MANY_RANGES = masks.from_function(lambda b, h, i, j: (i + j) % 2 == 0, S, S)
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        *((lambda call=call: call(mask=masks.causal), TypeError, r"got the function causal; pass what it returns$")
+          for call in CALLS),
         (lambda: flash_attention(*X, mask=masks.prefix_lm(I(3))), ValueError,
          r"flash_attention: mask's lengths must broadcast to \[b\] = \(2,\), got shape \(3,\)"),
         (lambda: flash_attention(*X, mask=masks.bidirectional_spans(I((1, 5)))), ValueError,

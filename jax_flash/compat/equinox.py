@@ -22,6 +22,7 @@ from ..batch_dims import plain_if_float64, promote
 from ..checker import Checker
 from ..masks import Mask
 from ..options import Implementation
+from ..validate import dropout_key
 
 _CHECK = Checker("equinox.multihead_attention")
 
@@ -81,14 +82,15 @@ def multihead_attention(
     if rate and key is None:
         raise _CHECK.fail(f"dropout.p is {rate}, which needs key (a jax.random.key), or inference=True")
     if mask is not None and not isinstance(mask, Mask):
-        mask = mask.astype(bool)[None] if mask.ndim == 3 else mask.astype(bool)  # [1, heads, sq, sk]
+        seen = _CHECK.array("mask", mask).astype(bool)
+        mask = seen[None] if seen.ndim == 3 else seen  # [1, heads, sq, sk]
     out = flash_attention(
         q[None],
         k[None],
         v[None],
         mask=mask,
         dropout_rate=rate,
-        dropout_key=key if rate else None,
+        dropout_key=dropout_key(_CHECK, "key", key) if rate else None,
         implementation=plain_if_float64(implementation, q.dtype),
     )
     joined: Array = jax.vmap(self.output_proj)(out.reshape(query.shape[0], -1))

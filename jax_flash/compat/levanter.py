@@ -21,6 +21,7 @@ from ..attention import flash_attention
 from ..batch_dims import as_bias, over_batch_dims
 from ..checker import MARK_STATIC, Checker
 from ..options import Implementation
+from ..validate import dropout_key
 from . import arguments
 from .levanter_grug import grug_attention
 
@@ -140,7 +141,7 @@ def dot_product_attention(
     if dropping:
         if prng is None:
             raise check.fail(f"dropout is {dropout} without inference, which needs prng")
-        arrays["dropout_key"] = prng
+        arrays["dropout_key"] = dropout_key(check, "prng", prng)
     run = partial(
         flash_attention,
         causal=seen.causal,

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .. import _jax, offsets
 from .._jax import same_dim
-from ..checker import Checker
+from ..checker import Checker, function_text, is_function
 from ..masks import Mask
 from ..operands import OPTIONAL
 from ..paged import gather
@@ -267,7 +267,7 @@ def require_mask(check: Checker, mask: Any) -> Mask:
     """Checks the argument `mask` for layouts that only take values of jax_flash.masks."""
     if isinstance(mask, Mask):
         return mask
-    raise check.fail(
-        f"mask must be a value of jax_flash.masks, got {type(mask).__name__}; boolean arrays are for flash_attention",
-        TypeError,
-    )
+    got = f"{type(mask).__name__}; boolean arrays are for flash_attention"
+    if is_function(mask):
+        got = function_text(mask)
+    raise check.fail(f"mask must be a value of jax_flash.masks, got {got}", TypeError)
