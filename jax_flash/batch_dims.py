@@ -15,9 +15,8 @@ from .checker import Checker
 from .options import Implementation
 
 
-def as_bias(bias: Any, dtype: Any) -> Array:
-    """The bias in a dtype that the kernels support; other libraries add any number type to float32 scores."""
-    x: Array = jnp.asarray(bias)
+def as_bias(x: Array, dtype: Any) -> Array:
+    """A bias in a dtype that the kernels support; other libraries add any number type to float32 scores."""
     return x if x.dtype in (jnp.float16, jnp.bfloat16, dtype) else x.astype(jnp.float32)
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from .checker import Checker
+from .checker import Checker, function_text, is_function
 from .masks import Mask
 from .operands import APPEND, APPEND_OPTIONAL, DIMS, ELEMENTS, FORWARD, OPTIONAL, WINDOW
+from .rotary import rotary_pair
 from .visible.check import MaskChecker
 
 _CHECK = Checker("check_inputs")
@@ -111,6 +112,8 @@ class _Call:
             )
         if x is None:
             return
+        if is_function(x):
+            raise _CHECK.fail(f"{name} must be an array, got {function_text(x)}", TypeError)
         if isinstance(x, Mask):
             self.mask = x
         elif name == "segment_ids":
@@ -125,7 +128,7 @@ class _Call:
                     "check the rows of a vmapped call one at a time"
                 )
         else:
-            self.shapes[name] = shape = np.shape(x[0] if name == "rotary" else x)
+            self.shapes[name] = shape = np.shape(rotary_pair(_CHECK, x)[0] if name == "rotary" else x)
             if len(shape) < (least := _LEAST_RANKS.get(name, 0)):
                 raise _CHECK.fail(f"{name} must have at least {least} dimensions, got shape {shape}")
             if name in _SCALES and not isinstance(x, (jax.core.Tracer, jax.ShapeDtypeStruct)):

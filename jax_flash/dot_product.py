@@ -158,7 +158,7 @@ def spec_and_operands(op: str, given: DotProductArguments) -> tuple[AttentionSpe
         q_lengths=_lengths("query_seq_lengths", given.query_seq_lengths, batch),
         kv_lengths=_lengths("key_value_seq_lengths", given.key_value_seq_lengths, batch),
         scale=given.scale,
-        bias=None if given.bias is None else as_bias(given.bias, q.dtype),
+        bias=None if given.bias is None else as_bias(_CHECK.array("bias", given.bias), q.dtype),
         return_lse=_CHECK.flag("return_residual", given.return_residual),
         implementation=_implementation(given.implementation, q.dtype),
     )
@@ -183,8 +183,8 @@ def _check_operands(query: Array, key: Array, value: Array) -> None:
         raise _CHECK.fail(f"value has shape {value.shape}, which differs from key's {key.shape}")
 
 
-def _mask(mask: ArrayLike, scores: tuple[Any, ...]) -> Array:
-    mask = jnp.asarray(mask)
+def _mask(given: ArrayLike, scores: tuple[Any, ...]) -> Array:
+    mask = _CHECK.array("mask", given)
     if mask.dtype != jnp.bool_:
         raise _CHECK.fail(f"mask has dtype {mask.dtype}, allowed is bool; pass an additive mask as bias")
     hint = validate.OF_RANK_3 if mask.ndim == 3 else ""

@@ -81,7 +81,8 @@ def flops(function: Callable[..., Any], /, *arguments: Any, of: Pass = "forward"
     if not any(function is known for known in _CHECKS):  # an array has no hash
         names = ", ".join(known.__name__ for known in _CHECKS)
         given = getattr(function, "__name__", type(function).__name__)
-        raise TypeError(f"flops: function is {given}; allowed are {names}")
+        of_another = "a wrapper of " if hasattr(function, "__wrapped__") else ""  # such as jax.jit's
+        raise TypeError(f"flops: function is {of_another}{given}; allowed are {names}")
     if of not in ("forward", "backward", "tangent"):
         raise ValueError(f'flops: of is {of!r}; allowed are "forward", "backward" and "tangent"')
     given = _given(function, *arguments, **options)

@@ -89,7 +89,8 @@ class Mask:
     def picture(self, sq: int, sk: int | None = None, *, entry: int = 0, head: int = 0) -> list[str]:
         """A line of text for each of `sq` query rows, `#` where it sees the key, for one batch entry and head. Where
         all entries or heads are alike, any index is allowed."""
-        check, sk = Checker("masks: picture"), sq if sk is None else sk
+        check = Checker("masks: picture")
+        sq, sk = (check.whole(name, n, least=0) for name, n in (("sq", sq), ("sk", sq if sk is None else sk)))
         b, h = jax.eval_shape(partial(self._seen, *_sizes(self.conditions))).shape[:2]
         b = max(b, *_entries(self.conditions))
         for condition in conjunctions.flat(self.conditions):
@@ -288,6 +289,8 @@ def from_function(f: Callable[..., Any], sq: int, sk: int, *, batch: int = 1, he
     for which, given in zip(("batch", "heads", "sq", "sk"), shape):
         if not is_int(given) or given < 0:
             raise ValueError(f"masks.{name}: {which} must be an int of at least 0, got {given!r}")
+    if not callable(f):
+        raise TypeError(f"masks.{name}: f must be a function of (b, h, i, j), got {f!r}")
     seen = mask_arrays.evaluated(Checker(f"masks.{name}"), f, shape)
     if (pairs := mask_arrays.ranges_of(seen)) is not None:
         limits = tuple(forms.between(*map(jnp.asarray, pair)) for pair in pairs)

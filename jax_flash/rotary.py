@@ -69,11 +69,16 @@ def apply_rotary(
     return jnp.concatenate([rotated, x[..., count:]], -1)
 
 
-def rotary_tables(check: Checker, rotary: Any, head_dim: int) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin) of the argument `rotary`, checked against the head dim."""
+def rotary_pair(check: Checker, rotary: Any) -> tuple[Any, Any]:
+    """The two items of the argument `rotary`."""
     if not isinstance(rotary, (tuple, list)) or len(rotary) != 2:
         raise check.fail(f"rotary must be a pair (cos, sin), got {type(rotary).__name__}", TypeError)
-    cos, sin = check.float32("cos", rotary[0]), check.float32("sin", rotary[1])
+    return rotary[0], rotary[1]
+
+
+def rotary_tables(check: Checker, rotary: Any, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin) of the argument `rotary`, checked against the head dim."""
+    cos, sin = (check.float32(name, x) for name, x in zip(("cos", "sin"), rotary_pair(check, rotary)))
     check.rank("cos", cos, "positions d_rot/2")
     check.shape("sin", sin, cos.shape, "positions d_rot/2")
     if 2 * cos.shape[1] > head_dim:

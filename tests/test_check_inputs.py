@@ -334,6 +334,15 @@ def test_shapes_without_values_are_type_errors():
             check_inputs(**arrays)
 
 
+def test_operands_that_are_no_arrays_are_type_errors():
+    with pytest.raises(
+        TypeError, match="check_inputs: mask must be an array, got the function causal; pass what"
+    ):
+        check_inputs(mask=masks.causal)
+    with pytest.raises(TypeError, match=r"check_inputs: rotary must be a pair \(cos, sin\), got ndarray"):
+        check_inputs(rotary=np.zeros((8, 8)))
+
+
 def test_unknown_names_are_type_errors():
     with pytest.raises(TypeError, match="check_inputs: 'cu_seqlen_q' is no operand of this library"):
         check_inputs(cu_seqlen_q=i32(0, 1))

@@ -218,6 +218,7 @@ ERRORS = {
         lambda: jax.jit(lambda rate: flash_attention(Q, K, V, dropout_prob=rate))(0.5),
         r"dropout_prob must be a Python number .* traced value; close over it",
     ),
+    "bias": (TypeError, lambda: flash_attention(Q, K, V, "x"), "bias must be an array, got 'x'"),
     "pages: bias": (NotImplementedError, lambda: unified(None, np.ones((2, 2), np.float32)), "qq_bias"),
     "pages: causal": (NotImplementedError, lambda: unified(causal=False), "causal must be True"),
     "pages: slopes": (

@@ -82,11 +82,12 @@ def test_the_result_has_the_dtype_of_weights_and_values(dtype, of_values, wanted
     [
         ((Q[..., :-1], K, V), {}, "query must be [b, s, heads·d] with 4 heads, or [b, heads, s, d], got"),
         ((Q, K, V), dict(attention_mask=EXISTS[:1]), "attention_mask"),
+        ((Q, K, V), dict(heads=0), "heads must be at least 1, got 0"),
     ],
 )
 def test_errors(arrays, options, message):
     with pytest.raises(ValueError, match=f"^maxdiffusion.apply_attention: {re.escape(message)}"):
-        apply_attention(*arrays, H, **options)
+        apply_attention(*arrays, **{"heads": H, **options})
 
 
 @pytest.mark.parametrize("masked", [False, True])

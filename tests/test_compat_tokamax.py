@@ -248,6 +248,11 @@ ERRORS = {
         lambda: tokamax_attention(Q, Quantised(), V),
         "tokamax_attention: key is quantised (Quantised); pass qwix.dequantize(key)",
     ),
+    "bias": (
+        TypeError,
+        lambda: dot_product_attention(Q, K, V, bias="x"),
+        "tokamax.dot_product_attention: bias must be an array, got 'x'",
+    ),
     "traced dropout": (
         TypeError,
         lambda: jax.jit(lambda rate: tokamax_attention(Q, K, V, dropout_rate=rate))(0.5),

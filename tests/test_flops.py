@@ -277,6 +277,11 @@ def test_a_ring_counts_as_the_whole_sequence_on_all_devices():
         ),
         (lambda: flops(jnp.ones(2), Q, Q), TypeError, "flops: function is ArrayImpl; allowed"),
         (
+            lambda: flops(jax.jit(flash_attention), Q, Q, Q),
+            TypeError,
+            "flops: function is a wrapper of flash_attention; allowed are flash_attention, ",
+        ),
+        (
             lambda: flops(ring_attention, Q, Q, Q, axis_name="x", order="striped"),
             ValueError,
             "ring_attention: order must be one of ('contiguous', 'zigzag'), got 'striped'",

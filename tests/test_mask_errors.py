@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_flash import flash_attention, flash_attention_varlen, masks, paged_attention
+from jax_flash import dot_product_attention, flash_attention, flash_attention_varlen, masks, paged_attention
 from jax_flash.flax import attention_fn
 
 S = 48
@@ -25,6 +25,7 @@ CALLS = [
     partial(flash_attention_varlen, *PACKED),
     partial(paged_attention, X[0], X[1], X[2], np.arange(2)[:, None], S),
     partial(attention_fn, *X),
+    partial(dot_product_attention, *X),
 ]
 MANY_RANGES = masks.from_function(lambda b, h, i, j: (i + j) % 2 == 0, S, S)
 
@@ -32,6 +33,10 @@ MANY_RANGES = masks.from_function(lambda b, h, i, j: (i + j) % 2 == 0, S, S)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        *((lambda f=f: masks.from_function(f, S, S), TypeError,
+           rf"^masks.from_function: f must be a function of \(b, h, i, j\), got {f}$") for f in (3, None)),
+        (lambda: masks.causal().picture(-1), ValueError, "^masks: picture: sq must be at least 0, got -1$"),
+        (lambda: masks.causal().picture(3, 2.5), TypeError, "^masks: picture: sk must be an int, got 2.5$"),
         *((lambda call=call: call(mask=masks.causal), TypeError, r"got the function causal; pass what it returns$")
           for call in CALLS),
         (lambda: flash_attention(*X, mask=masks.prefix_lm(I(3))), ValueError,

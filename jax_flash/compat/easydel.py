@@ -127,7 +127,7 @@ def flash_attention(
         segment_ids=ids,
         scale=softmax_scale,
         softcap=logits_soft_cap,
-        bias=None if bias is None else as_bias(bias, dtype),
+        bias=None if bias is None else as_bias(_CHECK.array("bias", bias), dtype),
         bias_first=True,
         sinks=None if softmax_aux is None else _sinks(softmax_aux, q.shape[2]),
         dropout_rate=rate,
@@ -197,7 +197,7 @@ def scaled_dot_product_attention(
         q_lengths=cum_seqlens_q,
         kv_lengths=cum_seqlens_k,
         scale=softmax_scale,
-        bias=None if bias is None else as_bias(bias, dtype),
+        bias=None if bias is None else as_bias(_CHECK_SDPA.array("bias", bias), dtype),
         implementation=implementation,
     )
     return out.astype(q.dtype)

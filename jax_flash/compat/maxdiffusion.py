@@ -102,6 +102,7 @@ def apply_attention(
 def _by_head(name: str, given: Array, heads: int) -> Array:
     """`[b, s, heads, d]`."""
     x = _CHECK.array(name, given)
+    heads = _CHECK.whole("heads", heads, least=1)
     if x.ndim == 4:
         return x.swapaxes(1, 2)
     if x.ndim != 3 or x.shape[-1] % heads:

@@ -274,7 +274,7 @@ class _Call:
     def attend(self, bias: Any, scale: Any, softcap: Any, **options: Any) -> tuple[Array, Array]:
         """Out `[*B, T, N, h]` and lse `[*B, N, T]`."""
         if bias is not None:
-            x = as_bias(bias, self.query.dtype)
+            x = as_bias(self.check.array("bias", bias), self.query.dtype)
             self.arrays["bias"] = self.check.broadcastable("bias", x, self.scores, _SCORES)
         run = partial(
             flash_attention,
