@@ -82,8 +82,8 @@ def over_best(cell: Cell) -> float | None:
     return min(found) if found and ran(cell, "jax_flash") else None
 
 
-def _over(cells: list[Cell], peer: str) -> Values:
-    return [(speedup(c, peer), c["name"]) for c in cells if ran(c, peer) and ran(c, "jax_flash")]
+def _over_cudnn(cells: list[Cell]) -> Values:
+    return [(speedup(c, "cudnn"), c["name"]) for c in cells if ran(c, "cudnn") and ran(c, "jax_flash")]
 
 
 def _best(cells: list[Cell]) -> Values:
@@ -93,11 +93,11 @@ def _best(cells: list[Cell]) -> Values:
 def _matrix(cells: list[Cell]) -> Iterator[Bar]:
     for pass_, limit in (("backward", BACKWARD_MEAN), ("forward", FORWARD_MEAN)):
         here = chosen(cells, "peer", of="matrix", **{"pass": pass_})
-        yield from mean(f"{pass_} × cuDNN", _over(here, "cudnn"), limit)
+        yield from mean(f"{pass_} × cuDNN", _over_cudnn(here), limit)
         yield from least(f"{pass_} × best peer, each shape", _best([*here, *_others(cells, pass_)]), EACH)
         if pass_ == "backward":
             large = [c for c in here if c["d"] == 256]
-            yield from least("backward d256 × cuDNN, each shape", _over(large, "cudnn"), LARGE_HEADS)
+            yield from least("backward d256 × cuDNN, each shape", _over_cudnn(large), LARGE_HEADS)
 
 
 def _others(cells: list[Cell], pass_: str, window: str = "") -> list[Cell]:
@@ -129,7 +129,7 @@ def _models(cells: list[Cell]) -> Iterator[Bar]:
         here = [
             c for c in chosen(cells, "peer", of="windows", **{"pass": "backward"}) if c["case"].endswith(what)
         ]
-        yield from least(f"backward {what} × cuDNN", _over(here, "cudnn"), limit)
+        yield from least(f"backward {what} × cuDNN", _over_cudnn(here), limit)
         here += _others(cells, "backward", what)
         yield from least(f"backward {what} × best peer", _best(here), 1.0)
     for cell in chosen(cells, "documents"):
@@ -164,9 +164,9 @@ def _short(cells: list[Cell]) -> Iterator[Bar]:
     for pass_ in ("backward", "forward"):
         for how in ("one by one", "device"):
             here = [c for c in chosen(cells, "small", **{"pass": pass_}) if c["name"].endswith(how)]
-            yield from least(f"short {pass_} × cuDNN, {how}", _over(here, "cudnn"), 1.0)
+            yield from least(f"short {pass_} × cuDNN, {how}", _over_cudnn(here), 1.0)
     for cell in chosen(cells, "host"):
-        yield from least(f"{cell['name']}, × cuDNN", _over([cell], "cudnn"), 1.0)
+        yield from least(f"{cell['name']}, × cuDNN", _over_cudnn([cell]), 1.0)
 
 
 def _steps(cells: list[Cell]) -> Iterator[Bar]:

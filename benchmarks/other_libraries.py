@@ -82,8 +82,9 @@ def pool(shape: tuple[int, ...] = (64, 32, 8, 128, 8192), sizes: tuple[int, ...]
         )
 
 
-def first_rows(q: Any, k: Any, v: Any, tables: Any, count: int = 2) -> Any:
-    """The first sequences' results in float32, by plain JAX."""
+def first_rows(q: Any, k: Any, v: Any, tables: Any) -> Any:
+    """The results of the first two sequences in float32, by plain JAX."""
+    count = 2
     rows = [x[tables[:count]].reshape(count, -1, *x.shape[2:]).astype(jnp.float32) for x in (k, v)]
     return jax_flash.flash_attention(q[:count].astype(jnp.float32), *rows, implementation="xla")
 

@@ -185,18 +185,18 @@ def _plots(suite: Suite, cells: list[Cell], folder: Path) -> list[str]:
     return drawn
 
 
-def draw_rates(cells: list[Cell], names: Sequence[str], plt: Any, unit: float, label: str) -> Any:
-    """FLOP/s of each implementation, cell by cell."""
+def draw_rates(cells: list[Cell], names: Sequence[str], plt: Any) -> Any:
+    """GFLOP/s of each implementation, cell by cell."""
     if not cells:
         return None
     figure, axes = plt.subplots(figsize=(9, 1 + 0.14 * len(names) * len(cells)), layout="constrained")
     height = 0.84 / len(names)
     for index, name in enumerate(names):
-        rates = [c["flop"] / c["times"].get(name, {}).get("median", float("inf")) / unit for c in cells]
+        rates = [c["flop"] / c["times"].get(name, {}).get("median", float("inf")) / 1e9 for c in cells]
         axes.barh([row + index * height for row in range(len(cells))], rates, height, label=name)
     axes.set_yticks([row + 0.28 for row in range(len(cells))], [c["name"] for c in cells], fontsize=7)
     axes.invert_yaxis()
-    axes.set_xlabel(label)
+    axes.set_xlabel("GFLOP/s, visible pairs only")
     axes.legend()
     return figure
 

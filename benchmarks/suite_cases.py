@@ -47,7 +47,7 @@ class Run:
 
     def figure(self, pass_: str, cells: list[Cell], plt: Any) -> Any:
         drawn = chosen(cells, "peer", **{"pass": pass_})
-        return draw_rates(drawn, tuple(self.names), plt, 1e9, "GFLOP/s, visible pairs only")
+        return draw_rates(drawn, tuple(self.names), plt)
 
 
 def suite_of(run: Run, passes: Sequence[str], command: Sequence[str]) -> Suite:

@@ -78,8 +78,8 @@ def peer_cells(shape: str, dtype: str, pass_: str, causal: bool) -> Iterator[Cel
         yield shape_cell("causal", cases.cpu_case(shape, dtype), case, pass_)
 
 
-def shape_cell(what: str, plain: Case, this: Case, pass_: str, budget: float = 3.0) -> Cell:
-    times = time_calls({"plain": ours(plain, pass_), "this": ours(this, pass_)}, budget)
+def shape_cell(what: str, plain: Case, this: Case, pass_: str) -> Cell:
+    times = time_calls({"plain": ours(plain, pass_), "this": ours(this, pass_)}, 3.0)
     name = f"{plain.name} {TEXT[pass_]}"
     return {"kind": "shape", "what": what, "name": name, "times": times}
 
@@ -224,9 +224,7 @@ def rates(cells: list[Cell]) -> list[str]:
 
 
 def _peers(cells: list[Cell], plt: Any) -> Any:
-    return draw_rates(
-        chosen(cells, "peer"), ("jax_flash", "torch", "xla"), plt, 1e9, "GFLOP/s, visible pairs only"
-    )
+    return draw_rates(chosen(cells, "peer"), ("jax_flash", "torch", "xla"), plt)
 
 
 SUITE = Suite(

@@ -32,7 +32,7 @@ from .suite import Figure, Suite
 def device_cells() -> Iterator[Cell]:
     """The rates of the device itself: a matrix product and a copy."""
     product = measure.matmul_call("gpu", "bfloat16")
-    copy, arguments, size = measure.copy_call("gpu")
+    copy, arguments, size = measure.copy_call()
     times = peer_attention.timed({"matmul": product, "copy": (copy, arguments)})
     yield {"kind": "device", "name": "device", "times": times, "flop": flop.matmul("gpu"), "copied": size}
 

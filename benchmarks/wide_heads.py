@@ -67,7 +67,7 @@ def shared() -> None:
 
 def decode() -> None:
     """The share of the device's copy bandwidth at which keys and values are read."""
-    copy, arguments, copied = measure.copy_call("gpu")
+    copy, arguments, copied = measure.copy_call()
     for b, hq, hk in ((64, 8, 4), (64, 64, 1)):
         shape = (b, hq, hk, WIDE, 8192)
         calls: dict[str, Any] = {"copy": (copy, arguments)}

@@ -150,13 +150,13 @@ def whole_beside_manual(operands: dict[Any, jax.Array], names: Sequence[Any]) ->
     return operands | {name: whole(operands[name]) for name in names if name in operands}
 
 
-def split_alike(x: jax.Array, dim: int, other: jax.Array, of_other: int) -> jax.Array:
-    """x, resharded where explicit mesh axes split its dimension `dim` in other ways than dimension `of_other` of
-    `other`: jax.vmap does not map over both then."""
+def split_alike(x: jax.Array, dim: int, other: jax.Array) -> jax.Array:
+    """x, resharded where explicit mesh axes split its dimension `dim` in other ways than the first one of `other`:
+    jax.vmap does not map over both then."""
     like = explicit_sharding(other)
-    if like is None or like.spec[of_other] is None:
+    if like is None or like.spec[0] is None:
         return whole_along(x, dim)
-    axes, have = _axes(like.spec[of_other]), explicit_sharding(x)
+    axes, have = _axes(like.spec[0]), explicit_sharding(x)
     entries = [()] * x.ndim if have is None else [_axes(entry) for entry in have.spec]
     if entries[dim] == axes:
         return x

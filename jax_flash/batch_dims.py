@@ -85,6 +85,6 @@ def over_batch_dims(
             continue
         # Each batch entry gets its own key; with one key for all, they would drop the same weights.
         by_entry = jax.random.split(array, query.shape[0]) if name == "dropout_key" else array
-        inner_arrays[name], axes[name] = split_alike(by_entry, 0, query, 0), 0
-    key, value = (split_alike(x, 0, query, 0) for x in (key, value))
+        inner_arrays[name], axes[name] = split_alike(by_entry, 0, query), 0
+    key, value = (split_alike(x, 0, query) for x in (key, value))
     return jax.vmap(inner, in_axes=(0, 0, 0, axes))(query, key, value, inner_arrays)

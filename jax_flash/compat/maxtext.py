@@ -117,7 +117,7 @@ def apply_attention(
         options["kv_lengths"] = _ragged(lengths, decoder_segment_ids, query.shape[0])
     else:
         other = indexer_mask is not None or compressed_mask is not None or getattr(self.config, "moba", False)
-        ids = _segments(decoder_segment_ids, decoder_segment_ids_kv, query, key, decoding, place)
+        ids = _segments(decoder_segment_ids, decoder_segment_ids_kv, query.shape[0], decoding, place)
         if _balanced(self) and not decoding and previous_chunk is None and not other:
             if bidirectional_mask is None and kind != "block_diffusion":
                 return _ring(self, kind, query, key, value, ids, segment_positions, options)
@@ -196,12 +196,11 @@ def _ragged(lengths: Array | None, ids: Array | None, batch: int) -> Array:
 
 
 def _segments(
-    ids: Array | None, kv_ids: Array | None, query: Array, key: Array, decoding: bool, place: _Place
+    ids: Array | None, kv_ids: Array | None, batch: int, decoding: bool, place: _Place
 ) -> tuple[Array, Array] | None:
     """The segments of queries and keys. Keys with negative ids get a segment that no query has."""
     if ids is None:
         return None
-    batch = query.shape[0]
     if decoding:
         keys = ids.astype(jnp.int32)
         rows = jnp.full((batch, place.sq), _ACTIVE, jnp.int32)

@@ -88,8 +88,8 @@ class Pools:
             )
             return out[:, 0]
 
-        heads = split_alike(with_dim_split(used, 1, (hk, hq // hk)), 1, k, 0)
-        v, scales = jax.tree.map(lambda x: split_alike(x, 0, k, 0), (v, scales))
+        heads = split_alike(with_dim_split(used, 1, (hk, hq // hk)), 1, k)
+        v, scales = jax.tree.map(lambda x: split_alike(x, 0, k), (v, scales))
         out = jax.vmap(of_head, in_axes=(1, 0, 0, 0), out_axes=1)(heads, k, v, scales)
         return with_dims_merged(out, 1, 2).astype(query.dtype)
 
