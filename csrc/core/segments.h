@@ -1,5 +1,5 @@
-// The interval of keys that segments leave to a tile of queries, or of queries that they leave to a tile of
-// keys: from the first to the last row that may share a segment with the tile. Ids may be in any order.
+// The segments of a tile's rows, which tell whether rows of another tile may share one with it. Ids may be in
+// any order.
 #pragma once
 
 #include "band.h"

@@ -126,9 +126,12 @@ void forward_in_parts(const Problem& p, const RowTile& tile) {
 // The tiles whose parts are separate work items, and the memory for their partial outputs.
 class ParallelParts {
  public:
+  struct Tile {
+    RowTile rows;
+    int64_t offset, part_floats;  // offset and size of the tile's partial outputs, in floats
+  };
   struct Part {
     int32_t tile, index;
-    int64_t offset;
   };
 
   ParallelParts(const Problem& p, const RowGrid& grid, const Splits& splits) {
@@ -138,19 +141,19 @@ class ParallelParts {
       if (!splits.at(index, tile) || !splits.is_parallel(tile)) continue;
       const int64_t size = kernels().part_floats(p, tile);
       if (floats + size * tile.parts > kMaxPartFloats) break;
-      for (int32_t i = 0; i < tile.parts; ++i) {
-        parts_.push_back({static_cast<int32_t>(tiles_.size()), i, floats});
-        floats += size;
-      }
-      tiles_.push_back(tile);
+      for (int32_t i = 0; i < tile.parts; ++i) parts_.push_back({static_cast<int32_t>(tiles_.size()), i});
+      tiles_.push_back({tile, floats, size});
+      floats += size * tile.parts;
       end_ = index + 1;
     }
     memory_.emplace(floats);
   }
 
-  const std::vector<RowTile>& tiles() const { return tiles_; }
+  const std::vector<Tile>& tiles() const { return tiles_; }
   const std::vector<Part>& parts() const { return parts_; }
-  float* memory(const Part& part) const { return memory_->get() + part.offset; }
+  float* memory(const Tile& tile, int32_t part) const {
+    return memory_->get() + tile.offset + part * tile.part_floats;
+  }
 
   // Whether the tile at `index` of the grid is among them.
   bool has(int64_t index, const Splits& splits, const RowTile& tile) const {
@@ -158,7 +161,7 @@ class ParallelParts {
   }
 
  private:
-  std::vector<RowTile> tiles_;
+  std::vector<Tile> tiles_;
   std::vector<Part> parts_;
   int64_t end_ = 0;
   std::optional<CachedFloats> memory_;
@@ -225,17 +228,16 @@ void run_forward(const Problem& p, const ThreadPool& pool, const RowGrid& grid, 
   parallel_for(pool, parts + static_cast<int64_t>(ends.size()), workers, [&](int64_t item) {
     if (item < parts) {
       const ParallelParts::Part& part = parallel.parts()[item];
-      kernels().forward_part(p, parallel.tiles()[part.tile], part.index, parallel.memory(part), scratch());
+      const ParallelParts::Tile& tile = parallel.tiles()[part.tile];
+      kernels().forward_part(p, tile.rows, part.index, parallel.memory(tile, part.index), scratch());
     } else {
       const int64_t range = item - parts;
       forward_range(p, splits, parallel, range > 0 ? ends[range - 1] : 0, ends[range]);
     }
   });
   parallel_for(pool, static_cast<int64_t>(parallel.tiles().size()), workers, [&](int64_t index) {
-    const RowTile& tile = parallel.tiles()[index];
-    const auto part = std::find_if(parallel.parts().begin(), parallel.parts().end(),
-                                   [&](const auto& x) { return x.tile == index; });
-    merge_and_store(p, tile, parallel.memory(*part), kernels().part_floats(p, tile));
+    const ParallelParts::Tile& tile = parallel.tiles()[index];
+    merge_and_store(p, tile.rows, parallel.memory(tile, 0), tile.part_floats);
   });
 }
 
@@ -302,20 +304,19 @@ void run_backward(const Problem& p, const Starts& starts, const ThreadPool& pool
   });
 }
 
-// Calls fill(leading, begin, end) for ranges of rows of a packed operand that belong to no sequence.
+// Calls fill(leading, begin, end) for ranges of a packed operand's rows that belong to no sequence.
 template <class Fill>
-void outside_sequences(const Problem& p, const Starts& starts, Side side, Fill fill) {
+void outside_sequences(const Problem& p, const std::vector<int32_t>& starts, int32_t rows, Fill fill) {
   if (!p.packed()) return;
-  const int32_t rows = side == Side::kQueries ? p.q_rows : p.k_rows;
   for (int64_t l = 0; l < p.leading.count(); ++l) {
-    const int32_t* own = side == Side::kQueries ? starts.q_of(l) : starts.k_of(l);
+    const int32_t* own = starts.data() + l * (int64_t{p.batch} + 1);
     fill(l, 0, own[0]);
     fill(l, own[p.batch], rows);
   }
 }
 
 void zero_rows(const Problem& p, const View& view, int64_t leading, int32_t begin, int32_t end) {
-  const int64_t size = p.dtype == DType::kF32 ? 4 : 2;
+  const int64_t size = size_of(p.dtype);
   char* data = view.as<char>() + (view.leading_offset(p.leading, leading) + begin * view.row) * size;
   if (begin < end) std::memset(data, 0, (end - begin) * view.row * size);
 }
@@ -337,9 +338,9 @@ void cpu_forward(const Problem& p, const ThreadPool& pool) {
   const Starts starts(p);
   const DecodePlan decode(p, starts, kernels());
   run_decode(p, pool, decode);
-  const RowGrid grid(p, starts, Side::kPrefill, kernels().tile_m);
+  const RowGrid grid(p, starts, GridRows::kPrefill, kernels().tile_m);
   if (!decode.covers_all_rows()) run_forward(p, pool, grid, Splits(p, grid));
-  outside_sequences(p, starts, Side::kQueries, [&](int64_t l, int32_t begin, int32_t end) {
+  outside_sequences(p, starts.q, p.q_rows, [&](int64_t l, int32_t begin, int32_t end) {
     zero_rows(p, p.out, l, begin, end);
     fill_statistic(p, p.lse, l, begin, end, -std::numeric_limits<float>::infinity());
     if (p.row_max) fill_statistic(p, p.row_max, l, begin, end, -std::numeric_limits<float>::infinity());
@@ -349,9 +350,9 @@ void cpu_forward(const Problem& p, const ThreadPool& pool) {
 void cpu_backward(const Problem& p, const ThreadPool& pool) {
   const Starts starts(p);
   run_backward(p, starts, pool);
-  outside_sequences(p, starts, Side::kQueries,
+  outside_sequences(p, starts.q, p.q_rows,
                     [&](int64_t l, int32_t begin, int32_t end) { zero_rows(p, p.dquery, l, begin, end); });
-  outside_sequences(p, starts, Side::kKeys, [&](int64_t l, int32_t begin, int32_t end) {
+  outside_sequences(p, starts.k, p.k_rows, [&](int64_t l, int32_t begin, int32_t end) {
     zero_rows(p, p.dkey, l, begin, end);
     if (!p.spec.shared_kv()) zero_rows(p, p.dvalue, l, begin, end);
   });
@@ -359,7 +360,7 @@ void cpu_backward(const Problem& p, const ThreadPool& pool) {
 
 void cpu_tangent(const Problem& p, const Tangents& t, const ThreadPool& pool) {
   const Starts starts(p);
-  const RowGrid grid(p, starts, Side::kGroups, kernels().tile_m);
+  const RowGrid grid(p, starts, GridRows::kAll, kernels().tile_m);
   const Splits splits(p, grid);
   const int64_t workers = workers_for(splits.cost() * (p.head_dim + p.value_dim) * kTangentProducts);
   const std::vector<int64_t> ends = range_ends(splits, grid.size(), std::min(pool.threads, workers));
@@ -369,7 +370,7 @@ void cpu_tangent(const Problem& p, const Tangents& t, const ThreadPool& pool) {
         [&](int64_t index, RowTile& tile) { return grid.at(index, tile); },
         [&](const RowTile* tiles, int32_t count) { kernels().tangent(p, t, tiles, count, scratch()); });
   });
-  outside_sequences(p, starts, Side::kQueries, [&](int64_t l, int32_t begin, int32_t end) {
+  outside_sequences(p, starts.q, p.q_rows, [&](int64_t l, int32_t begin, int32_t end) {
     zero_rows(p, t.tout, l, begin, end);
     fill_statistic(p, t.tlse, l, begin, end, 0);
   });

@@ -17,8 +17,9 @@ inline constexpr int64_t kScratchFloats = 3 << 20;
 inline constexpr int32_t kMaxQueryTiles = 32;
 
 // Positions [begin, end) of a sequence at `heads` query heads from `head` on, with the heads of a position
-// adjacent. In forward the heads share a KV head (in decode they may belong to several); elsewhere it is
-// one head. Rows past the sequence's length have defined results too, which the kernel writes.
+// adjacent. In forward and tangent the heads share a KV head (in decode they may belong to several); a tile
+// of keys of the backward has one head. Rows past the sequence's length have defined results too, which the
+// kernel writes.
 struct RowTile {
   int64_t leading;
   Sequence sequence;

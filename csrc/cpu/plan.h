@@ -67,32 +67,25 @@ inline Interval keys_of(const Problem& p, const RowTile& tile) {
 // run on one thread, part after part.
 inline constexpr int64_t kMaxPartFloats = int64_t{1} << 22;
 
-enum class Side {
-  kQueries,  // query rows of one query head
-  kGroups,   // query rows of all heads that read one KV head, or of as many of them as fit in a tile
-  kPrefill,  // kGroups without the rows that decode takes
-  kKeys,
-};
+enum class GridRows { kAll, kPrefill };  // kPrefill: without the rows that decode takes
 
-// All tiles of one side. The tiles of a head are contiguous, in descending order: with causal the last
-// query tile has the most keys.
+// All query tiles. A tile has rows of all heads that read one KV head, or of as many of them as fit in it.
+// The tiles of such heads are contiguous, in descending order: with causal the last one has the most keys.
 class RowGrid {
  public:
-  RowGrid(const Problem& p, const Starts& starts, Side side, int32_t tile)
-      : problem_(p), starts_(starts), side_(side), tile_(tile) {
-    heads_ = side == Side::kKeys ? p.kv_heads : p.heads;
-    if (groups() && p.heads > 0) {
+  RowGrid(const Problem& p, const Starts& starts, GridRows rows, int32_t tile)
+      : problem_(p), starts_(starts), prefill_(rows == GridRows::kPrefill), tile_(tile), heads_(p.heads) {
+    if (p.heads > 0) {
       const int32_t group = p.heads / p.kv_heads;
       chunks_ = static_cast<int32_t>(ceil_div(group, tile));
       chunk_ = std::min(group, tile);
       heads_ = p.kv_heads * chunks_;
       tile_ = tile / chunk_;
     }
-    const int32_t rows = side == Side::kKeys ? p.k_rows : p.q_rows;
     if (p.packed()) {
-      slots_ = p.batch > 0 ? slot_count(rows, tile_, p.batch) : 0;
+      slots_ = p.batch > 0 ? slot_count(p.q_rows, tile_, p.batch) : 0;
     } else {
-      per_entry_ = ceil_div(rows, tile_);
+      per_entry_ = ceil_div(p.q_rows, tile_);
       slots_ = p.batch * per_entry_;
     }
   }
@@ -111,11 +104,7 @@ class RowGrid {
   }
 
  private:
-  bool groups() const { return side_ == Side::kGroups || side_ == Side::kPrefill; }
-
   void set_heads(int32_t index, RowTile& item) const {
-    item.head = index;
-    if (!groups()) return;
     const int32_t group = problem_.heads / problem_.kv_heads, first = index % chunks_ * chunk_;
     item.head = index / chunks_ * group + first;
     item.heads = std::min(chunk_, group - first);
@@ -123,16 +112,16 @@ class RowGrid {
 
   bool fixed(int64_t slot, RowTile& item) const {
     item.sequence = starts_.sequence(problem_, item.leading, static_cast<int32_t>(slot / per_entry_));
-    if (side_ == Side::kPrefill && is_decode(problem_, problem_.q_rows)) return false;
-    return rows(slot % per_entry_, side_ == Side::kKeys ? problem_.k_rows : problem_.q_rows, item);
+    if (prefill_ && is_decode(problem_, problem_.q_rows)) return false;
+    return rows(slot % per_entry_, problem_.q_rows, item);
   }
 
   bool packed(int64_t slot, RowTile& item) const {
-    const int32_t* own = side_ == Side::kKeys ? starts_.k_of(item.leading) : starts_.q_of(item.leading);
+    const int32_t* own = starts_.q_of(item.leading);
     if (slot < first_slot(own[0], tile_, 0)) return false;
     const int32_t z = sequence_of_slot(own, problem_.batch, tile_, slot);
     item.sequence = starts_.sequence(problem_, item.leading, z);
-    if (side_ == Side::kPrefill && is_decode(problem_, own[z + 1] - own[z])) return false;
+    if (prefill_ && is_decode(problem_, own[z + 1] - own[z])) return false;
     return rows(slot - first_slot(own[z], tile_, z), own[z + 1] - own[z], item);
   }
 
@@ -145,7 +134,7 @@ class RowGrid {
 
   const Problem& problem_;
   const Starts& starts_;
-  Side side_;
+  bool prefill_;
   int32_t tile_, heads_;
   // A KV head's query heads are cut into chunks: their number, and the heads of each.
   int32_t chunks_ = 1, chunk_ = 1;

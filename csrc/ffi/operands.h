@@ -165,13 +165,14 @@ inline ffi::Error same_bytes(ffi::AnyBuffer before, ffi::AnyBuffer after) {
                        " bytes, its result " + std::to_string(after.size_bytes()));
 }
 
-// Operands that append_kv overwrites: the pools and, if they are dynamic, their scales. They come first.
 inline constexpr const schema::CallArrays<schema::AppendArray>& append_arrays(bool dynamic) {
   return dynamic ? schema::kAppendDynamic : schema::kAppend;
 }
 inline constexpr bool keeps_scales(const schema::CallArrays<schema::AppendArray>& arrays) {
   return &arrays == &schema::kAppendDynamic;
 }
+// The number of operands that append_kv overwrites: the pools and, if they are dynamic, their scales, which
+// come first.
 inline int32_t overwritten(bool dynamic) { return append_arrays(dynamic).result_count; }
 
 // The views of overwritten arrays are those of the results, which may alias the operands.
