@@ -57,6 +57,8 @@ class Mask:
     def __or__(self, other: Mask) -> Mask:
         _require_mask("|", other)
         a, b = self.conditions, other.conditions
+        if not (a and b):  # one shows everything
+            return Mask(())
         if len(a) == len(b) == 1 and (joined := joins.joined(a[0], b[0])) is not None:
             return Mask((joined,))
         counts = conjunctions.most_pairs(a), conjunctions.most_pairs(b)

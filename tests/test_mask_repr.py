@@ -112,3 +112,10 @@ def test_a_picture_is_of_an_entry_and_a_head_that_the_mask_has():
             ValueError, match=rf"masks: picture: {name} must be .* \[0, {size}\), .* got {index}"
         ):
             mask.picture(1, 2, **wrong)
+
+
+def test_a_mask_without_conditions_shows_everything():
+    everything = masks.Mask(())
+    for mask in (everything, everything | masks.causal(), masks.causal() | everything):
+        assert mask.picture(2) == ["##", "##"]
+    assert (everything & masks.causal()).picture(2) == ["#.", "##"]
