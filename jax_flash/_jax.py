@@ -1,4 +1,4 @@
-"""Every private JAX name that this library uses, with the reason for it."""
+"""Dimensions, meshes, shardings and lowering, where JAX has no public function for what this library needs."""
 
 from __future__ import annotations
 
@@ -10,36 +10,21 @@ from typing import Any
 
 import jax
 import numpy as np
-
-# definitely_equal compares symbolic dimensions without raising.
-from jax._src import core as _core
-
-# _sharding_callbacks maps the names of partitioners in programs to the functions that XLA's partitioner calls.
-from jax._src import custom_partitioning as _partitioning
-
-# apply_primitive runs a primitive eagerly; prim_requires_devices_during_lowering is for multi-process programs.
-from jax._src import dispatch as _dispatch
-
-# lower_with_sharding_in_types serves explicit mesh axes.
-from jax._src.interpreters import mlir as _mlir
-
-# parse_flatten_op_sharding reads the shardings that XLA shows while it partitions.
-from jax._src.sharding_impls import parse_flatten_op_sharding as _parse_op_sharding
 from jax.extend.mlir import ir
 from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-apply_primitive = _dispatch.apply_primitive
+from . import _private
 
 
 def require_devices_during_lowering(primitive: Any) -> None:
     """Registers a primitive whose lowering reads the device assignment, as custom partitioning does."""
-    _dispatch.prim_requires_devices_during_lowering.add(primitive)
+    _private.require_devices.add(primitive)
 
 
 def same_dim(a: Any, b: Any) -> bool:
     """Whether two dimensions, symbolic ones included, are known to be equal."""
-    return bool(_core.definitely_equal(a, b))
+    return bool(_private.definitely_equal(a, b))
 
 
 def full_dim(sizes: Iterable[Any]) -> Any:
@@ -267,11 +252,11 @@ def marker(ctx: mlir.LoweringRuleContext, region: Region) -> tuple[Any, Any]:
     free, mesh = region.free, region.mesh
     kinds = [AxisType.Explicit if name in free.shape else AxisType.Manual for name in mesh.axis_names]
     typed = AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=tuple(kinds))
-    aval = _core.ShapedArray(free.axis_sizes, np.dtype("int8"))
+    aval = jax.core.ShapedArray(free.axis_sizes, np.dtype("int8"))
     split = aval.update(sharding=NamedSharding(typed, PartitionSpec(*free.axis_names)))
     lower = mlir.lower_fun(lambda: [jax.numpy.zeros(aval.shape, aval.dtype)], multiple_results=True)
     (zeros,) = lower(ctx.replace(avals_in=[], avals_out=[aval]))
-    return _mlir.lower_with_sharding_in_types(ctx, zeros, split), aval
+    return _private.lower_with_sharding_in_types(ctx, zeros, split), aval
 
 
 def as_numbered(free: AbstractMesh, marked: Any) -> AbstractMesh:
@@ -311,7 +296,7 @@ def dimension_axes(x: Any, mesh: Any) -> list[tuple[str, ...]]:
     if mesh.empty:
         return whole
     try:
-        (spec,) = _parse_op_sharding(x.sharding._to_xla_hlo_sharding(len(x.shape)), mesh)
+        (spec,) = _private.parse_flatten_op_sharding(x.sharding._to_xla_hlo_sharding(len(x.shape)), mesh)
     except Exception:  # the errors of a parser that JAX keeps to itself
         return whole
     entries = [_axes(entry) for entry in spec]
@@ -382,7 +367,7 @@ def _with_stable_keys(ctx: mlir.LoweringRuleContext, results: Any, identity: str
     for op in function.regions[0].blocks[0].operations:
         if op.operation.name != "stablehlo.custom_call":
             continue
-        table, address = _partitioning._sharding_callbacks, op.attributes["backend_config"].value
+        table, address = _private.sharding_callbacks, op.attributes["backend_config"].value
         callbacks = table[address.encode()]
         mesh, platforms = callbacks.mesh, tuple(ctx.module_context.platforms)
         known = repr((identity, tuple(mesh.shape.items()), tuple(map(str, mesh.axis_types)), platforms))
@@ -396,4 +381,4 @@ def with_declared_sharding(ctx: mlir.LoweringRuleContext, value: Any, aval: Any)
     """value, constrained to the sharding in its type (explicit mesh axes)."""
     if AxisType.Explicit not in aval.sharding.mesh.axis_types:
         return value
-    return _mlir.lower_with_sharding_in_types(ctx, value, aval)
+    return _private.lower_with_sharding_in_types(ctx, value, aval)

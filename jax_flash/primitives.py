@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
 from jax.extend.mlir.dialects import stablehlo
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching, mlir, xla
 
 from . import _jax, delta, no_derivative
 from ._version import __version__
@@ -344,7 +344,7 @@ def declare(name: str, pass_: Pass) -> Primitive:
     """A primitive with the rules that all passes share, without lowering."""
     primitive = Primitive(name)
     primitive.multiple_results = True
-    primitive.def_impl(partial(_jax.apply_primitive, primitive))
+    primitive.def_impl(partial(xla.apply_primitive, primitive))
     primitive.def_abstract_eval(
         lambda *types, spec: result_types(pass_, spec, dict(zip(operand_names(pass_, spec), types)))
     )

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+import re
 from pathlib import Path
+
+import jax
+import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "jax_flash"
 
@@ -49,6 +54,19 @@ def cycle(edges: dict[str, set[str]]) -> list[str]:
         return found
 
     return next((c for name in sorted(edges) if (c := visit(name, []))), [])
+
+
+def test_a_jax_without_a_private_name_is_told_by_its_version(monkeypatch):
+    monkeypatch.delattr("jax._src.core.definitely_equal")
+    spec = importlib.util.spec_from_file_location("jax_flash._private_again", PACKAGE / "_private.py")
+    message = rf"^jax_flash .* does not know jax {re.escape(jax.__version__)}: cannot import name 'definitely_equal'"
+    with pytest.raises(ImportError, match=message):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def test_private_names_of_jax_are_imported_in_one_module():
+    using = {path.name for path in PACKAGE.rglob("*.py") if "jax._src" in path.read_text()}
+    assert using == {"_private.py"}
 
 
 def test_no_modules_import_each_other_in_a_circle():
