@@ -66,11 +66,14 @@ def _in_plain_jax(spec: AttentionSpec, operands: Operands) -> Sequence[jax.Array
 
 def _equations(spec: AttentionSpec, operands: Operands) -> Results:
     """The call's results in plain JAX, in a ring by the equations of its parts."""
+    if spec.paged:
+        return gather.attention(spec, operands)
     if spec.packed:
         operands = _jax.whole_beside_manual(operands, gather.BY_SEQUENCE)
     if spec.ring is not None:
         return tuple(passes.run(FORWARD, spec, operands, lambda _, *part: reference.attention(*part)))
-    return gather.attention(spec, operands) if spec.paged else reference.attention(spec, operands)
+    found: Results = reference.attention(spec, operands)
+    return found
 
 
 def is_empty(operands: Operands) -> bool:

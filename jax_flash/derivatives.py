@@ -171,7 +171,7 @@ def _paged_gradients(spec: AttentionSpec, wanted: tuple[str, ...], operands: Ope
 
 def _missing_rows(spec: AttentionSpec, operands: Operands) -> Pair:
     """Whether a row needs a page outside the pool, in the shapes of out's rows and of lse."""
-    missing = gather.rows_missing_pages(spec, operands)
+    missing = gather.rows_missing_pages(spec, _jax.whole_beside_manual(operands, gather.BY_SEQUENCE))
     return missing[..., None], jnp.swapaxes(missing, -1, -2)
 
 

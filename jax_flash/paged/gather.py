@@ -38,9 +38,10 @@ _PAGED_ONLY = ("block_tables", "k_scale", "v_scale")
 
 def attention(spec: AttentionSpec, operands: Operands) -> tuple[jax.Array, ...]:
     """The equations over gathered keys. Rows that need a page outside the pool are NaN, and so is their dquery."""
-    dense_spec, dense = contiguous(spec, operands)
+    by_index = whole_beside_manual(operands, BY_SEQUENCE)
+    dense_spec, dense = contiguous(spec, by_index if spec.packed else operands)
     out, *by_row = reference.attention(dense_spec, dense)
-    missing = rows_missing_pages(spec, operands)[..., None]
+    missing = rows_missing_pages(spec, by_index)[..., None]
     query = jnp.where(missing, operands["query"], 0).astype(by_row[0].dtype)
     # NaN has a derivative, which is NaN too; no NaN is made for other rows, where jax_debug_nans would report it.
     nothing = query.sum(-1, keepdims=True) * jnp.where(missing, jnp.nan, 0)  # [..., hq, 1]
@@ -124,8 +125,7 @@ def in_columns(x: jax.Array, columns: Any, start: int = 0) -> jax.Array:
 
 def rows_missing_pages(spec: AttentionSpec, operands: Operands) -> jax.Array:
     """Whether a query row sees a key on a page outside the pool, `[n, sq, h]` or `[tq, h]`; h is 1 if all heads see
-    the same keys."""
-    operands = whole_beside_manual(operands, BY_SEQUENCE)
+    the same keys. The operands BY_SEQUENCE are whole (`whole_beside_manual`)."""
     tables = operands["block_tables"]
     page_size = tokens_first(operands["key"], spec.page_layout).shape[1]
     outside = (tables < 0) | (tables >= operands["key"].shape[0])
