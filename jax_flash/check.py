@@ -65,7 +65,8 @@ def check_inputs(*, page_layout: str = "nhd", **arrays: Any) -> None:
     Raises:
       ValueError: for a wrong value, with its index, and for index arrays whose number of sequences or shape contradicts
         the other operands. The shapes of these are checked by the call itself while it is traced, a mask's too.
-      TypeError: for an unknown name, or an index array that is traced or that the functions refuse for its dtype.
+      TypeError: for an unknown name, a function in place of an array, a rotary that is no pair, and an index array that
+        is traced or that the functions refuse for its dtype.
 
     Example:
       >>> check_inputs(query=q, cu_seqlens_q=jnp.array([0, 20, 17], jnp.int32))

@@ -98,7 +98,7 @@ def attention_fn(
         mask is a value of `jax_flash.masks`, and for combinations of einsums that Flax refuses.
       NotImplementedError: for what a fused kernel cannot do: einsum or dot_general replacements, a `precision` that
         names a dot algorithm, and any argument that is not listed here.
-      TypeError: for complex numbers.
+      TypeError: for complex numbers, and for a `dropout_rng` that is not one key.
 
     One more deviation from Flax: a query whose keys are all masked gives 0 instead of the mean of the values.
 

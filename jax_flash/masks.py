@@ -4,6 +4,13 @@ A `Mask` is a pytree. It can be made once, passed through jit, scanned over, sha
 others: `a & b` shows what both show, `a | b` what either shows. Its arrays are leaves, and Python ints belong to its
 structure, so that programs are compiled for them. Key indices count from the first key of the batch entry or sequence.
 Every mask holds arrays of at most O(rows) or O(blocks) elements, except `dense`.
+
+A wrong argument raises ValueError or TypeError, whose message names the function, the argument and its value. The sizes
+of arrays are checked by the call that takes the mask.
+
+Example:
+  >>> mask = masks.causal() & masks.segments(ids)  # ids int32 [b, s]
+  >>> out = flash_attention(q, k, v, mask=mask)
 """
 
 from __future__ import annotations
