@@ -137,6 +137,18 @@ def test_a_program_that_takes_masks_is_serialised():
     assert jax.tree.structure(again.call(given)) == jax.tree.structure(given)
 
 
+def test_numbers_of_a_mask_are_no_nodes_of_its_tree():
+    """Orbax would take such a node, an int, for an array that it has stored."""
+    ids = np.zeros((2, S), int)
+    for mask in (
+        masks.causal() | masks.prefix_lm(3),
+        masks.first_and_window(1, 2),
+        masks.by_position(ids, ids),
+    ):
+        nodes = jax.tree.leaves(mask, is_leaf=lambda x: isinstance(x, int))
+        assert not [x for x in nodes if isinstance(x, int)]
+
+
 @pytest.mark.parametrize("make", [masks.segments, masks.by_position])
 def test_no_keys_at_all(make, implementation):
     q, none, starts = jnp.ones((3, 2, 8)), jnp.ones((0, 2, 8)), jnp.array([0, 3], jnp.int32)
