@@ -133,7 +133,7 @@ class _Call:
             if len(shape) < (least := _LEAST_RANKS.get(name, 0)):
                 raise _CHECK.fail(f"{name} must have at least {least} dimensions, got shape {shape}")
             if name in _SCALES and not isinstance(x, (jax.core.Tracer, jax.ShapeDtypeStruct)):
-                self.scales[name] = np.asarray(x)
+                self.scales[name] = np.asarray(_local(name, x))
 
     def sequence_counts(self) -> dict[str, int]:
         """The number of sequences or batch entries, according to each array that has one entry for each."""
@@ -186,8 +186,19 @@ def _host(name: str, x: Any) -> np.ndarray:
         raise _CHECK.fail(
             f"{name} is traced; values are only known on the host, so call this outside jit", TypeError
         )
+    x = _local(name, x)
     array = np.asarray(_CHECK.int32(name, x)) if isinstance(x, jax.Array) else _CHECK.host_int32(name, x)
     return array.astype(np.int64)
+
+
+def _local(name: str, x: Any) -> Any:
+    """x, if this process has all of its values."""
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        raise _CHECK.fail(
+            f"{name} is split over several processes, got {x.sharding}; check the values of all of them, as "
+            "jax.experimental.multihost_utils.process_allgather returns them"
+        )
+    return x
 
 
 def _first(bad: np.ndarray) -> tuple[int, ...] | None:

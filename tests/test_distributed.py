@@ -81,6 +81,10 @@ found = {
     "all to all": compare(long, dict.fromkeys(qkv, tokens), in_shard_map(long, mode="all_to_all")),
     "packed": compare(packed, dict.fromkeys(qkv, P(None, "model"))),
 }
+try:
+    jax_flash.check_inputs(kv_lengths=distribute(np.arange(4, dtype=np.int32), P("data")))
+except ValueError as error:
+    found["check_inputs"] = str(error)
 jax.distributed.shutdown()
 print(json.dumps(found))
 """
@@ -104,6 +108,7 @@ def test_two_processes_compute_what_one_does():
             process.kill()
     for found in outcomes:
         assert found.pop("devices") == [2, 4]
+        assert "check_inputs: kv_lengths is split over several processes" in found.pop("check_inputs")
         for name, outcome in found.items():
             assert outcome["distance"] < 1e-4, name
         assert found["batch and heads"]["collectives"] == found["packed"]["collectives"] == {}
