@@ -1,8 +1,8 @@
 """Bias, mask and segments in the backward, alone and together, repeatable or not: tiles of 128 keys, several of them.
 
 On Hopper these run in the loop of csrc/cuda/backward/hopper.cuh, where a warp stages bias and mask 8 keys at a time;
-rows that begin elsewhere are the portable kernels', and so is a float32 bias with other options. Above head dim 128 hopper_cluster.cuh runs those without either, or
-with one of them alone, and the portable kernels those of a float32 bias.
+rows that begin elsewhere are the portable kernels', and so is a float32 bias with other options or above head dim 128.
+Above head dim 128 hopper_cluster.cuh runs those without bias or mask, or with one of them alone.
 """
 
 from __future__ import annotations

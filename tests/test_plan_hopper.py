@@ -66,17 +66,15 @@ def test_hopper_has_a_backward():
         for name in ("sinks", "kv_lengths", "position", "ranges"):
             assert arch(pass_="backward", d=d, dv=d, operands=(name,)) == "sm90"
     assert tile(plan("backward")) == (128, 128)
-    for d, dv in ((128, 128), (64, 128), (192, 128), (192, 192), (256, 256)):
-        assert tile(plan("backward", d=d, dv=dv)) == (64, 128)
-    for d, dv in ((512, 512), (264, 64), (64, 264)):
-        assert tile(plan("backward", d=d, dv=dv)) == (64, 64)
+    small = ((512, 512), (264, 64), (64, 264))
+    for d, dv in (*small, (128, 128), (64, 128), (192, 128), (192, 192), (256, 256)):
+        assert tile(plan("backward", d=d, dv=dv)) == (64, 64 if (d, dv) in small else 128)
 
 
 def test_two_ctas_share_each_key_tile_of_large_head_dims():
     few = plan("backward", d=256, dv=256)
     assert "in 2-CTA clusters" in few["text"]
-    assert few["keys"]["blocks"] == 12 * 2 * 2
-    assert few["persistent_ctas"] == 2 * few["keys"]["blocks"]
+    assert few["persistent_ctas"] == 2 * few["keys"]["blocks"] == 2 * 12 * 2 * 2
     assert plan("backward", d=192, dv=128, batch=16)["persistent_ctas"] == 132
     odd = plan("backward", d=192, dv=192, batch=16, device=H100 | {"sm_count": 131})
     assert odd["persistent_ctas"] == 130
@@ -121,13 +119,15 @@ def test_hoppers_backward_has_kernels_for_options(d, kind, options):
     assert arch(pass_="backward", d=32, dv=32, **options) == "sm90"
 
 
-@pytest.mark.parametrize(("d", "gradients"), [(64, "sm90 float_bias"), (128, "sm90 float_bias"), (256, "sm80 general")])
+@pytest.mark.parametrize(
+    ("d", "gradients"), [(64, "sm90 float_bias"), (128, "sm90 float_bias"), (256, "sm80 general")]
+)
 def test_a_float32_bias_has_kernels_of_its_own(d, gradients):
     floats: dict[str, Any] = BIAS | {"bias_in_tiles": True, "float_bias": True, "bias": (1, 8, 1000, 1500)}
-    for pass_, kernel in {"forward": "sm90 float_bias", "backward": gradients, "bias_gradient": gradients}.items():
-        alone, other = (plan(pass_, d=d, dv=d, **floats | also) for also in ({}, {"scale": -1.0}))
-        assert f"{alone['row']['arch']} {alone['score']}" == kernel
-        assert f"{other['row']['arch']} {other['score']}" == f"sm{90 if pass_ == 'forward' else 80} general"
+    for pass_ in ("forward", "backward", "bias_gradient"):
+        found = (plan(pass_, d=d, dv=d, **floats | also) for also in ({}, {"scale": -1.0}))
+        wanted = ["sm90 float_bias", "sm90 general"] if pass_ == "forward" else [gradients, "sm80 general"]
+        assert [f"{x['row']['arch']} {x['score']}" for x in found] == wanted
 
 
 @pytest.mark.parametrize(
@@ -171,12 +171,12 @@ def test_the_gradient_of_a_bias_for_queries_and_keys_runs_on_hopper(d):
 
 
 def test_hoppers_backward_adds_dq_up_in_the_workspace():
-    dq = lambda rows: 2 * rows * 8 * 64 * 4  # noqa: E731
+    dq = 2 * 1024 * 8 * 64 * 4  # whole tiles
     own: dict[str, Any] = {"kv_heads": 8}  # no parts of dK and dV
     sums = [plan("backward", **own, **on)["workspace"] for on in ({}, {"device": A100})]
-    assert sums == [dq(1024) + 256, dq(1024)]  # whole tiles; on Hopper a counter of tiles
-    assert plan("backward", right=0, batch=16, **own)["workspace"] == 8 * dq(1024) + 256
-    assert plan("backward", d=256, dv=256, **own)["workspace"] == 4 * dq(1024) + 256
+    assert sums == [dq + 256, dq]  # on Hopper a counter of tiles
+    assert plan("backward", right=0, batch=16, **own)["workspace"] == 8 * dq + 256
+    assert plan("backward", d=256, dv=256, **own)["workspace"] == 4 * dq + 256
 
 
 def test_a_cluster_for_each_head_of_a_short_call_clears_and_rounds_dq():
@@ -375,7 +375,7 @@ def test_three_consumers_have_registers_for_one_option_of_the_score():
     [
         ({}, "plain"),
         ({"operands": ("alibi_slopes",)}, "alibi"),
-        ({"operands": ("q_segment_ids", "kv_segment_ids")}, "segments"),
+        ({"operands": SEGMENTS}, "segments"),
         ({"operands": ("dropout",)}, "dropout"),
         ({"softcap": 30.0}, "softcap"),
         ({"softcap": 1e4}, "general"),  # exponentials of up to 1e4 do not fit in float32
@@ -390,8 +390,7 @@ def test_one_option_of_the_score_has_a_kernel_of_its_own_on_hopper(options, kern
 
 def test_what_segments_leave_to_query_tiles_is_found_before_the_forward_runs():
     sizes = {"d": 128, "dv": 128, "batch": 3, "leading": 5}
-    segments = plan(**sizes, operands=("q_segment_ids", "kv_segment_ids"))
-    without = plan(**sizes, softcap=1e4)
+    segments, without = plan(**sizes, operands=SEGMENTS), plan(**sizes, softcap=1e4)
     tiles = segments["queries"]["blocks"] // 8  # of all heads
     assert segments["queries"]["block"] == 128
     both = tiles + 2 * tiles  # for the 64 rows of each consumer, too
@@ -399,6 +398,9 @@ def test_what_segments_leave_to_query_tiles_is_found_before_the_forward_runs():
 
 
 def test_blocks_that_stay_count_tiles_of_unequal_length():
-    assert plan(d=128, dv=128, batch=9, q_rows=1024)["workspace"] == 0
-    assert plan(d=128, dv=128, batch=9, q_rows=1000)["workspace"] == 256  # tiles of unequal length
-    assert plan(d=128, dv=128, batch=1, q_rows=1000)["workspace"] == 0  # 64 tiles on 132 SMs
+    for batch, q_rows, bytes_ in (
+        (9, 1024, 0),
+        (9, 1000, 256),
+        (1, 1000, 0),
+    ):  # the last: 64 tiles on 132 SMs
+        assert plan(d=128, dv=128, batch=batch, q_rows=q_rows)["workspace"] == bytes_

@@ -120,16 +120,17 @@ struct BackwardSm90 {
   // K stays in registers, so that Sᵀ reads shared memory for Q only: 1.5 to 5 %. Smaller heads have 128 query
   // rows, and larger ones sums of 128 columns, which leave no registers.
   static constexpr bool kKeysInRegisters = HeadDim == 80 || HeadDim == 96;
+  // A bias is copied by TMA, which with 64 query rows is slower. There, a branch for tiles of one row would
+  // cost calls with a 16-bit bias for each query 3 %.
+  static constexpr bool kBiasByTma = kBias && M == 2 * kConsumerRows;
   static constexpr int kTilesBytes =
       M * HeadDim * int{sizeof(float)} + (kSpareDs ? SharedTile<T, N, M>::kBytes : 0);
-  using Tiles = GradientTiles<Kind, T, M, N, kTilesBytes>;
+  using Tiles = GradientTiles<Kind, T, M, N, kTilesBytes, kBiasByTma || Kind == ScoreKind::kFloatBias>;
   using Fragments = FragmentsA<T, 1, M / 16>;
   using DK = Accumulator<1, HeadDim / 8>;
   using DV = Accumulator<1, ValueDim / 8>;
   using DQ = Accumulator<1, kDqColumns / 8>;
   using Shared = BackwardShared<BackwardSm90>;
-  // A bias is copied by TMA, which with 64 query rows is slower.
-  static constexpr bool kBiasByTma = kBias && M == 2 * kConsumerRows;
   struct Maps {
     CUtensorMap query, dout, key, value;
     [[no_unique_address]] std::conditional_t<kBiasByTma, CUtensorMap, NoScoreTiles> bias;

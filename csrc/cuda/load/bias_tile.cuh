@@ -39,8 +39,8 @@ __device__ __forceinline__ void for_each_address(uint32_t tile, int row, int col
   }
 }
 
-// Whether all queries have the same bias. Its tiles have one row, since copies of it to all rows of a tile
-// are as slow as tiles with rows of their own, and by TMA slower.
+// Whether all queries have the same bias. In most kernels its tiles have one row, since copies of it to all
+// rows of a tile are as slow as tiles with rows of their own, and by TMA slower.
 __host__ __device__ __forceinline__ bool has_one_row(const Problem& p) { return p.bias.row == 0; }
 
 // visit(slot, n, e, bias) for every element of scores S [16, N] in rows, which begin at query `row` and key

@@ -26,8 +26,8 @@ struct NoScoreTiles {
 };
 
 // Shared: the kernel's shared memory, with a Buffer score_tiles and a Pipe score_pipe. Bias: its element
-// type.
-template <class Bias, int M, int N, int Stages, bool HasBias, bool HasMask>
+// type. kOneRow: tiles of a bias that queries share have one row; else the row is copied to all.
+template <class Bias, int M, int N, int Stages, bool HasBias, bool HasMask, bool kOneRow>
 struct ScoreTiles {
   static constexpr bool kStaged = true;
   static constexpr int kStages = Stages;
@@ -57,7 +57,7 @@ struct ScoreTiles {
                  keys);
     };
     if (HasBias && p.bias)
-      copy_tile.template operator()<BiasTile>(bias, operands.bias, p.bias.row, has_one_row(p) ? 1 : M);
+      copy_tile.template operator()<BiasTile>(bias, operands.bias, p.bias.row, one_row(p) ? 1 : M);
     if constexpr (HasMask) {
       if (p.mask) copy_tile.template operator()<MaskTile>(mask, operands.mask, p.mask.row);
     }
@@ -73,9 +73,9 @@ struct ScoreTiles {
     if (HasBias && (!HasMask || p.bias)) {  // a kernel without a mask is only for calls with a bias
       const auto visit = [&](int slot, int n, int e, float x) { add(s.at(slot, n, e), x); };
       if constexpr (S::kTransposed) {
-        for_each_bias_transposed<BiasTile, S>(bias, row, column, has_one_row(p), visit);
+        for_each_bias_transposed<BiasTile, S>(bias, row, column, one_row(p), visit);
       } else {
-        for_each_bias<BiasTile, S>(bias, row, column, has_one_row(p), visit);
+        for_each_bias<BiasTile, S>(bias, row, column, one_row(p), visit);
       }
     }
     if (HasMask && p.mask) hide(s, mask, row, column);
@@ -87,6 +87,8 @@ struct ScoreTiles {
   }
 
  private:
+  __device__ __forceinline__ static bool one_row(const Problem& p) { return kOneRow && has_one_row(p); }
+
   // count: of the tile's rows that are copied; rows, keys: of those in use, from the tile's first on.
   template <class Tile>
   __device__ __forceinline__ static void copy(uint32_t to, const typename Tile::Element* from,

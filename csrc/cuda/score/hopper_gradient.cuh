@@ -48,16 +48,17 @@ constexpr int score_tile_bytes(ScoreKind kind, int block_m, int block_n) {
 }
 
 // The tiles [M, N] that a kind stages: as many stages as fit into `bytes`, at most two.
-template <ScoreKind kKind, class T, int M, int N, int bytes>
+template <ScoreKind kKind, class T, int M, int N, int bytes, bool kOneRow>
 struct GradientTilesOf {
   static constexpr int kStages = 2 * score_tile_bytes(kKind, M, N) <= bytes ? 2 : 1;
   using Bias = std::conditional_t<stages_float_bias(kKind), float, T>;
-  using type = std::conditional_t<stages_tiles(kKind),
-                                  ScoreTiles<Bias, M, N, kStages, stages_bias(kKind), stages_mask(kKind)>,
-                                  NoScoreTiles>;
+  using type =
+      std::conditional_t<stages_tiles(kKind),
+                         ScoreTiles<Bias, M, N, kStages, stages_bias(kKind), stages_mask(kKind), kOneRow>,
+                         NoScoreTiles>;
 };
 
-template <ScoreKind kKind, class T, int M, int N, int bytes>
-using GradientTiles = typename GradientTilesOf<kKind, T, M, N, bytes>::type;
+template <ScoreKind kKind, class T, int M, int N, int bytes, bool kOneRow = false>
+using GradientTiles = typename GradientTilesOf<kKind, T, M, N, bytes, kOneRow>::type;
 
 }  // namespace jax_flash
