@@ -362,10 +362,7 @@ MISFITS = {
         lambda q, k, v: (q[None], k[None], v[None], None, jnp.ones((1, 3, 1, 1, 1), bool)),
         r"mask must broadcast to .* = \(1, 2, 4, 5, 6\)",
     ),
-    "function": (
-        lambda q, k, v: (q, k, v, None, masks.causal),
-        "mask must be an array, got the function causal; pass",
-    ),
+    "function": (lambda q, k, v: (q, k, v, None, masks.causal), "must be an array, got the function causal"),
     "text": (lambda q, k, v: (q, k, v, "alibi"), "bias must be an array, got 'alibi'"),
 }
 

@@ -145,3 +145,15 @@ def test_three_consumers_take_rows_of_all_heads_of_a_kv_head(block, heads, rows,
     )
     assert (chosen["row"]["block_m"], chosen["queries"]["blocks"]) == (rows, tiles)
     assert chosen["workspace"] <= chosen["workspace_bound"]
+
+
+def test_what_segments_leave_to_query_tiles_is_found_before_the_forward_runs():
+    sizes = {"d": 128, "dv": 128, "batch": 3, "leading": 5}
+    segments, without = (
+        plan(**sizes, operands=("q_segment_ids", "kv_segment_ids")),
+        plan(**sizes, softcap=1e4),
+    )
+    tiles = segments["queries"]["blocks"] // 8  # of all heads
+    assert segments["queries"]["block"] == 128
+    both = tiles + 2 * tiles  # for the 64 rows of each consumer, too
+    assert segments["workspace"] - without["workspace"] == -(-12 * both // 256) * 256 > 0
