@@ -30,12 +30,13 @@ def delta_spec(spec: AttentionSpec) -> AttentionSpec:
 def row_products(x: jax.Array, y: jax.Array, finite: jax.Array | None = None) -> jax.Array:
     """Σ x·y of the rows of two […, s, h, dv] in lse's order, […, h, s]; NaN where a row of `finite` […, s, h, d] is
     not. Nothing else is computed from the sums here, because XLA would need a second kernel for it on a GPU."""
-    wide = _jax.sharded_like(x, y).astype(jnp.float32), y.astype(jnp.float32)
-    if finite is None:
-        sums = jax.lax.platform_dependent(*wide, cpu=_row_dots, default=lambda x, y: (x * y).sum(-1))
-    else:
-        usable = jnp.isfinite(_jax.sharded_like(finite, y))
-        sums = jax.lax.platform_dependent(*wide, usable, cpu=_usable_row_dots, default=_usable_row_sums)
+    x, y = _jax.sharded_like(x, y).astype(jnp.float32), y.astype(jnp.float32)
+    usable = None if finite is None else jnp.isfinite(_jax.sharded_like(finite, y))
+    if usable is not None and usable.shape == x.shape:  # the sums of NaN: one pass over all three on a GPU
+        x, usable = jnp.where(usable, x, jnp.nan), None
+    sums = jax.lax.platform_dependent(x, y, cpu=_row_dots, default=lambda x, y: (x * y).sum(-1))
+    if usable is not None:
+        sums = jnp.where(usable.all(-1), sums, jnp.nan)
     return jnp.swapaxes(sums, -1, -2)
 
 
@@ -43,17 +44,6 @@ def _row_dots(x: jax.Array, y: jax.Array) -> jax.Array:
     """For CPUs: XLA turns a plain sum into a library call that wakes threads, often so late that the next call, the
     backward pass, starts milliseconds late."""
     return jnp.einsum("...d,...d->...", x, y, precision=jax.lax.Precision.HIGHEST)
-
-
-def _usable_row_sums(x: jax.Array, y: jax.Array, usable: jax.Array) -> jax.Array:
-    """One pass over all three where their shapes agree."""
-    if usable.shape == x.shape:
-        return jnp.where(usable, x * y, jnp.nan).sum(-1)
-    return jnp.where(usable.all(-1), (x * y).sum(-1), jnp.nan)
-
-
-def _usable_row_dots(x: jax.Array, y: jax.Array, usable: jax.Array) -> jax.Array:
-    return jnp.where(usable.all(-1), _row_dots(x, y), jnp.nan)
 
 
 def lower(ctx: mlir.LoweringRuleContext, *values: Any, platform: str) -> Any:

@@ -94,9 +94,8 @@ struct BackwardSm90 {
   using DsTile = SharedTile<T, N, hopper::whole_panels(M, kConsumerRows)>;
   using S = TransposedAccumulator<1, M / 8>;
   using Score = GradientScore<Kind, S>;
-  static constexpr bool kBias = Kind == ScoreKind::kBias || Kind == ScoreKind::kFloatBias;
   // A bias of 128 queries uses the third stage of dS.
-  static constexpr bool kSpareDs = (kBias || Kind == ScoreKind::kGeneralDropout) && M > kConsumerRows;
+  static constexpr bool kSpareDs = stages_bias(Kind) && M > kConsumerRows;
   // Whether consumers alternate in issuing products (ping-pong).
   static constexpr bool kAlternates = M < 2 * kConsumerRows && !kSingle;
   // With four tiles of dS no stage needs to be released: before a consumer overwrites a tile, it has waited
@@ -122,10 +121,10 @@ struct BackwardSm90 {
   static constexpr bool kKeysInRegisters = HeadDim == 80 || HeadDim == 96;
   // A bias is copied by TMA, which with 64 query rows is slower. There, a branch for tiles of one row would
   // cost calls with a 16-bit bias for each query 3 %.
-  static constexpr bool kBiasByTma = kBias && M == 2 * kConsumerRows;
+  static constexpr bool kBiasByTma = stages_bias(Kind) && !stages_mask(Kind) && M == 2 * kConsumerRows;
   static constexpr int kTilesBytes =
       M * HeadDim * int{sizeof(float)} + (kSpareDs ? SharedTile<T, N, M>::kBytes : 0);
-  using Tiles = GradientTiles<Kind, T, M, N, kTilesBytes, kBiasByTma || Kind == ScoreKind::kFloatBias>;
+  using Tiles = GradientTiles<Kind, T, M, N, kTilesBytes, kBiasByTma || stages_float_bias(Kind)>;
   using Fragments = FragmentsA<T, 1, M / 16>;
   using DK = Accumulator<1, HeadDim / 8>;
   using DV = Accumulator<1, ValueDim / 8>;

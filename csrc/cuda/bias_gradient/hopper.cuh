@@ -92,6 +92,7 @@ struct BiasGradientSm90 {
   static_assert(kThreads == 3 * kWarpgroup && kConsumers == 2);
   static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 65536 / kThreads / 8 * 8 * 3);
   static_assert(sizeof(Shared) <= hopper::kMaxSharedBytes);
+  static_assert(Tiles::kStages == (stages_float_bias(Kind) ? 1 : 2));
 };
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
