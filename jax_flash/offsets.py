@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._jax import is_symbolic, manual_axes
+from .search import first_from
 
 
 def starts_of(cu_seqlens: jax.Array, tokens: Any) -> jax.Array:
@@ -29,10 +29,6 @@ def locate(cu_seqlens: jax.Array, tokens: int) -> tuple[jax.Array, jax.Array, ja
 
 def owners(starts: jax.Array, tokens: Any) -> jax.Array:
     """The index of the last of the ascending starts that is at or before each token, −1 where there is none."""
-    # jnp.searchsorted needs a constant, and takes no array that varies over manual axes beside explicit ones.
-    if is_symbolic(starts.shape[0]) or manual_axes()[0]:
-        # Empty sequences may start at the end.
-        counts = jnp.zeros(tokens + 1, jnp.int32).at[starts].add(1)[:-1]
-        return jnp.cumsum(counts, dtype=jnp.int32) - 1
     token = jnp.arange(tokens, dtype=jnp.int32)
-    return jnp.searchsorted(starts, token, side="right").astype(jnp.int32) - 1
+    first, count = jnp.int32(0), jnp.asarray(starts.shape[0], jnp.int32)
+    return first_from(starts, first, count, token, starts.shape[0], above=True) - 1

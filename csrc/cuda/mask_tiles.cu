@@ -160,10 +160,10 @@ __global__ void __launch_bounds__(32 * kWarps)
   uint32_t any = 0, all = ~0u;
   for (const TileBits& bits : of_warp) any |= bits.any, all &= bits.all;
   if constexpr (kKept) {
-    // Tiles of the same rows are stored as one if the mask broadcasts their keys.
-    const uint32_t stored = mask.column ? any : group == 0 ? any & 1 : 0;
     const auto first_tile = static_cast<int32_t>(group) * kTiles;
-    write_words(elements, stored, words.tile(leading, batch, head, tile_row, first_tile),
+    // Tiles of the same rows are stored as one if the mask broadcasts their keys.
+    const int32_t tiles = mask.column ? min(kTiles, to.columns - first_tile) : group == 0;
+    write_words(elements, (1u << tiles) - 1, words.tile(leading, batch, head, tile_row, first_tile),
                 words.column * MaskWords::kOfTile);
   }
   const int32_t column = static_cast<int32_t>(group) * kTiles + thread;

@@ -202,11 +202,12 @@ inline TileSegments tile_segments(const Problem& p, const TileGrid& grid, void* 
   if (grid.lists >= 0)
     return {.lists = key_lists(p, grid, workspace), .words = mask_words(p, grid, workspace)};
   const Interval* keys = segments_of(grid, workspace);
-  if (!keys) return {};
+  const MaskWords words = mask_words(p, grid, workspace);
+  if (!keys) return {.words = words};
   const int64_t all = segment_slots(p, p.q_rows, grid.block);
   const auto* one_segment = reinterpret_cast<const int32_t*>(keys + intervals_of_slot(p.spec) * all);
-  if (!grid.segment_parts) return {keys, one_segment, nullptr};
-  return {keys, one_segment, reinterpret_cast<const Interval*>(one_segment + all)};
+  const auto* parts = grid.segment_parts ? reinterpret_cast<const Interval*>(one_segment + all) : nullptr;
+  return {.keys = keys, .one_segment = one_segment, .part_keys = parts, .words = words};
 }
 
 inline GridTiles grid_tiles(const Problem& p, const TileGrid& grid, void* workspace) {

@@ -1,9 +1,10 @@
-// Finds, for each tile of a grid, the interval of rows of the other side (keys or queries) that segments and
-// ranges leave visible within the band. It reaches from the first to the last row that may share a segment
-// with the tile and that sees, or is seen by, one of the tile's rows at some head. With ranges an interval
-// may have a gap without such rows. Intervals are computed once for all heads, so a kernel's CTA only reads
-// that of its tile.
+// Finds, for each tile of a grid, the interval of rows of the other side (keys or queries) that segments,
+// ranges and a boolean mask leave visible within the band. It reaches from the first to the last row that may
+// share a segment with the tile and that sees, or is seen by, one of the tile's rows at some head. With
+// ranges or a mask an interval may have a gap without such rows. Intervals are computed once for all heads,
+// so a kernel's CTA only reads that of its tile.
 #include "core/segments.h"
+#include "core/visible/mask_tiles.h"
 #include "core/visible/row_blocks.h"
 #include "cuda/launch.h"
 #include "cuda/ptx/dependent.cuh"
@@ -100,9 +101,40 @@ struct RangesOfTile {
   }
 };
 
-// Which rows see a tile's keys: a flag for each `unit` of `rows`, in shared memory.
+constexpr int kFlags = 2048;
+
+// What a boolean mask shows to a tile at some head: a flag for each `unit` of the other side's rows from
+// `first` on, in shared memory. Without a mask there are no flags.
+struct ShownByMask {
+  const uint8_t* flags = nullptr;
+  int32_t first = 0, unit = 1;
+
+  __device__ bool shows(int32_t j) const { return !flags || flags[(j - first) / unit]; }
+
+  // `tiles`: of the mask's first head; `own`, `others`: rows of the tile's side and of the other one.
+  template <Over over>
+  __device__ static ShownByMask find(uint8_t* flags, const MaskTiles& tiles, int32_t heads,
+                                     const Interval& own, const Interval& others) {
+    const Interval of_tile = tiles_of(own, kRowBlock), all = tiles_of(others, kRowBlock);
+    const int32_t tiles_of_flag = all.size() / kFlags + 1;
+    for (int32_t i = static_cast<int32_t>(threadIdx.x); i * tiles_of_flag < all.size(); i += kThreads) {
+      const int32_t begin = all.lo + i * tiles_of_flag, end = min(begin + tiles_of_flag, all.hi);
+      bool shown = false;
+      for (int32_t h = 0; h < heads; ++h)
+        for (int32_t a = of_tile.lo; a < of_tile.hi; ++a)
+          for (int32_t b = begin; b < end && !shown; ++b)
+            shown = tiles.seen_of_tile(h, over == Over::kQueries ? a : b, over == Over::kQueries ? b : a) !=
+                    SeenPiece::kNone;
+      flags[i] = shown;
+    }
+    __syncthreads();
+    return {flags, all.lo * kRowBlock, tiles_of_flag * kRowBlock};
+  }
+};
+
+// Which rows of the other side a tile sees, or is seen by: a flag for each `unit` of `rows`, in shared
+// memory.
 struct SeeingRows {
-  static constexpr int kFlags = 2048;
   uint8_t* flags;
   Interval rows;
   int32_t unit;
@@ -113,8 +145,7 @@ struct SeeingRows {
     __syncthreads();
   }
   __device__ void add(int32_t i) const { flags[(i - rows.lo) / unit] = 1; }
-  // The longest gap between rows that see the keys. A whole warp calls it after all threads have added
-  // theirs.
+  // The longest gap between these rows. A whole warp calls it after all threads have added theirs.
   __device__ Interval gap() const {
     SeenByQueries found;
     for (int32_t i = 0; int64_t{i} * unit < rows.size(); i += 32) {
@@ -146,11 +177,13 @@ struct SegmentTables {
 };
 
 // One CTA per slot of a tile, followed by one per slot of a part. `counter`: the tile counter of the next
-// kernel, which this kernel clears, or null.
+// kernel, which this kernel clears, or null. `mask`: the tiles of a boolean mask, if the plan classifies
+// them.
 template <Over over>
 __global__ void __launch_bounds__(kThreads)
     find_segments(const __grid_constant__ Problem p, const SequenceStarts starts, const SegmentTables tiles,
-                  const SegmentTables parts, uint32_t first_part, uint32_t* counter) {
+                  const SegmentTables parts, uint32_t first_part, const __grid_constant__ MaskTiles mask,
+                  uint32_t* counter) {
   ptx::let_next_kernel_start();
   clear_counter(counter);
   constexpr bool kQueries = over == Over::kQueries;
@@ -178,15 +211,23 @@ __global__ void __launch_bounds__(kThreads)
   const Interval seen = !kQueries ? band.queries(begin, end)
                         : of_rows ? in_ranges.any
                                   : band.rows(begin, end);
+  ShownByMask shown;
+  if (mask.seen) {
+    __shared__ uint8_t of_mask[kFlags];
+    shown = ShownByMask::find<over>(of_mask, mask.at(leading, s.index, 0), mask.head ? p.heads : 1,
+                                    {begin, end}, seen);
+  }
   Rows left;
   const int32_t first = seen.lo + static_cast<int32_t>(threadIdx.x);
-  if (!kQueries && of_rows) {
-    __shared__ uint8_t flags[SeeingRows::kFlags];
+  if (shown.flags || (!kQueries && of_rows)) {
+    __shared__ uint8_t flags[kFlags];
     const SeeingRows rows(flags, seen);
     for (int32_t j = first; j < seen.hi; j += kThreads)
-      if (segments.may_share(j) && ranges.sees_tile(j)) left.add({{j, j + 1}, 1}), rows.add(j);
+      if (segments.may_share(j) && shown.shows(j) && (kQueries || !of_rows || ranges.sees_tile(j)))
+        left.add({{j, j + 1}, 1}), rows.add(j);
     __syncthreads();
-    if (threadIdx.x < 32) in_ranges.gap = rows.gap();
+    const Interval gap = threadIdx.x < 32 ? rows.gap() : Interval{0, 0};
+    if (gap.size() > in_ranges.gap.size()) in_ranges.gap = gap;
   } else if (!segments.others) {
     if (threadIdx.x == 0 && !seen.empty()) left.add({seen, seen.size()});
   } else {
@@ -197,7 +238,7 @@ __global__ void __launch_bounds__(kThreads)
   left = rows_of_block(left);
   if (threadIdx.x > 0) return;
   const Interval any = left.count == 0 ? Interval{0, 0} : left.hull;
-  if (of_rows) {
+  if (leaves_gaps(p)) {
     found.to[2 * number] = any, found.to[2 * number + 1] = in_ranges.gap;
   } else {
     found.to[number] = any;
@@ -223,7 +264,8 @@ cudaError_t trim_grid(const Problem& p, const TileGrid& grid, uint32_t* counter,
   const int64_t all = segment_slots(p, rows, grid.block),
                 all_parts = grid.segment_parts ? segment_slots(p, rows, kSegmentPart) : 0;
   return launch(find_segments<over>, all + all_parts, kThreads, 0, stream, p,
-                starts_of(p, grid, over, workspace), tiles, parts, static_cast<uint32_t>(all), counter);
+                starts_of(p, grid, over, workspace), tiles, parts, static_cast<uint32_t>(all),
+                mask_tiles(p, grid, workspace), counter);
 }
 
 }  // namespace

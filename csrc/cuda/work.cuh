@@ -189,21 +189,25 @@ __device__ __forceinline__ int64_t slot_of_tile(const Problem& p, const BlockWor
          tile.row / block;
 }
 
+// Whether kernels of a score take calls in which a tile's interval may have a gap.
+template <class Score>
+inline constexpr bool kTakesGaps = Score::reads(Operand::kRanges) || Score::reads(Operand::kMask);
+
 // The result of launch_segments for a slot of a table.
 __device__ __forceinline__ SeenByTile seen_of_slot(const Problem& p, const Interval* table, int64_t slot) {
-  if (!p.ranges) return {table[slot], {0, 0}};
+  if (!leaves_gaps(p)) return {table[slot], {0, 0}};
   return {table[2 * slot], table[2 * slot + 1]};
 }
 
-// The part of `seen` (the rows of the other side that the band leaves to a tile) that segments and ranges
-// leave. `segments`: for all tiles of the grid, from launch_segments. kRanges: whether the kernel takes
-// ranges, which leave a gap, and which packed sequences have, too.
-template <Over over, bool kRanges>
+// The part of `seen` (the rows of the other side that the band leaves to a tile) that segments, ranges and a
+// mask leave. `segments`: for all tiles of the grid, from launch_segments. kGaps: whether the kernel takes
+// gaps. Packed sequences may have ranges, too.
+template <Over over, bool kGaps>
 __device__ __forceinline__ SeenByTile trim_to_segments(const Interval* segments, int32_t tiles, int32_t block,
                                                        const Problem& p, const BlockWork& work,
                                                        Interval seen) {
   if (!segments) return {seen, {0, 0}};
-  if constexpr (kRanges) {
+  if constexpr (kGaps) {
     if (work.tile.index == kNoSequence) return {{0, 0}, {0, 0}};
     return seen_of_slot(p, segments, slot_of_tile<over>(p, work, block));
   }

@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
-from .._jax import equally_varying, same_dim
+from .. import search
+from .._jax import same_dim
 from ..checker import INT32_MAX
-from ..indexing import take
 
 Data = int | Array  # a number, or one for each batch entry, int32 [b]
 MOST = INT32_MAX
@@ -118,41 +118,4 @@ class SortedKeys:
 
     def first_from(self, wanted: Array, *, above: bool = False) -> Array:
         """The index [b, s] of the first element of each row's list that is ≥ `wanted` (> with `above`)."""
-        wide = jnp.broadcast_shapes(wanted.shape, self.count.shape, self.start.shape)
-        given = {"lo": jnp.zeros_like(wanted), "hi": self.count, "start": self.start, "wanted": wanted}
-        given = {name: jnp.broadcast_to(x, wide) for name, x in given.items()}
-        if same_dim(self.most, 0):
-            return given["lo"]
-        steps = self.most.bit_length() if isinstance(self.most, int) else 31
-        values = tuple(equally_varying(given | {"elements": self.elements}).values())
-        found: Array = _search(values, above, steps)
-        return found
-
-
-# Jitted, because outside jit JAX would compile platform_dependent in every call.
-@partial(jax.jit, static_argnums=(1, 2), inline=True)
-def _search(values: tuple[Array, ...], above: bool, steps: int) -> Array:
-    """The index of the first element of each row's list that is ≥ `wanted` (> with `above`), by bisection."""
-
-    def search(values: tuple[Array, ...], unroll: bool) -> Array:
-        lo, hi, start, wanted, elements = values
-        element_of = partial(take, fill=MOST)
-        if elements.ndim == 2:
-            element_of = jax.vmap(element_of)
-
-        def step(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-            lo, hi = bounds
-            middle = (lo + hi) // 2
-            element = element_of(elements, start + middle)
-            before = (element <= wanted if above else element < wanted) & (lo < hi)
-            return jnp.where(before, middle + 1, lo), jnp.where(before, hi, middle)
-
-        found: Array = lax.fori_loop(0, steps, step, (lo, hi), unroll=unroll)[0]
-        return found
-
-    # Unrolled, XLA would fuse the steps on CPUs and compile each twice as often as the next one (jax 0.12). On GPUs a
-    # loop launches several kernels for each step.
-    index: Array = lax.platform_dependent(
-        values, cpu=partial(search, unroll=False), default=partial(search, unroll=True)
-    )
-    return index
+        return search.first_from(self.elements, self.start, self.count, wanted, self.most, above=above)

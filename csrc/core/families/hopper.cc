@@ -81,6 +81,7 @@ class Forward final : public PassTraits {
     } else if (lists_tiles(plan.score)) {
       add_key_lists(call, row.block_n, plan.queries, workspace);
     } else {
+      add_mask_words(call, plan.queries, workspace);
       add_segments(call, s.q_rows, plan.queries, workspace, true);
     }
     plan_persistent(blocks, unequal, call.visible_keys(), row, call, workspace, plan);
@@ -90,7 +91,7 @@ class Forward final : public PassTraits {
     return schedule_bound(spec, s, s.q_rows) +
            max(max(segments_bound(spec, s, s.q_rows), ranges_bound(spec, s, s.q_rows)),
                key_lists_bound(spec, s)) +
-           (may_list_mask(spec) ? aligned(mask_words_bytes(s.mask)) : Dim(0)) + aligned(kCounterBytes);
+           mask_words_bound(spec, s) + aligned(kCounterBytes);
   }
 
  private:
@@ -214,6 +215,7 @@ class Backward final : public PassTraits {
     } else if (lists_tiles(plan.score)) {
       add_step_lists(call, row.block_m, plan.keys, workspace);
     } else {
+      add_mask_tiles(call, plan.keys, workspace);
       add_segments(call, s.k_rows, plan.keys, workspace);
     }
     const bool unequal = call.tiles_differ() || lists_tiles(plan.score) || s.k_rows % row.block_n;
@@ -242,6 +244,7 @@ class Backward final : public PassTraits {
     return schedule_bound(spec, s, s.k_rows) +
            max(max(segments_bound(spec, s, s.k_rows), ranges_bound(spec, s, s.k_rows)),
                step_lists_bound(spec, s)) +
+           mask_tiles_bound(spec, s) +
            aligned(max(dq_sums_bytes(spec, s, kLargestQueryTile), sums_bound_of_96_queries(spec, s))) +
            part_gradients_bound(spec, s) + tickets + aligned(kCounterBytes);
   }
@@ -305,14 +308,15 @@ class BiasGradient final : public PassTraits {
   void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
                  LaunchPlan& plan) const override {
     plan_bias_tiles(row, call, workspace, plan);
+    add_mask_tiles(call, plan.queries, workspace);
     add_segments(call, call.shapes.q_rows, plan.queries, workspace);
     plan_persistent(plan.queries.blocks, false, 0, row, call, workspace, plan);
     plan.tile_counter = workspace.add(kCounterBytes);
   }
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
-    return segments_bound(spec, s, s.q_rows) + kMostPartElements * int64_t{sizeof(float)} +
-           aligned(kCounterBytes);
+    return mask_tiles_bound(spec, s) + segments_bound(spec, s, s.q_rows) +
+           kMostPartElements * int64_t{sizeof(float)} + aligned(kCounterBytes);
   }
 };
 

@@ -20,6 +20,13 @@ bool holds_all_rows(const KernelRow& row, const Call& call) {
          s.q_rows <= row.block_m && 0 < s.k_rows && s.k_rows <= row.block_n;
 }
 
+// Adds what segments and ranges leave to the tiles of a grid. Kernels skip tiles of a boolean mask
+// themselves.
+void add_visible(const Call& call, int64_t rows, TileGrid& grid, Workspace& workspace) {
+  if (call.spec.has(Operand::kQSegmentIds) || call.spec.has(Operand::kRanges))
+    add_segments(call, rows, grid, workspace);
+}
+
 // A pass with a CTA for each query tile and head.
 class ByQueryTiles : public PassTraits {
  public:
@@ -29,7 +36,7 @@ class ByQueryTiles : public PassTraits {
                  LaunchPlan& plan) const override {
     plan.queries = tile_grid(call, call.shapes.q_rows, call.shapes.heads, row.block_m, workspace);
     if (row.is_one_tile()) return;
-    add_segments(call, call.shapes.q_rows, plan.queries, workspace);
+    add_visible(call, call.shapes.q_rows, plan.queries, workspace);
     add_mask_tiles(call, plan.queries, workspace);
   }
 
@@ -90,11 +97,11 @@ class Backward final : public PassTraits {
     const Shapes& s = call.shapes;
     plan.keys = tile_grid(call, s.k_rows, s.kv_heads, row.block_n, workspace);
     if (row.is_one_tile()) return;
-    add_segments(call, s.k_rows, plan.keys, workspace);
+    add_visible(call, s.k_rows, plan.keys, workspace);
     add_mask_tiles(call, plan.keys, workspace);
     if (call.spec.deterministic) {
       plan.queries = tile_grid(call, s.q_rows, s.heads, row.block_m, workspace);
-      add_segments(call, s.q_rows, plan.queries, workspace);
+      add_visible(call, s.q_rows, plan.queries, workspace);
       plan.queries.mask_tiles = plan.keys.mask_tiles;
     } else {
       plan.dq_sums = workspace.add(dq_sums_bytes(call.spec, dims_of(s), row.block_m).value());
@@ -121,7 +128,7 @@ class BiasGradient final : public PassTraits {
   void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
                  LaunchPlan& plan) const override {
     plan_bias_tiles(row, call, workspace, plan);
-    add_segments(call, call.shapes.q_rows, plan.queries, workspace);
+    add_visible(call, call.shapes.q_rows, plan.queries, workspace);
   }
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {

@@ -79,7 +79,7 @@ struct Call {
   bool tiles_differ() const {
     bool differ = spec.packed() || spec.paged() || spec.left >= 0 || spec.right >= 0 || spec.moves_band();
     for (Operand operand : {Operand::kQLengths, Operand::kKvLengths, Operand::kQSegmentIds, Operand::kRanges,
-                            Operand::kBlockMask})
+                            Operand::kMask, Operand::kBlockMask})
       differ |= spec.has(operand);
     return differ;
   }

@@ -38,12 +38,15 @@ ScoreKind only_option(const AttentionSpec& spec) {
   return found;
 }
 
-// Whether kernels can list the tiles that a boolean mask leaves. Lists have no fixed order for the additions
-// to dQ, so deterministic gradients do not use them.
+// Whether kernels can list the tiles that a boolean mask leaves: it is the only score option, and tiles begin
+// at the first row and key. Lists have no fixed order for the additions to dQ, so deterministic gradients do
+// not use them.
 bool lists_mask_tiles(const Call& call) {
   const AttentionSpec& spec = call.spec;
   const Shapes& s = call.shapes;
-  if (!may_list_mask(spec) || s.q_rows == 0 || s.k_rows == 0) return false;
+  if (only_option(spec) != ScoreKind::kMask || spec.packed() || spec.paged() || spec.moves_band())
+    return false;
+  if (s.q_rows == 0 || s.k_rows == 0) return false;
   return call.pass == Pass::kForward || (call.pass == Pass::kBackward && !spec.deterministic &&
                                          ListedStep::fit(s.heads, s.kv_heads, s.q_rows, kRowBlock));
 }
@@ -107,10 +110,6 @@ bool better(const KernelRow& a, const KernelRow& b, const Call& call, const Cand
 }
 
 }  // namespace
-
-bool may_list_mask(const AttentionSpec& spec) {
-  return only_option(spec) == ScoreKind::kMask && !spec.packed() && !spec.paged() && !spec.moves_band();
-}
 
 const PassTraits& traits_of(const KernelRow& row) { return *row.arch->family().of(row.pass); }
 

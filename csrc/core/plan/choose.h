@@ -15,10 +15,6 @@ const PassTraits& traits_of(const KernelRow& row);
 // combination. Returns false if the row has neither.
 bool find_score(const KernelRow& row, const Call& call, ScoreKind& found);
 
-// Whether some kernel lists the tiles of the boolean mask of a forward with this spec: the mask is the only
-// score option, and tiles begin at the first row and key.
-bool may_list_mask(const AttentionSpec& spec);
-
 // The best row of a pass; null if no row runs the call.
 const KernelRow* choose(Pass pass, const Call& call, std::span<const KernelRow> built);
 

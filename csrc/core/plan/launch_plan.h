@@ -114,8 +114,15 @@ struct GridTiles {
   MaskTiles mask;            // the tiles of a boolean mask, if the plan classifies them
 };
 
-// The number of intervals per slot in the table of segments: one, and with ranges also its gap (SeenByTile).
-inline int64_t intervals_of_slot(const AttentionSpec& spec) { return spec.has(Operand::kRanges) ? 2 : 1; }
+// Whether ranges or a boolean mask may leave a gap in the interval that a tile sees.
+inline bool leaves_gaps(const AttentionSpec& spec) {
+  return spec.has(Operand::kRanges) || spec.has(Operand::kMask);
+}
+JF_HD bool leaves_gaps(const Problem& p) { return p.ranges || p.mask; }
+
+// The number of intervals per slot in the table of segments: one, and where there may be gaps also its gap
+// (SeenByTile).
+inline int64_t intervals_of_slot(const AttentionSpec& spec) { return leaves_gaps(spec) ? 2 : 1; }
 
 // For each query tile of a batch entry: the keys that segments let it see, and whether these keys and its
 // rows belong to one segment. Null without segments.
@@ -126,7 +133,7 @@ struct TileSegments {
   const SeenByBlock* blocks = nullptr;  // in kernels for ranges: the keys that blocks and tiles of rows see
   const SeenByTile* tiles = nullptr;
   KeyLists lists{};   // in kernels that go through lists: the key tiles of query tiles
-  MaskWords words{};  // in kernels that list the tiles of a boolean mask: their elements
+  MaskWords words{};  // the elements of a boolean mask
 };
 
 inline constexpr int64_t kWorkspaceAlignment = 256;  // bytes; alignment of each part of the workspace

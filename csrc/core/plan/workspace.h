@@ -55,9 +55,10 @@ inline Dim segments_bytes(const AttentionSpec& spec, const DimShapes& s, const D
   return s.leading * slots * (intervals_of_slot(spec) * int64_t{sizeof(Interval)} + int64_t{sizeof(int32_t)});
 }
 
-// Whether a kernel before the call's own computes the interval that segments and ranges leave to each tile.
+// Whether a kernel before the call's own computes the interval that segments, ranges or a boolean mask leave
+// to each tile.
 inline bool trims_tiles(const AttentionSpec& spec) {
-  return spec.has(Operand::kQSegmentIds) || spec.has(Operand::kRanges);
+  return spec.has(Operand::kQSegmentIds) || leaves_gaps(spec);
 }
 
 // Upper bound over all kernels of the visible intervals that segments and ranges give tiles and parts of
@@ -109,16 +110,19 @@ inline Dim mask_tiles_bound(const AttentionSpec& spec, const DimShapes& s) {
   return spec.has(Operand::kMask) ? aligned(mask_tiles_bytes(s)) : Dim(0);
 }
 
+inline Dim mask_words_bound(const AttentionSpec& spec, const DimShapes& s) {
+  return spec.has(Operand::kMask) ? mask_tiles_bound(spec, s) + aligned(mask_words_bytes(s.mask)) : Dim(0);
+}
+
 // Upper bounds of the lists of all kernels for block masks and boolean masks.
-inline Dim lists_bound(const AttentionSpec& spec, const DimShapes& s, const Dim& lists) {
-  const Dim tiles = mask_tiles_bound(spec, s);
-  return spec.has(Operand::kBlockMask) || spec.has(Operand::kMask) ? aligned(lists) + tiles : Dim(0);
+inline Dim lists_bound(const AttentionSpec& spec, const Dim& lists) {
+  return spec.has(Operand::kBlockMask) || spec.has(Operand::kMask) ? aligned(lists) : Dim(0);
 }
 inline Dim key_lists_bound(const AttentionSpec& spec, const DimShapes& s) {
-  return lists_bound(spec, s, key_lists_bytes(s, kRowBlock));
+  return lists_bound(spec, key_lists_bytes(s, kRowBlock));
 }
 inline Dim step_lists_bound(const AttentionSpec& spec, const DimShapes& s) {
-  return lists_bound(spec, s, step_lists_bytes(s, kRowBlock, kRowBlock));
+  return lists_bound(spec, step_lists_bytes(s, kRowBlock, kRowBlock));
 }
 
 // For how many query tiles a head has sums and tickets of dQ: the tiles of a batch entry, or an upper bound
@@ -186,12 +190,17 @@ inline void add_mask_tiles(const Call& call, TileGrid& grid, Workspace& workspac
     grid.mask_tiles = workspace.add(mask_tiles_bytes(dims_of(call.shapes)).value());
 }
 
-// Adds the workspace of the lists of key tiles, of `keys` keys each, for the query tiles of a grid.
-inline void add_key_lists(const Call& call, int32_t keys, TileGrid& grid, Workspace& workspace) {
-  if (grid.blocks == 0) return;
+// Adds the workspace of a boolean mask's tiles and of their elements as bits.
+inline void add_mask_words(const Call& call, TileGrid& grid, Workspace& workspace) {
   add_mask_tiles(call, grid, workspace);
   if (grid.mask_tiles >= 0)
     grid.mask_words = workspace.add(mask_words_bytes(dims_of(call.shapes).mask).value());
+}
+
+// Adds the workspace of the lists of key tiles, of `keys` keys each, for the query tiles of a grid.
+inline void add_key_lists(const Call& call, int32_t keys, TileGrid& grid, Workspace& workspace) {
+  if (grid.blocks == 0) return;
+  add_mask_words(call, grid, workspace);
   grid.lists = workspace.add(key_lists_bytes(dims_of(call.shapes), keys).value());
   grid.other_block = keys;
 }
@@ -232,8 +241,8 @@ inline void plan_bias_tiles(const KernelRow& row, const Call& call, Workspace& w
     plan.part_sums = workspace.add(plan.parts * s.bias[1] * s.bias[2] * s.bias[3] * int64_t{sizeof(float)});
 }
 
-// Adds the workspace for the visible intervals that segments and ranges give the tiles of a grid over `rows`
-// rows, and parts of tiles if `parts`.
+// Adds the workspace for the visible intervals that segments, ranges and a boolean mask give the tiles of a
+// grid over `rows` rows, and parts of tiles if `parts`. A mask does so if the plan classifies its tiles.
 inline void add_segments(const Call& call, int64_t rows, TileGrid& grid, Workspace& workspace,
                          bool parts = false) {
   if (!trims_tiles(call.spec) || grid.blocks == 0) return;

@@ -34,11 +34,10 @@ struct MaskTiles {
   }
 };
 
-// The elements of the tiles in which some are visible, in the order in which a warpgroup holds scores: word i
-// of a tile is of thread i, with 16 elements of its first row in the low half and of its second row, which is
-// 8 rows later, in the high half. A row's bits 2n and 2n + 1 are of keys 8n + 2t and 8n + 2t + 1, where t is
-// the thread's number among the four of the row. The words of other tiles are not written. Dimensions that
-// the mask broadcasts have one entry and stride 0; strides are in tiles.
+// The elements of the tiles, in the order in which a warpgroup holds scores: word i of a tile is of thread i,
+// with 16 elements of its first row in the low half and of its second row, which is 8 rows later, in the high
+// half. A row's bits 2n and 2n + 1 are of keys 8n + 2t and 8n + 2t + 1, where t is the thread's number among
+// the four of the row. Dimensions that the mask broadcasts have one entry and stride 0; strides are in tiles.
 struct MaskWords {
   static constexpr int32_t kOfTile = kRowBlock * kRowBlock / 32;
 

@@ -254,7 +254,7 @@ inline void order_tiles(PersistentTiles& tiles, const Problem& p, const LaunchPl
   const int32_t workers = plan.persistent_ctas / cluster;
   tiles.heads.size = backward_heads_together(p, block_m, cluster);
   keep_in_step(tiles, p, workers);
-  if (tiles.back_and_forth || p.spec.deterministic || !p.uneven()) return;
+  if (tiles.back_and_forth || p.spec.deterministic || !(p.uneven() || p.mask)) return;
   // A long tile that starts late would be the last to end. So the last heads, as many as have two tiles for
   // each worker, or one where two would not stay in L2, are one group, which ends with its short tiles.
   constexpr int64_t kMostBytes = 64 << 20;

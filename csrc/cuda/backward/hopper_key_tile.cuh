@@ -87,7 +87,8 @@ inline constexpr bool kMarksSteps = C::kKind == ScoreKind::kRanges || lists_tile
 
 // Whether each key tile has an interval of queries of its own.
 template <class C>
-inline constexpr bool kTrimsSteps = C::Score::reads(Operand::kQSegmentIds) || C::kKind == ScoreKind::kRanges;
+inline constexpr bool kTrimsSteps =
+    !lists_tiles(C::kKind) && (C::Score::reads(Operand::kQSegmentIds) || kTakesGaps<typename C::Score>);
 
 // Whether a consumer multiplies only the blocks of kConsumerRows rows of a step that see some of its keys
 // (hopper_block_steps.cuh).
@@ -175,7 +176,7 @@ struct KeyTileState {
       take_list<C>(p, grid);
     } else {
       const Interval rows =
-          trim_to_segments<Over::kKeys, C::Score::reads(Operand::kRanges)>(
+          trim_to_segments<Over::kKeys, kTakesGaps<typename C::Score>>(
               grid.segments, grid.key_tiles, C::kN, p, work, band.queries(tile.row, tile.used_keys()))
               .any;
       walk.tiles = tiles_of(rows, C::kM);

@@ -112,10 +112,12 @@ __device__ __forceinline__ void hide_unseen_keys(S& s, const Problem& p, const T
     seen.hide(s);
   } else if constexpr (C::kKind == ScoreKind::kBlocks) {
     const BlockMask blocks = tile.score.mask(p, step.head);
-    hide_unseen_transposed(s, row, key, [&](int32_t i) {
+    SeenByLanes<S> of_rows;
+    of_rows.find(row, key, [&](int32_t i) {
       const bool sees = i < band.q_len && blocks.sees(0, i, key);
       return SeenKeys{sees ? intersect(band.row(i), {key, key + S::kColumns}) : Interval{0, 0}, {0, 0}};
     });
+    hide_unseen_transposed(s, of_rows);
   } else {
     mask(s, band, row, key);
   }

@@ -12,9 +12,9 @@
 namespace jax_flash {
 
 // In a deterministic call, the number of key tiles that add to dQ of a query tile of `rows` rows before this
-// one: all key tiles before it, from the first that the rows see. If segments or ranges leave each key tile
-// an interval of queries, all lanes of the warp count the intervals that contain the query tile outside of
-// their gaps.
+// one: all key tiles before it, from the first that the rows see. If segments, ranges or a mask leave each
+// key tile an interval of queries, all lanes of the warp count the intervals that contain the query tile
+// outside of their gaps.
 template <class C, class Tile>
 __device__ __forceinline__ int32_t tiles_before(const KeyGrid& grid, const Problem& p, const Tile& tile,
                                                 int32_t query_tile, int32_t rows = C::kM) {
@@ -24,9 +24,9 @@ __device__ __forceinline__ int32_t tiles_before(const KeyGrid& grid, const Probl
   if constexpr (kTrimsSteps<C>) {
     if (grid.segments) {
       int64_t slot = (work.leading * p.batch + work.batch_row) * grid.key_tiles;
-      if constexpr (C::Score::reads(Operand::kRanges)) slot = slot_of_tile<Over::kKeys>(p, work, C::kN) - own;
+      if constexpr (kTakesGaps<typename C::Score>) slot = slot_of_tile<Over::kKeys>(p, work, C::kN) - own;
       const auto rows_of = [&](int32_t n) {
-        if constexpr (C::kKind != ScoreKind::kRanges && C::Score::reads(Operand::kRanges))
+        if constexpr (C::kKind != ScoreKind::kRanges && kTakesGaps<typename C::Score>)
           return seen_of_slot(p, grid.segments, slot + n).any;
         return grid.segments[slot + n];
       };

@@ -57,10 +57,10 @@ __device__ __forceinline__ int32_t sum_offset(int32_t head_dim, int32_t row, int
 
 // Whether the first key tile of a head stores dQ, and those after it, which wait for it, add to it. Then the
 // sums need no zeros, except those of query tiles that see no key. Without a window, rows that see a key see
-// that of the first tile. Segments, ranges and blocks may hide it, and packed sequences may have no key.
+// that of the first tile. Segments, ranges and masks may hide it, and packed sequences may have no key.
 JF_HD bool first_tile_stores(const Problem& p) {
   return p.spec.deterministic && !p.packed() && p.spec.left < 0 && !p.spec.moves_band() && !p.q_segment_ids &&
-         !p.ranges && !p.block_mask;
+         !p.ranges && !p.mask && !p.block_mask;
 }
 
 // tile += dQ, from a warp's registers. kAll: all columns are in use; kStores: tile = dQ.

@@ -34,7 +34,7 @@ struct BiasRole {
     const Sequence s = fixed_sequence(reload(p), tile.leading, b);
     step.work = {tile.leading, 0, b, {b, 0, 0, s.q_len, s.k_len, tile.row, tile.row + C::kM, 0}};
     find_band(p, step.work, step.band);
-    const SeenByTile seen = trim_to_segments<Over::kQueries, C::Score::reads(Operand::kRanges)>(
+    const SeenByTile seen = trim_to_segments<Over::kQueries, kTakesGaps<typename C::Score>>(
         grid.segments, grid.rows, C::kM, p, step.work, step.band.rows(tile.row, tile.row + C::kM));
     return !intersect(seen.any, {tile.column, tile.column + C::kN}).empty();
   }

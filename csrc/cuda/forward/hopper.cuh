@@ -139,7 +139,7 @@ struct ForwardSm90 {
   using Output = std::conditional_t<kStoresByTma, OutputBuffer<kConsumers, OTile>, NoOutputBuffer>;
   using Score =
       std::conditional_t<kPacksHeads, PackedHeadsScore<S>, HopperScore<Kind, S, kInPages<KeyLoader>>>;
-  static constexpr bool kGap = Score::reads(Operand::kRanges);  // ranges may leave a gap between key tiles
+  static constexpr bool kGap = kTakesGaps<Score>;  // ranges or a mask may leave a gap between key tiles
   using Softmax = typename Score::template Softmax<T>;
   using Input = typename Score::template Input<T, kN, bias_stages(kN), kConsumers>;
   using Loader = KeyLoader<ForwardSm90>;

@@ -44,8 +44,8 @@ struct ConsumerTile {
     mask.seen += of.tile->heads_before(consumer) * mask.head;
     return mask;
   }
-  // For listed tiles of a boolean mask: the thread's word of the consumer's rows and the tile of `key`, and
-  // the keys that the band shows to all of these rows.
+  // Of a boolean mask: the thread's word of the consumer's rows and the tile of `key`. For listed tiles: the
+  // keys that the band shows to all of these rows.
   __device__ __forceinline__ uint32_t mask_word(int32_t key) const {
     const auto& tile = *of.tile;
     return tile.mask_words[tile.rows_before(consumer) / kRowBlock * tile.words_of_rows +

@@ -33,19 +33,32 @@ struct NeighbouringRows {
   struct Pieces {};
 };
 
+// The words of a boolean mask (MaskWords): those of the tile of the first rows and keys, and strides to those
+// of further ones.
+struct MaskOfTile {
+  const uint32_t* mask_words;
+  int64_t words_of_rows;
+  int32_t words_of_keys;
+
+  __device__ __forceinline__ void find_words(const MaskWords& words, const BlockWork& work) {
+    const TileWork& tile = work.tile;
+    mask_words = words.tile(work.leading, tile.index, work.head, tile.row / kRowBlock, 0);
+    words_of_rows = words.row * MaskWords::kOfTile;
+    words_of_keys = words.column * MaskWords::kOfTile;
+  }
+};
+struct NoMaskOfTile {
+  __device__ __forceinline__ void find_words(const MaskWords&, const BlockWork&) {}
+};
+
 // Additional state of kernels that go through lists.
 template <int kConsumers>
-struct ListOfTile : GapOfTiles<false> {
+struct ListOfTile : GapOfTiles<false>, MaskOfTile {
   static constexpr int32_t kNoRows = 1 << 28;  // rows_before() of a consumer without rows
   const KeyPieces* list;                       // of the key tiles
   int32_t keys_of_piece;
   int32_t rows[kConsumers], heads[kConsumers];
-  // For a boolean mask: the words of the tile of the first rows and keys, strides to those of further ones,
-  // and the keys that the band shows to all rows of a consumer.
-  const uint32_t* mask_words;
-  int64_t words_of_rows;
-  int32_t words_of_keys;
-  Interval keys_in_band[kConsumers];
+  Interval keys_in_band[kConsumers];  // with a boolean mask: that the band shows to all rows of a consumer
 
   __device__ __forceinline__ int32_t rows_before(int consumer) const { return rows[consumer]; }
   __device__ __forceinline__ int32_t heads_before(int consumer) const { return heads[consumer]; }
@@ -68,9 +81,9 @@ struct RangesOfTile : NeighbouringRows, GapOfTiles<true> {
   Interval first_whole[kConsumers];
   SeenByBlock blocks[kConsumers];  // each consumer's, copied before they are needed
 };
-// Additional state of all others. kGap: whether ranges may leave a gap between the key tiles.
+// Additional state of all others. kGap: whether ranges or a mask may leave a gap between the key tiles.
 template <bool kGap>
-struct RowsOfTile : NeighbouringRows, GapOfTiles<kGap> {};
+struct RowsOfTile : NeighbouringRows, GapOfTiles<kGap>, std::conditional_t<kGap, MaskOfTile, NoMaskOfTile> {};
 
 // Which columns of V and O a CTA works on, if not on all: those of a slice or, in a cluster whose CTAs share
 // the tile, of its rank. Slices of a query tile have consecutive numbers, because they read the same Q and K.
@@ -119,11 +132,8 @@ struct TileState : Ranges, Slice {
     if constexpr (C::Score::reads(Operand::kQSegmentIds)) trim<C>(p, segments);
     if constexpr (C::kKind == ScoreKind::kRanges) trim_to_ranges<C>(p, segments);
     if constexpr (C::kListed) take_list<C>(p, segments.lists);
-    if constexpr (C::kKind == ScoreKind::kListedMask) {
-      this->mask_words = segments.words.tile(work.leading, tile.index, work.head, tile.row / kRowBlock, 0);
-      this->words_of_rows = segments.words.row * MaskWords::kOfTile;
-      this->words_of_keys = segments.words.column * MaskWords::kOfTile;
-    }
+    if constexpr (C::Score::reads(Operand::kMask) || C::kKind == ScoreKind::kListedMask)
+      this->find_words(segments.words, work);
     if constexpr (C::kMulticast > 1) {
       work.tile.row += static_cast<int32_t>(ptx::cluster_rank()) * C::kM;
       work.tile.end = min(work.tile.end, work.tile.row + C::kM);
@@ -199,7 +209,7 @@ struct TileState : Ranges, Slice {
     one_segment = false;
     this->set_gap({0, 0}, C::kN);
     if (!segments.keys) return;
-    if constexpr (C::Score::reads(Operand::kRanges)) {  // which packed sequences have, too
+    if constexpr (C::kGap) {  // packed sequences may have ranges, too
       if (work.tile.index == kNoSequence) return;
       const int64_t slot = slot_of_tile<Over::kQueries>(p, work, C::kM);
       reload_shared();
@@ -317,7 +327,7 @@ struct TileState : Ranges, Slice {
   template <class C>
   __device__ __forceinline__ Interval keys_of_part(const Problem& p, const TileSegments& segments,
                                                    int32_t row) const {
-    if constexpr (C::Score::reads(Operand::kRanges))
+    if constexpr (C::kGap)
       return seen_of_slot(p, segments.part_keys, slot_of_rows(p, kSegmentPart) + row / kSegmentPart).any;
     const auto parts = static_cast<int32_t>(ceil_div(p.q_rows, kSegmentPart));
     return segments.part_keys[(work.leading * p.batch + work.batch_row) * parts + row / kSegmentPart];

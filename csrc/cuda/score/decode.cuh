@@ -31,7 +31,7 @@ struct DecodeScore : ScoreVariant<S> {
   __device__ __forceinline__ void apply(S& s, const Tile& tile) const {
     const float scale = tile.scale(), c = tile.softcap();
     if (kOptions && c > 0) {
-      cap(s, c, scale, false, NoGradient{});
+      cap(s, c, scale, NoGradient{});
     } else {
       for_each(s, [&](float& x, int, int, int) { x *= scale * kLog2e; });
     }

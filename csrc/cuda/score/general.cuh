@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "core/band.h"
 #include "core/score.h"
@@ -21,15 +22,16 @@
 
 namespace jax_flash {
 
-// Any options except dropout. Operands are read only where row and key are in use. kBlocks: also block masks.
-template <class S, bool kBlocks = true>
+// Any options except dropout. Operands are read only where row and key are in use. kHidesAll: also hides what
+// ranges, blocks and masks hide. Variants of sm_90a, which take no blocks, do that with bits.
+template <class S, bool kHidesAll = true>
 struct GeneralScore : ScoreVariant<S> {
   static constexpr bool kGeneral = true, kPositional = true, kScalesGradient = true;
   // A lane of a transposed S has no adjacent keys, so it would read bias and mask element by element.
   // Instead, the tile may stage them: Tile::apply_tiles().
   static constexpr bool kBiasAndMask = !S::kTransposed;
   static constexpr bool reads(Operand operand) {
-    return operand != Operand::kDropout && (kBlocks || operand != Operand::kBlockMask) &&
+    return operand != Operand::kDropout && (kHidesAll || operand != Operand::kBlockMask) &&
            (kBiasAndMask || (operand != Operand::kBias && operand != Operand::kMask));
   }
   template <class T, class M = float>
@@ -95,7 +97,7 @@ struct GeneralScore : ScoreVariant<S> {
     const int32_t row = tile.row();
     const bool first = spec.bias_first;
     if (spec.softcap > 0 && !first) {
-      cap(s, spec.softcap, spec.scale, coarse_tanh(tile.p), differentiate);
+      cap(s, tile, differentiate);
     } else {
       const float scale = first ? spec.scale : spec.scale * kLog2e;
       for_each(s, [&](float& x, int, int, int) { x *= scale; });
@@ -106,6 +108,19 @@ struct GeneralScore : ScoreVariant<S> {
   }
 
  private:
+  // S ← log2(e) · softcap(scale · S), and calls differentiate() as score() does.
+  template <class Scores, class Tile, class F>
+  __device__ __forceinline__ static void cap(Scores& s, const Tile& tile, F differentiate) {
+    const AttentionSpec& spec = tile.p.spec;
+    if (!coarse_tanh(tile.p)) {
+      jax_flash::cap(s, spec.softcap, spec.scale, differentiate);
+    } else if constexpr (std::is_same_v<F, NoGradient>) {
+      Softcap(spec).apply(s, 0, tile.band(), [&tile] { return tile.row(); }, tile.key);
+    } else {
+      Softcap(spec).differentiate(s, differentiate);
+    }
+  }
+
   __device__ __forceinline__ static float unit(const AttentionSpec& spec) {
     return kLog2e * (spec.softcap > 0 ? spec.softcap : spec.scale > 0 ? spec.scale : 1.0f);
   }
@@ -152,8 +167,9 @@ struct GeneralScore : ScoreVariant<S> {
     if (p.q_segment_ids && in_segment == InSegment::kSome)
       hide_other_segments(s, operands, band, row, tile.key);
     if (in_segment == InSegment::kNone) for_each(s, [](float& x, int, int, int) { x = -INFINITY; });
+    if constexpr (!kHidesAll) return;
     if (p.ranges) hide_outside_ranges(s, operands.row_ranges(p), band, row, tile.key);
-    if (kBlocks && p.block_mask) hide_outside_blocks(s, operands.block_mask(p), band, row, tile.key);
+    if (p.block_mask) hide_outside_blocks(s, operands.block_mask(p), band, row, tile.key);
     if (!kStaged && kBiasAndMask && p.mask && !mask_shows_all(tile, row)) {
       for_each_used<uint8_t>(s, operands.mask, p.mask, band, row, tile.key,
                              [](float& x, uint8_t seen) { hide_unless(x, seen); });

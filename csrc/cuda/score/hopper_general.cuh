@@ -1,18 +1,84 @@
 // The sm_90a variants of the general score, without and with dropout.
 #pragma once
 
-#include "cuda/mask.cuh"
+#include <cstdint>
+
+#include "core/visible/row_blocks.h"
 #include "cuda/score/dropout.cuh"
 #include "cuda/score/general.cuh"
+#include "cuda/score/lane_bits.cuh"
+#include "cuda/score/ranges.cuh"
 #include "cuda/score/segment_ranges.cuh"
 
 namespace jax_flash {
 
-// Any options except dropout. While the tensor cores compute S, this finds out whether all keys of the tile,
-// or none, belong to the rows' own segment.
+// What ranges, and in the forward a boolean mask, show of a tile, in bits. They are found while the tensor
+// cores compute S, because they come from global memory.
+template <class S, bool kTransposed = S::kTransposed>
+struct ShownElements {
+  uint32_t bits[S::kSlots];  // by slot, a bit for each of the lane's elements, in their order
+
+  template <class Tile>
+  __device__ __forceinline__ void find(const Tile& tile, int32_t key) {
+#pragma unroll
+    for (uint32_t& own : bits) own = ~0u;
+    if constexpr (requires { tile.mask_word(key); })
+      if (tile.p.mask) take_words(tile, key);
+    if (tile.p.ranges) limit_to_ranges(tile, key);
+  }
+  template <class Scores>
+  __device__ __forceinline__ void hide(Scores& s) const {
+    hide_unless_seen(s, bits);
+  }
+
+ private:
+  // The mask's words (MaskWords) of the tile's keys, which lie in one or two of the mask's tiles.
+  template <class Tile>
+  __device__ __forceinline__ void take_words(const Tile& tile, int32_t key) {
+    static_assert(S::kSlots == 2 && (S::kColumns % kRowBlock == 0 || S::kColumns <= kRowBlock + 48));
+    const int32_t next = (key / kRowBlock + 1) * kRowBlock, before = key % kRowBlock / 4;
+    const uint32_t low = tile.mask_word(key), high = next < tile.p.k_rows ? tile.mask_word(next) : 0;
+    bits[0] = __byte_perm(low, high, 0x5410) >> before;
+    bits[1] = __byte_perm(low, high, 0x7632) >> before;
+  }
+  template <class Tile>
+  __device__ __forceinline__ void limit_to_ranges(const Tile& tile, int32_t key) {
+    const RowRanges ranges = tile.operands().row_ranges(tile.p);
+    LimitsOfRow limits[S::kSlots];
+#pragma unroll
+    for (int slot = 0; slot < S::kSlots; ++slot)  // limits of rows past the sequence must not be read
+      limits[slot].load(ranges, min(tile.row() + S::row(slot), tile.band().q_len - 1));
+    const auto bits_of = [&](const int2& range) {
+      return bits_of_columns(columns_from(key + S::column(0), {range.x, range.y}));
+    };
+#pragma unroll
+    for (int slot = 0; slot < S::kSlots; ++slot) {
+      uint32_t seen = bits_of(limits[slot].first);
+      if (ranges.two) seen |= bits_of(limits[slot].second);
+      bits[slot] &= seen;
+    }
+  }
+};
+
+template <class S>
+struct ShownElements<S, true> {
+  SeenByLanes<S> seen;
+
+  template <class Tile>
+  __device__ __forceinline__ void find(const Tile& tile, int32_t key) {
+    const RowRanges ranges = tile.operands().row_ranges(tile.p);
+    const Band& band = tile.band();
+    seen.find(tile.row(), key, [&](int32_t i) { return seen_in_ranges<S>(ranges, band, i, key); });
+  }
+  __device__ __forceinline__ void hide(S& s) const { hide_unseen_transposed(s, seen); }
+};
+
+// Any options except dropout. While the tensor cores compute S, this also finds out whether all keys of the
+// tile, or none, belong to the rows' own segment.
 template <class S>
 struct HopperGeneralScore : GeneralScore<S, false> {
   InSegment in_segment;
+  ShownElements<S> shown;
 
   template <class Softmax>
   __device__ __forceinline__ static float start(const Problem&) {
@@ -21,20 +87,22 @@ struct HopperGeneralScore : GeneralScore<S, false> {
   template <bool kScalarDropout, class Tile>
   __device__ __forceinline__ void prefetch(const Tile& tile, int32_t key) {
     in_segment = jax_flash::in_segment<S>(tile.p, tile.operands(), tile.band(), tile.row(), key);
+    if (leaves_gaps(tile.p)) shown.find(tile, key);
   }
   template <class Scores, class Tile, class Softmax>
   __device__ __forceinline__ void apply(Scores& s, const Tile& tile, const Softmax&) {
-    if (tile.p.spec.softcap > 0 && !all_seen(s, tile.band(), tile.row(), tile.key))
-      clear_unseen(s, tile.band(), tile.row(), tile.key);
     this->score(s, tile, in_segment, NoGradient{});
+    if (leaves_gaps(tile.p)) shown.hide(s);
   }
   template <class Tile>
   __device__ __forceinline__ void prefetch_gradient(const Tile& tile) {
     in_segment = in_segment_of<S>(tile);
+    if (tile.p.ranges) shown.find(tile, tile.key);
   }
   template <GradientOf kOf, class Tile>
   __device__ __forceinline__ void differentiate(S& s, S& dp, const Tile& tile) {
     this->template differentiate_in<kOf>(s, dp, tile, in_segment);
+    if (tile.p.ranges) shown.hide(s);
   }
 };
 

@@ -43,31 +43,15 @@ struct RangesScore : ScoreVariant<S> {
   // The same for a tile in which all rows see all keys.
   __device__ __forceinline__ void see_all() {
 #pragma unroll
-    for (uint32_t& own : seen) own = kAll;
+    for (uint32_t& own : seen) own = kAllElements<S>;
   }
 
-  // S ← −inf outside of the band and the ranges. Unused rows may keep any score. The vote tells the compiler
-  // that the branch is uniform.
+  // S ← −inf outside of the band and the ranges. Unused rows may keep any score.
   template <class Scores>
   __device__ __forceinline__ void hide(Scores& s) const {
-    bool all = true;
-#pragma unroll
-    for (uint32_t own : seen) all &= (own & kAll) == kAll;
-    if (__all_sync(~0u, all)) return;
-#pragma unroll
-    for (int slot = 0; slot < Scores::kSlots; ++slot) {
-#pragma unroll
-      for (int n = 0; n < Scores::kColumnTiles; ++n) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-          if (!(seen[slot] >> (2 * n + e) & 1)) s.at(slot, n, e) = -INFINITY;
-      }
-    }
+    // In a part of the tile, the bits of its keys decide.
+    hide_unless_seen(s, seen);
   }
-
- private:
-  // The bits of all elements.
-  static constexpr uint32_t kAll = ~0u >> (32 - 2 * S::kColumnTiles);
 };
 
 }  // namespace jax_flash

@@ -2,6 +2,7 @@
 // of eight columns.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "core/band.h"
@@ -24,6 +25,30 @@ __device__ __forceinline__ uint32_t elements_before(int32_t column) {
 // The bits of the lane's elements in an interval of columns.
 __device__ __forceinline__ uint32_t bits_of_columns(const Interval& of) {
   return ptx::shift_left(~0u, elements_before(of.lo)) & ~ptx::shift_left(~0u, elements_before(of.hi));
+}
+
+// The bits of all elements of a row of S.
+template <class S>
+inline constexpr uint32_t kAllElements = ~0u >> (32 - 2 * S::kColumnTiles);
+
+// S ← −inf where a bit is 0; `seen` has a word for each slot. The vote tells the compiler that the branch is
+// uniform.
+template <class S, int kSlots>
+__device__ __forceinline__ void hide_unless_seen(S& s, const uint32_t (&seen)[kSlots]) {
+  static_assert(S::kSlots == kSlots && S::kColumnTiles <= 16);
+  bool all = true;
+#pragma unroll
+  for (uint32_t own : seen) all &= (own & kAllElements<S>) == kAllElements<S>;
+  if (__all_sync(~0u, all)) return;
+#pragma unroll
+  for (int slot = 0; slot < kSlots; ++slot) {
+#pragma unroll
+    for (int n = 0; n < S::kColumnTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (!(seen[slot] >> (2 * n + e) & 1)) s.at(slot, n, e) = -INFINITY;
+    }
+  }
 }
 
 }  // namespace jax_flash

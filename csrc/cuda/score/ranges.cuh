@@ -63,27 +63,37 @@ struct LimitsOfRow {
   }
 };
 
-// hide_unseen() for a transposed S, with seen(i) for row i. A lane has too many rows to read all of their
-// ranges, so the lanes divide the rows: each computes, as bits, which of the warp's few keys its rows see.
-template <class S, class Seen>
-__device__ __forceinline__ void hide_unseen_transposed(S& s, int32_t row, int32_t key, Seen seen_by_row) {
+// Which of a warp's few keys its rows see, for a transposed S. A lane has too many rows to read all of their
+// ranges, so the lanes divide the rows: word i of a lane has the bits of row 32 i + its number.
+template <class S>
+struct SeenByLanes {
+  static constexpr int kWords = (S::kRows + 31) / 32;
+  uint32_t bits[kWords];
+
+  // seen(i): the keys that row i sees.
+  template <class Seen>
+  __device__ __forceinline__ void find(int32_t row, int32_t key, Seen seen) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const SeenKeys own = seen(row + 32 * i + ptx::thread_index() % 32);
+      bits[i] = bits_of_keys(own.hull, key) & ~bits_of_keys(own.hole, key);
+    }
+  }
+};
+
+// hide_unseen() for a transposed S.
+template <class S>
+__device__ __forceinline__ void hide_unseen_transposed(S& s, const SeenByLanes<S>& of_row) {
   constexpr uint32_t kAll = (1u << S::kColumns) - 1;
-  const int32_t lane = ptx::thread_index() % 32;
-  uint32_t of_row[(S::kRows + 31) / 32];
   bool all = true;
 #pragma unroll
-  for (int i = 0; i < S::kRows; i += 32) {
-    const int32_t r = row + i + lane;
-    uint32_t& bits = of_row[i / 32];
-    const SeenKeys own = seen_by_row(r);
-    bits = bits_of_keys(own.hull, key) & ~bits_of_keys(own.hole, key);
-    all &= bits == kAll;
-  }
+  for (uint32_t own : of_row.bits) all &= own == kAll;
   if (__all_sync(~0u, all)) return;
+  const int32_t lane = ptx::thread_index() % 32;
 #pragma unroll
   for (int slot = 0; slot < S::kSlots; ++slot) {
     const int i = S::row_step(slot);
-    const uint32_t seen = __shfl_sync(~0u, of_row[i / 32], i % 32 + lane % 4 * 2) >> S::column(0);
+    const uint32_t seen = __shfl_sync(~0u, of_row.bits[i / 32], i % 32 + lane % 4 * 2) >> S::column(0);
 #pragma unroll
     for (int n = 0; n < S::kColumnTiles; ++n) {
 #pragma unroll
@@ -93,16 +103,23 @@ __device__ __forceinline__ void hide_unseen_transposed(S& s, int32_t row, int32_
   }
 }
 
+// The keys of S, which begin at `key`, that the ranges of row i hold; all of them if the row is not in use.
+template <class S>
+__device__ __forceinline__ SeenKeys seen_in_ranges(const RowRanges& ranges, const Band& band, int32_t i,
+                                                   int32_t key) {
+  const Interval keys{key, key + S::kColumns};
+  return i < band.q_len ? ranges.seen(0, i, keys) : SeenKeys{keys, {0, 0}};
+}
+
 // S [rows from `row`, keys from `key`] ← −inf where the ranges of a row in use do not hold the key.
 template <class S>
 __device__ __forceinline__ void hide_outside_ranges(S& s, const RowRanges& ranges, const Band& band,
                                                     int32_t row, int32_t key) {
-  const auto seen = [&](int32_t i) {
-    const Interval keys{key, key + S::kColumns};
-    return i < band.q_len ? ranges.seen(0, i, keys) : SeenKeys{keys, {0, 0}};
-  };
+  const auto seen = [&](int32_t i) { return seen_in_ranges<S>(ranges, band, i, key); };
   if constexpr (S::kTransposed && S::kColumns < 32) {
-    hide_unseen_transposed(s, row, key, [&](int32_t i) { return seen(i); });
+    SeenByLanes<S> of_row;
+    of_row.find(row, key, seen);
+    hide_unseen_transposed(s, of_row);
   } else {
     hide_unseen(s, key, [&](int slot) { return seen(row + S::row(slot)); });
   }

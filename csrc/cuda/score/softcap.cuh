@@ -70,12 +70,13 @@ struct NoGradient {
   __device__ __forceinline__ void operator()(float, int, int, int) const {}
 };
 
-// S ← log2(e) · c · tanh(scale · S / c), and calls g(1 − tanh², slot, n, e), with the derivative, for every
-// element.
+// S ← log2(e) · c · tanh(scale · S / c) with tanh_relative(), and calls g(1 − tanh², slot, n, e), with the
+// derivative, for every element.
 template <class S, class G>
-__device__ __forceinline__ void cap(S& s, float c, float scale, bool coarse, G g) {
+__device__ __forceinline__ void cap(S& s, float c, float scale, G g) {
   const float inner = scale / c, outer = c * kLog2e;
-  for_each_tanh(s, inner, coarse, [&](float& x, float t, int slot, int n, int e) {
+  for_each(s, [&](float& x, int slot, int n, int e) {
+    const float t = tanh_relative(x * inner);
     g(1.0f - t * t, slot, n, e);
     x = outer * t;
   });
