@@ -143,10 +143,11 @@ def test_each_mask_beside_an_option(d, name, kernel):
     check(case, pictures(case.sq, case.sk)[name][None, None], kernel, deterministic=at % 3 == 1)
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("whole", ["b h rows keys", "b keys", "h rows", "rows keys", "b h keys", "h", ""])
-def test_a_mask_broadcasts_over_any_dimension(whole, kernel):
+def test_a_mask_broadcasts_over_any_dimension(whole, softcap, kernel):
     d = 128 if 128 in HEAD_DIMS else 64
-    case = CASES[len(whole) % 4].replace(d=d, dv=d, dtype="bfloat16")
+    case = CASES[len(whole) % 4].replace(d=d, dv=d, dtype="bfloat16", softcap=softcap)
     sizes = {"b": case.b, "h": case.hq, "rows": case.sq, "keys": case.sk}
     shape = tuple(size if name in whole.split() else 1 for name, size in sizes.items())
     mask = np.random.default_rng(len(whole)).random(shape) < 0.6

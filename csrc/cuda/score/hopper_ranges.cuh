@@ -49,7 +49,6 @@ struct RangesScore : ScoreVariant<S> {
   // S ← −inf outside of the band and the ranges. Unused rows may keep any score.
   template <class Scores>
   __device__ __forceinline__ void hide(Scores& s) const {
-    // In a part of the tile, the bits of its keys decide.
     hide_unless_seen(s, seen);
   }
 };
