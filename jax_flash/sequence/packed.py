@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ..offsets import starts_of
+from ..offsets import owners, starts_of
 from ..operands import FORWARD, OPTIONAL, WINDOW, Pass
 from ..spec import AttentionSpec, Ring
 from . import passes
@@ -73,6 +73,5 @@ def _documents(offsets: Array, tokens: int, ring: Ring, of: str) -> tuple[Array,
     first = lax.axis_index(ring.axes) * tokens if shards > 1 else 0
     position = first + jnp.arange(tokens, dtype=jnp.int32)
     starts = starts_of(offsets, tokens * shards)
-    # 0: before the first sequence.
-    document = jnp.searchsorted(starts, position, side="right").astype(jnp.int32)
+    document = owners(starts, position) + 1  # 0: before the first sequence
     return document, (document > 0) & (document < starts.shape[0]), position - starts[document - 1]

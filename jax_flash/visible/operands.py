@@ -230,7 +230,7 @@ def _varlen_rows(operands: Operands) -> Rows:
     if "kv_lengths" in operands:
         keys = jnp.clip(operands["kv_lengths"], 0, keys)
     token = jnp.arange(tokens, dtype=jnp.int32)
-    owner = offsets.owners(starts, tokens)
+    owner = offsets.owners(starts, token)
     place = token - starts[owner]
     used = (owner >= 0) & (place < jnp.pad(keys, (0, 1))[owner])
     rows = _packed_rows(operands, keys)
