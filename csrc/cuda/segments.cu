@@ -115,16 +115,15 @@ struct ShownByMask {
   template <Over over>
   __device__ static ShownByMask find(uint8_t* flags, const MaskTiles& tiles, int32_t heads,
                                      const Interval& own, const Interval& others) {
-    const Interval of_tile = tiles_of(own, kRowBlock), all = tiles_of(others, kRowBlock);
+    const Interval all = tiles_of(others, kRowBlock);
     const int32_t tiles_of_flag = all.size() / kFlags + 1;
     for (int32_t i = static_cast<int32_t>(threadIdx.x); i * tiles_of_flag < all.size(); i += kThreads) {
-      const int32_t begin = all.lo + i * tiles_of_flag, end = min(begin + tiles_of_flag, all.hi);
+      const int32_t first = all.lo + i * tiles_of_flag, end = min(first + tiles_of_flag, all.hi);
+      const Interval part{first * kRowBlock, end * kRowBlock};
       bool shown = false;
-      for (int32_t h = 0; h < heads; ++h)
-        for (int32_t a = of_tile.lo; a < of_tile.hi; ++a)
-          for (int32_t b = begin; b < end && !shown; ++b)
-            shown = tiles.seen_of_tile(h, over == Over::kQueries ? a : b, over == Over::kQueries ? b : a) !=
-                    SeenPiece::kNone;
+      for (int32_t h = 0; h < heads && !shown; ++h)
+        shown = (over == Over::kQueries ? tiles.seen_of(h, own, part) : tiles.seen_of(h, part, own)) !=
+                SeenPiece::kNone;
       flags[i] = shown;
     }
     __syncthreads();

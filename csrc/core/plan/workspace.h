@@ -242,7 +242,8 @@ inline void plan_bias_tiles(const KernelRow& row, const Call& call, Workspace& w
 }
 
 // Adds the workspace for the visible intervals that segments, ranges and a boolean mask give the tiles of a
-// grid over `rows` rows, and parts of tiles if `parts`. A mask does so if the plan classifies its tiles.
+// grid over `rows` rows, and parts of tiles if `parts`. A mask does so where the grid has its classified
+// tiles.
 inline void add_segments(const Call& call, int64_t rows, TileGrid& grid, Workspace& workspace,
                          bool parts = false) {
   if (!trims_tiles(call.spec) || grid.blocks == 0) return;

@@ -167,12 +167,13 @@ struct GeneralScore : ScoreVariant<S> {
     if (p.q_segment_ids && in_segment == InSegment::kSome)
       hide_other_segments(s, operands, band, row, tile.key);
     if (in_segment == InSegment::kNone) for_each(s, [](float& x, int, int, int) { x = -INFINITY; });
-    if constexpr (!kHidesAll) return;
-    if (p.ranges) hide_outside_ranges(s, operands.row_ranges(p), band, row, tile.key);
-    if (p.block_mask) hide_outside_blocks(s, operands.block_mask(p), band, row, tile.key);
-    if (!kStaged && kBiasAndMask && p.mask && !mask_shows_all(tile, row)) {
-      for_each_used<uint8_t>(s, operands.mask, p.mask, band, row, tile.key,
-                             [](float& x, uint8_t seen) { hide_unless(x, seen); });
+    if constexpr (kHidesAll) {
+      if (p.ranges) hide_outside_ranges(s, operands.row_ranges(p), band, row, tile.key);
+      if (p.block_mask) hide_outside_blocks(s, operands.block_mask(p), band, row, tile.key);
+      if (!kStaged && kBiasAndMask && p.mask && !mask_shows_all(tile, row)) {
+        for_each_used<uint8_t>(s, operands.mask, p.mask, band, row, tile.key,
+                               [](float& x, uint8_t seen) { hide_unless(x, seen); });
+      }
     }
   }
 };

@@ -45,9 +45,7 @@ struct ShownElements {
   __device__ __forceinline__ void limit_to_ranges(const Tile& tile, int32_t key) {
     const RowRanges ranges = tile.operands().row_ranges(tile.p);
     LimitsOfRow limits[S::kSlots];
-#pragma unroll
-    for (int slot = 0; slot < S::kSlots; ++slot)  // limits of rows past the sequence must not be read
-      limits[slot].load(ranges, min(tile.row() + S::row(slot), tile.band().q_len - 1));
+    load_limits<S>(limits, tile, ranges);
     const auto bits_of = [&](const int2& range) {
       return bits_of_columns(columns_from(key + S::column(0), {range.x, range.y}));
     };

@@ -25,9 +25,7 @@ struct RangesScore : ScoreVariant<S> {
     static_assert(2 * S::kColumnTiles <= 32 && S::kColumns == 8 * S::kColumnTiles);
     const RowRanges ranges = tile.operands().row_ranges(tile.p);
     LimitsOfRow limits[S::kSlots];
-#pragma unroll
-    for (int slot = 0; slot < S::kSlots; ++slot)  // limits of rows past the sequence must not be read
-      limits[slot].load(ranges, min(tile.row() + S::row(slot), tile.band().q_len - 1));
+    load_limits<S>(limits, tile, ranges);
     const int32_t first = key + S::column(0), in_sequence = first + tile.keys_before();
 #pragma unroll
     for (int slot = 0; slot < S::kSlots; ++slot) {

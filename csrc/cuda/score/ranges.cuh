@@ -63,6 +63,15 @@ struct LimitsOfRow {
   }
 };
 
+// Loads the limits of the lane's rows, by slot. Limits of rows past the sequence must not be read.
+template <class S, class Tile>
+__device__ __forceinline__ void load_limits(LimitsOfRow (&limits)[S::kSlots], const Tile& tile,
+                                            const RowRanges& ranges) {
+#pragma unroll
+  for (int slot = 0; slot < S::kSlots; ++slot)
+    limits[slot].load(ranges, min(tile.row() + S::row(slot), tile.band().q_len - 1));
+}
+
 // Which of a warp's few keys its rows see, for a transposed S. A lane has too many rows to read all of their
 // ranges, so the lanes divide the rows: word i of a lane has the bits of row 32 i + its number.
 template <class S>
