@@ -355,7 +355,7 @@ def test_hopper_copies_pages_by_groups_of_eight_rows():
         arch(page_size=8, **pages) == arch(page_size=48, **pages) == arch(page_size=1024, **pages) == "sm90"
     )
     assert arch(page_size=4, **pages) == arch(page_size=12, **pages) == "sm80"
-    assert arch(page_size=16, float8=True, **pages) == "sm80"
+    assert arch(page_size=16, float8=True, **pages) == "sm90"
 
 
 def test_three_consumers_have_registers_for_one_option_of_the_score():

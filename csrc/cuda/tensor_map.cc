@@ -59,7 +59,6 @@ bool heads_first(const Problem& p, const View& view) {
 }  // namespace
 
 cudaError_t make_tensor_map(CUtensorMap& map, const Problem& p, const View& view, const MapShape& shape) {
-  const int32_t element_bytes = shape.floats ? 4 : 2;
   const int64_t strides[] = {view.head, view.row, view.batch, view.leading[0]};
   const int64_t sizes[] = {shape.heads, shape.rows, shape.batch, p.leading.count()};
   Layout5 layout{{static_cast<cuuint64_t>(shape.columns)},
@@ -69,16 +68,18 @@ cudaError_t make_tensor_map(CUtensorMap& map, const Problem& p, const View& view
   for (cuuint32_t i = 0; i + 1 < kRank; ++i) {
     const bool used = strides[i] != 0 && sizes[i] > 1;
     layout.dims[i + 1] = used ? static_cast<cuuint64_t>(sizes[i]) : 1;
-    layout.bytes[i] = used ? static_cast<cuuint64_t>(strides[i] * element_bytes) : kUnusedStride;
+    layout.bytes[i] = used ? static_cast<cuuint64_t>(strides[i] * shape.element_bytes) : kUnusedStride;
   }
-  const int32_t panel = shape.box_columns * element_bytes;
+  const int32_t panel = shape.box_columns * shape.element_bytes;
   const auto swizzle = panel == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
                        : panel == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
                                      : CU_TENSOR_MAP_SWIZZLE_32B;
   // An operand without rows may have no memory. Nothing of it is copied, but the map needs a valid address.
   const bool empty = shape.rows == 0 || shape.heads == 0 || shape.batch == 0;
   void* data = empty ? p.query.data : view.data;
-  const auto type = shape.floats ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : half_type(p);
+  const auto type = shape.element_bytes == 4   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                    : shape.element_bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                                               : half_type(p);
   return encode(map, data, layout, type, swizzle);
 }
 

@@ -8,13 +8,13 @@
 
 namespace jax_flash {
 
-// An operand [leading, batch, row, head, column] of 16-bit or float32 elements. A box is [box_rows,
+// An operand [leading, batch, row, head, column] of 16-bit elements, float32 or bytes. A box is [box_rows,
 // box_heads, box_columns], one panel of a SharedTile with its swizzle.
 struct MapShape {
   int32_t columns, heads, rows, batch;
   int32_t box_columns, box_rows;
   int32_t box_heads = 1;
-  bool floats = false;
+  int32_t element_bytes = 2;
 };
 
 // Encodes the map of `view`, with the view's strides. A dimension with stride 0 gets size 1. There is at most

@@ -36,6 +36,8 @@ class Forward final : public PassTraits {
   // Tensor maps have room for one leading dimension. Over pages a TMA box is a multiple of 8 rows of a page.
   bool serves(const KernelRow& row, const Call& call) const override {
     if (call.shapes.page_size % 8) return false;
+    if (hopper::widens(row) != call.float8_pools()) return false;
+    if (call.float8_pools() && !call.float8_chunks_are_whole()) return false;
     if (call.device.sm_count < hopper::sharers(row)) return false;
     if (row.block_m == kThreeConsumers && call.spec.has(Operand::kBlockMask) && !fills_three(call))
       return false;

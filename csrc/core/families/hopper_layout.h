@@ -48,17 +48,25 @@ constexpr int64_t forward_tile_bytes(const Row& r) {
   return kElementBytes * (int64_t{r.block_m} * d + int64_t{r.block_n} * r.stages * (d + dv));
 }
 
+// Tiles of float8 pages are loaded as they are stored, into stages of their own, and a warpgroup widens them
+// to the dtype of the queries.
+constexpr bool widens(const Row& r) { return r.takes(DType::kF8E4M3); }
+constexpr int32_t stored_stages(const Row& r) { return r.head_dim <= 128 ? 2 : 1; }
+constexpr int64_t stored_tile_bytes(const Row& r) {
+  return widens(r) ? int64_t{stored_stages(r)} * r.block_n * (r.head_dim + r.value_dim) : 0;
+}
+
 // Whether the plain dense kernel stores o by TMA from shared memory; only for tiles where that was measured
-// to be faster.
+// to be faster. Stored tiles leave no room for o.
 constexpr bool forward_stores_by_tma(const Row& r) {
-  return r.head_dim == 128 && r.value_dim == 128 && r.block_m == 2 * kConsumerRows;
+  return r.head_dim == 128 && r.value_dim == 128 && r.block_m == 2 * kConsumerRows && !widens(r);
 }
 constexpr int64_t forward_output_bytes(const Row& r) {
   return forward_stores_by_tma(r) ? kElementBytes * r.block_m * r.value_dim : 0;
 }
 
 constexpr int64_t forward_shared_bytes(const Row& r) {
-  return r.teams * (forward_tile_bytes(r) + forward_output_bytes(r) + kStateBytes);
+  return r.teams * (forward_tile_bytes(r) + stored_tile_bytes(r) + forward_output_bytes(r) + kStateBytes);
 }
 
 // The backward: K and V of a key tile, `stages` tiles of Q and dO with lse and delta, a few tiles of dS, and

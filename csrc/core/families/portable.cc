@@ -190,10 +190,7 @@ class Decode final : public PassTraits {
     const AttentionSpec& spec = call.spec;
     const Shapes& s = call.shapes;
     if (!decode_reads(call, row) || spec.layout == Layout::kVarlen) return false;
-    // Rows of float8 are copied 16 bytes at a time.
-    const bool whole = s.head_dim % 16 == 0 && s.value_dim % 16 == 0 && s.pool_columns % 16 == 0 &&
-                       spec.value_start % 16 == 0;
-    if (call.float8_pools() && !whole) return false;
+    if (call.float8_pools() && !call.float8_chunks_are_whole()) return false;
     const int64_t rows = call.rows_of_group(kMostRows), entries = call.entries();
     // A tile twice as large as needed wastes half of every product.
     if (row.block_m > 8 && rows <= row.block_m / 2) return false;

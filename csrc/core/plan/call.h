@@ -47,6 +47,11 @@ struct Call {
 
   Loader loader() const { return spec.paged() ? Loader::kPaged : Loader::kDense; }
   bool float8_pools() const { return shapes.kv_dtype != shapes.dtype; }
+  // Whether rows of float8 pools can be copied 16 bytes at a time.
+  bool float8_chunks_are_whole() const {
+    return shapes.head_dim % 16 == 0 && shapes.value_dim % 16 == 0 && shapes.pool_columns % 16 == 0 &&
+           spec.value_start % 16 == 0;
+  }
   // The batch entries, or sequences, of all leading entries.
   int64_t entries() const { return shapes.leading * shapes.batch; }
   // Arrays of query rows that tiles divide: batch entries, or batches of packed sequences.

@@ -15,6 +15,7 @@
 //
 //   warp 2, where the score has an input of its own: its warp (segments)
 //   the warp after these, where o is stored by TMA: the store warp, from shared memory
+//   the warpgroup after the consumers, over float8 pages: widens K and V (hopper_widen.cuh)
 //
 // If two CTAs of a cluster share a query tile, one consumer of each computes P of its rows and sends it to
 // the consumer of the other CTA with the same rows. Each CTA has its columns of V and o
@@ -52,7 +53,7 @@
 namespace jax_flash {
 
 // A row of csrc/kernels.def. Warps: one producer warpgroup and M / 64 consumers for each of the Teams; with
-// one consumer a warpgroup idles, as its registers go to the others. Each team works on query tiles of its
+// one consumer a warpgroup idles, as its registers go to the others; over float8 pages another one widens. Each team works on query tiles of its
 // own, so that one team's prologue and epilogue overlap another's loop. With Multicast > 1, a cluster has
 // that many CTAs, each with a query tile of its own, and K and V are multicast to all. If CTAs share a query
 // tile (Design::kClusterColumns), each has its own columns of V and O, and computes P of half of the rows.
@@ -77,6 +78,7 @@ struct ForwardSm90 {
                        kLoadedParts = kSharedValues ? kKeyParts / 2 : kKeyParts,
                        kKeyCluster =
                            kSharers > 1 && !kInPages<KeyLoader> && !kSharedValues ? kCluster : kMulticast;
+  static constexpr bool kWidens = kFloat8Pages<KeyLoader>;
   static constexpr int kThreads = R.warps * 32;
   static constexpr int kKeyStages = kSharers > 1 ? kLoadedParts : kStages,
                        kValueStages = kSharedValues ? kStages + 1 : kStages;
@@ -113,7 +115,8 @@ struct ForwardSm90 {
   // Q stays in registers, so that it is read from shared memory once per query tile instead of once per key
   // tile. At d80 to d128 this gains 1 to 2 %; other tiles have too few registers.
   static constexpr bool kQueryInRegisters = (kPlainLoop || Kind == ScoreKind::kSegments) && kHeadDim > 64 &&
-                                            kHeadDim <= 128 && kAllConsumers <= 2 && R.block_n <= 128;
+                                            kHeadDim <= 128 && kAllConsumers <= 2 && R.block_n <= 128 &&
+                                            !kWidens;
   static constexpr int kHeadSteps = kHeadDim / 16, kKeySteps = kN / 16;
   // Multiplies only the visible tail of a consumer's last key tile, where it is no longer than this.
   static constexpr int kTailKeys =
@@ -137,8 +140,9 @@ struct ForwardSm90 {
       kPlainLoop && kCluster == 1 && kTeams == 1 && hopper::forward_stores_by_tma(R);
   using OTile = SharedTile<T, kConsumerRows, kValueDim>;
   using Output = std::conditional_t<kStoresByTma, OutputBuffer<kConsumers, OTile>, NoOutputBuffer>;
-  using Score =
+  using UnscaledScore =
       std::conditional_t<kPacksHeads, PackedHeadsScore<S>, HopperScore<Kind, S, kInPages<KeyLoader>>>;
+  using Score = std::conditional_t<kWidens, WithKeyScales<UnscaledScore>, UnscaledScore>;
   static constexpr bool kGap = kTakesGaps<Score>;  // ranges or a mask may leave a gap between key tiles
   using Softmax = typename Score::template Softmax<T>;
   using Input = typename Score::template Input<T, kN, bias_stages(kN), kConsumers>;
@@ -147,33 +151,38 @@ struct ForwardSm90 {
   // cycles of a kernel's start. With three consumers ptxas would then allocate registers differently, and the
   // loop would be 2 to 5 % slower. Calls with multicast are too long for the start to matter.
   static constexpr bool kEarlyLoad = kConsumers <= 2 && kMulticast == 1;
-  using Shared =
-      ForwardShared<T, QTile, KTile, VTile, kKeyStages, kValueStages, kConsumers, kOwners, kLoadedParts,
-                    kKeyCluster, Input, kMulticast, Output,
-                    std::conditional_t<kRanges, RangesOfTile<kConsumers>,
-                                       std::conditional_t<kListed, ListOfTile<kConsumers>, RowsOfTile<kGap>>>,
-                    std::conditional_t<kHasColumns, SliceOfTile, NoSliceOfTile>,
-                    std::conditional_t<(kCluster > 1), TileMailbox, NoMailbox>,
-                    std::conditional_t<(kSharers > 1), RowExchange<P>, NoRowExchange>>;
-  // Producers' arrivals at a tile state.
+  using RowsOfQueryTile = std::conditional_t<
+      kRanges, RangesOfTile<kConsumers>,
+      std::conditional_t<kListed, ListOfTile<kConsumers>,
+                         std::conditional_t<kWidens, ScaledRowsOfTile<kGap>, RowsOfTile<kGap>>>>;
+  using Stored =
+      std::conditional_t<kWidens, StoredTiles<kN, kHeadDim, kValueDim, hopper::stored_stages(R), kStages>,
+                         NoStoredTiles>;
+  using Shared = ForwardShared<T, QTile, KTile, VTile, kKeyStages, kValueStages, kConsumers, kOwners,
+                               kLoadedParts, kKeyCluster, Input, kMulticast, Output, RowsOfQueryTile,
+                               std::conditional_t<kHasColumns, SliceOfTile, NoSliceOfTile>,
+                               std::conditional_t<(kCluster > 1), TileMailbox, NoMailbox>,
+                               std::conditional_t<(kSharers > 1), RowExchange<P>, NoRowExchange>, Stored>;
+  // Arrivals at a tile state of all but the consumers.
   static constexpr uint32_t kStateReleases =
       Loader::kWarps * std::min<uint32_t>(Loader::kLanes, ptx::kWarpArrivals) +
-      Input::kWarps * ptx::kWarpArrivals + kStoresByTma;
+      Input::kWarps * ptx::kWarpArrivals + kStoresByTma + (kWidens ? Stored::kArrivals : 0);
   struct Maps {
     CUtensorMap query;
     [[no_unique_address]] typename Output::Map out;
     typename Loader::Maps keys;
     typename Input::Map input;
   };
-  static_assert(registers_suffice(kThreads, kAllConsumers));
-  static_assert(kM == kConsumers * kConsumerRows && kAllConsumers < R.warps / 4 && kN % 16 == 0);
+  static_assert(registers_suffice(kThreads, kAllConsumers, kWidens));
+  static_assert(kM == kConsumers * kConsumerRows && kAllConsumers + kWidens < R.warps / 4 && kN % 16 == 0);
   // With a boolean mask, both consumers have the same head, and a piece is a tile of the mask.
   static_assert(Kind != ScoreKind::kListedMask || (kConsumers == 2 && kN % kRowBlock == 0));
   static_assert(32 * (1 + Loader::kWarps + Input::kWarps + kStoresByTma) <= kTeamProducers<kTeams> &&
                 (kTeams == 1 || kCluster == 1));
   // plan() uses the shared memory of the row's plain kernel as that of all its kernels.
   static_assert(sizeof(Shared) <= hopper::forward_tile_bytes(R.with_tile(kM, kN)) + Input::kBytes +
-                                      hopper::kStateBytes + (kStoresByTma ? kConsumers * OTile::kBytes : 0));
+                                      hopper::kStateBytes + (kStoresByTma ? kConsumers * OTile::kBytes : 0) +
+                                      (kWidens ? hopper::stored_tile_bytes(R) : 0));
   static_assert(kTeams * sizeof(Shared) <= hopper::kMaxSharedBytes);
 };
 
@@ -192,7 +201,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   __syncthreads();
   if constexpr (C::kCluster > 1) ptx::sync_cluster();
   if (warpgroup == 0) {
-    ptx::give_registers<producer_registers(C::kAllConsumers)>();
+    ptx::give_registers<producer_registers(C::kAllConsumers, C::kWidens)>();
     if (thread == 0) SchedulerThread<C>{p, tiles, segments, shared}.run(team);
     if (1 <= warp && warp <= C::Loader::kWarps && thread % 32 < C::Loader::kLanes)
       LoadWarp<C>{p, maps, shared}.run();
@@ -201,8 +210,11 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     if constexpr (C::kStoresByTma)
       if (thread == 32 * (1 + C::Loader::kWarps + C::Input::kWarps)) StoreWarp<C>{p, maps, shared}.run();
   } else if (warpgroup <= C::kAllConsumers) {
-    ptx::take_registers<consumer_registers(C::kAllConsumers)>();
+    ptx::take_registers<consumer_registers(C::kAllConsumers, C::kWidens)>();
     Consumer<C>(p, shared, consumer_index<C::kConsumers>(warpgroup), team).run();
+  } else if constexpr (C::kWidens) {
+    ptx::give_registers<producer_registers(C::kAllConsumers, C::kWidens)>();
+    WideningWarpgroup<C>{p, shared}.run();
   }
   // Before this, the other CTA must not arrive at, or load into, this CTA's memory.
   if constexpr (C::kCluster > 1) {
@@ -270,7 +282,9 @@ cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace
     return launch_forward_sm90<C>(pack_heads(p), plan, workspace, stream);
   } else {
     return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
-      if constexpr (R.is_paged()) {
+      if constexpr (hopper::widens(R)) {
+        return run.template operator()<kKind, Float8PagesLoader, 1>();
+      } else if constexpr (R.is_paged()) {
         if constexpr (kKind == ScoreKind::kPlain && R.head_dim > 64 && R.head_dim <= 256) {
           const bool exact = p.head_dim == R.head_dim && p.value_dim == R.value_dim;
           if (exact && has_page_map(p, p.key, p.head_dim) && has_page_map(p, p.value, p.value_dim))

@@ -87,9 +87,10 @@ struct Consumer {
   }
 
   // The address of a tile. Descriptors of all k steps of a wide head do not fit in registers.
+  static constexpr bool kMakesDescriptors = C::kHasColumns || (C::kWidens && C::kHeadDim > 128);
   static __device__ __forceinline__ uint32_t address(const void* tile) {
     const uint32_t at = ptx::shared_address(tile);
-    return C::kHasColumns ? ptx::here(at) : at;
+    return kMakesDescriptors ? ptx::here(at) : at;
   }
 
   // S of a tile's first kKeys keys.
@@ -136,14 +137,22 @@ struct Consumer {
     if constexpr (kPartsLeft > 0) finish_scores<kPending, kPart + 1>(use);
   }
 
-  // Issues O ← O + P V  [64, dv], with the first kKeys keys of a tile.
+  // Issues O ← O + P V  [64, dv], with the first kKeys keys of a tile. ptxas allows an instruction only the
+  // registers that a thread is launched with, which with a widening warpgroup are fewer than 256 columns of O.
+  static constexpr int kValueParts = C::kWidens && VTile::kColumns > 128 ? 2 : 1;
   template <int kKeys = C::kN>
   __device__ __forceinline__ void start_values(uint32_t use) {
-    const ColumnsDescriptor<VTile> v(address(shared.value(use)));
+    constexpr int kColumns = VTile::kColumns / kValueParts;
     ptx::wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < kKeys / 16; ++step)
-      ptx::Wgmma<T, VTile::kColumns>::template multiply<false, 1>(o.x[0], weights.x[0][step], v.at(step));
+    for (int part = 0; part < kValueParts; ++part) {
+      auto& columns = reinterpret_cast<float(&)[kColumns / 8][4]>(o.x[0][part * kColumns / 8]);
+      const ColumnsDescriptor<VTile> v(address(shared.value(use)) +
+                                       VTile::panel_offset(part * kColumns / kChunk<T>));
+#pragma unroll
+      for (int step = 0; step < kKeys / 16; ++step)
+        ptx::Wgmma<T, kColumns>::template multiply<false, 1>(columns, weights.x[0][step], v.at(step));
+    }
     ptx::wgmma_commit();
   }
 

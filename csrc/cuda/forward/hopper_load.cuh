@@ -32,17 +32,21 @@ struct LoadWarp {
   __device__ __forceinline__ void load_key(const N& n, uint32_t use) {
 #pragma unroll
     for (int part = 0; part < C::kLoadedParts; ++part) {
-      const uint32_t stage = shared.key_use(use, part), from = shared.key_loader(stage);
-      shared.k_pipe.template wait_empty<C::kKeyCluster>(stage, from);
-      loader.load_key(maps.keys, ptx::shared_address(shared.key(use, part)),
-                      shared.k_pipe.full_barrier(stage), n, part, from);
+      auto& to = shared.arriving();
+      const uint32_t stage = to.key_use(use, part), from = to.key_loader(stage);
+      to.k_pipe.template wait_empty<C::kKeyCluster>(stage, from);
+      if constexpr (C::kWidens) loader.share_scales(maps.keys, to.key_scales(use));
+      loader.load_key(maps.keys, ptx::shared_address(to.key(use, part)), to.k_pipe.full_barrier(stage), n,
+                      part, from);
     }
   }
 
   template <class N>
   __device__ __forceinline__ void load_value(const N& n, uint32_t use) {
-    shared.v_pipe.template wait_empty<C::kMulticast>(use, kValueLoader);
-    loader.load_value(maps.keys, ptx::shared_address(shared.value(use)), shared.v_pipe.full_barrier(use), n);
+    auto& to = shared.arriving();
+    to.v_pipe.template wait_empty<C::kMulticast>(use, kValueLoader);
+    if constexpr (C::kWidens) loader.share_scales(maps.keys, to.value_scales(use));
+    loader.load_value(maps.keys, ptx::shared_address(to.value(use)), to.v_pipe.full_barrier(use), n);
   }
 
   __device__ __forceinline__ void load_input(const BlockWork& work, int32_t n, uint32_t use) {
@@ -92,8 +96,15 @@ struct LoadWarp {
   __device__ __forceinline__ void load(const BlockWork& work, const Interval& tiles, uint32_t tile_index) {
     const auto& tile = shared.tiles[tile_index % kTileStates];
     const auto tile_of = [&](int32_t n) { return tile.tile(n); };
+    const auto look_up = [&](int32_t n) {
+      if constexpr (C::kWidens) {
+        loader.look_up(maps.keys, n, tile_of, kKeys ? p.k_scale : p.v_scale);
+      } else {
+        loader.look_up(maps.keys, n, tile_of);
+      }
+    };
     const auto key = [&](int32_t n, uint32_t use) {
-      loader.look_up(maps.keys, n, tile_of);
+      look_up(n);
       load_key(tile.tile(n), use);
     };
     const bool used = !tiles.empty();
@@ -114,7 +125,7 @@ struct LoadWarp {
       if (kValues && n == takes_next && leads()) shared.ending_pipe.arrive(tile_index);
       if (kKeys && n > tiles.lo) key(n - 1, kv_index + 1);
       if constexpr (kValues) {
-        loader.look_up(maps.keys, n, tile_of);
+        look_up(n);
         load_value(tile.tile(n), kv_index);
         if (n > tiles.lo) load_input(work, n - 1, kv_index + 1);
       }

@@ -8,6 +8,7 @@
 #include "cuda/epilogue.cuh"
 #include "cuda/hopper/band.cuh"
 #include "cuda/hopper/roles.cuh"
+#include "cuda/load/page_scales.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/score/operands.cuh"
 #include "cuda/slices.cuh"
@@ -82,6 +83,12 @@ struct RangesOfTile : NeighbouringRows, GapOfTiles<true> {
 // Additional state of all others. kGap: whether ranges or a mask may leave a gap between the key tiles.
 template <bool kGap>
 struct RowsOfTile : NeighbouringRows, GapOfTiles<kGap>, std::conditional_t<kGap, MaskOfTile, NoMaskOfTile> {};
+
+// The same over float8 pages.
+template <bool kGap>
+struct ScaledRowsOfTile : RowsOfTile<kGap> {
+  float value_scale;  // 1 if each page has a scale
+};
 
 // Which columns of V and O a CTA works on, if not on all: those of a slice or, in a cluster whose CTAs share
 // the tile, of its rank. Slices of a query tile have consecutive numbers, because they read the same Q and K.
@@ -191,6 +198,8 @@ struct TileState : Ranges, Slice {
     lse.sinks = nullptr;
     reload_shared();
     if (p.sinks) lse.sinks = p.sinks.as<const float>() + offset(p.sinks);
+    if constexpr (requires { this->value_scale; })
+      this->value_scale = scale_of_pool(p, p.v_scale, work.leading, p.kv_head(work.head));
   }
 
  private:

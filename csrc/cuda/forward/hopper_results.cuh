@@ -48,8 +48,10 @@ __device__ __forceinline__ void finish_softmax(Consumer& warpgroup) {
     finish_softmax(warpgroup.alpha, p, warpgroup.softmax, tile.lse, PackedRows(p, p.lse), tile.work.tile,
                    warpgroup.row(), 1.0f);
   } else {
+    float factor = C::Score::kDropout ? dropout_scale(p.spec) : 1.0f;
+    if constexpr (C::kWidens) factor = tile.value_scale;
     finish_softmax(warpgroup.alpha, p, warpgroup.softmax, lse_rows(warpgroup), tile.work.tile,
-                   warpgroup.row(), C::Score::kDropout ? dropout_scale(p.spec) : 1.0f);
+                   warpgroup.row(), factor);
   }
 }
 

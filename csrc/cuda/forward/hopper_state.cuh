@@ -2,8 +2,10 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/forward/hopper_query_tile.cuh"
+#include "cuda/forward/hopper_widen.cuh"
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/roles.cuh"
 #include "cuda/hopper/tile_scheduler.cuh"
@@ -13,11 +15,12 @@ namespace jax_flash {
 // A team's shared memory. Input: what the score variant stages per key tile.
 template <class T, class QTile, class KTile, class VTile, int kKeyStages, int kValueStages, int kConsumers,
           int kOwners, int kKeyParts, int kKeyCluster, class Input, int kMulticast, class Output,
-          class Ranges, class Slice, class Mailbox, class Exchange>
+          class Ranges, class Slice, class Mailbox, class Exchange, class Stored>
 struct ForwardShared : Input::Buffer {
   alignas(1024) uint8_t q[kOwners][QTile::kBytes];
   alignas(1024) uint8_t k[kKeyStages][KTile::kBytes];
   alignas(1024) uint8_t v[kValueStages][VTile::kBytes];
+  [[no_unique_address]] Stored stored;  // K and V of float8 pages, before they are widened
   [[no_unique_address]] typename Output::Tiles o;
   [[no_unique_address]] Exchange exchange;  // of P between CTAs that share the query tile
   using Tile = TileState<T, kConsumers, Ranges, Slice>;
@@ -56,6 +59,14 @@ struct ForwardShared : Input::Buffer {
   __device__ __forceinline__ void release_value(uint32_t use) const {
     v_pipe.template release<kMulticast>(use, kValueLoader);
   }
+  // The stages that TMA loads K and V into.
+  __device__ __forceinline__ auto& arriving() {
+    if constexpr (std::is_same_v<Stored, NoStoredTiles>) {
+      return *this;
+    } else {
+      return stored;
+    }
+  }
   // The CTA that multicasts K. Parts take turns, but a stage always has the same CTA, where it is released.
   static constexpr uint32_t key_loader(uint32_t stage) {
     return kKeyParts > 1 ? stage % kKeyStages % 2 : kKeyLoader;
@@ -69,8 +80,9 @@ struct ForwardShared : Input::Buffer {
     epilogue_pipe.init(1);
     ending_pipe.init(1);
     for (auto& pipe : q_pipe) pipe.init(kConsumer);
-    k_pipe.init(kOwners * kConsumer * kKeyCluster);
-    v_pipe.init(kConsumers * kConsumer * kMulticast);
+    k_pipe.init(kOwners * kConsumer * kKeyCluster, Stored::kArrivals);
+    v_pipe.init(kConsumers * kConsumer * kMulticast, Stored::kArrivals);
+    stored.init();
     input_pipe.init(kOwners * kConsumer);
     out_pipe.init(kConsumer);
     mailbox.init();

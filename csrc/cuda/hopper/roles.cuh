@@ -17,14 +17,20 @@ inline constexpr int kWarpgroup = 128;  // threads
 using hopper::kConsumerRows;
 inline constexpr int kConsumerWarps = kWarpgroup / 32;
 
-// Registers per thread after setmaxnreg, in a CTA with `consumers` consumer warpgroups.
-constexpr int consumer_registers(int consumers) { return consumers <= 2 ? 232 : consumers == 3 ? 160 : 112; }
-constexpr int producer_registers(int consumers) { return consumers <= 2 ? 40 : 32; }
+// Registers per thread after setmaxnreg, in a CTA with `consumers` consumer warpgroups. `widens`: another
+// warpgroup, with a producer's registers, widens float8 tiles.
+constexpr int consumer_registers(int consumers, bool widens = false) {
+  return consumers <= 2 ? (widens ? 208 : 232) : consumers == 3 ? 160 : 112;
+}
+constexpr int producer_registers(int consumers, bool widens = false) {
+  return widens ? 48 : consumers <= 2 ? 40 : 32;
+}
 
 // Whether the CTA is launched with enough registers for all warpgroups; else setmaxnreg would wait forever.
-constexpr bool registers_suffice(int threads, int consumers) {
-  return kWarpgroup *
-             (producer_registers(consumers) + (threads / kWarpgroup - 1) * consumer_registers(consumers)) <=
+constexpr bool registers_suffice(int threads, int consumers, bool widens = false) {
+  const int producers = 1 + widens;
+  return kWarpgroup * (producers * producer_registers(consumers, widens) +
+                       (threads / kWarpgroup - producers) * consumer_registers(consumers, widens)) <=
          threads * (65536 / threads / 8 * 8);
 }
 

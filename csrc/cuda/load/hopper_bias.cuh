@@ -20,7 +20,7 @@ cudaError_t make_bias_map(CUtensorMap& map, const Problem& p) {
   const bool one_row = has_one_row(p);
   return make_tensor_map(map, p, p.bias,
                          {p.k_rows, p.heads, one_row ? 1 : p.q_rows, p.batch, Tile::kPanel * kChunk<Bias>,
-                          one_row ? 1 : Tile::kRows, 1, sizeof(Bias) == sizeof(float)});
+                          one_row ? 1 : Tile::kRows, 1, sizeof(Bias)});
 }
 template <class Tile>
 __device__ __forceinline__ uint32_t bias_bytes(const Problem& p) {

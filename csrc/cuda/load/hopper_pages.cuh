@@ -11,13 +11,15 @@
 
 #include "core/divisor.h"
 #include "cuda/hopper/tma.cuh"
+#include "cuda/load/page_scales.cuh"
 
 namespace jax_flash {
 
-// Keys whose page lies outside the pool are loaded from here: overlapping rows of NaN, 16 bytes apart.
-inline constexpr int kNanRows = 128, kNanStep = 8;
+// Keys whose page lies outside the pool are loaded from here: overlapping rows of NaN in every dtype, 16 bytes
+// apart.
+inline constexpr int kNanRows = 128;
 struct NanRows {
-  uint16_t x[kNanRows * kNanStep + 2 * kMaxHeadDim];
+  uint16_t x[kNanRows * kChunk<uint16_t> + 2 * kMaxHeadDim];
   constexpr NanRows() : x() {
     for (uint16_t& e : x) e = 0x7FFF;
   }
@@ -29,13 +31,15 @@ struct PageRows {
   int32_t head, slot, page, leading, column;
 };
 
-// Loads one box per panel of 64 columns, which works for every layout and head dim.
+// Loads one box per panel of a tile, which works for every layout and head dim.
 struct PanelBoxes {
   using Map = CUtensorMap;
 
+  template <class Tile>
   static cudaError_t make(Map& map, const Problem& p, const View& view, int32_t columns, int32_t rows) {
-    constexpr int kPanel = 64;
-    return make_tensor_map(map, p, view, {columns, p.kv_heads, p.page_size, p.pages, kPanel, rows});
+    constexpr int32_t kBytes = sizeof(typename Tile::Element), kPanel = Tile::kPanel * 16 / kBytes;
+    return make_tensor_map(map, p, view,
+                           {columns, p.kv_heads, p.page_size, p.pages, kPanel, rows, 1, kBytes});
   }
   template <class Tile>
   __device__ __forceinline__ static void load(uint32_t tile, int32_t first, const Map& map, uint32_t barrier,
@@ -48,6 +52,7 @@ struct PanelBoxes {
 struct WholeRowBoxes {
   using Map = PageMap;
 
+  template <class Tile>
   static cudaError_t make(Map& map, const Problem& p, const View& view, int32_t columns, int32_t rows) {
     return make_page_map(map, p, view, columns, rows);
   }
@@ -60,9 +65,10 @@ struct WholeRowBoxes {
   }
 };
 
-template <class C, class Boxes>
+template <class C, class Boxes, class KTile = typename C::KTile, class VTile = typename C::VTile>
 class PageLoader {
  public:
+  using Element = typename KTile::Element;
   static constexpr int kWarps = 2, kLanes = 32;
   static constexpr int kAtom = 8;  // rows of the swizzle's pattern, whose multiples boxes have
   static_assert(C::kN / kAtom <= kLanes && C::kN <= kNanRows && C::kTeams == 1);
@@ -72,7 +78,6 @@ class PageLoader {
     int32_t tiles;       // tiles of which a warp looks up the pages at once
     Divisor page_size, group;
   };
-  static_assert(C::KTile::kPanel == 8 && C::VTile::kPanel == 8);
   static cudaError_t make_maps(Maps& maps, const Problem& p) {
     maps.box = std::gcd(p.page_size, C::kN), maps.boxes = C::kN / maps.box;
     maps.tiles = kLanes / maps.boxes;
@@ -80,14 +85,14 @@ class PageLoader {
     Problem missing = p;  // a page of NaN
     missing.kv_heads = missing.pages = 1, missing.page_size = maps.box;
     View nan{};
-    nan.row = kNanStep, nan.batch = nan.row * maps.box;
+    nan.row = kChunk<Element>, nan.batch = nan.row * maps.box;
     cudaError_t e = cudaGetSymbolAddress(&nan.data, kNan);
-    const auto make = [&](auto& map, const Problem& problem, const View& view, int32_t columns) {
-      if (e == cudaSuccess) e = Boxes::make(map, problem, view, columns, maps.box);
+    const auto make = [&]<class Tile>(auto& map, const Problem& problem, const View& view, int32_t columns) {
+      if (e == cudaSuccess) e = Boxes::template make<Tile>(map, problem, view, columns, maps.box);
     };
-    make(maps.key, p, p.key, p.head_dim);
-    make(maps.value, p, p.value, p.value_dim);
-    make(maps.missing, missing, nan, p.head_dim);
+    make.template operator()<KTile>(maps.key, p, p.key, p.head_dim);
+    make.template operator()<VTile>(maps.value, p, p.value, p.value_dim);
+    make.template operator()<KTile>(maps.missing, missing, nan, p.head_dim);
     return e;
   }
 
@@ -127,15 +132,14 @@ class PageLoader {
   }
   __device__ __forceinline__ void load_key(const Maps& maps, uint32_t tile, uint32_t barrier, int32_t,
                                            int part, uint32_t) const {
-    load<typename C::KTile, true>(maps, tile, barrier, maps.key, p.key, part * C::KTile::kColumns);
+    load<KTile, true>(maps, tile, barrier, maps.key, p.key, part * KTile::kColumns);
   }
   __device__ __forceinline__ void load_value(const Maps& maps, uint32_t tile, uint32_t barrier,
                                              int32_t) const {
-    load<typename C::VTile, false>(maps, tile, barrier, maps.value, p.value,
-                                   C::kHasColumns ? first_column : 0);
+    load<VTile, false>(maps, tile, barrier, maps.value, p.value, C::kHasColumns ? first_column : 0);
   }
 
- private:
+ protected:
   // Looks up this lane's box of tile n. Nothing waits for its page before look_up() takes it.
   __device__ __forceinline__ void find(const Maps& maps, int32_t n) {
     const int32_t position = n * C::kN + own_box * maps.box;
@@ -184,13 +188,48 @@ struct PagedRowsLoader : PageLoader<C, WholeRowBoxes> {
   using PageLoader<C, WholeRowBoxes>::PageLoader;
 };
 
-// Whether a kernel's loader is PagedLoader or PagedRowsLoader; whether its tiles are GroupedTile.
+// Tiles of a float8 pool, as they are stored, with the scales of their pages.
+template <class C>
+class Float8PagesLoader : public PageLoader<C, PanelBoxes, typename C::Stored::KTile, typename C::Stored::VTile> {
+  using Base = PageLoader<C, PanelBoxes, typename C::Stored::KTile, typename C::Stored::VTile>;
+
+ public:
+  using typename Base::Maps;
+  using Base::Base;
+
+  // `scales`: of the pool that this warp loads.
+  template <class TileOf>
+  __device__ __forceinline__ void look_up(const Maps& maps, int32_t n, TileOf tile_of, const View& scales) {
+    const bool takes = n == this->next_first;
+    Base::look_up(maps, n, tile_of);
+    if (!takes) return;
+    scale = this->page < this->p.pages
+                ? scale_of_page(this->p, scales, this->work->leading, this->head, this->page)
+                : 1;
+  }
+  // Writes the scales of the tile's groups of 8 rows, before load_key() or load_value().
+  __device__ __forceinline__ void share_scales(const Maps& maps, float* groups) const {
+    if (!this->loads) return;
+    for (int32_t i = 0; i < maps.box / Base::kAtom; ++i) groups[this->own_box * maps.box / Base::kAtom + i] = scale;
+  }
+
+ private:
+  float scale;
+};
+
+// Whether a kernel's loader reads pages; whether they are float8; whether its tiles are GroupedTile.
 template <template <class> class Loader>
 inline constexpr bool kInPages = false;
 template <>
 inline constexpr bool kInPages<PagedLoader> = true;
 template <>
 inline constexpr bool kInPages<PagedRowsLoader> = true;
+template <>
+inline constexpr bool kInPages<Float8PagesLoader> = true;
+template <template <class> class Loader>
+inline constexpr bool kFloat8Pages = false;
+template <>
+inline constexpr bool kFloat8Pages<Float8PagesLoader> = true;
 template <template <class> class Loader>
 inline constexpr bool kGroupsRows = false;
 template <>

@@ -13,6 +13,8 @@
 #include "core/families/portable_layout.h"
 #include "core/float8.h"
 #include "core/paging.h"
+#include "cuda/load/float8_chunk.cuh"
+#include "cuda/load/page_scales.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/float8.cuh"
 #include "cuda/ptx/math.cuh"
@@ -44,30 +46,6 @@ __device__ __forceinline__ GlobalPages<Pool> pages_of(const Problem& p, const Vi
                                                       int32_t kv_head, int32_t columns) {
   const int64_t first = pool.leading_offset(p.leading, leading) + kv_head * pool.head;
   return {pool.as<const Pool>() + first, pool.batch, pool.row, columns, p.kv_dtype};
-}
-
-// The dequantisation scale of a float8 pool at one KV head; 1 if there is none, or if each page has a scale.
-__device__ __forceinline__ float scale_of_pool(const Problem& p, const View& scale, int64_t leading,
-                                               int32_t kv_head) {
-  if (!scale || scale.batch != 0) return 1;
-  return scale.as<const float>()[scale.leading_offset(p.leading, leading) + kv_head * scale.head];
-}
-
-// The scales of a float8 pool's pages at one KV head; null if all pages have the same.
-struct PageScales {
-  const float* data = nullptr;  // scale of page 0
-  int64_t page = 0;             // stride
-
-  __device__ __forceinline__ float at(int32_t page_index) const {
-    return data && page_index >= 0 ? data[page_index * page] : 1;
-  }
-};
-
-__device__ __forceinline__ PageScales page_scales_of(const Problem& p, const View& scale, int64_t leading,
-                                                     int32_t kv_head) {
-  if (!scale || scale.batch == 0) return {};
-  return {scale.as<const float>() + scale.leading_offset(p.leading, leading) + kv_head * scale.head,
-          scale.batch};
 }
 
 // The contents of keys on a missing page: these bytes are NaN in every dtype.
@@ -119,47 +97,6 @@ __device__ __forceinline__ void load_pages(uint32_t shared, const GlobalPages<ty
     return typename Share::Row{reinterpret_cast<const T*>(address) + column, is_read(address)};
   });
 }
-
-// float8 elements for a 16-byte chunk of T.
-template <class T>
-struct Float8Chunk {
-  static constexpr int kWords = kChunk<T> / 4;
-  uint32_t words[kWords];
-
-  __device__ __forceinline__ void fill(uint32_t word) {
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) words[i] = word;
-  }
-  __device__ __forceinline__ void read(const uint8_t* from) {
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const uint32_t*>(from)[i];
-  }
-  // The chunk, widened to T.
-  template <DType kFormat>
-  __device__ __forceinline__ uint4 wide() const {
-    if constexpr (sizeof(T) == 2) {
-      return {ptx::widen_float8<T, kFormat>(words[0]), ptx::widen_float8<T, kFormat>(words[0] >> 16),
-              ptx::widen_float8<T, kFormat>(words[1]), ptx::widen_float8<T, kFormat>(words[1] >> 16)};
-    } else {
-      const auto at = [&](int i) {
-        return __float_as_uint(float8_to_float<kFormat>(static_cast<uint8_t>(words[0] >> 8 * i)));
-      };
-      return {at(0), at(1), at(2), at(3)};
-    }
-  }
-  // A chunk of T times a scale, rounded to T.
-  __device__ __forceinline__ static uint4 scaled(uint4 x, float scale) {
-    const auto times = [&](uint32_t word) {
-      if constexpr (sizeof(T) == 4) {
-        return __float_as_uint(__uint_as_float(word) * scale);
-      } else {
-        const float2 two = ptx::unpack<T>(word);
-        return ptx::pack<T>(two.x * scale, two.y * scale);
-      }
-    };
-    return {times(x.x), times(x.y), times(x.z), times(x.w)};
-  }
-};
 
 // load_pages() for a float8 pool, which is widened in registers. cp.async cannot convert, so the loads of as
 // many chunks as registers allow are issued first, and their stores follow. Keys on a missing page become

@@ -26,6 +26,12 @@ __device__ __forceinline__ uint32_t load_shared(uint32_t address) {
   return x;
 }
 
+__device__ __forceinline__ uint2 load_shared_uint2(uint32_t address) {
+  uint2 x;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address) : "memory");
+  return x;
+}
+
 __device__ __forceinline__ float load_shared_float(uint32_t address) {
   return __uint_as_float(load_shared(address));
 }

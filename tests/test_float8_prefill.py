@@ -1,0 +1,124 @@
+"""Prompts over float8 pages. On Hopper a warpgroup widens their tiles, scales of K multiply S, and those of V o."""
+
+from __future__ import annotations
+
+import checks
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pages
+import pytest
+from cases import Case, varlen
+from conftest import IMPLEMENTATION
+from pages import FLOAT8, paged, require
+from plans import plan
+
+from jax_flash import masks
+
+PROMPT = Case("prompt", b=2, sq=200, sk=700, kv_lengths=(700, 331), hq=4, hk=2, causal=True)
+PACKED = varlen(
+    "packed", (150, 1, 300, 0, 20), k_sequences=(600, 290, 300, 5, 19), padding=(3, 0), hq=4, hk=2, causal=True
+)
+
+
+@pytest.mark.parametrize("pool_dtype", FLOAT8)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("d", [64, 96, 128, 256])
+def test_prompts(d, dtype, pool_dtype):
+    """Boxes of a whole tile and of parts of one; one scale for a pool and one for each page; both layouts."""
+    half = dict(d=d, dv=d, dtype=dtype)
+    pages.check(paged(PROMPT.replace(**half), 16, "hnd", pool_dtype), IMPLEMENTATION)
+    pages.check(paged(PACKED.replace(**half), 256, "nhd", pool_dtype, by_page=True), IMPLEMENTATION)
+
+
+@pytest.mark.parametrize(("size", "layout"), [(8, "nhd"), (24, "hnd"), (48, "nhd"), (64, "hnd"), (1024, "nhd")])
+def test_pages_of_every_size(size, layout):
+    """Where a page is no part of a tile, and none of a page, boxes have what divides both."""
+    for d, by_page in ((128, True), (256, True), (64, False)):
+        case = PACKED.replace(d=d, dv=d, dtype="bfloat16")
+        pages.check(paged(case, size, layout, FLOAT8[0], by_page=by_page), IMPLEMENTATION)
+
+
+OPTIONS = (
+    dict(window=(90, 0), sinks=True),
+    dict(softcap=2.0),
+    dict(alibi_slopes=(2, 4), softcap=3.0),
+    dict(scale=-0.3),
+    dict(scale=0.0),
+    dict(causal=False),
+    dict(align="top_left"),
+    dict(d=64, dv=32),
+    dict(hq=6, hk=6),
+)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("by_page", [False, True])
+def test_options(options, by_page):
+    case = PROMPT.replace(**{"d": 128, "dv": 128, "dtype": "bfloat16"} | options)
+    pages.check(paged(case, 32, "nhd", FLOAT8[0], by_page=by_page), IMPLEMENTATION)
+
+
+def test_other_scales_than_powers_of_two(implementation):
+    """Scales by head and by page are float32: those of K are not rounded, and those of V once."""
+    require(implementation)
+    call = paged(PROMPT.replace(d=128, dv=128, dtype="bfloat16"), 16, pool_dtype=FLOAT8[0])
+    rng = np.random.default_rng(3)
+    count, hk = call.pages.count, call.case.hk
+    for shape in ((hk,), (count, hk)):
+        scales = {name: jnp.asarray(rng.uniform(0.1, 1.5, shape), jnp.float32) for name in ("k_scale", "v_scale")}
+        wide = {}
+        for name, scale in (("key", "k_scale"), ("value", "v_scale")):
+            each = jnp.broadcast_to(scales[scale], (count, hk))[:, None, :, None]
+            pool = call.arrays[name].astype(jnp.float32) * each
+            wide[name] = pages.gathered(pool, call.pages.tables, call.case.sk)
+        right = oracle.references(call.case, checks.with_arrays(call.inputs, **wide), gradients=False)
+        oracle.assert_result(oracle.Result(*map(np.asarray, call.call(implementation)(scales))), *right, call.case)
+
+
+def test_return_max(implementation):
+    require(implementation)
+    call = paged(PROMPT.replace(d=128, dv=128, dtype="bfloat16"), 16, pool_dtype=FLOAT8[0], by_page=True)
+    out, lse, largest = call.call(implementation, return_max=True)({})
+    for x, y in zip((out, lse), call.call(implementation)({}), strict=True):
+        np.testing.assert_array_equal(x, y)
+    np.testing.assert_allclose(largest, call.call("xla", return_max=True)({})[2], rtol=2e-5, atol=1e-5)
+
+
+def test_masks_beside_float8(implementation):
+    require(implementation)
+    call = paged(PROMPT.replace(d=64, dv=64, dtype="bfloat16", causal=False), 16, pool_dtype=FLOAT8[0])
+    first = jnp.asarray([10, 300], jnp.int32)[:, None, None]
+    mask = masks.causal() | masks.ranges(first - 10, first + 60)
+    got, wanted = (call.call(x, mask=mask)({}) for x in (implementation, "xla"))
+    for x, y, tolerance in zip(got, wanted, (2e-2, 1e-4), strict=True):
+        np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), atol=tolerance)
+
+
+@pytest.mark.parametrize("by_page", [False, True])
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_missing_pages(implementation, d, by_page):
+    """Rows that see a key of a page outside the pool are NaN, and no others."""
+    require(implementation)
+    call = paged(PROMPT.replace(d=d, dv=d, dtype="bfloat16"), 64, pool_dtype=FLOAT8[0], by_page=by_page)
+    for page, first in ((9, 576), (10, 640)):
+        tables = call.arrays["block_tables"].at[0, page].set(call.pages.count)
+        hit = np.zeros((2, 200), bool)
+        hit[0] = np.arange(500, 700) >= first
+        pages.assert_nan_where(hit, *call.call(implementation)({"block_tables": tables}))
+
+
+def test_the_kernels():
+    call = {"paged": True, "float8": True, "page_size": 16, "q_rows": 2048, "k_rows": 8192}
+
+    def row(**options):
+        return plan(**call | options)["row"]
+
+    for d, kernel in ((64, 64), (96, 128), (128, 128), (256, 256), (192, 256)):
+        chosen = row(d=d, dv=d)
+        assert (chosen["arch"], chosen["d"], chosen["warps"]) == ("sm90", kernel, 16)
+    assert row(d=128, dv=128, softcap=3.0)["arch"] == row(d=128, dv=128, varlen=True)["arch"] == "sm90"
+    # Rows of a pool have to be copied 16 bytes at a time, and boxes have 8 rows of one page.
+    for other in (dict(d=72, dv=72), dict(page_size=12), dict(d=512, dv=512), dict(dtype="float32")):
+        assert row(**other)["arch"] == "sm80"
+    assert row(float8=False, d=128, dv=128)["warps"] == 12
