@@ -352,6 +352,7 @@ struct Consumer {
       wait_part(shared.consumer_pipe);
       if (uniform(tile->done)) return;
       softmax = typename C::Softmax(Score::template start<typename C::Softmax>(p));
+      if constexpr (C::kWidens) softmax.scale *= tile->key_scale;
       o.clear();
       Interval tiles = uniform(tile->tiles), own = uniform(tile->keys[consumer].tiles);
       if constexpr (C::Input::kSkipsUniformTiles) has_input = !uniform(tile->one_segment);

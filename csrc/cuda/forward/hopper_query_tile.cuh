@@ -87,7 +87,8 @@ struct RowsOfTile : NeighbouringRows, GapOfTiles<kGap>, std::conditional_t<kGap,
 // The same over float8 pages.
 template <bool kGap>
 struct ScaledRowsOfTile : RowsOfTile<kGap> {
-  float value_scale;  // 1 if each page has a scale
+  float key_scale, value_scale;  // 1 if each page has a scale
+  int32_t scales_keys;           // S has to be multiplied by the scales of its keys
 };
 
 // Which columns of V and O a CTA works on, if not on all: those of a slice or, in a cluster whose CTAs share
@@ -180,6 +181,11 @@ struct TileState : Ranges, Slice {
     if (!C::kListed && tile.k_begin + tile.k_len < p.k_rows)
       last_values = min(C::kN, tile.k_len - this->tile(tiles.hi - 1) * C::kN);
     reload_shared();
+    if constexpr (C::kWidens) {
+      const float scale = scale_of_pool(p, p.k_scale, work.leading, p.kv_head(work.head));
+      this->scales_keys = has_page_scales(p.k_scale) || !C::Score::kScalesInSoftmax || !(scale > 0);
+      this->key_scale = this->scales_keys ? 1 : scale;
+    }
     if constexpr (C::kKind != ScoreKind::kPlain)
       score.template prepare<typename C::Score>(reload(p), work, work.head);
   }

@@ -59,47 +59,65 @@ struct NoStoredTiles {
   __device__ __forceinline__ void init() {}
 };
 
-// S ← k_scale · S, for keys in float8 pages. Tile: ConsumerTile.
+// S ← k_scale · S, for keys in float8 pages. If a pool has one positive scale and the score has no option, the
+// softmax's scale contains it. Tile: ConsumerTile.
 template <class Score>
 struct WithKeyScales : Score {
+  static constexpr bool kScalesInSoftmax = !Score::kGeneral;
+
   template <class S, class Tile, class Softmax>
   __device__ __forceinline__ void apply(S& s, const Tile& tile, const Softmax& softmax) {
     static_assert(kScaledRows == 8);  // the keys of a column tile
-    const float* const scales = tile.key_scales();
+    if (!kScalesInSoftmax || tile.scales_keys()) {
+      const float* const scales = tile.key_scales();
 #pragma unroll
-    for (int n = 0; n < S::kColumnTiles; ++n) {
-      const float scale = scales[n];
+      for (int n = 0; n < S::kColumnTiles; ++n) {
+        const float scale = scales[n];
 #pragma unroll
-      for (int slot = 0; slot < S::kSlots; ++slot) s.at(slot, n, 0) *= scale, s.at(slot, n, 1) *= scale;
+        for (int slot = 0; slot < S::kSlots; ++slot) s.at(slot, n, 0) *= scale, s.at(slot, n, 1) *= scale;
+      }
     }
     Score::apply(s, tile, softmax);
   }
 };
 
-// Reads a float8 tile and writes it as a tile of 16-bit elements, 8 of them at a time, by a warpgroup.
-// scales: multiplies each 8 rows by one of these unless null.
-template <class From, class To, DType kFormat>
+// Reads a float8 tile and writes it as a tile of 16-bit elements, by a warpgroup: each thread takes 8 columns of every
+// kRowStep-th row. The next rows are read while the ones before are widened. kScaled: times the scales of the rows.
+template <class From, class To, DType kFormat, bool kScaled>
 __device__ __forceinline__ void widen_tile(uint32_t from, uint32_t to, const float* scales) {
-  using T = typename To::Element;
-  constexpr int kInRow = From::kColumns / 8, kPieces = From::kRows * kInRow, kSteps = kPieces / kWarpgroup;
-  constexpr int kInFlight = 4;
-  static_assert(kPieces % kWarpgroup == 0 && kSteps % kInFlight == 0);
-  const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
-#pragma unroll 1
-  for (int first = 0; first < kSteps; first += kInFlight) {
-    Float8Chunk<T> x[kInFlight];
+  using Chunk = Float8Chunk<typename To::Element>;
+  constexpr int kInRow = From::kColumns / 8, kRowStep = kWarpgroup / kInRow, kSteps = From::kRows / kRowStep;
+  constexpr int kAtOnce = 2;
+  static_assert(kWarpgroup % kInRow == 0 && kSteps % kAtOnce == 0);
+  const int thread = static_cast<int>(threadIdx.x) % kWarpgroup, row = thread / kInRow, piece = thread % kInRow;
+  // swizzle(row + r) = swizzle(row) ^ swizzle(r) for multiples r of kRowStep, and the offsets contain swizzle(row).
+  const uint32_t from_offset = From::offset(row, piece / 2) + piece % 2 * 8, to_offset = To::offset(row, piece);
+  Chunk chunks[2][kAtOnce];
+  const auto read = [&](int step, Chunk& chunk) {
+    const int r = step * kRowStep;
+    const uint2 x = ptx::load_shared_uint2(from + (from_offset ^ From::swizzle(r) << 4) + r * From::kPitch);
+    chunk.words[0] = x.x, chunk.words[1] = x.y;
+  };
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      const int at = (first + i) * kWarpgroup + thread, row = at / kInRow, piece = at % kInRow;
-      const uint2 words = ptx::load_shared_uint2(from + From::offset(row, piece / 2) + piece % 2 * 8);
-      x[i].words[0] = words.x, x[i].words[1] = words.y;
+  for (int i = 0; i < kAtOnce; ++i) read(i, chunks[0][i]);
+#pragma unroll
+  for (int step = 0; step < kSteps; step += kAtOnce) {
+    const int buffer = step / kAtOnce % 2;
+    if (step + kAtOnce < kSteps) {
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) read(step + kAtOnce + i, chunks[buffer ^ 1][i]);
     }
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      const int at = (first + i) * kWarpgroup + thread, row = at / kInRow, piece = at % kInRow;
-      uint4 wide = x[i].template wide<kFormat>();
-      if (scales) wide = Float8Chunk<T>::scaled(wide, scales[row / kScaledRows]);
-      ptx::store_shared(to + To::offset(row, piece), wide);
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int r = (step + i) * kRowStep;
+      const Chunk& chunk = chunks[buffer][i];
+      uint4 wide;
+      if constexpr (kScaled) {
+        wide = chunk.template wide<kFormat>(scales[(row + r) / kScaledRows]);
+      } else {
+        wide = chunk.template wide<kFormat>();
+      }
+      ptx::store_shared(to + (to_offset ^ To::swizzle(r) << 4) + r * To::kPitch, wide);
     }
   }
 }
@@ -117,18 +135,18 @@ struct WideningWarpgroup {
     const Stored& stored = shared.stored;
     stored.k_pipe.wait_full(use);
     shared.k_pipe.wait_empty(use);
-    widen_tile<typename Stored::KTile, typename C::KTile, kFormat>(
+    widen_tile<typename Stored::KTile, typename C::KTile, kFormat, false>(
         ptx::shared_address(stored.key(use)), ptx::shared_address(shared.key(use)), nullptr);
     hand_over(stored.k_pipe, shared.k_pipe, use);
   }
-  template <DType kFormat>
-  __device__ __forceinline__ void widen_value(uint32_t use, bool scaled) const {
+  template <DType kFormat, bool kScaled>
+  __device__ __forceinline__ void widen_value(uint32_t use) const {
     Stored& stored = shared.stored;
     stored.v_pipe.wait_full(use);
     shared.v_pipe.wait_empty(use);
-    widen_tile<typename Stored::VTile, typename C::VTile, kFormat>(
+    widen_tile<typename Stored::VTile, typename C::VTile, kFormat, kScaled>(
         ptx::shared_address(stored.value(use)), ptx::shared_address(shared.value(use)),
-        scaled ? stored.value_scales(use) : nullptr);
+        stored.value_scales(use));
     hand_over(stored.v_pipe, shared.v_pipe, use);
   }
   template <class From, class To>
@@ -138,9 +156,8 @@ struct WideningWarpgroup {
     from.release(use);
   }
 
-  template <DType kFormat>
+  template <DType kFormat, bool kScaled>
   __device__ __forceinline__ void run() {
-    const bool scaled = has_page_scales(p.v_scale);
     for (uint32_t tile_index = 0;; ++tile_index) {
       shared.state_pipe.wait_full(tile_index);
       const auto& tile = shared.tiles[tile_index % kTileStates];
@@ -149,14 +166,20 @@ struct WideningWarpgroup {
       if (!tiles.empty()) widen_key<kFormat>(kv_index);
       for (int32_t n = tiles.hi - 1; n >= tiles.lo; --n, ++kv_index) {
         if (n > tiles.lo) widen_key<kFormat>(kv_index + 1);
-        widen_value<kFormat>(kv_index, scaled);
+        widen_value<kFormat, kScaled>(kv_index);
       }
       shared.state_pipe.release(tile_index);
     }
   }
 
   __device__ __forceinline__ void run() {
-    ptx::with_format(p.kv_dtype, [&]<DType kFormat>() { run<kFormat>(); });
+    ptx::with_format(p.kv_dtype, [&]<DType kFormat>() {
+      if (has_page_scales(p.v_scale)) {
+        run<kFormat, true>();
+      } else {
+        run<kFormat, false>();
+      }
+    });
   }
 };
 

@@ -28,26 +28,35 @@ struct Float8Chunk {
   template <DType kFormat>
   __device__ __forceinline__ uint4 wide() const {
     if constexpr (sizeof(T) == 2) {
-      return {ptx::widen_float8<T, kFormat>(words[0]), ptx::widen_float8<T, kFormat>(words[0] >> 16),
-              ptx::widen_float8<T, kFormat>(words[1]), ptx::widen_float8<T, kFormat>(words[1] >> 16)};
+      return each_pair([](uint32_t two) { return ptx::widen_float8<T, kFormat>(two); });
     } else {
-      const auto at = [&](int i) {
-        return __float_as_uint(float8_to_float<kFormat>(static_cast<uint8_t>(words[0] >> 8 * i)));
-      };
-      return {at(0), at(1), at(2), at(3)};
+      return each_float<kFormat>(1);
     }
   }
-  // A chunk of T times a scale, rounded to T.
-  __device__ __forceinline__ static uint4 scaled(uint4 x, float scale) {
-    const auto times = [&](uint32_t word) {
-      if constexpr (sizeof(T) == 4) {
-        return __float_as_uint(__uint_as_float(word) * scale);
-      } else {
-        const float2 two = ptx::unpack<T>(word);
-        return ptx::pack<T>(two.x * scale, two.y * scale);
-      }
+  // The chunk times a scale, rounded to T.
+  template <DType kFormat>
+  __device__ __forceinline__ uint4 wide(float scale) const {
+    if constexpr (sizeof(T) == 2) {
+      return each_pair([=](uint32_t two) {
+        const float2 x = ptx::float8_to_floats<kFormat>(two);
+        return ptx::pack<T>(x.x * scale, x.y * scale);
+      });
+    } else {
+      return each_float<kFormat>(scale);
+    }
+  }
+
+ private:
+  template <class F>
+  __device__ __forceinline__ uint4 each_pair(F widen) const {
+    return {widen(words[0]), widen(words[0] >> 16), widen(words[1]), widen(words[1] >> 16)};
+  }
+  template <DType kFormat>
+  __device__ __forceinline__ uint4 each_float(float scale) const {
+    const auto at = [&](int i) {
+      return __float_as_uint(float8_to_float<kFormat>(static_cast<uint8_t>(words[0] >> 8 * i)) * scale);
     };
-    return {times(x.x), times(x.y), times(x.z), times(x.w)};
+    return {at(0), at(1), at(2), at(3)};
   }
 };
 

@@ -126,8 +126,8 @@ __device__ __forceinline__ void load_pages(uint32_t shared, const GlobalPages<ui
         const int at = (first + i) * kThreads + static_cast<int>(threadIdx.x);
         const int row = at / Tile::kChunks, chunk = at % Tile::kChunks;
         if (at >= kTotal) continue;
-        uint4 x = chunks[i].template wide<kFormat>();
-        if (scaled) x = Chunk::scaled(x, addresses[row].value_scale);
+        const uint4 x = scaled ? chunks[i].template wide<kFormat>(addresses[row].value_scale)
+                               : chunks[i].template wide<kFormat>();
         ptx::store_shared(shared + Tile::offset(row, chunk), x);
       }
     });

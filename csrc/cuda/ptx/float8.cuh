@@ -13,35 +13,32 @@
 
 namespace jax_flash::ptx {
 
-template <class T>
-__device__ __forceinline__ uint32_t widen_e4m3(uint32_t two) {
+// The two values in the lower two bytes as float16, in which they are exact; the lower byte goes to the low half.
+template <DType kFormat>
+__device__ __forceinline__ uint32_t float8_to_halves(uint32_t two) {
+  if constexpr (kFormat == DType::kF8E5M2) return (two & 0xFFu) << 8 | (two & 0xFF00u) << 16;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
   uint32_t pair;
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(static_cast<uint16_t>(two)));
-  if constexpr (std::is_same_v<T, __half>) return pair;
-  const float2 x = unpack<__half>(pair);
-  return pack<T>(x.x, x.y);
+  return pair;
 #else
-  constexpr auto widen = [](uint32_t x) { return float8_to_float<DType::kF8E4M3>(static_cast<uint8_t>(x)); };
-  return pack<T>(widen(two), widen(two >> 8));
+  constexpr auto widen = [](uint32_t x) { return float8_to_float<kFormat>(static_cast<uint8_t>(x)); };
+  return pack<__half>(widen(two), widen(two >> 8));
 #endif
 }
 
-template <class T>
-__device__ __forceinline__ uint32_t widen_e5m2(uint32_t two) {
-  const uint32_t pair = (two & 0xFFu) << 8 | (two & 0xFF00u) << 16;
-  if constexpr (std::is_same_v<T, __half>) return pair;
-  const float2 x = unpack<__half>(pair);
-  return pack<T>(x.x, x.y);
+// The same as float32, and as T.
+template <DType kFormat>
+__device__ __forceinline__ float2 float8_to_floats(uint32_t two) {
+  return unpack<__half>(float8_to_halves<kFormat>(two));
 }
-
-// Widens the two values in the lower two bytes; the lower byte goes to the low half.
 template <class T, DType kFormat>
 __device__ __forceinline__ uint32_t widen_float8(uint32_t two) {
-  if constexpr (kFormat == DType::kF8E5M2) {
-    return widen_e5m2<T>(two);
+  if constexpr (std::is_same_v<T, __half>) {
+    return float8_to_halves<kFormat>(two);
   } else {
-    return widen_e4m3<T>(two);
+    const float2 x = float8_to_floats<kFormat>(two);
+    return pack<T>(x.x, x.y);
   }
 }
 
