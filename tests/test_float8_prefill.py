@@ -17,7 +17,13 @@ from jax_flash import masks
 
 PROMPT = Case("prompt", b=2, sq=200, sk=700, kv_lengths=(700, 331), hq=4, hk=2, causal=True)
 PACKED = varlen(
-    "packed", (150, 1, 300, 0, 20), k_sequences=(600, 290, 300, 5, 19), padding=(3, 0), hq=4, hk=2, causal=True
+    "packed",
+    (150, 1, 300, 0, 20),
+    k_sequences=(600, 290, 300, 5, 19),
+    padding=(3, 0),
+    hq=4,
+    hk=2,
+    causal=True,
 )
 
 
@@ -31,7 +37,9 @@ def test_prompts(d, dtype, pool_dtype):
     pages.check(paged(PACKED.replace(**half), 256, "nhd", pool_dtype, by_page=True), IMPLEMENTATION)
 
 
-@pytest.mark.parametrize(("size", "layout"), [(8, "nhd"), (24, "hnd"), (48, "nhd"), (64, "hnd"), (1024, "nhd")])
+@pytest.mark.parametrize(
+    ("size", "layout"), [(8, "nhd"), (24, "hnd"), (48, "nhd"), (64, "hnd"), (1024, "nhd")]
+)
 def test_pages_of_every_size(size, layout):
     """Where a page is no part of a tile, and none of a page, boxes have what divides both."""
     for d, by_page in ((128, True), (256, True), (64, False)):
@@ -59,6 +67,16 @@ def test_options(options, by_page):
     pages.check(paged(case, 32, "nhd", FLOAT8[0], by_page=by_page), IMPLEMENTATION)
 
 
+@pytest.mark.parametrize("by_page", [False, True])
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_few_tokens_of_many_heads(d, by_page):
+    """On an H200 tiles hold all query heads of a KV head."""
+    lengths = tuple(int(x) for x in np.random.default_rng(5).integers(8, 301, 33))
+    few = Case("few", b=33, sq=8, sk=300, kv_lengths=lengths, hq=32, hk=4, d=d, dv=d, dtype="bfloat16")
+    for case in (few.replace(causal=True), few.replace(draft_mask=(33, 8, 8))):
+        pages.check(paged(case, 16, "nhd", FLOAT8[0], by_page=by_page), IMPLEMENTATION)
+
+
 def test_other_scales_than_powers_of_two(implementation):
     """Scales by head and by page are float32: those of K are not rounded, and those of V once."""
     require(implementation)
@@ -66,14 +84,18 @@ def test_other_scales_than_powers_of_two(implementation):
     rng = np.random.default_rng(3)
     count, hk = call.pages.count, call.case.hk
     for shape in ((hk,), (count, hk)):
-        scales = {name: jnp.asarray(rng.uniform(0.1, 1.5, shape), jnp.float32) for name in ("k_scale", "v_scale")}
+        scales = {
+            name: jnp.asarray(rng.uniform(0.1, 1.5, shape), jnp.float32) for name in ("k_scale", "v_scale")
+        }
         wide = {}
         for name, scale in (("key", "k_scale"), ("value", "v_scale")):
             each = jnp.broadcast_to(scales[scale], (count, hk))[:, None, :, None]
             pool = call.arrays[name].astype(jnp.float32) * each
             wide[name] = pages.gathered(pool, call.pages.tables, call.case.sk)
         right = oracle.references(call.case, checks.with_arrays(call.inputs, **wide), gradients=False)
-        oracle.assert_result(oracle.Result(*map(np.asarray, call.call(implementation)(scales))), *right, call.case)
+        oracle.assert_result(
+            oracle.Result(*map(np.asarray, call.call(implementation)(scales))), *right, call.case
+        )
 
 
 def test_return_max(implementation):
@@ -117,6 +139,11 @@ def test_the_kernels():
     for d, kernel in ((64, 64), (96, 128), (128, 128), (256, 256), (192, 256)):
         chosen = row(d=d, dv=d)
         assert (chosen["arch"], chosen["d"], chosen["warps"]) == ("sm90", kernel, 16)
+    few = row(d=128, dv=128, batch=33, q_rows=8, heads=32, kv_heads=4)
+    assert (few["design"], few["warps"], few["dtypes"]) == ("packed_heads", 12, ("float16", "bfloat16"))
+    some = dict(d=128, dv=128, batch=66, heads=32, kv_heads=4)
+    assert row(**some, q_rows=4)["design"] == "packed_heads" != row(**some, q_rows=2)["design"]
+    assert row(**some, q_rows=4, float8=False)["design"] != "packed_heads"
     assert row(d=128, dv=128, softcap=3.0)["arch"] == row(d=128, dv=128, varlen=True)["arch"] == "sm90"
     # Rows of a pool have to be copied 16 bytes at a time, and boxes have 8 rows of one page.
     for other in (dict(d=72, dv=72), dict(page_size=12), dict(d=512, dv=512), dict(dtype="float32")):

@@ -79,7 +79,7 @@ def test_the_command_describes_paged_calls(capsys):
     assert main([*paged, "--varlen", "--float8"]) == 0
     out = capsys.readouterr().out
     assert "decode splits" in out
-    assert "sm80 forward" in out
+    assert "sm90 forward paged plain" in out
 
 
 def test_the_command_says_its_version(capsys):

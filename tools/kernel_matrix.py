@@ -40,6 +40,7 @@ PAGED = {
     "1 token, float8 pool": "--seqlen 1 --float8",
     "1 token, softcap": "--seqlen 1 --softcap 30",
     "a prompt of 2,048": "--seqlen 2048",
+    "a prompt, float8 pool": "--seqlen 2048 --float8",
 }
 
 

@@ -136,7 +136,9 @@ class Forward final : public PassTraits {
     const bool counts_tokens = spec.right >= 0 && spec.align != Align::kBottomRight;
     if (spec.left >= 0 || counts_tokens || spec.softcap > 0 || !(spec.scale > 0)) return false;
     const int64_t group = s.heads / s.kv_heads, rows = group * s.q_rows;
-    const int64_t decode_rows = s.head_dim <= 128 ? 32 : 16;  // up to these, decode, which splits keys
+    // Up to these, decode, which splits keys. Over float8 pages it is slower with more rows, above all with
+    // scales by page.
+    const int64_t decode_rows = s.head_dim <= 128 && !call.float8_pools() ? 32 : 16;
     if (rows <= decode_rows || rows > kMostRows || row.block_m % group) return false;
     if (!spec.paged() && (group == 1 || s.q_rows > kMostTokens)) return false;
     if (latent::Decode::are_latent(spec, dims_of(s))) return false;  // latent kernels read each key once

@@ -53,10 +53,11 @@
 namespace jax_flash {
 
 // A row of csrc/kernels.def. Warps: one producer warpgroup and M / 64 consumers for each of the Teams; with
-// one consumer a warpgroup idles, as its registers go to the others; over float8 pages another one widens. Each team works on query tiles of its
-// own, so that one team's prologue and epilogue overlap another's loop. With Multicast > 1, a cluster has
-// that many CTAs, each with a query tile of its own, and K and V are multicast to all. If CTAs share a query
-// tile (Design::kClusterColumns), each has its own columns of V and O, and computes P of half of the rows.
+// one consumer a warpgroup idles, as its registers go to the others; over float8 pages another one widens.
+// Each team works on query tiles of its own, so that one team's prologue and epilogue overlap another's loop.
+// With Multicast > 1, a cluster has that many CTAs, each with a query tile of its own, and K and V are
+// multicast to all. If CTAs share a query tile (Design::kClusterColumns), each has its own columns of V and
+// O, and computes P of half of the rows.
 template <class T, Row R, ScoreKind Kind, template <class> class KeyLoader = DenseLoader, int Multicast = 1>
 struct ForwardSm90 {
   using Element = T;
@@ -277,8 +278,10 @@ cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace
     if (plan.cluster_size > 1) return run.template operator()<ScoreKind::kPlain, DenseLoader, R.multicast>();
   }
   if constexpr (R.design == Design::kPackedHeads) {
-    using C = std::conditional_t<R.is_paged(), ForwardSm90<T, R, ScoreKind::kPlain, PagedLoader>,
-                                 ForwardSm90<T, R, ScoreKind::kPlain, DenseLoader>>;
+    using C =
+        std::conditional_t<hopper::widens(R), ForwardSm90<T, R, ScoreKind::kPlain, Float8PagesLoader>,
+                           std::conditional_t<R.is_paged(), ForwardSm90<T, R, ScoreKind::kPlain, PagedLoader>,
+                                              ForwardSm90<T, R, ScoreKind::kPlain, DenseLoader>>>;
     return launch_forward_sm90<C>(pack_heads(p), plan, workspace, stream);
   } else {
     return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {

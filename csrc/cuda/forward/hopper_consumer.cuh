@@ -138,7 +138,8 @@ struct Consumer {
   }
 
   // Issues O ← O + P V  [64, dv], with the first kKeys keys of a tile. ptxas allows an instruction only the
-  // registers that a thread is launched with, which with a widening warpgroup are fewer than 256 columns of O.
+  // registers that a thread is launched with, which with a widening warpgroup are fewer than 256 columns of
+  // O.
   static constexpr int kValueParts = C::kWidens && VTile::kColumns > 128 ? 2 : 1;
   template <int kKeys = C::kN>
   __device__ __forceinline__ void start_values(uint32_t use) {
@@ -146,7 +147,7 @@ struct Consumer {
     ptx::wgmma_fence();
 #pragma unroll
     for (int part = 0; part < kValueParts; ++part) {
-      auto& columns = reinterpret_cast<float(&)[kColumns / 8][4]>(o.x[0][part * kColumns / 8]);
+      auto& columns = reinterpret_cast<float (&)[kColumns / 8][4]>(o.x[0][part * kColumns / 8]);
       const ColumnsDescriptor<VTile> v(address(shared.value(use)) +
                                        VTile::panel_offset(part * kColumns / kChunk<T>));
 #pragma unroll

@@ -44,12 +44,12 @@ __device__ __forceinline__ void finish_softmax(Consumer& warpgroup) {
   const auto& tile = *warpgroup.tile;
   warpgroup.wait_part(warpgroup.shared.epilogue_pipe);
   if constexpr (C::Softmax::kBounded) warpgroup.softmax.mark_empty_rows();
+  float factor = C::Score::kDropout ? dropout_scale(p.spec) : 1.0f;
+  if constexpr (C::kWidens) factor = tile.value_scale;
   if constexpr (C::kPacksHeads) {
     finish_softmax(warpgroup.alpha, p, warpgroup.softmax, tile.lse, PackedRows(p, p.lse), tile.work.tile,
-                   warpgroup.row(), 1.0f);
+                   warpgroup.row(), factor);
   } else {
-    float factor = C::Score::kDropout ? dropout_scale(p.spec) : 1.0f;
-    if constexpr (C::kWidens) factor = tile.value_scale;
     finish_softmax(warpgroup.alpha, p, warpgroup.softmax, lse_rows(warpgroup), tile.work.tile,
                    warpgroup.row(), factor);
   }

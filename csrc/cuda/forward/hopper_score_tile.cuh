@@ -53,7 +53,9 @@ struct ConsumerTile {
   }
   // Of float8 pages: the scale of each 8 keys, and whether S has to be multiplied by it.
   __device__ __forceinline__ bool scales_keys() const { return of.tile->scales_keys; }
-  __device__ __forceinline__ const float* key_scales() const { return of.shared.stored.key_scales(input_use); }
+  __device__ __forceinline__ const float* key_scales() const {
+    return of.shared.stored.key_scales(input_use);
+  }
   __device__ __forceinline__ const Interval& keys_in_band() const { return of.tile->keys_in_band[consumer]; }
   __device__ __forceinline__ int32_t row() const { return of.row(); }
   __device__ __forceinline__ int32_t sequence() const { return of.tile->work.tile.index; }

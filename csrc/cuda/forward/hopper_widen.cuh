@@ -1,10 +1,12 @@
-// The tiles of float8 pages in cuda/forward/hopper.cuh. TMA loads them as they are stored, since it cannot convert, and a
-// warpgroup widens them into the stages that the consumers read:
+// The tiles of float8 pages in cuda/forward/hopper.cuh. TMA loads them as they are stored, since it cannot
+// convert, and a warpgroup widens them into the stages that the consumers read:
 //
-//   load warps  ── K, V as stored: k_pipe, v_pipe here ──►  this warpgroup  ── K, V: those of ForwardShared ──►  consumers
+//   load warps  ── K, V as stored: k_pipe, v_pipe here ──►  this warpgroup  ── K, V: those of ForwardShared
+//   ──►  consumers
 //
-// A float8 element is exact in float16 and in bfloat16. The scales of K multiply S (WithKeyScales), because rounded
-// products would change lse. The scale of V multiplies O, and scales of V by page multiply V here, rounded.
+// A float8 element is exact in float16 and in bfloat16. The scales of K multiply S (WithKeyScales), because
+// rounded products would change lse. The scale of V multiplies O, and scales of V by page multiply V here,
+// rounded.
 #pragma once
 
 #include <cstdint>
@@ -21,16 +23,18 @@
 
 namespace jax_flash {
 
-inline constexpr int kScaledRows = 8;  // rows of a tile that lie on one page: its boxes have multiples of these
+inline constexpr int kScaledRows =
+    8;  // rows of a tile that lie on one page: its boxes have multiples of these
 
 // Stages of K and V as stored, and the scales of their rows. kWideStages: the consumers' stages.
 template <int kN, int kHeadDim, int kValueDim, int kStages, int kWideStages>
 struct StoredTiles {
   using KTile = SharedTile<uint8_t, kN, kHeadDim>;
   using VTile = SharedTile<uint8_t, kN, kValueDim>;
-  static constexpr uint32_t kArrivals = kConsumerWarps * ptx::kWarpArrivals;  // that fill one of the consumers' stages
-  // A consumer reads the scales of K after it has released K. By then the load warp may have begun with the tile that
-  // follows those in all stages.
+  static constexpr uint32_t kArrivals =
+      kConsumerWarps * ptx::kWarpArrivals;  // that fill one of the consumers' stages
+  // A consumer reads the scales of K after it has released K. By then the load warp may have begun with the
+  // tile that follows those in all stages.
   static constexpr int kScaleStages = kStages + kWideStages + 1;
   using Scales = float[kN / kScaledRows];
 
@@ -51,7 +55,9 @@ struct StoredTiles {
   __device__ __forceinline__ const uint8_t* key(uint32_t use, int = 0) const { return k[use % kStages]; }
   __device__ __forceinline__ const uint8_t* value(uint32_t use) const { return v[use % kStages]; }
   __device__ __forceinline__ Scales& key_scales(uint32_t use) { return k_scales[use % kScaleStages]; }
-  __device__ __forceinline__ const Scales& key_scales(uint32_t use) const { return k_scales[use % kScaleStages]; }
+  __device__ __forceinline__ const Scales& key_scales(uint32_t use) const {
+    return k_scales[use % kScaleStages];
+  }
   __device__ __forceinline__ Scales& value_scales(uint32_t use) { return v_scales[use % kStages]; }
 };
 struct NoStoredTiles {
@@ -59,8 +65,8 @@ struct NoStoredTiles {
   __device__ __forceinline__ void init() {}
 };
 
-// S ← k_scale · S, for keys in float8 pages. If a pool has one positive scale and the score has no option, the
-// softmax's scale contains it. Tile: ConsumerTile.
+// S ← k_scale · S, for keys in float8 pages. If a pool has one positive scale and the score has no option,
+// the softmax's scale contains it. Tile: ConsumerTile.
 template <class Score>
 struct WithKeyScales : Score {
   static constexpr bool kScalesInSoftmax = !Score::kGeneral;
@@ -81,17 +87,21 @@ struct WithKeyScales : Score {
   }
 };
 
-// Reads a float8 tile and writes it as a tile of 16-bit elements, by a warpgroup: each thread takes 8 columns of every
-// kRowStep-th row. The next rows are read while the ones before are widened. kScaled: times the scales of the rows.
+// Reads a float8 tile and writes it as a tile of 16-bit elements, by a warpgroup: each thread takes 8 columns
+// of every kRowStep-th row. The next rows are read while the ones before are widened; with all of the loop
+// unrolled, consumers would wait for instructions. kScaled: times the scales of the rows.
 template <class From, class To, DType kFormat, bool kScaled>
 __device__ __forceinline__ void widen_tile(uint32_t from, uint32_t to, const float* scales) {
   using Chunk = Float8Chunk<typename To::Element>;
   constexpr int kInRow = From::kColumns / 8, kRowStep = kWarpgroup / kInRow, kSteps = From::kRows / kRowStep;
   constexpr int kAtOnce = 2;
   static_assert(kWarpgroup % kInRow == 0 && kSteps % kAtOnce == 0);
-  const int thread = static_cast<int>(threadIdx.x) % kWarpgroup, row = thread / kInRow, piece = thread % kInRow;
-  // swizzle(row + r) = swizzle(row) ^ swizzle(r) for multiples r of kRowStep, and the offsets contain swizzle(row).
-  const uint32_t from_offset = From::offset(row, piece / 2) + piece % 2 * 8, to_offset = To::offset(row, piece);
+  const int thread = static_cast<int>(threadIdx.x) % kWarpgroup, row = thread / kInRow,
+            piece = thread % kInRow;
+  // swizzle(row + r) = swizzle(row) ^ swizzle(r) for multiples r of kRowStep, and the offsets contain
+  // swizzle(row).
+  const uint32_t from_offset = From::offset(row, piece / 2) + piece % 2 * 8,
+                 to_offset = To::offset(row, piece);
   Chunk chunks[2][kAtOnce];
   const auto read = [&](int step, Chunk& chunk) {
     const int r = step * kRowStep;
@@ -100,7 +110,7 @@ __device__ __forceinline__ void widen_tile(uint32_t from, uint32_t to, const flo
   };
 #pragma unroll
   for (int i = 0; i < kAtOnce; ++i) read(i, chunks[0][i]);
-#pragma unroll
+#pragma unroll 2
   for (int step = 0; step < kSteps; step += kAtOnce) {
     const int buffer = step / kAtOnce % 2;
     if (step + kAtOnce < kSteps) {

@@ -15,8 +15,8 @@
 
 namespace jax_flash {
 
-// Keys whose page lies outside the pool are loaded from here: overlapping rows of NaN in every dtype, 16 bytes
-// apart.
+// Keys whose page lies outside the pool are loaded from here: overlapping rows of NaN in every dtype, 16
+// bytes apart.
 inline constexpr int kNanRows = 128;
 struct NanRows {
   uint16_t x[kNanRows * kChunk<uint16_t> + 2 * kMaxHeadDim];
@@ -190,12 +190,13 @@ struct PagedRowsLoader : PageLoader<C, WholeRowBoxes> {
 
 // Tiles of a float8 pool, as they are stored, with the scales of their pages.
 template <class C>
-class Float8PagesLoader : public PageLoader<C, PanelBoxes, typename C::Stored::KTile, typename C::Stored::VTile> {
+class Float8PagesLoader
+    : public PageLoader<C, PanelBoxes, typename C::Stored::KTile, typename C::Stored::VTile> {
   using Base = PageLoader<C, PanelBoxes, typename C::Stored::KTile, typename C::Stored::VTile>;
 
  public:
-  using typename Base::Maps;
   using Base::Base;
+  using typename Base::Maps;
 
   // `scales`: of the pool that this warp loads.
   template <class TileOf>
@@ -210,7 +211,8 @@ class Float8PagesLoader : public PageLoader<C, PanelBoxes, typename C::Stored::K
   // Writes the scales of the tile's groups of 8 rows, before load_key() or load_value().
   __device__ __forceinline__ void share_scales(const Maps& maps, float* groups) const {
     if (!this->loads) return;
-    for (int32_t i = 0; i < maps.box / Base::kAtom; ++i) groups[this->own_box * maps.box / Base::kAtom + i] = scale;
+    for (int32_t i = 0; i < maps.box / Base::kAtom; ++i)
+      groups[this->own_box * maps.box / Base::kAtom + i] = scale;
   }
 
  private:

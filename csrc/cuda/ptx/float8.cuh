@@ -13,7 +13,8 @@
 
 namespace jax_flash::ptx {
 
-// The two values in the lower two bytes as float16, in which they are exact; the lower byte goes to the low half.
+// The two values in the lower two bytes as float16, in which they are exact; the lower byte goes to the low
+// half.
 template <DType kFormat>
 __device__ __forceinline__ uint32_t float8_to_halves(uint32_t two) {
   if constexpr (kFormat == DType::kF8E5M2) return (two & 0xFFu) << 8 | (two & 0xFF00u) << 16;
