@@ -175,6 +175,7 @@ struct ForwardSm90 {
     typename Input::Map input;
   };
   static_assert(registers_suffice(kThreads, kAllConsumers, kWidens));
+  static_assert(!kWidens || Kind == ScoreKind::kPlain || Kind == ScoreKind::kGeneral);  // WithKeyScales
   static_assert(kM == kConsumers * kConsumerRows && kAllConsumers + kWidens < R.warps / 4 && kN % 16 == 0);
   // With a boolean mask, both consumers have the same head, and a piece is a tile of the mask.
   static_assert(Kind != ScoreKind::kListedMask || (kConsumers == 2 && kN % kRowBlock == 0));

@@ -87,8 +87,9 @@ struct RowsOfTile : NeighbouringRows, GapOfTiles<kGap>, std::conditional_t<kGap,
 // The same over float8 pages.
 template <bool kGap>
 struct ScaledRowsOfTile : RowsOfTile<kGap> {
-  float key_scale, value_scale;  // 1 if each page has a scale
-  int32_t scales_keys;           // S has to be multiplied by the scales of its keys
+  float key_scale;      // for the softmax's scale: 1 if S is multiplied by the scales of its keys,
+  int32_t scales_keys;  // as this says
+  float value_scale;    // 1 if each page has a scale
 };
 
 // Which columns of V and O a CTA works on, if not on all: those of a slice or, in a cluster whose CTAs share

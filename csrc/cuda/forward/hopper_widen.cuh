@@ -1,8 +1,7 @@
 // The tiles of float8 pages in cuda/forward/hopper.cuh. TMA loads them as they are stored, since it cannot
 // convert, and a warpgroup widens them into the stages that the consumers read:
 //
-//   load warps  ── K, V as stored: k_pipe, v_pipe here ──►  this warpgroup  ── K, V: those of ForwardShared
-//   ──►  consumers
+//   load warps  ── StoredTiles::k_pipe, v_pipe ──►  this warpgroup  ── ForwardShared's ──►  consumers
 //
 // A float8 element is exact in float16 and in bfloat16. The scales of K multiply S (WithKeyScales), because
 // rounded products would change lse. The scale of V multiplies O, and scales of V by page multiply V here,
@@ -23,16 +22,14 @@
 
 namespace jax_flash {
 
-inline constexpr int kScaledRows =
-    8;  // rows of a tile that lie on one page: its boxes have multiples of these
+inline constexpr int kScaledRows = 8;  // boxes have multiples of these, so that they lie on one page
 
 // Stages of K and V as stored, and the scales of their rows. kWideStages: the consumers' stages.
 template <int kN, int kHeadDim, int kValueDim, int kStages, int kWideStages>
 struct StoredTiles {
   using KTile = SharedTile<uint8_t, kN, kHeadDim>;
   using VTile = SharedTile<uint8_t, kN, kValueDim>;
-  static constexpr uint32_t kArrivals =
-      kConsumerWarps * ptx::kWarpArrivals;  // that fill one of the consumers' stages
+  static constexpr uint32_t kArrivals = kConsumerWarps * ptx::kWarpArrivals;  // of a warpgroup
   // A consumer reads the scales of K after it has released K. By then the load warp may have begun with the
   // tile that follows those in all stages.
   static constexpr int kScaleStages = kStages + kWideStages + 1;
@@ -45,9 +42,8 @@ struct StoredTiles {
   Pipeline<kStages> k_pipe, v_pipe;
 
   __device__ __forceinline__ void init() {
-    constexpr uint32_t kWarpgroupReleases = kConsumerWarps * ptx::kWarpArrivals;
-    k_pipe.init(kWarpgroupReleases);
-    v_pipe.init(kWarpgroupReleases);
+    k_pipe.init(kArrivals);
+    v_pipe.init(kArrivals);
   }
   // As in ForwardShared, for the load warps.
   static constexpr uint32_t key_use(uint32_t use, int) { return use; }
@@ -61,7 +57,7 @@ struct StoredTiles {
   __device__ __forceinline__ Scales& value_scales(uint32_t use) { return v_scales[use % kStages]; }
 };
 struct NoStoredTiles {
-  static constexpr uint32_t kArrivals = 1;
+  static constexpr uint32_t kArrivals = 1;  // of the thread that issues the copies
   __device__ __forceinline__ void init() {}
 };
 
