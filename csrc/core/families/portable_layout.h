@@ -167,8 +167,26 @@ struct DecodeLayout {
   int32_t merge_softmax;  // m and l [warps, M], two float32
   int32_t segments;  // [warps, stages + 2]: the segments of the keys in the stages, one before and one after
   int32_t pages;     // int32 [warps, stages, keys of a warp]: pages of the keys that are loaded next
+  int32_t scales;    // float32 [warps, stages, 2, keys of a warp]: scales by page of float8 keys and values,
+                     // unless decode_scales_replace_stage()
   int32_t bytes;
 };
+
+// The rows' tiles that form a tile over float8 pools. A stage then has 32 keys if there are enough registers,
+// because products and exponentials of 32 keys have the latency of 16.
+constexpr int32_t decode_float8_tiles(const Row& r) {
+  return r.block_n / r.warps < 32 && r.block_m <= 16 ? 2 : 1;
+}
+// Their stages, in the memory of the 16-bit ones.
+constexpr int32_t decode_float8_stages(const Row& r) { return 2 * r.stages / decode_float8_tiles(r); }
+// Whether the scales of pages take the place of a stage, as there are many. Two CTAs would else not fit an SM
+// at d64.
+constexpr bool decode_scales_replace_stage(const Row& r) { return decode_float8_stages(r) > 4; }
+
+// Whether warps prefetch table entries; others have too few registers.
+constexpr bool decode_prefetches_table(int32_t block_m, int32_t head_dim) {
+  return block_m <= 16 && head_dim <= 128;
+}
 
 // A stage of a float8 pool has half the bytes or twice the keys, so its rings have the same bytes.
 constexpr DecodeLayout decode_layout(const Row& r, int32_t element_size) {
@@ -182,10 +200,13 @@ constexpr DecodeLayout decode_layout(const Row& r, int32_t element_size) {
                                   : 0;
   const int32_t merge_softmax = merge_o + larger(o_bytes, query_bytes);
   const int32_t segments = merge_softmax + rows * 2 * int32_t{sizeof(float)};
-  const int32_t stages = element_size == 2 ? 2 * r.stages : r.stages;
+  const bool float8 = r.takes(DType::kF8E4M3);
+  const int32_t stages = float8 ? larger(r.stages, decode_float8_stages(r)) : r.stages;
   const int32_t pages = segments + r.warps * (stages + 2) * kDecodeSegmentBytes;
-  const int32_t bytes = pages + r.warps * stages * warp_keys * int32_t{sizeof(int32_t)};
-  return {warp_ring, merge_o, merge_o, merge_softmax, segments, pages, bytes};
+  const int32_t words = r.warps * r.stages * warp_keys * int32_t{sizeof(int32_t)} * (float8 ? 2 : 1);
+  const int32_t scales = pages + (decode_prefetches_table(r.block_m, r.head_dim) ? words : 0);
+  const int32_t bytes = scales + (float8 && !decode_scales_replace_stage(r) ? 2 * words : 0);
+  return {warp_ring, merge_o, merge_o, merge_softmax, segments, pages, scales, bytes};
 }
 
 constexpr int64_t decode_shared_bytes(const Row& r, int32_t element_size) {

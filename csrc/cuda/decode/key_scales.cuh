@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "cuda/decode/partition.cuh"
+#include "cuda/ptx/shared.cuh"
 #include "cuda/tile/accumulator.cuh"
 
 namespace jax_flash::decode {
@@ -16,16 +16,16 @@ template <class S, bool kOn>
 struct KeyScales {
   float key[S::kColumnTiles][2], value[S::kColumnTiles][2];
 
-  // Loads the scales of the tile of keys from `first` on, before the wait for the tile, which takes longer.
-  __device__ __forceinline__ void load(const DecodeCall& call, const ColumnRows& rows,
-                                       const SequenceWork& work, int32_t first) {
+  // Loads the scales of a tile from shared memory: float32 [2, S::kColumns], of keys and of values. by_page:
+  // whether pages have scales.
+  __device__ __forceinline__ void load(bool by_page, uint32_t scales) {
 #pragma unroll
     for (int n = 0; n < S::kColumnTiles; ++n)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int32_t page = call.scaled_by_page ? page_of(call, work, first + S::column(n, e)) : -1;
-        key[n][e] = of_page(rows, work, call.k_scale, page);
-        value[n][e] = of_page(rows, work, call.v_scale, page);
+        const uint32_t at = scales + S::column(n, e) * 4;
+        key[n][e] = by_page ? ptx::load_shared_float(at) : 1;
+        value[n][e] = by_page ? ptx::load_shared_float(at + S::kColumns * 4) : 1;
       }
   }
   // S ← k_scale · S
@@ -39,26 +39,11 @@ struct KeyScales {
   }
   // P ← v_scale · P
   __device__ __forceinline__ float scale_value(float p, int n, int e) const { return p * value[n][e]; }
-
- private:
-  // The page of a key; −1 if there is none.
-  __device__ __forceinline__ static int32_t page_of(const DecodeCall& call, const SequenceWork& work,
-                                                    int32_t key) {
-    if (key < work.keys.lo || key >= work.keys.hi) return -1;
-    const int32_t* const table = call.block_tables.at<const int32_t>(work.leading, work.index, 0, 0);
-    const int32_t page = table[call.page_size.quotient(key)];
-    return static_cast<uint32_t>(page) < static_cast<uint32_t>(call.pages) ? page : -1;
-  }
-  __device__ __forceinline__ static float of_page(const ColumnRows& rows, const SequenceWork& work,
-                                                  const DecodeView& scale, int32_t page) {
-    return page < 0 || scale.batch == 0 ? 1 : *scale.at<const float>(work.leading, page, rows.kv_head, 0);
-  }
 };
 
 template <class S>
 struct KeyScales<S, false> {
-  __device__ __forceinline__ void load(const DecodeCall&, const ColumnRows&, const SequenceWork&,
-                                       int32_t) const {}
+  __device__ __forceinline__ void load(bool, uint32_t) const {}
   __device__ __forceinline__ void scale_keys(S&) const {}
   __device__ __forceinline__ float bounded(float x, int, int) const { return x; }
   __device__ __forceinline__ float scale_value(float p, int, int) const { return p; }

@@ -119,10 +119,14 @@ struct Segment {
 };
 static_assert(sizeof(Segment) <= kDecodeSegmentBytes);
 
+// A scale of keys and values that no page scales.
+static __device__ const float kUnscaled = 1;
+
 // kTile: keys in a tile of the whole block; each warp takes kKeys of them. Rows: ColumnRows, or a class of
-// it.
+// it. kPrefetchesTable: kernels with enough registers prefetch the table's entries of segments with at least
+// kPrefetchedTiles, kStages tiles ahead.
 template <class Stored, int HeadDim, int ValueDim, int kStageCount, int kKeyCount, int kTile, bool kPolicy,
-          class Rows>
+          bool kPrefetchesTable, class Rows>
 class WarpRing {
  public:
   static constexpr int kKeys = kKeyCount, kStages = kStageCount;
@@ -131,22 +135,22 @@ class WarpRing {
   using KTile = StoredTile<Stored, kKeys, HeadDim>;
   using VTile = StoredTile<Stored, kKeys, ValueDim>;
   static constexpr int kStageBytes = KTile::kBytes + VTile::kBytes, kBytes = kStages * kStageBytes;
-  static constexpr int kEntryBytes = kStages * kKeys * 4;
-  // Kernels with enough registers prefetch the table's entries of segments with at least kPrefetchedTiles,
-  // kStages tiles ahead.
+  static constexpr int kEntryBytes = kStages * kKeys * 4, kScaleBytes = 2 * kEntryBytes;
   static constexpr int kPrefetchedTiles = 32;
-  static constexpr bool kPrefetchesTable = kPolicy && HeadDim <= 128;
+  static constexpr bool kCopiesScales = sizeof(Stored) == 1 && Rows::kSkips;  // those of pages are options
 
-  // This warp's parts of shared memory are `shared` for the stages, `queue` for kSegments segments, and
-  // `page_memory` for table entries: int32 [kStages, kKeys].
-  __device__ __forceinline__ WarpRing(uint32_t shared, uint32_t page_memory, Segment* queue,
-                                      const DecodeCall& decode, const Rows& column_rows,
+  // This warp's parts of shared memory are `shared` for the stages, `queue` for kSegments segments,
+  // `page_memory` for table entries: int32 [kStages, kKeys], and `scale_memory` for the scales of pages:
+  // float32 [kStages, 2, kKeys], of keys and of values.
+  __device__ __forceinline__ WarpRing(uint32_t shared, uint32_t page_memory, uint32_t scale_memory,
+                                      Segment* queue, const DecodeCall& decode, const Rows& column_rows,
                                       const Partition& of_column, const Range& range, int32_t range_number)
       : call(decode),
         rows(column_rows),
         partition(of_column),
         memory(shared),
         entries(page_memory + threadIdx.x % 32 % kKeys * 4),
+        scale_stages(scale_memory),
         number(range_number),
         segments(queue),
         ahead(range),
@@ -159,8 +163,11 @@ class WarpRing {
       if (kPrefetchesTable && prefetches && copied >= kStages)
         next = keys.locate(call, position(0, tiles()),
                            [&](int32_t) { return static_cast<int32_t>(ptx::load_shared(entry_of(filled))); });
-      if (sees(tiles().at(ahead.tile)))
-        copy_rows<KTile, VTile>(memory + filled * kStageBytes, keys, keys.check(call, next));
+      if (sees(tiles().at(ahead.tile))) {
+        const PageSlot slot = keys.check(call, next);
+        copy_rows<KTile, VTile>(memory + filled * kStageBytes, keys, slot);
+        if (kCopiesScales && call.scaled_by_page) copy_scales(slot.page);
+      }
       if (kPrefetchesTable && prefetches) copy_entry();
       ++ahead.tile, ++copied;
     }
@@ -179,6 +186,8 @@ class WarpRing {
     __syncwarp();
     return memory + filled * kStageBytes;
   }
+  // The scales of the keys that wait() has returned, if kCopiesScales and pages have scales.
+  __device__ __forceinline__ uint32_t scales() const { return scale_stages + filled * (kKeys * 8); }
   // The next segment. The caller has waited for all copies of the segment before; the first copy of this one
   // has been started.
   __device__ __forceinline__ const Segment& next_segment() {
@@ -227,11 +236,25 @@ class WarpRing {
     });
   }
 
+  // Starts to copy the scales of this lane's key and value, which lie on `page` unless it is negative.
+  __device__ __forceinline__ void copy_scales(int32_t page) const {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    if (lane >= kKeys) return;
+    const int32_t leading = tiles().work.leading;
+    const auto copy = [&](uint32_t to, const DecodeView& scale) {
+      const bool own = page >= 0 && scale.batch != 0;
+      ptx::cp_async_4(to, own ? scale.at<const float>(leading, page, rows.kv_head, 0) : &kUnscaled, true);
+    };
+    copy(scales() + lane * 4, call.k_scale);
+    copy(scales() + (kKeys + lane) * 4, call.v_scale);
+  }
+
   const DecodeCall& call;
   const Rows& rows;
   const Partition& partition;
   uint32_t memory, entries;  // entries: address of this lane's entry for stage 0
-  int32_t number;            // number of the block's range
+  uint32_t scale_stages;
+  int32_t number;  // number of the block's range
   Segment* segments;
   WorkIterator<kTile> ahead;        // at the tile that is copied next
   KeySource<Stored, kPolicy> keys;  // of that tile's sequence

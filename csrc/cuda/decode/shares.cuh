@@ -22,20 +22,22 @@ struct DecodeShares {
   using Element = T;
   static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kRows = R.block_m;
   static constexpr int kWarps = R.warps, kThreads = kWarps * 32, kBlocks = R.blocks;
-  // Tiles of N keys that form one tile of this kernel. float8 takes 32 keys per stage if there are enough
-  // registers, because products and exponentials of 32 keys have the latency of 16.
-  static constexpr int kRowTiles =
-      sizeof(Stored) < sizeof(T) && R.block_n / R.warps < 32 && kRows <= 16 ? 2 : 1;
+  static constexpr bool kFloat8 = sizeof(Stored) < sizeof(T),
+                        kScalesInStage = kFloat8 && kOptions && decode_scales_replace_stage(R);
+  // Tiles of N keys that form one tile of this kernel.
+  static constexpr int kRowTiles = kFloat8 ? decode_float8_tiles(R) : 1;
   static constexpr int kTile = kRowTiles * R.block_n, kKeys = kTile / kWarps;
-  static constexpr int kStages = R.stages * (sizeof(T) / sizeof(Stored)) / kRowTiles;
+  static constexpr int kStages = kFloat8 ? decode_float8_stages(R) - kScalesInStage : R.stages;
   using Rows = std::conditional_t<kOptions, RowsWithOptions, ColumnRows>;
-  using Ring = WarpRing<Stored, kHeadDim, kValueDim, kStages, kKeys, kTile, kRows <= 16, Rows>;
+  using Ring = WarpRing<Stored, kHeadDim, kValueDim, kStages, kKeys, kTile, kRows <= 16,
+                        decode_prefetches_table(kRows, kHeadDim), Rows>;
   using Score = DecodeScore<TransposedAccumulator<kKeys / 16, kRows / 8>, kOptions>;
   using WarpState = WarpAttention<T, Stored, kHeadDim, kValueDim, kKeys, kRows / 8, kWarps, Score>;
   static constexpr DecodeLayout kLayout = decode_layout(R, sizeof(T));
   static constexpr int kMergeColumns = decode_merge_columns(R), kMergePitch = decode_merge_pitch(R);
-  static constexpr int kSharedBytes = kLayout.bytes;
-  static_assert(kLayout.warp_ring == Ring::kBytes && sizeof(Softmax) == 2 * sizeof(float));
+  static constexpr int kSharedBytes = Ring::kCopiesScales ? kLayout.bytes : kLayout.scales;
+  static_assert(kLayout.warp_ring >= Ring::kBytes + (kScalesInStage ? Ring::kScaleBytes : 0) &&
+                sizeof(Softmax) == 2 * sizeof(float));
   static_assert(sizeof(PartitionShared<kThreads>) + sizeof(bool) <= kBlockStateBytes);
   static_assert(kKeys % 16 == 0 && kRows % 8 == 0 && kValueDim % kMergeColumns == 0);
 };
@@ -83,8 +85,11 @@ __device__ __forceinline__ void attend_share(const DecodeCall& call) {
 
   Segment* const queue = reinterpret_cast<Segment*>(shared + C::kLayout.segments) + warp * Ring::kSegments;
   const uint32_t memory = ptx::shared_address(shared);
-  Ring ring(memory + warp * C::kLayout.warp_ring, memory + C::kLayout.pages + warp * Ring::kEntryBytes, queue,
-            call, rows, partition, range, number);
+  const uint32_t stages = memory + warp * C::kLayout.warp_ring;
+  const uint32_t scales =
+      C::kScalesInStage ? stages + Ring::kBytes : memory + C::kLayout.scales + warp * Ring::kScaleBytes;
+  Ring ring(stages, memory + C::kLayout.pages + warp * Ring::kEntryBytes, scales, queue, call, rows,
+            partition, range, number);
   typename C::WarpState state;
   if constexpr (C::WarpState::kSharedQueries)
     state.shared_q = reinterpret_cast<uint2*>(shared + C::kLayout.queries);
@@ -113,8 +118,8 @@ __device__ __forceinline__ void attend_share(const DecodeCall& call) {
     }
     const ListedTile seen = SeenTiles<C::kTile, C::Rows::kSkips>{call, segment->work}.at(tile);
     const int32_t key = seen.number * C::kTile + warp * Ring::kKeys;
-    state.page_scales.load(call, rows, segment->work, key);
     const uint32_t k = ring.wait();
+    state.page_scales.load(call.scaled_by_page, ring.scales());
     const SeenPiece piece = seen.part<C::kWarps>(warp);
     if (piece != SeenPiece::kNone && key < keys.hi && key + Ring::kKeys > keys.lo)
       state.step(call, rows, segment->work, key, k, k + Ring::KTile::kBytes, piece == SeenPiece::kSome);
