@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import checks
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pages
 import pytest
 from cases import Case, varlen
 from conftest import IMPLEMENTATION
 from pages import FLOAT8, paged, require
 from plans import plan
-
-from jax_flash import masks
+from test_page_scales import check_scales
+from test_return_max import assert_paged
 
 PROMPT = Case("prompt", b=2, sq=200, sk=700, kv_lengths=(700, 331), hq=4, hk=2, causal=True)
 PACKED = varlen(
@@ -82,39 +80,21 @@ def test_other_scales_than_powers_of_two(implementation):
     require(implementation)
     call = paged(PROMPT.replace(d=128, dv=128, dtype="bfloat16"), 16, pool_dtype=FLOAT8[0])
     rng = np.random.default_rng(3)
-    count, hk = call.pages.count, call.case.hk
-    for shape in ((hk,), (count, hk)):
-        scales = {
-            name: jnp.asarray(rng.uniform(0.1, 1.5, shape), jnp.float32) for name in ("k_scale", "v_scale")
-        }
-        wide = {}
-        for name, scale in (("key", "k_scale"), ("value", "v_scale")):
-            each = jnp.broadcast_to(scales[scale], (count, hk))[:, None, :, None]
-            pool = call.arrays[name].astype(jnp.float32) * each
-            wide[name] = pages.gathered(pool, call.pages.tables, call.case.sk)
-        right = oracle.references(call.case, checks.with_arrays(call.inputs, **wide), gradients=False)
-        oracle.assert_result(
-            oracle.Result(*map(np.asarray, call.call(implementation)(scales))), *right, call.case
-        )
+    for shape in ((call.case.hk,), (call.pages.count, call.case.hk)):
+        scales = {x: jnp.asarray(rng.uniform(0.1, 1.5, shape), jnp.float32) for x in ("k_scale", "v_scale")}
+        check_scales(call, scales, implementation)
 
 
 def test_return_max(implementation):
     require(implementation)
     call = paged(PROMPT.replace(d=128, dv=128, dtype="bfloat16"), 16, pool_dtype=FLOAT8[0], by_page=True)
-    out, lse, largest = call.call(implementation, return_max=True)({})
-    for x, y in zip((out, lse), call.call(implementation)({}), strict=True):
-        np.testing.assert_array_equal(x, y)
-    np.testing.assert_allclose(largest, call.call("xla", return_max=True)({})[2], rtol=2e-5, atol=1e-5)
+    assert_paged(call, implementation)
 
 
-def test_masks_beside_float8(implementation):
-    require(implementation)
-    call = paged(PROMPT.replace(d=64, dv=64, dtype="bfloat16", causal=False), 16, pool_dtype=FLOAT8[0])
-    first = jnp.asarray([10, 300], jnp.int32)[:, None, None]
-    mask = masks.causal() | masks.ranges(first - 10, first + 60)
-    got, wanted = (call.call(x, mask=mask)({}) for x in (implementation, "xla"))
-    for x, y, tolerance in zip(got, wanted, (2e-2, 1e-4), strict=True):
-        np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), atol=tolerance)
+@pytest.mark.parametrize("form", ["prefix", "spans", "first", "either"])
+def test_masks(form):
+    case = PROMPT.replace(d=64, dv=64, dtype="bfloat16", causal=False, forms=(form,))
+    pages.check(paged(case, 16, pool_dtype=FLOAT8[0]), IMPLEMENTATION)
 
 
 @pytest.mark.parametrize("by_page", [False, True])

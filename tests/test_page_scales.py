@@ -68,15 +68,20 @@ def test_each_scale_alone_and_beside_one_by_head(implementation, given, dtype):
     by_page = jnp.asarray(rng.uniform(0.1, 1.5, (count, 2)), jnp.float32)
     other = {"k_scale": "v_scale", "v_scale": "k_scale"}[given]
     for beside in (None, jnp.asarray([0.3, 1.7], jnp.float32)):
-        scales = {given: by_page, other: beside}
-        wide = {
-            name: call.arrays[name].astype(jnp.float32) * _of_pages(scales[scale], count)
-            for name, scale in (("key", "k_scale"), ("value", "v_scale"))
-        }
-        dense = {name: pages.gathered(x, call.pages.tables, call.case.sk) for name, x in wide.items()}
-        right = oracle.references(call.case, checks.with_arrays(call.inputs, **dense), gradients=False)
-        got = oracle.Result(*map(np.asarray, call.call(implementation)(scales)))
-        oracle.assert_result(got, *right, call.case)
+        check_scales(call, {given: by_page, other: beside}, implementation)
+
+
+def check_scales(call, scales, implementation):
+    """Compares a call with other scales of its float8 pools, None for no scale, with the dense case."""
+    count = call.arrays["key"].shape[0]
+    wide = {
+        name: call.arrays[name].astype(jnp.float32) * _of_pages(scales[scale], count)
+        for name, scale in (("key", "k_scale"), ("value", "v_scale"))
+    }
+    dense = {name: pages.gathered(x, call.pages.tables, call.case.sk) for name, x in wide.items()}
+    right = oracle.references(call.case, checks.with_arrays(call.inputs, **dense), gradients=False)
+    got = oracle.Result(*map(np.asarray, call.call(implementation)(scales)))
+    oracle.assert_result(got, *right, call.case)
 
 
 @pytest.mark.parametrize("scale", [0.1, 1e4])

@@ -201,7 +201,7 @@ constexpr DecodeLayout decode_layout(const Row& r, int32_t element_size) {
   const int32_t merge_softmax = merge_o + larger(o_bytes, query_bytes);
   const int32_t segments = merge_softmax + rows * 2 * int32_t{sizeof(float)};
   const bool float8 = r.takes(DType::kF8E4M3);
-  const int32_t stages = float8 ? larger(r.stages, decode_float8_stages(r)) : r.stages;
+  const int32_t stages = float8 ? decode_float8_stages(r) : r.stages;
   const int32_t pages = segments + r.warps * (stages + 2) * kDecodeSegmentBytes;
   const int32_t words = r.warps * r.stages * warp_keys * int32_t{sizeof(int32_t)} * (float8 ? 2 : 1);
   const int32_t scales = pages + (decode_prefetches_table(r.block_m, r.head_dim) ? words : 0);

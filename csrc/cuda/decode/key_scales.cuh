@@ -24,8 +24,8 @@ struct KeyScales {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const uint32_t at = scales + S::column(n, e) * 4;
-        key[n][e] = by_page ? __uint_as_float(ptx::load_shared(at)) : 1;
-        value[n][e] = by_page ? __uint_as_float(ptx::load_shared(at + S::kColumns * 4)) : 1;
+        key[n][e] = by_page ? ptx::load_shared_float(at) : 1;
+        value[n][e] = by_page ? ptx::load_shared_float(at + S::kColumns * 4) : 1;
       }
   }
   // S ← k_scale · S

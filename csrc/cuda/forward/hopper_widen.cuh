@@ -22,8 +22,6 @@
 
 namespace jax_flash {
 
-inline constexpr int kScaledRows = 8;  // boxes have multiples of these, so that they lie on one page
-
 // Stages of K and V as stored, and the scales of their rows. kWideStages: the consumers' stages.
 template <int kN, int kHeadDim, int kValueDim, int kStages, int kWideStages>
 struct StoredTiles {

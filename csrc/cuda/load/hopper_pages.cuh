@@ -208,11 +208,11 @@ class Float8PagesLoader
                 ? scale_of_page(this->p, scales, this->work->leading, this->head, this->page)
                 : 1;
   }
-  // Writes the scales of the tile's groups of 8 rows, before load_key() or load_value().
+  // Writes the scales of the tile's groups of rows, before load_key() or load_value().
   __device__ __forceinline__ void share_scales(const Maps& maps, float* groups) const {
     if (!this->loads) return;
-    for (int32_t i = 0; i < maps.box / Base::kAtom; ++i)
-      groups[this->own_box * maps.box / Base::kAtom + i] = scale;
+    for (int32_t i = 0; i < maps.box / kScaledRows; ++i)
+      groups[this->own_box * maps.box / kScaledRows + i] = scale;
   }
 
  private:

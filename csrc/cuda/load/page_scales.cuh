@@ -7,21 +7,27 @@
 
 namespace jax_flash {
 
+// Rows of a tile of the sm_90a kernels that have one scale: boxes have multiples of these.
+inline constexpr int kScaledRows = 8;
+
 __device__ __forceinline__ bool has_page_scales(const View& scale) { return scale && scale.batch != 0; }
+
+// The first scale of a float8 pool at one KV head: that of page 0, or of all pages.
+__device__ __forceinline__ const float* first_scale(const Problem& p, const View& scale, int64_t leading,
+                                                    int32_t kv_head) {
+  return scale.as<const float>() + scale.leading_offset(p.leading, leading) + kv_head * scale.head;
+}
 
 // The dequantisation scale of a float8 pool at one KV head; 1 if there is none, or if each page has a scale.
 __device__ __forceinline__ float scale_of_pool(const Problem& p, const View& scale, int64_t leading,
                                                int32_t kv_head) {
-  if (!scale || has_page_scales(scale)) return 1;
-  return scale.as<const float>()[scale.leading_offset(p.leading, leading) + kv_head * scale.head];
+  return !scale || has_page_scales(scale) ? 1 : *first_scale(p, scale, leading, kv_head);
 }
 
 // The scale of a page in the pool, whether its own or that of all pages.
 __device__ __forceinline__ float scale_of_page(const Problem& p, const View& scale, int64_t leading,
                                                int32_t kv_head, int32_t page) {
-  if (!scale) return 1;
-  const int64_t first = scale.leading_offset(p.leading, leading) + kv_head * scale.head;
-  return scale.as<const float>()[first + page * scale.batch];
+  return scale ? first_scale(p, scale, leading, kv_head)[page * scale.batch] : 1;
 }
 
 // The scales of a float8 pool's pages at one KV head; null if all pages have the same.
@@ -37,8 +43,7 @@ struct PageScales {
 __device__ __forceinline__ PageScales page_scales_of(const Problem& p, const View& scale, int64_t leading,
                                                      int32_t kv_head) {
   if (!has_page_scales(scale)) return {};
-  return {scale.as<const float>() + scale.leading_offset(p.leading, leading) + kv_head * scale.head,
-          scale.batch};
+  return {first_scale(p, scale, leading, kv_head), scale.batch};
 }
 
 }  // namespace jax_flash

@@ -17,6 +17,8 @@ inline uint32_t load_shared(uint32_t address) {
   return x;
 }
 
+inline float load_shared_float(uint32_t address) { return __uint_as_float(load_shared(address)); }
+
 inline void store_shared(uint32_t address, uint4 x) { std::memcpy(emulator::shared + address, &x, 16); }
 
 }  // namespace jax_flash::ptx
