@@ -23,10 +23,10 @@ def test_the_command_prints_a_line_per_pass(capsys):
 
 @pytest.mark.parametrize("layout", [[], ["--varlen"], ["--paged"]])
 def test_the_command_describes_calls_with_masks(layout, capsys):
-    assert main([*COMMAND, "--gpu", "h200", *layout, "--ranges", "2"]) == 0
-    assert " general" in capsys.readouterr().out
-    assert main([*COMMAND, "--gpu", "h200", *layout, "--blocks", "128", "64"]) == 0
-    assert " general" in capsys.readouterr().out
+    blocks = ["sm80", "general"] if layout else ["sm90", "blocks"]
+    for mask, forward in ((["--ranges", "2"], ["sm90", "ranges"]), (["--blocks", "128", "64"], blocks)):
+        assert main([*COMMAND, "--gpu", "h200", *layout, *mask]) == 0
+        assert capsys.readouterr().out.splitlines()[1].split()[:4:3] == forward
 
 
 def test_the_command_says_why_nothing_runs_and_fails(capsys):

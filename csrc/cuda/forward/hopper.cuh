@@ -102,9 +102,10 @@ struct ForwardSm90 {
                                           : R.block_n;
   // Tiles of 80 or 96 keys begin with the first key that a query tile sees, so that a window spans as few as
   // possible: d256 with a window of 512 gains 3 %. Tiles of 128 keys gain nothing, since windows begin beside
-  // their borders. Boxes of pages begin with pages; segments and ranges have rules of their own.
+  // their borders. Segments and ranges have rules of their own.
+  static constexpr bool kTilesBeginAtAnyKey = !kInPages<KeyLoader>;  // boxes of pages begin with pages
   static constexpr bool kBeginsAtFirstKey =
-      Kind == ScoreKind::kPlain && kN % kConsumerRows != 0 && !kPacksHeads && !kInPages<KeyLoader>;
+      Kind == ScoreKind::kPlain && kN % kConsumerRows != 0 && !kPacksHeads && kTilesBeginAtAnyKey;
   // Column tiles of S whose exponentials overlap P V. ptxas sinks nearly all of them below the wait for P V,
   // unless make_before() holds them. Three consumers or more keep the MUFU busy anyway.
   static constexpr bool kRanges = Kind == ScoreKind::kRanges, kListed = lists_tiles(Kind),

@@ -73,7 +73,7 @@ struct ListOfTile : GapOfTiles<false>, MaskOfTile {
 // Additional state of kernels of score kind Ranges.
 template <int kConsumers>
 struct RangesOfTile : NeighbouringRows, GapOfTiles<true> {
-  int32_t first_key;  // of the sequence, the first that any row sees: the tile's keys begin with it
+  int32_t first_key;  // of the sequence: the tile's keys begin with it
   Interval in_band;   // the band shows keys [i + lo, i + hi) of the sequence to row i
   // For each consumer, a second interval of tiles in which all its rows see all keys. It lies before the one
   // in ConsumerKeys, because rows may have two ranges.
@@ -255,10 +255,10 @@ struct TileState : Ranges, Slice {
     const int64_t slot = slot_of_rows(p, C::kM);
     reload_shared();
     const SeenByTile& seen = segments.tiles[slot + work.tile.row / C::kM];
-    const int32_t first = this->first_key = seen.any.lo;
+    const int32_t first = this->first_key = C::kTilesBeginAtAnyKey ? seen.any.lo : 0;
     this->set_gap({seen.gap.lo - first, seen.gap.hi - first}, C::kN);
     reload_shared();
-    tiles = this->close(tiles_of({0, seen.any.hi - first}, C::kN));
+    tiles = this->close(tiles_of({C::kTilesBeginAtAnyKey ? 0 : seen.any.lo, seen.any.hi - first}, C::kN));
     reload_shared();
     begin_at(first);
     constexpr int64_t kMost = 1 << 30;  // kMost and −kMost stand for no limit
