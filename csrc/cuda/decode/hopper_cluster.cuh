@@ -26,10 +26,10 @@ struct DecodeSm90 {
   using VTile = StoredTile<T, kKeys, kValueDim>;
   static constexpr int kStageBytes = KTile::kBytes + VTile::kBytes;
   using Score = DecodeScore<TransposedAccumulator<kKeys / 16, kRows / 8>, false>;
-  using WarpState = WarpAttention<T, T, kHeadDim, kValueDim, kKeys, kRows / 8, kWarps, Score>;
+  using WarpState = WarpAttention<T, T, kHeadDim, kValueDim, kKeys, kRows / 8, kWarps, Score, false>;
   static constexpr clusters::Layout kLayout = clusters::layout(R, sizeof(T));
   static constexpr int kMergeColumns = kValueDim, kMergePitch = kMergeColumns + 4;
-  using Shares = DecodeShares<T, T, R, false>;
+  using Shares = DecodeShares<T, T, R, false, false>;
   static constexpr int kSharedBytes = kLayout.bytes, kChunks = kValueDim / 4;
   static_assert(kWarps * kRows * kMergePitch * 4 <= kWarps * kLayout.warp_ring);
   static_assert(!WarpState::kSharedQueries && kChunks >= clusters::kMostCtas);

@@ -49,10 +49,14 @@ cudaError_t launch_decode(const Problem& p, const LaunchPlan& plan, void* worksp
   // with them.
   constexpr bool kAlways = R.value_dim > 256;
   const auto run = [&]<class Stored>() {
-    const bool options = decode::has_options(p) || decode::scaled_by_page(p);
-    if (kAlways || options)
-      return decode::launch<decode::DecodeShares<T, Stored, R, true>>(p, plan, workspace, stream);
-    return decode::launch<decode::DecodeShares<T, Stored, R, kAlways>>(p, plan, workspace, stream);
+    constexpr bool kFloat8 = sizeof(Stored) < sizeof(T);
+    const auto launch = [&]<bool kOptions, bool kPageScales>() {
+      using C = decode::DecodeShares<T, Stored, R, kOptions, kPageScales>;
+      return decode::launch<C>(p, plan, workspace, stream);
+    };
+    if (kAlways || decode::has_options(p)) return launch.template operator()<true, kFloat8>();
+    if (decode::scaled_by_page(p)) return launch.template operator()<kAlways, kFloat8>();
+    return launch.template operator()<kAlways, kAlways && kFloat8>();
   };
   if (!is_float8(p.kv_dtype)) return run.template operator()<T>();
   if constexpr (R.takes(DType::kF8E4M3)) {

@@ -124,9 +124,9 @@ static __device__ const float kUnscaled = 1;
 
 // kTile: keys in a tile of the whole block; each warp takes kKeys of them. Rows: ColumnRows, or a class of
 // it. kPrefetchesTable: kernels with enough registers prefetch the table's entries of segments with at least
-// kPrefetchedTiles, kStages tiles ahead.
+// kPrefetchedTiles, kStages tiles ahead. kPageScales: scales of pages are copied with their keys.
 template <class Stored, int HeadDim, int ValueDim, int kStageCount, int kKeyCount, int kTile, bool kPolicy,
-          bool kPrefetchesTable, class Rows>
+          bool kPrefetchesTable, bool kPageScales, class Rows>
 class WarpRing {
  public:
   static constexpr int kKeys = kKeyCount, kStages = kStageCount;
@@ -137,7 +137,6 @@ class WarpRing {
   static constexpr int kStageBytes = KTile::kBytes + VTile::kBytes, kBytes = kStages * kStageBytes;
   static constexpr int kEntryBytes = kStages * kKeys * 4, kScaleBytes = 2 * kEntryBytes;
   static constexpr int kPrefetchedTiles = 32;
-  static constexpr bool kCopiesScales = sizeof(Stored) == 1 && Rows::kSkips;  // those of pages are options
 
   // This warp's parts of shared memory are `shared` for the stages, `queue` for kSegments segments,
   // `page_memory` for table entries: int32 [kStages, kKeys], and `scale_memory` for the scales of pages:
@@ -166,7 +165,7 @@ class WarpRing {
       if (sees(tiles().at(ahead.tile))) {
         const PageSlot slot = keys.check(call, next);
         copy_rows<KTile, VTile>(memory + filled * kStageBytes, keys, slot);
-        if (kCopiesScales && call.scaled_by_page) copy_scales(slot.page);
+        if (kPageScales && call.scaled_by_page) copy_scales(slot.page);
       }
       if (kPrefetchesTable && prefetches) copy_entry();
       ++ahead.tile, ++copied;
@@ -186,7 +185,7 @@ class WarpRing {
     __syncwarp();
     return memory + filled * kStageBytes;
   }
-  // The scales of the keys that wait() has returned, if kCopiesScales and pages have scales.
+  // The scales of the keys that wait() has returned, if kPageScales and pages have scales.
   __device__ __forceinline__ uint32_t scales() const { return scale_stages + filled * (kKeys * 8); }
   // The next segment. The caller has waited for all copies of the segment before; the first copy of this one
   // has been started.

@@ -16,30 +16,32 @@ namespace jax_flash::decode {
 
 // A row of csrc/kernels.def: M query rows of a KV head, and N keys per tile of the whole block. Stored: T, or
 // uint8_t for float8, whose rings have twice as many stages in the same memory. kOptions: whether there are
-// score options.
-template <class T, class Stored, Row R, bool kOptions>
+// score options. kPageScales: whether float8 pages have scales of their own.
+template <class T, class Stored, Row R, bool kOptions, bool kPageScales>
 struct DecodeShares {
   using Element = T;
   static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kRows = R.block_m;
   static constexpr int kWarps = R.warps, kThreads = kWarps * 32, kBlocks = R.blocks;
   static constexpr bool kFloat8 = sizeof(Stored) < sizeof(T),
-                        kScalesInStage = kFloat8 && kOptions && decode_scales_replace_stage(R);
+                        kScalesInStage = kPageScales && decode_scales_replace_stage(R);
   // Tiles of N keys that form one tile of this kernel.
   static constexpr int kRowTiles = kFloat8 ? decode_float8_tiles(R) : 1;
   static constexpr int kTile = kRowTiles * R.block_n, kKeys = kTile / kWarps;
   static constexpr int kStages = kFloat8 ? decode_float8_stages(R) - kScalesInStage : R.stages;
   using Rows = std::conditional_t<kOptions, RowsWithOptions, ColumnRows>;
   using Ring = WarpRing<Stored, kHeadDim, kValueDim, kStages, kKeys, kTile, kRows <= 16,
-                        decode_prefetches_table(kRows, kHeadDim), Rows>;
+                        decode_prefetches_table(kRows, kHeadDim), kPageScales, Rows>;
   using Score = DecodeScore<TransposedAccumulator<kKeys / 16, kRows / 8>, kOptions>;
-  using WarpState = WarpAttention<T, Stored, kHeadDim, kValueDim, kKeys, kRows / 8, kWarps, Score>;
+  using WarpState =
+      WarpAttention<T, Stored, kHeadDim, kValueDim, kKeys, kRows / 8, kWarps, Score, kPageScales>;
   static constexpr DecodeLayout kLayout = decode_layout(R, sizeof(T));
   static constexpr int kMergeColumns = decode_merge_columns(R), kMergePitch = decode_merge_pitch(R);
-  static constexpr int kSharedBytes = Ring::kCopiesScales ? kLayout.bytes : kLayout.scales;
+  static constexpr int kSharedBytes = kPageScales ? kLayout.bytes : kLayout.scales;
   static_assert(kLayout.warp_ring >= Ring::kBytes + (kScalesInStage ? Ring::kScaleBytes : 0) &&
                 sizeof(Softmax) == 2 * sizeof(float));
   static_assert(sizeof(PartitionShared<kThreads>) + sizeof(bool) <= kBlockStateBytes);
   static_assert(kKeys % 16 == 0 && kRows % 8 == 0 && kValueDim % kMergeColumns == 0);
+  static_assert(!kPageScales || kFloat8);
 };
 
 // Writes the results of a segment whose tiles all warps have attended to, or merges them with those of the

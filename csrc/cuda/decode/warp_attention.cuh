@@ -41,7 +41,8 @@ __device__ __forceinline__ float column_sum(float x) {
 
 // The warp's state. A lane holds the query rows S::row(2 n + e) = 8 n + 2 (lane % 4) + e, for n < kTiles and
 // e < 2.
-template <class T, class Stored, int HeadDim, int ValueDim, int kKeys, int kTiles, int kWarps, class Score>
+template <class T, class Stored, int HeadDim, int ValueDim, int kKeys, int kTiles, int kWarps, class Score,
+          bool kPageScales>
 struct WarpAttention {
   using S = TransposedAccumulator<kKeys / 16, kTiles>;
   static constexpr int kSteps = HeadDim / kStepK<T>, kValueTiles = ValueDim / 16;
@@ -68,7 +69,7 @@ struct WarpAttention {
   float scale;                                    // S = scale · stored keys · Q
   float value_scale = 1;                          // V = value_scale · stored values
   // Scales of single pages, which S and P are multiplied by.
-  KeyScales<S, kScaled && Score::kGeneral> page_scales;
+  KeyScales<S, kPageScales> page_scales;
   float query_scale[kSharedQueries ? 1 : kTiles][2];  // kRescaled: Q = query_scale · q, for each row of S
 
   __device__ __forceinline__ static int row_of(int n, int e) { return S::row(2 * n + e); }
