@@ -143,6 +143,15 @@ def test_each_mask_beside_an_option(d, name, kernel):
     check(case, pictures(case.sq, case.sk)[name][None, None], kernel, deterministic=at % 3 == 1)
 
 
+@pytest.mark.parametrize("d", HEAD_DIMS)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "one pair"])
+def test_each_mask_with_dropout(d, name, kernel):
+    """A mask and dropout, as where sequences are padded in training, have kernels together on Hopper."""
+    at = NAMES.index(name)
+    case = CASES[at % len(CASES)].replace(d=d, dv=d, dtype=("float16", "bfloat16")[at % 2], dropout_rate=0.3)
+    check(case, pictures(case.sq, case.sk)[name][None, None], kernel, deterministic=at % 3 == 1)
+
+
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("whole", ["b h rows keys", "b keys", "h rows", "rows keys", "b h keys", "h", ""])
 def test_a_mask_broadcasts_over_any_dimension(whole, softcap, kernel):

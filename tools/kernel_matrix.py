@@ -28,6 +28,7 @@ OPTIONS = {
     "`masks.blocks`": "--blocks 128 128",
     "ALiBi and softcap": "--alibi-slopes --softcap 30",
     "bias and softcap": "--bias --softcap 30",
+    "`mask` and `dropout_rate`": "--mask --dropout",
     "`deterministic`": "--deterministic",
     "float32": "--dtype float32",
 }

@@ -38,6 +38,13 @@ ScoreKind only_option(const AttentionSpec& spec) {
   return found;
 }
 
+// Whether a mask and dropout are the only score options, as where sequences are padded in training.
+bool has_mask_and_dropout(AttentionSpec spec) {
+  if (!spec.has(Operand::kDropout)) return false;
+  spec.operands &= ~bits_of(Operand::kDropout);
+  return only_option(spec) == ScoreKind::kMask;
+}
+
 // Whether kernels can list the tiles that a boolean mask leaves: it is the only score option, and tiles begin
 // at the first row and key. Lists have no fixed order for the additions to dQ, so deterministic gradients do
 // not use them.
@@ -69,6 +76,7 @@ struct Candidates {
     ScoreKind only = only_option(call.spec);
     if (!serves(only, call)) only = ScoreKind::kGeneral;
     if (only == ScoreKind::kBias && call.shapes.float_bias) only = ScoreKind::kFloatBias;
+    if (has_mask_and_dropout(call.spec)) only = ScoreKind::kMaskDropout;
     const bool dropout = call.spec.has(Operand::kDropout);  // the general kernel has none
     kinds[2] = dropout ? ScoreKind::kGeneralDropout : ScoreKind::kGeneral;
     kinds[1] = only == ScoreKind::kGeneral ? kinds[2] : only;

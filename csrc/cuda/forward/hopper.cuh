@@ -93,7 +93,8 @@ struct ForwardSm90 {
     return static_cast<int>(std::min<int64_t>(2, room / ((kFloatBias ? 4 : 2) * kM * n)));
   }
   static constexpr bool kSmallBiasTile = kBias && (R.block_n % 32 != 0 || bias_stages(R.block_n) < 1);
-  static constexpr bool kDropout = Kind == ScoreKind::kGeneralDropout || Kind == ScoreKind::kDropout;
+  static constexpr bool kDropout = Kind == ScoreKind::kGeneralDropout || Kind == ScoreKind::kDropout ||
+                                   Kind == ScoreKind::kMaskDropout;
   // If CTAs share the query tile, the general kernels would spill registers with more keys.
   static constexpr bool kSmallKeyTile =
       kSmallBiasTile || (kSharers > 1 && (Kind == ScoreKind::kGeneral || Kind == ScoreKind::kGeneralDropout));
@@ -146,6 +147,8 @@ struct ForwardSm90 {
       std::conditional_t<kPacksHeads, PackedHeadsScore<S>, HopperScore<Kind, S, kInPages<KeyLoader>>>;
   using Score = std::conditional_t<kWidens, WithKeyScales<UnscaledScore>, UnscaledScore>;
   static constexpr bool kGap = kTakesGaps<Score>;  // ranges or a mask may leave a gap between key tiles
+  // Whether a kernel before this one finds the keys that segments or a mask leave to query tiles.
+  static constexpr bool kTrims = Score::reads(Operand::kQSegmentIds) || Score::reads(Operand::kMask);
   using Softmax = typename Score::template Softmax<T>;
   using Input = typename Score::template Input<T, kN, bias_stages(kN), kConsumers>;
   using Loader = KeyLoader<ForwardSm90>;

@@ -136,7 +136,7 @@ struct TileState : Ranges, Slice {
     if constexpr (C::kBeginsAtFirstKey) begin_at(band.rows(tile.row, tile.used_queries()).lo);
     if constexpr (!C::kListed) tiles = tiles_of(band.rows(tile.row, tile.used_queries()), C::kN);
     reload_shared();
-    if constexpr (C::Score::reads(Operand::kQSegmentIds)) trim<C>(p, segments);
+    if constexpr (C::kTrims) trim<C>(p, segments);
     if constexpr (C::kKind == ScoreKind::kRanges) trim_to_ranges<C>(p, segments);
     if constexpr (C::kListed) take_list<C>(p, segments.lists);
     if constexpr (C::Score::reads(Operand::kMask) || C::kKind == ScoreKind::kListedMask)
@@ -167,7 +167,7 @@ struct TileState : Ranges, Slice {
       const int32_t first = tile.row + i * kConsumerRows;
       const int32_t last = min(first + kConsumerRows, tile.used_queries());
       Interval own = intersect(this->close(tiles_of(band.rows(first, last), C::kN)), tiles);
-      if constexpr (C::Score::reads(Operand::kQSegmentIds))
+      if constexpr (C::kTrims)
         if (segments.part_keys && !one_segment && first < last)
           own = intersect(own, this->close(tiles_of(keys_of_part<C>(p, segments, first), C::kN)));
       keys[i].tiles = own.empty() ? Interval{tiles.lo, tiles.lo} : own;

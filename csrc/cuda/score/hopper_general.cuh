@@ -30,8 +30,6 @@ struct ShownElements {
   __device__ __forceinline__ void hide(Scores& s) const {
     hide_unless_seen(s, bits);
   }
-
- private:
   // The mask's words (MaskWords) of the tile's keys, which lie in one or two of the mask's tiles.
   template <class Tile>
   __device__ __forceinline__ void take_words(const Tile& tile, int32_t key) {
@@ -41,6 +39,8 @@ struct ShownElements {
     bits[0] = __byte_perm(low, high, 0x5410) >> before;
     bits[1] = __byte_perm(low, high, 0x7632) >> before;
   }
+
+ private:
   template <class Tile>
   __device__ __forceinline__ void limit_to_ranges(const Tile& tile, int32_t key) {
     const RowRanges ranges = tile.operands().row_ranges(tile.p);

@@ -16,6 +16,9 @@ struct StagedGeneralScore : HopperGeneralDropoutScore<S> {
   static constexpr bool reads(Operand) { return true; }
 };
 
+template <class S>
+using StagedMaskDropoutScore = WithDropout<StagedMaskScore<S>, S>;
+
 template <ScoreKind kKind, class S>
 struct GradientScoreOf;
 #define JF_SCORE(kind, name, printed, inputs, option, served, portable, hopper, gradient, ...) \

@@ -11,6 +11,7 @@
 #include "cuda/score/hopper_blocks.cuh"
 #include "cuda/score/hopper_general.cuh"
 #include "cuda/score/hopper_mask.cuh"
+#include "cuda/score/hopper_mask_dropout.cuh"
 #include "cuda/score/hopper_ranges.cuh"
 #include "cuda/score/hopper_segments.cuh"
 #include "cuda/score/softcap.cuh"
