@@ -15,11 +15,6 @@ from .checker import Checker
 from .options import Implementation
 
 
-def as_bias(x: Array, dtype: Any) -> Array:
-    """A bias in a dtype that the kernels support; other libraries add any number type to float32 scores."""
-    return x if x.dtype in (jnp.float16, jnp.bfloat16, dtype) else x.astype(jnp.float32)
-
-
 def promote(arrays: Sequence[Array], *, dtype: Any = None) -> list[Array]:
     """The arrays in one inexact dtype, which is `dtype` or the one that they promote to."""
     arrays = [jnp.asarray(x) for x in arrays]

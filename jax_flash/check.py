@@ -133,7 +133,7 @@ class _Call:
             if len(shape) < (least := _LEAST_RANKS.get(name, 0)):
                 raise _CHECK.fail(f"{name} must have at least {least} dimensions, got shape {shape}")
             if name in _SCALES and not isinstance(x, (jax.core.Tracer, jax.ShapeDtypeStruct)):
-                self.scales[name] = np.asarray(_local(name, x))
+                self.scales[name] = np.asarray(_CHECK.array(name, _local(name, x)))
 
     def sequence_counts(self) -> dict[str, int]:
         """The number of sequences or batch entries, according to each array that has one entry for each."""

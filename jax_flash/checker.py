@@ -36,6 +36,13 @@ class Checker:
         except (TypeError, ValueError):  # the latter of lists that differ in length or hold None
             raise self._not_of_jax(name, x) from None
 
+    def bias(self, name: str, x: Any, dtype: Any) -> jax.Array:
+        """A bias in a dtype that the kernels support; other libraries add any real number type to float32 scores."""
+        bias = self.array(name, x)
+        if jnp.iscomplexobj(bias):
+            raise self.fail(f"{name} has dtype {bias.dtype}, allowed are real numbers; take .real", TypeError)
+        return bias if bias.dtype in (jnp.float16, jnp.bfloat16, dtype) else bias.astype(jnp.float32)
+
     def _require_values(self, name: str, x: Any) -> None:
         """Refuses what is no array yet. NumPy and JAX would make an array of an object of it."""
         if x is None or isinstance(x, (str, bytes, jax.ShapeDtypeStruct)):

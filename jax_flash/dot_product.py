@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from . import validate
 from ._jax import same_dim
 from .autodiff import attend
-from .batch_dims import as_bias, local_window
+from .batch_dims import local_window
 from .checker import Checker
 from .masks import Mask
 from .options import DotProductOptions, FixedArguments, Implementation, IndexLike, Number
@@ -158,7 +158,7 @@ def spec_and_operands(op: str, given: DotProductArguments) -> tuple[AttentionSpe
         q_lengths=_lengths("query_seq_lengths", given.query_seq_lengths, batch),
         kv_lengths=_lengths("key_value_seq_lengths", given.key_value_seq_lengths, batch),
         scale=given.scale,
-        bias=None if given.bias is None else as_bias(_CHECK.array("bias", given.bias), q.dtype),
+        bias=None if given.bias is None else _CHECK.bias("bias", given.bias, q.dtype),
         return_lse=_CHECK.flag("return_residual", given.return_residual),
         implementation=_implementation(given.implementation, q.dtype),
     )

@@ -16,7 +16,7 @@ from jax import Array, lax
 
 from ._jax import same_dim
 from .attention import flash_attention
-from .batch_dims import as_bias, check_batch_dims, over_batch_dims, plain_if_float64, promote
+from .batch_dims import check_batch_dims, over_batch_dims, plain_if_float64, promote
 from .checker import MARK_STATIC, Checker
 from .masks import Mask
 from .options import ArrayLike, Implementation, IndexLike, Number, Window
@@ -167,7 +167,7 @@ def attention_fn(
     scores = (*query.shape[:-3], query.shape[-2], query.shape[-3], key.shape[-3])
     arrays: dict[str, Array] = {}
     if bias is not None:
-        arrays["bias"] = _CHECK.broadcastable("bias", as_bias(bias, query.dtype), scores, _SCORES)
+        arrays["bias"] = _CHECK.broadcastable("bias", _CHECK.bias("bias", bias, query.dtype), scores, _SCORES)
     if isinstance(mask, Mask):
         if query.ndim != 4:
             raise _CHECK.fail(

@@ -320,6 +320,11 @@ def test_what_the_functions_refuse_for_its_dtype_is_a_type_error(name):
         check_inputs(**{name: np.zeros(shape, dtype)})
 
 
+def test_a_scale_that_is_no_number_is_a_type_error():
+    with pytest.raises(TypeError, match="check_inputs: k_scale must be an array, got 'a'"):
+        check_inputs(**POOL, k_scale="a")
+
+
 def test_lists_of_floats_are_type_errors():
     with pytest.raises(TypeError, match="check_inputs: kv_lengths must hold integers, got float64"):
         check_inputs(kv_lengths=[1.5])

@@ -336,6 +336,11 @@ WRONG = {
     "no value": ({"value": None}, TypeError, "value must be an array, got None; pass key where V is K"),
     "mask shape": ({"mask": jnp.ones((K, T, S), bool)}, ValueError, r"mask .* to .*\(2, 4, 9, 13\)"),
     "text": ({"bias": "x"}, TypeError, "bias must be an array, got 'x'"),
+    "complex bias": (
+        {"bias": jnp.ones((T, S), complex)},
+        TypeError,
+        "bias has dtype complex64, allowed are real numbers",
+    ),
     "mask rank": ({"mask": jnp.ones((1, B, N, T, S), bool)}, ValueError, "mask must broadcast to"),
     "bias shape": ({"bias": jnp.ones((T, 2))}, ValueError, r"bias must broadcast to .*got shape \(9, 2\)"),
     "lengths dtype": (

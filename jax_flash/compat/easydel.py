@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..attention import flash_attention as attend
-from ..batch_dims import as_bias, local_window
+from ..batch_dims import local_window
 from ..checker import MARK_STATIC, Checker
 from ..options import ArrayLike, Implementation, Number
 from .easydel_pages import ragged_page_attention_v2, ragged_page_attention_v3, unified_attention
@@ -127,7 +127,7 @@ def flash_attention(
         segment_ids=ids,
         scale=softmax_scale,
         softcap=logits_soft_cap,
-        bias=None if bias is None else as_bias(_CHECK.array("bias", bias), dtype),
+        bias=None if bias is None else _CHECK.bias("bias", bias, dtype),
         bias_first=True,
         sinks=None if softmax_aux is None else _sinks(softmax_aux, q.shape[2]),
         dropout_rate=rate,
@@ -197,7 +197,7 @@ def scaled_dot_product_attention(
         q_lengths=cum_seqlens_q,
         kv_lengths=cum_seqlens_k,
         scale=softmax_scale,
-        bias=None if bias is None else as_bias(_CHECK_SDPA.array("bias", bias), dtype),
+        bias=None if bias is None else _CHECK_SDPA.bias("bias", bias, dtype),
         implementation=implementation,
     )
     return out.astype(q.dtype)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from jax import Array
 
 from ..attention import flash_attention as attend
-from ..batch_dims import as_bias, plain_if_float64, promote
+from ..batch_dims import plain_if_float64, promote
 from ..checker import Checker, broadcasts
 from ..options import ArrayLike, Implementation, Number
 
@@ -68,7 +68,7 @@ def dot_product_attention(
         q,
         k,
         v,
-        bias=None if bias is None else as_bias(_of_rank_4("bias", bias, q, k), q.dtype),
+        bias=None if bias is None else _CHECK.bias("bias", _of_rank_4("bias", bias, q, k), q.dtype),
         mask=None if mask is None else _of_rank_4("mask", mask, q, k).astype(bool),
         scale=scale,
         causal=is_causal,

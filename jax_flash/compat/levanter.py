@@ -18,7 +18,7 @@ from jax import Array
 from .. import masks
 from .._jax import with_dims_merged
 from ..attention import flash_attention
-from ..batch_dims import as_bias, over_batch_dims
+from ..batch_dims import over_batch_dims
 from ..checker import MARK_STATIC, Checker
 from ..options import Implementation
 from ..validate import dropout_key
@@ -132,7 +132,7 @@ def dot_product_attention(
     seen = _Seen.of(check, axes, mask)
     arrays = seen.arrays
     if bias is not None:
-        arrays["bias"] = as_bias(axes.scores(check, "bias", bias), dtype)
+        arrays["bias"] = check.bias("bias", axes.scores(check, "bias", bias), dtype)
     shared: dict[str, Array] = {}
     if attn_sink is not None:
         sinks = axes.sinks(check, attn_sink)

@@ -9,7 +9,6 @@ from jax import Array
 
 from .. import masks
 from ..attention import flash_attention
-from ..batch_dims import as_bias
 from ..checker import Checker
 from ..options import ArrayLike, Implementation
 from . import arguments
@@ -70,7 +69,9 @@ def _options(mask: Any, query: Array, key: Array) -> dict[str, Any]:
         if array.ndim not in (2, 3):
             raise _CHECK.fail(f"mask must be [Q, K] or [B, Q, K], got shape {array.shape}")
         array = array[..., None, :, :] if array.ndim == 3 else array
-        return dict(mask=array) if array.dtype == jnp.bool_ else dict(bias=as_bias(array, query.dtype))
+        if array.dtype == jnp.bool_:
+            return dict(mask=array)
+        return dict(bias=_CHECK.bias("mask", array, query.dtype))
     instead = f"mask.materialize_mask({query.shape[1]}, {key.shape[1]}) is an array with all of them"
     arguments.known_fields(_CHECK, mask, _FIELDS, instead)
     if mask.fa4_bounds is not None:  # valid[b, q] and lower[b, q] ≤ k ≤ q; Levanter then reads nothing else

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..attention import flash_attention as attend
-from ..batch_dims import as_bias
 from ..checker import Checker
 from ..options import ArrayLike, Implementation, IndexLike, Number
 from . import arguments
@@ -98,7 +97,7 @@ def flash_attention(
     bias = None
     if ab is not None:
         sizes = query.shape[0], query.shape[2], query.shape[1], key.shape[1]
-        bias = as_bias(_CHECK.broadcastable("ab", _CHECK.array("ab", ab), sizes, _SCORES), query.dtype)
+        bias = _CHECK.broadcastable("ab", _CHECK.bias("ab", ab, query.dtype), sizes, _SCORES)
         bias = bias if scale == 1 else bias.astype(jnp.float32) * scale  # 16 bits would round the product
     out: Array = attend(
         query,

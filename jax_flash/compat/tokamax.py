@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from .. import masks
 from .._jax import constrained, parts_of
 from ..attention import flash_attention
-from ..batch_dims import as_bias, check_batch_dims, local_window, over_batch_dims
+from ..batch_dims import check_batch_dims, local_window, over_batch_dims
 from ..checker import INT32_MAX, Checker
 from ..options import ArrayLike, Implementation, IndexLike, Number
 from ..validate import IMPLEMENTATIONS
@@ -274,7 +274,7 @@ class _Call:
     def attend(self, bias: Any, scale: Any, softcap: Any, **options: Any) -> tuple[Array, Array]:
         """Out `[*B, T, N, h]` and lse `[*B, N, T]`."""
         if bias is not None:
-            x = as_bias(self.check.array("bias", bias), self.query.dtype)
+            x = self.check.bias("bias", bias, self.query.dtype)
             self.arrays["bias"] = self.check.broadcastable("bias", x, self.scores, _SCORES)
         run = partial(
             flash_attention,
