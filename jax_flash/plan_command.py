@@ -50,7 +50,7 @@ KNOWN = {
     "h200": Gpu("NVIDIA H200", 90, 132),
     "b200": Gpu("NVIDIA B200", 100, 148),
 }
-# Each is an option of the command. A bias is [batch, heads, seqlen, kv-seqlen], of the call's dtype.
+# Each is an option of the command. A bias is [batch, heads, seqlen, kv-seqlen].
 OPERANDS = ("bias", "mask", "alibi_slopes", "sinks", "q_segment_ids", "kv_lengths", "draft_mask")
 PASSES = ("forward", "backward", "tangent", "bias_gradient")
 DEFAULT_PAGE_SIZE = 64
@@ -126,6 +126,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             action="store_true",
             help="the call has this operand, none of its dimensions broadcast",
         )
+    add("--bias-dtype", choices=DTYPES, help="of the bias (default: the call's)")
     add(
         "--ranges", type=int, choices=(1, 2), help="the call has a mask value of so many ranges of keys a row"
     )
@@ -177,6 +178,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _misplaced(options: argparse.Namespace) -> str | None:
     """What to do about the first option that calls of this layout do not have."""
+    if options.bias_dtype and not options.bias:
+        return "--bias-dtype is an option of calls with a bias: add --bias"
     fixed = not (options.paged or options.varlen)
     for names, allowed, instead in (
         (OF_PAGES, options.paged, "paged calls: add --paged"),
@@ -258,7 +261,9 @@ def _named(options: argparse.Namespace, n: _Sizes) -> dict[str, Any]:
     named: dict[str, Any] = {}
     for name in (name for name in OPERANDS if getattr(options, name)):
         dims = next(table[name] for table in (DIMS[layout], *DIMS.values()) if name in table)
-        dtype = {"bias": options.dtype, "boolean": "bool"}.get(ELEMENTS[name], ELEMENTS[name])
+        dtype = {"bias": options.bias_dtype or options.dtype, "boolean": "bool"}.get(
+            ELEMENTS[name], ELEMENTS[name]
+        )
         named[name] = _array(tuple(sizes[dim.rstrip("*")] for dim in dims), dtype)
     if "q_segment_ids" in named:
         named["segment_ids"] = named.pop("q_segment_ids"), _array((n.b, n.sk), "int32")
@@ -310,8 +315,11 @@ def described(options: argparse.Namespace, gpu: Gpu, pass_: str) -> dict[str, An
         arguments["bias"] = shapes["bias"]
     arguments["mask"] = mask_sizes(shapes, 0, 1)
     # The rules of plan.cc, for contiguous arrays.
+    wide = options.bias_dtype == "float32" and options.dtype != "float32"
+    arguments["float_bias"] = wide and "bias" in shapes
+    same = options.bias_dtype in (None, options.dtype)
     for name, wanted, whole in (
-        ("bias", "bias_in_tiles", options.dtype != "float32"),
+        ("bias", "bias_in_tiles", options.dtype != "float32" and (wide or same)),
         ("mask", "mask_in_chunks", True),
     ):
         arguments[wanted] = name in shapes and whole and shapes[name][-1] % 8 == 0

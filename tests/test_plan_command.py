@@ -44,6 +44,7 @@ def test_the_command_says_why_nothing_runs_and_fails(capsys):
         (["--paged", "--page-size", "0"], "paged_attention: "),
         (["--page-size", "16"], "--page-size is an option of paged calls: add --paged"),
         (["--num-splits", "0"], "--num-splits is an option of paged calls: add --paged"),
+        (["--bias-dtype", "float32"], "--bias-dtype is an option of calls with a bias: add --bias"),
         (["--draft-mask"], "--draft-mask is an option of paged calls: add --paged"),
         (["--mask", "--varlen"], "--mask is an option of flash_attention: leave out --varlen and --paged"),
         (["--dropout", "--paged"], "--dropout is an option of calls without pages: leave out --paged"),
@@ -97,12 +98,19 @@ def test_the_command_pads_head_dims_as_a_call_does(capsys):
 
 
 @pytest.mark.parametrize(
-    ("keys", "dtype", "kind"),
-    [("4096", "bfloat16", "bias"), ("4097", "bfloat16", "general"), ("4096", "float32", None)],
+    ("keys", "dtypes", "kind"),
+    [
+        ("4096", ["bfloat16"], "bias"),
+        ("4097", ["bfloat16"], "general"),
+        ("4096", ["float32"], None),
+        ("4096", ["float16", "--bias-dtype", "float16"], "bias"),
+        ("4096", ["float16", "--bias-dtype", "float32"], "float_bias"),
+        ("4096", ["float16", "--bias-dtype", "bfloat16"], "general"),
+    ],
 )
-def test_the_command_names_the_kernel_of_a_bias_alone_on_hopper(keys, dtype, kind, capsys):
+def test_the_command_names_the_kernel_of_a_bias_alone_on_hopper(keys, dtypes, kind, capsys):
     """A bias whose rows TMA can load has a kernel of its own."""
-    main([*COMMAND, "--gpu", "h200", "--bias", "--kv-seqlen", keys, "--dtype", dtype])
+    main([*COMMAND, "--gpu", "h200", "--bias", "--kv-seqlen", keys, "--dtype", *dtypes])
     line = capsys.readouterr().out.splitlines()[1]
     arch, _, _, score = line.split()[:4]
     assert (arch, score) == (("sm90", kind) if kind else ("sm80", "general"))
