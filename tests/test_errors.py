@@ -357,7 +357,7 @@ def test_every_raise_of_the_checks_is_in_the_table():
         reached |= raising_lines(lambda f=function, a=defaults | wrong: trace(f, a))
     check, numbers = checker.Checker("f"), [partial(jax_flash.zigzag_positions, 8, n) for n in (2.0, 0)]
     numbers += [partial(check.divisor, "k_scale", 0), partial(check.page_layout, "dhn")]
-    numbers.append(lambda: check.array("query", jax.new_ref(0.0)))
+    numbers += [lambda: check.array("query", jax.new_ref(0.0)), lambda: check.bias("bias", 1j, "float32")]
     for call in (symbolic_heads, symbolic_head_dim, symbolic_shard, *numbers):
         reached |= raising_lines(call)
     for module in (checker, validate):
