@@ -93,8 +93,8 @@ struct ForwardSm90 {
     return static_cast<int>(std::min<int64_t>(2, room / ((kFloatBias ? 4 : 2) * kM * n)));
   }
   static constexpr bool kSmallBiasTile = kBias && (R.block_n % 32 != 0 || bias_stages(R.block_n) < 1);
-  static constexpr bool kDropout = Kind == ScoreKind::kGeneralDropout || Kind == ScoreKind::kDropout ||
-                                   Kind == ScoreKind::kMaskDropout;
+  static constexpr bool kDropout =
+      Kind == ScoreKind::kGeneralDropout || Kind == ScoreKind::kDropout || Kind == ScoreKind::kMaskDropout;
   // If CTAs share the query tile, the general kernels would spill registers with more keys.
   static constexpr bool kSmallKeyTile =
       kSmallBiasTile || (kSharers > 1 && (Kind == ScoreKind::kGeneral || Kind == ScoreKind::kGeneralDropout));
