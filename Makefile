@@ -53,9 +53,9 @@ NEWEST = .venv-newest
 # What a newer jax or Python can break: tracing, JAX's transformations, lowering, sharding and modes, the libraries
 # beside jax, and the equations in jax.numpy. The kernels are the same there: the extension is built from the same
 # source against the same FFI headers (pyproject.toml pins the jaxlib that they come from).
-JAX_TESTS = $(patsubst %,tests/test_%.py,all_to_all any_mesh backends compilation_cache derivatives derivative_sharding distributed \
-  dot_product export flax flax_layers fresh_process lowering_errors manual_sharding mean_flow modes paged_programs \
-  partly_manual ring_training sharded_vmap sharding transforms)
+JAX_TESTS = $(patsubst %,tests/test_%.py,all_to_all any_mesh backends compilation_cache derivatives derivative_sharding \
+  distributed dot_product dot_product_errors export flax flax_layers fresh_process lowering_errors manual_sharding \
+  mean_flow modes paged_programs partly_manual ring_training sharded_vmap sharding transforms)
 
 # One instruction set is enough for them, in an environment of its own.
 .PHONY: test-newest-jax

@@ -148,6 +148,7 @@ def run(options: argparse.Namespace) -> int:
         return 2
     if options.page_size is None:
         options.page_size = DEFAULT_PAGE_SIZE
+    options.bias_dtype = options.bias_dtype or options.dtype
     core, problem = extension()
     if core is None:
         print(f"the plan is made by the extension, which is {problem}")
@@ -261,9 +262,7 @@ def _named(options: argparse.Namespace, n: _Sizes) -> dict[str, Any]:
     named: dict[str, Any] = {}
     for name in (name for name in OPERANDS if getattr(options, name)):
         dims = next(table[name] for table in (DIMS[layout], *DIMS.values()) if name in table)
-        dtype = {"bias": options.bias_dtype or options.dtype, "boolean": "bool"}.get(
-            ELEMENTS[name], ELEMENTS[name]
-        )
+        dtype = {"bias": options.bias_dtype, "boolean": "bool"}.get(ELEMENTS[name], ELEMENTS[name])
         named[name] = _array(tuple(sizes[dim.rstrip("*")] for dim in dims), dtype)
     if "q_segment_ids" in named:
         named["segment_ids"] = named.pop("q_segment_ids"), _array((n.b, n.sk), "int32")
@@ -315,11 +314,10 @@ def described(options: argparse.Namespace, gpu: Gpu, pass_: str) -> dict[str, An
         arguments["bias"] = shapes["bias"]
     arguments["mask"] = mask_sizes(shapes, 0, 1)
     # The rules of plan.cc, for contiguous arrays.
-    wide = options.bias_dtype == "float32" and options.dtype != "float32"
-    arguments["float_bias"] = wide and "bias" in shapes
-    same = options.bias_dtype in (None, options.dtype)
+    half = options.dtype != "float32"
+    arguments["float_bias"] = half and "bias" in shapes and options.bias_dtype == "float32"
     for name, wanted, whole in (
-        ("bias", "bias_in_tiles", options.dtype != "float32" and (wide or same)),
+        ("bias", "bias_in_tiles", half and options.bias_dtype in (options.dtype, "float32")),
         ("mask", "mask_in_chunks", True),
     ):
         arguments[wanted] = name in shapes and whole and shapes[name][-1] % 8 == 0

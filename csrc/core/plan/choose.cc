@@ -25,24 +25,23 @@ bool serves_blocks(const Call& call) {
   return !call.spec.packed() && !call.spec.moves_band() && call.spec.block_keys % 32 == 0;
 }
 
-// The kind of the only score option; kGeneral with several, or if no kind has the option, and kPlain without
-// any.
-ScoreKind only_option(const AttentionSpec& spec) {
+// The kind of the only score option of a call with these operands; kGeneral with several, or if no kind has
+// the option, and kPlain without any.
+ScoreKind only_option(const AttentionSpec& spec, int32_t operands) {
   // The plain kernel takes the row maximum before it scales, which needs a positive scale.
-  if ((spec.operands & ~(kOfEveryKernel | kOfScores)) || !(spec.scale > 0)) return ScoreKind::kGeneral;
+  if ((operands & ~(kOfEveryKernel | kOfScores)) || !(spec.scale > 0)) return ScoreKind::kGeneral;
   ScoreKind found = ScoreKind::kPlain;
 #define JF_SCORE(kind, name, printed, inputs, option, ...) \
-  if ((spec.operands & (inputs)) != 0 || (option))         \
+  if ((operands & (inputs)) != 0 || (option))              \
     found = found == ScoreKind::kPlain ? ScoreKind::k##kind : ScoreKind::kGeneral;
 #include "../../scores.def"
   return found;
 }
 
 // Whether a mask and dropout are the only score options, as where sequences are padded in training.
-bool has_mask_and_dropout(AttentionSpec spec) {
-  if (!spec.has(Operand::kDropout)) return false;
-  spec.operands &= ~bits_of(Operand::kDropout);
-  return only_option(spec) == ScoreKind::kMask;
+bool has_mask_and_dropout(const AttentionSpec& spec) {
+  return spec.has(Operand::kDropout) &&
+         only_option(spec, spec.operands & ~bits_of(Operand::kDropout)) == ScoreKind::kMask;
 }
 
 // Whether kernels can list the tiles that a boolean mask leaves: it is the only score option, and tiles begin
@@ -51,7 +50,8 @@ bool has_mask_and_dropout(AttentionSpec spec) {
 bool lists_mask_tiles(const Call& call) {
   const AttentionSpec& spec = call.spec;
   const Shapes& s = call.shapes;
-  if (only_option(spec) != ScoreKind::kMask || spec.packed() || spec.paged() || spec.moves_band())
+  if (only_option(spec, spec.operands) != ScoreKind::kMask || spec.packed() || spec.paged() ||
+      spec.moves_band())
     return false;
   if (s.q_rows == 0 || s.k_rows == 0) return false;
   return call.pass == Pass::kForward || (call.pass == Pass::kBackward && !spec.deterministic &&
@@ -73,7 +73,7 @@ struct Candidates {
   ScoreKind kinds[4];
 
   explicit Candidates(const Call& call) {
-    ScoreKind only = only_option(call.spec);
+    ScoreKind only = only_option(call.spec, call.spec.operands);
     if (!serves(only, call)) only = ScoreKind::kGeneral;
     if (only == ScoreKind::kBias && call.shapes.float_bias) only = ScoreKind::kFloatBias;
     if (has_mask_and_dropout(call.spec)) only = ScoreKind::kMaskDropout;

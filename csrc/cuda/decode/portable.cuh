@@ -46,7 +46,7 @@ inline namespace JF_ARCH_NAMESPACE {
 template <class T, Row R>
 cudaError_t launch_decode(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
   // At head dims above 256 ptxas spills a third of O in the kernel without options, but nothing in the one
-  // with them.
+  // with them, which then is the only kernel.
   constexpr bool kAlways = R.value_dim > 256;
   const auto run = [&]<class Stored>() {
     constexpr bool kFloat8 = sizeof(Stored) < sizeof(T);
