@@ -27,7 +27,8 @@ from ._version import __version__
 from .backends import cuda_library, local_devices, require_cpu, require_cuda
 from .batching import batch, leading, named_sizes, over_leading
 from .largest import of_cuda
-from .operands import BACKWARD, DELTA, FORWARD, PASSES, Pass, is_float32, like, padded_head_dim
+from .operands import BACKWARD, DELTA, FORWARD, PASSES, TANGENT, Pass, is_float32, like, padded_head_dim
+from .padding import loads_rows, value_dim, with_padded_bias
 from .sequence import passes
 from .sharding import partitioned
 from .spec import AttentionSpec, Spec, operand_names, result_names
@@ -114,10 +115,10 @@ def _lower_local(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec:
     names = operand_names(pass_, spec)
     avals: list[Any] = list(ctx.avals_in)
     shapes = {name: aval.shape for name, aval in zip(names, avals)}
-    head_dims = shapes[pass_.guide][-1], _value_dim(spec, shapes["value"][-1])
+    head_dims = shapes[pass_.guide][-1], value_dim(spec, shapes["value"][-1])
     if platform == "cuda" and pass_ is not FORWARD and isinstance(spec, AttentionSpec) and spec.shared_kv:
         return mlir.lower_fun(partial(_with_values_apart, pass_, spec), multiple_results=True)(ctx, *values)
-    if platform == "cuda" and not pass_.in_place and not _loads_rows(spec, shapes, head_dims):
+    if platform == "cuda" and not pass_.in_place and not loads_rows(spec, shapes, head_dims):
         return mlir.lower_fun(partial(_with_padded_head_dims, pass_, spec), multiple_results=True)(
             ctx, *values
         )
@@ -126,6 +127,8 @@ def _lower_local(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec:
     else:
         _require_cuda_kernel(pass_, spec, avals[0].dtype.name, *head_dims)
     avals_out: list[Any] = list(ctx.avals_out)
+    if platform == "cuda" and "bias" in names and pass_ is not TANGENT:
+        ctx, values = with_padded_bias(ctx, names.index("bias"), values)
     if platform == "cuda" and isinstance(spec, AttentionSpec):
         size = workspace_bound(pass_.name, spec, shapes)
         whole = avals_out[0].sharding.update(spec=jax.sharding.PartitionSpec(None))
@@ -164,19 +167,6 @@ def _computed_once(results: Sequence[Any]) -> Sequence[Any]:
     return barrier
 
 
-def _value_dim(spec: Spec, columns: int) -> int:
-    """The head dim of V: spec.value_dim if set, else the columns of its operand."""
-    return spec.value_dim or columns
-
-
-def _loads_rows(spec: Spec, shapes: dict[str, tuple[Any, ...]], head_dims: tuple[int, int]) -> bool:
-    """Whether CUDA kernels can load the rows of a call in place, 16 bytes at a time."""
-    places: tuple[int, ...] = head_dims
-    if spec.value_dim:
-        places = (*places, spec.value_start, shapes["key"][-1])
-    return all(x == padded_head_dim(x) for x in places)
-
-
 def _require_cuda_kernel(pass_: Pass, spec: Spec, dtype: str, d: int, dv: int) -> None:
     operation = f"jax_flash {pass_.name}"
     require_cuda(operation)
@@ -210,7 +200,7 @@ def _with_values_apart(pass_: Pass, spec: AttentionSpec, *arrays: jax.Array) -> 
 def _with_padded_head_dims(pass_: Pass, spec: Spec, *arrays: jax.Array) -> list[jax.Array]:
     """Runs a pass on copies of the operands that are padded to head dims which CUDA loads."""
     named = dict(zip(operand_names(pass_, spec), arrays))
-    sizes = {"d": named["query"].shape[-1], "dv": _value_dim(spec, named["value"].shape[-1])}
+    sizes = {"d": named["query"].shape[-1], "dv": value_dim(spec, named["value"].shape[-1])}
     if isinstance(spec, AttentionSpec) and spec.value_dim:
         pool, end = named["key"], spec.value_start + spec.value_dim
         named["key"] = named["value"] = pool[..., : sizes["d"]]

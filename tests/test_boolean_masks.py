@@ -152,6 +152,21 @@ def test_each_mask_with_dropout(d, name, kernel):
     check(case, pictures(case.sq, case.sk)[name][None, None], kernel, deterministic=at % 3 == 1)
 
 
+@pytest.mark.parametrize("d", [32, *HEAD_DIMS])
+@pytest.mark.parametrize("dropout_rate", [0.0, 0.3])
+@pytest.mark.parametrize("name", NAMES)
+def test_each_mask_with_a_bias(d, name, dropout_rate, kernel):
+    """A mask and a bias of the call's dtype, with dropout too, have kernels together on Hopper."""
+    at = NAMES.index(name) + (dropout_rate > 0) + d // 128
+    dtype = ("float16", "bfloat16")[at % 2]
+    case = CASES[at % len(CASES)].replace(d=d, dv=d, dtype=dtype, dropout_rate=dropout_rate)
+    if name == "one pair":
+        case = case.replace(dropout_rate=0.0)
+    shapes = [(1, case.hq, case.sq, case.sk), (case.b, case.hq, case.sq, case.sk), (case.b, 1, 1, case.sk)]
+    case = case.replace(bias=shapes[at % 3], bias_dtype=dtype)
+    check(case, pictures(case.sq, case.sk)[name][None, None], kernel, deterministic=at % 4 == 1)
+
+
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("whole", ["b h rows keys", "b keys", "h rows", "rows keys", "b h keys", "h", ""])
 def test_a_mask_broadcasts_over_any_dimension(whole, softcap, kernel):

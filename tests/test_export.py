@@ -93,6 +93,17 @@ def test_head_dims_that_are_no_multiple_of_8_are_padded_for_cuda(lowers_for_cuda
     assert "stablehlo.pad" in text
 
 
+@pytest.mark.parametrize(("bias", "columns"), [((1, 4, 5, 7), 8), ((2, 1, 1, 7), 8), ((2, 4, 5, 1), 1)])
+def test_rows_of_a_bias_are_padded_to_multiples_of_8_for_cuda(lowers_for_cuda, bias, columns):
+    case = PLAIN.replace(bias=bias, bias_dtype="bfloat16")
+    arrays = arrays_of(case)
+    text = exported(with_gradients(attention(case)), arrays, "cuda").mlir_module()
+    calls = re.findall(r"@jax_flash_(forward|backward|bias_gradient)\(.*: \((.*)\) ->", text)
+    assert len(calls) == (2 if columns == 1 else 3)  # a bias of one column has no gradient
+    padded = "x".join(map(str, (*bias[:3], columns)))
+    assert all(f"tensor<{padded}xbf16>" in operands for _, operands in calls)
+
+
 def test_a_platform_without_a_custom_call_raises_and_names_xla():
     with pytest.raises(
         NotImplementedError, match='no custom call for platform "tpu"; use implementation="xla"'

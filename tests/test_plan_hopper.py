@@ -99,14 +99,16 @@ def test_two_ctas_share_each_key_tile_of_large_head_dims():
         ("mask", MASK),
         ("general", {"operands": ("alibi_slopes", "dropout")}),
         ("general", {"operands": SEGMENTS, "softcap": 3.0}),
-        ("general", BIAS | MASK | {"operands": ("bias", "mask")}),
+        ("general", BIAS | MASK | {"operands": ("bias", "mask"), "softcap": 3.0}),
         ("mask_dropout", MASK | {"operands": ("mask", "dropout")}),
+        ("bias_mask", BIAS | {"operands": ("bias", "mask")}),
+        ("bias_dropout", BIAS | MASK | {"operands": ("bias", "mask", "dropout")}),
         ("general", {"scale": -1.0}),
     ],
 )
 def test_hoppers_backward_has_kernels_for_options(d, kind, options):
     staged = {"bias", "mask"} & set(options.get("operands", ()))
-    if d > 128 and kind in ("general", "mask_dropout") and staged:  # a bias or a mask must be the only option
+    if d > 128 and (kind == "general" or "_" in kind) and staged:  # a bias or a mask must be the only option
         assert arch(pass_="backward", d=d, dv=d, **options) == "sm80"
         return
     row = 256 if d == 192 and kind in ("bias", "mask") else d  # bias and mask run the larger kernel
@@ -134,7 +136,7 @@ def test_a_float32_bias_has_kernels_of_its_own(d):
     [
         BIAS | {"bias_in_chunks": False},
         MASK | {"mask_in_chunks": False, "deterministic": True},
-        BIAS | {"operands": ("bias", "mask")},
+        BIAS | {"operands": ("bias", "mask"), "softcap": 3.0},
         {"dtype": "float32"},
         {"q_rows": 0},
         {"device": A100},
@@ -161,11 +163,13 @@ def test_the_gradient_of_a_bias_for_queries_and_keys_runs_on_hopper(d):
     for bias in ((1, 1, 1000, 1500), (2, 8, 1000, 1500), (1, 8, 1000, 1500)):
         assert row(bias) == row(bias, leading=6, leading_rank=2) == row(bias, right=0) == "sm90 bias"
         assert row(bias, bias_in_chunks=False) == "sm80 general"
-        for also in ("dropout", "q_segment_ids", "alibi_slopes"):
+        for also in ("q_segment_ids", "alibi_slopes"):
             assert row(bias, operands=("bias", also)) == f"{with_others} general"
-        both = ("bias", "mask")
-        assert row(bias, operands=both) == "sm80 general"
-        assert row(bias, operands=both, mask_in_chunks=True) == f"{with_others} general"
+        for also in ("mask", "dropout"):
+            assert row(bias, operands=("bias", also)) == (f"sm90 bias_{also}" if d <= 128 else "sm80 general")
+        several = ("bias", "mask", "alibi_slopes")
+        assert row(bias, operands=several) == "sm80 general"
+        assert row(bias, operands=several, mask_in_chunks=True) == f"{with_others} general"
     assert row((1, 8, 1, 1500)) == row((1, 8, 1000, 1)) == "sm80 general"  # sums over queries or keys
 
 

@@ -29,6 +29,8 @@ OPTIONS = {
     "ALiBi and softcap": "--alibi-slopes --softcap 30",
     "bias and softcap": "--bias --softcap 30",
     "`mask` and `dropout_rate`": "--mask --dropout",
+    "`bias` and `mask`": "--bias --mask",
+    "`bias` and `dropout_rate`": "--bias --dropout",
     "`deterministic`": "--deterministic",
     "float32": "--dtype float32",
 }

@@ -96,7 +96,8 @@ class BufferDecoder {
       const schema::Axis& axis = row.dims.axes[i];
       const int64_t last = i + 1 == static_cast<size_t>(row.dims.rank) && row.split_columns ? dims.back() : 1;
       const int64_t n = dims[leading_.size() + i] * last;
-      if (!agree(axis, n)) return error(" has shape " + shape_text(dims) + ", unlike the others");
+      if (!agree(axis, n) && (result || !is_padded(row, axis, n)))
+        return error(" has shape " + shape_text(dims) + ", unlike the others");
       view.*axis.stride = axis.may_be_one && n == 1 ? 0 : stride;
       stride *= n;
     }
@@ -117,6 +118,12 @@ class BufferDecoder {
     if (axis.may_be_one && n == 1) return true;
     if (!axis.size) return n == axis.more;
     return axis.more <= n && n <= std::numeric_limits<int32_t>::max() && decide(axis.size, n - axis.more);
+  }
+
+  // Rows of a bias may be padded to a multiple of 8 keys, so that kernels can load 8 at a time.
+  bool is_padded(const Buffer& row, const schema::Axis& axis, int64_t n) const {
+    return row.element == Element::kBias && axis.size == &Sizes<int64_t>::k_rows &&
+           n == ceil_div(sizes_.k_rows, 8) * 8;
   }
 
   bool decide(int64_t Sizes<int64_t>::* size, int64_t n) {

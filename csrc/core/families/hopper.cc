@@ -171,6 +171,17 @@ bool stages_bias(const KernelRow& row, const Call& call) {
          (!call.shapes.float_bias || (find_score(row, call, score) && score == ScoreKind::kFloatBias));
 }
 
+// Whether kernels of gradients read the elements of a mask, or its bits, and do not stage tiles of it.
+constexpr bool reads_mask(ScoreKind score) {
+  return score == ScoreKind::kListedMask || score == ScoreKind::kBiasMask || score == ScoreKind::kBiasDropout;
+}
+
+// Whether the row's kernel of a gradient stages tiles of the mask.
+bool stages_mask(const KernelRow& row, const Call& call) {
+  ScoreKind score;
+  return call.spec.has(Operand::kMask) && !(find_score(row, call, score) && reads_mask(score));
+}
+
 // CTAs own key tiles, compute their dK and dV, and add dQ to float32 sums, in key-tile order if the
 // call is deterministic. The portable rows run
 // - calls without queries, for which no tensor map can be made;
@@ -188,7 +199,7 @@ class Backward final : public PassTraits {
     if (hopper::takes_96_queries(row) && !wants_96_queries(call)) return false;
     if (spec.has(Operand::kBlockMask) && !lists_steps(row, call)) return false;
     if (spec.has(Operand::kBias) && !stages_bias(row, call)) return false;
-    if (spec.has(Operand::kMask) && !lists_mask(row, call) && !call.shapes.mask_in_chunks) return false;
+    if (stages_mask(row, call) && !call.shapes.mask_in_chunks) return false;
     return call.shapes.q_rows > 0 && call.device.sm_count >= cluster_of(row);
   }
 
@@ -283,14 +294,9 @@ class Backward final : public PassTraits {
     const Shapes& s = call.shapes;
     return !call.spec.deterministic && ListedStep::fit(s.heads, s.kv_heads, s.q_rows, row.block_m);
   }
-  // Whether the call has a boolean mask alone, whose tiles the row's kernel takes from lists.
-  static bool lists_mask(const KernelRow& row, const Call& call) {
-    ScoreKind score;
-    return find_score(row, call, score) && score == ScoreKind::kListedMask;
-  }
   // Whether the row's kernel stages tiles of a bias or mask.
   static bool stages_tiles(const KernelRow& row, const Call& call) {
-    return call.spec.has(Operand::kBias) || (call.spec.has(Operand::kMask) && !lists_mask(row, call));
+    return call.spec.has(Operand::kBias) || stages_mask(row, call);
   }
   // CTAs that work on one key tile together.
   static int32_t cluster_of(const KernelRow& row) {
@@ -303,7 +309,7 @@ class BiasGradient final : public PassTraits {
  public:
   bool serves(const KernelRow& row, const Call& call) const override {
     const Shapes& s = call.shapes;
-    if (call.spec.has(Operand::kMask) && !s.mask_in_chunks) return false;
+    if (stages_mask(row, call) && !s.mask_in_chunks) return false;
     return stages_bias(row, call) && s.bias[2] == s.q_rows && s.bias[3] == s.k_rows && s.q_rows > 0;
   }
 
@@ -312,14 +318,18 @@ class BiasGradient final : public PassTraits {
   void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
                  LaunchPlan& plan) const override {
     plan_bias_tiles(row, call, workspace, plan);
-    add_mask_tiles(call, plan.queries, workspace);
+    if (reads_mask(plan.score)) {
+      add_mask_words(call, plan.queries, workspace);
+    } else {
+      add_mask_tiles(call, plan.queries, workspace);
+    }
     add_segments(call, call.shapes.q_rows, plan.queries, workspace);
     plan_persistent(plan.queries.blocks, false, 0, row, call, workspace, plan);
     plan.tile_counter = workspace.add(kCounterBytes);
   }
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
-    return mask_tiles_bound(spec, s) + segments_bound(spec, s, s.q_rows) +
+    return mask_words_bound(spec, s) + segments_bound(spec, s, s.q_rows) +
            kMostPartElements * int64_t{sizeof(float)} + aligned(kCounterBytes);
   }
 };

@@ -38,12 +38,6 @@ ScoreKind only_option(const AttentionSpec& spec, int32_t operands) {
   return found;
 }
 
-// Whether a mask and dropout are the only score options, as where sequences are padded in training.
-bool has_mask_and_dropout(const AttentionSpec& spec) {
-  return spec.has(Operand::kDropout) &&
-         only_option(spec, spec.operands & ~bits_of(Operand::kDropout)) == ScoreKind::kMask;
-}
-
 // Whether kernels can list the tiles that a boolean mask leaves: it is the only score option, and tiles begin
 // at the first row and key. Lists have no fixed order for the additions to dQ, so deterministic gradients do
 // not use them.
@@ -68,6 +62,17 @@ bool serves(ScoreKind kind, const Call& call) {
   return served[static_cast<int>(kind)];
 }
 
+// The kind of a mask, dropout and a bias of the call's dtype, of which the call has two or all and no other
+// option; kGeneral if there is none. Such calls train with padded sequences, or with a learnt bias.
+ScoreKind several_options(const Call& call) {
+  const AttentionSpec& spec = call.spec;
+  const bool mask = spec.has(Operand::kMask), dropout = spec.has(Operand::kDropout);
+  const ScoreKind other = only_option(spec, spec.operands & ~bits_of(Operand::kMask, Operand::kDropout));
+  if (other == ScoreKind::kPlain && mask && dropout) return ScoreKind::kMaskDropout;
+  if (other != ScoreKind::kBias || call.shapes.float_bias || !serves(other, call)) return ScoreKind::kGeneral;
+  return dropout ? ScoreKind::kBiasDropout : mask ? ScoreKind::kBiasMask : ScoreKind::kGeneral;
+}
+
 // The kernels that compute a call's scores, the most specific first.
 struct Candidates {
   ScoreKind kinds[4];
@@ -76,7 +81,7 @@ struct Candidates {
     ScoreKind only = only_option(call.spec, call.spec.operands);
     if (!serves(only, call)) only = ScoreKind::kGeneral;
     if (only == ScoreKind::kBias && call.shapes.float_bias) only = ScoreKind::kFloatBias;
-    if (has_mask_and_dropout(call.spec)) only = ScoreKind::kMaskDropout;
+    if (only == ScoreKind::kGeneral) only = several_options(call);
     const bool dropout = call.spec.has(Operand::kDropout);  // the general kernel has none
     kinds[2] = dropout ? ScoreKind::kGeneralDropout : ScoreKind::kGeneral;
     kinds[1] = only == ScoreKind::kGeneral ? kinds[2] : only;

@@ -40,6 +40,8 @@ struct BiasGradientSm90 {
   using Element = T;
   static constexpr ScoreKind kKind = Kind;
   static constexpr bool kGeneral = Kind == ScoreKind::kGeneralDropout;  // this kind has a mask, too
+  // The mask is read as bits (MaskWords).
+  static constexpr bool kReadsMask = Kind == ScoreKind::kBiasMask || Kind == ScoreKind::kBiasDropout;
   static constexpr int kHeadDim = R.head_dim;
   static constexpr int kM = R.block_m, kN = R.block_n, kThreads = R.warps * 32;
   static constexpr int kConsumers = kM / kConsumerRows;
@@ -62,6 +64,7 @@ struct BiasGradientSm90 {
     uint32_t count;
     int32_t rows, columns;     // tiles of a head
     const Interval* segments;  // visible keys of each query tile of a batch entry, or null
+    MaskWords words;
     uint32_t* counter;
     bool in_floats;  // dbias is float32: the sum of a part of the batch
   };
@@ -137,8 +140,13 @@ cudaError_t launch_bias_gradient_sm90(const Problem& call, const LaunchPlan& pla
   auto* const counter = reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + plan.tile_counter);
   if (cudaError_t e = cudaMemsetAsync(counter, 0, sizeof(uint32_t), stream); e != cudaSuccess) return e;
   const auto rows = static_cast<int32_t>(plan.queries.tiles), columns = static_cast<int32_t>(plan.keys.tiles);
-  const typename C::Grid grid{static_cast<uint32_t>(plan.queries.blocks), rows,    columns,
-                              segments_of(plan.queries, workspace),       counter, plan.parts > 1};
+  const typename C::Grid grid{static_cast<uint32_t>(plan.queries.blocks),
+                              rows,
+                              columns,
+                              segments_of(plan.queries, workspace),
+                              mask_words(p, plan.queries, workspace),
+                              counter,
+                              plan.parts > 1};
   const cudaError_t e = launch(bias_gradient_sm90<C>, plan.persistent_ctas, C::kThreads,
                                sizeof(typename C::Shared), stream, p, maps, grid);
   return e == cudaSuccess ? add_batch_parts(call, plan, workspace, stream) : e;

@@ -56,9 +56,22 @@ struct BiasConsumer : BiasRole<C> {
     const Problem& p;
     const Band& visible;
     int32_t first_row, key, in_tile;
+    const BlockWork& work;
 
-    __device__ __forceinline__ const ScoreOperands& operands() const {
-      return consumer.shared.operands[consumer.bias_use % C::Tiles::kStages];
+    __device__ __forceinline__ decltype(auto) operands() const {
+      if constexpr (C::kGeneral) {
+        return (consumer.shared.operands[consumer.bias_use % C::Tiles::kStages]);
+      } else {
+        ScoreOperands own;
+        own.prepare<typename C::Score>(p, work, work.head);
+        return own;
+      }
+    }
+    // The thread's word of the consumer's rows and the tile of `key` of a boolean mask.
+    __device__ __forceinline__ uint32_t mask_word(int32_t key) const {
+      const int32_t row = first_row / kRowBlock;
+      return consumer.grid.words.tile(work.leading, work.batch_row, work.head, row,
+                                      key / kRowBlock)[threadIdx.x % kWarpgroup];
     }
     __device__ __forceinline__ const Band& band() const { return visible; }
     __device__ __forceinline__ int32_t row() const { return first_row; }
@@ -117,25 +130,32 @@ struct BiasConsumer : BiasRole<C> {
     this->shared.row_pipe.wait_full(this->step_use);
     const StagedRows<S> rows(this->shared.statistics[this->step_use % C::kRowStages], in_tile);
     this->shared.row_pipe.release(this->step_use);
+    typename C::Score score;
+    const Tile at{*this, this->p, step.band, row, tile.column, in_tile, step.work};
+    if constexpr (C::kReadsMask) score.prefetch_gradient(at);
     finish_scores<kLateDp ? 0 : C::kParts>(s, use);
     if constexpr (kLateDp) start_dp();
     if (step.fresh) {
       const Interval all = step.band.common(row, row + S::kRows);
       partial = !(all.lo <= tile.column && tile.column + C::kN <= all.hi);
     }
-    if (!C::kGeneral && !partial && rows.usual()) {
+    if (!C::kGeneral && !C::Score::kDropout && !partial && rows.usual() && shows_all(score)) {
       finish_scores<0>(dp, dp_use);
       return add_whole_tile(rows, in_tile);
     }
     const auto wait_dp = [&] { finish_scores<0>(dp, dp_use); };
-    typename C::Score score;
-    const Tile at{*this, this->p, step.band, row, tile.column, in_tile};
-    score.prefetch_gradient(at);
+    if constexpr (!C::kReadsMask) score.prefetch_gradient(at);
     tile_gradient<GradientOf::kBias>(score, at, rows, partial, s, dp, wait_dp);  // dS = P ∘ (dP − delta)
     if constexpr (C::kGeneral) release_score();
     for_each(sum, [&](float& x, int slot, int n, int e) {  // rows that see no key may hold NaN
       if (rows.lse(slot) != INFINITY) x += dp.at(slot, n, e);
     });
+  }
+
+  // Whether no mask hides any of the warp's scores.
+  __device__ __forceinline__ bool shows_all(const typename C::Score& score) const {
+    if constexpr (C::kReadsMask) return score.shown.all();
+    return true;
   }
 
   // sum += dS of a tile that all rows see whole, if a bias is the only option. Without a branch on the way

@@ -86,15 +86,16 @@ struct ForwardSm90 {
   // The bias needs one or two stages of tiles in addition to Q, K and V; key tiles are smaller if these do
   // not fit. Dropout needs whole Philox blocks.
   static constexpr bool kFloatBias = Kind == ScoreKind::kFloatBias,
-                        kBias = Kind == ScoreKind::kBias || kFloatBias;
+                        kBias = Kind == ScoreKind::kBias || Kind == ScoreKind::kBiasMask ||
+                                Kind == ScoreKind::kBiasDropout || kFloatBias;
   static constexpr int bias_stages(int n) {
     const int64_t room =
         hopper::kMaxSharedBytes - hopper::kStateBytes - hopper::forward_tile_bytes(R.with_tile(kM, n));
     return static_cast<int>(std::min<int64_t>(2, room / ((kFloatBias ? 4 : 2) * kM * n)));
   }
   static constexpr bool kSmallBiasTile = kBias && (R.block_n % 32 != 0 || bias_stages(R.block_n) < 1);
-  static constexpr bool kDropout =
-      Kind == ScoreKind::kGeneralDropout || Kind == ScoreKind::kDropout || Kind == ScoreKind::kMaskDropout;
+  static constexpr bool kDropout = Kind == ScoreKind::kGeneralDropout || Kind == ScoreKind::kDropout ||
+                                   Kind == ScoreKind::kMaskDropout || Kind == ScoreKind::kBiasDropout;
   // If CTAs share the query tile, the general kernels would spill registers with more keys.
   static constexpr bool kSmallKeyTile =
       kSmallBiasTile || (kSharers > 1 && (Kind == ScoreKind::kGeneral || Kind == ScoreKind::kGeneralDropout));

@@ -117,7 +117,7 @@ struct LoadWarp {
       } else {
         for (int i = 0; i < C::kConsumers; ++i) load_query(work, used, i, tile_index);
       }
-      if (used) load_input(work, tiles.hi - 1, kv_index);
+      if (used) load_input(work, tile.tile(tiles.hi - 1), kv_index);
       if (!used && leads()) shared.ending_pipe.arrive(tile_index);
     }
     const int32_t takes_next = min(tiles.hi - 1, tiles.lo + kTilesLeft);
@@ -127,7 +127,7 @@ struct LoadWarp {
       if constexpr (kValues) {
         look_up(n);
         load_value(tile.tile(n), kv_index);
-        if (n > tiles.lo) load_input(work, n - 1, kv_index + 1);
+        if (n > tiles.lo) load_input(work, tile.tile(n - 1), kv_index + 1);
       }
     }
   }

@@ -34,11 +34,19 @@ struct BiasScore : ScoreVariant<S> {
                             }
                           });
   }
-  // A bias of −∞ may hide a NaN. Such a NaN reaches the maximum of its row, so elements are tested only if a
-  // maximum is NaN, because testing all of them costs 7 to 10% of the pass.
   template <bool kScalarDropout, class Scores, class Tile, class Softmax>
   __device__ __forceinline__ void exponentiate(Scores& s, const Tile& tile, Softmax& softmax,
                                                float (&alpha)[S::kSlots], int early) {
+    update(s, tile, softmax, alpha);
+    softmax.exponentiate(s, 0, early);
+  }
+
+ protected:
+  // m ← max(m, S); α. A bias of −∞ may hide a NaN. Such a NaN reaches the maximum of its row, so elements are
+  // tested only if a maximum is NaN, because testing all of them costs 7 to 10% of the pass.
+  template <class Scores, class Tile, class Softmax>
+  __device__ __forceinline__ static void update(Scores& s, const Tile& tile, Softmax& softmax,
+                                                float (&alpha)[S::kSlots]) {
     if constexpr (Softmax::template kFindsNan<Scores>) {
       softmax.update(s, alpha, [&] {
         Tile::Input::for_each(s, tile.shared, tile.p, tile.consumer, tile.input_use,
@@ -50,7 +58,6 @@ struct BiasScore : ScoreVariant<S> {
       softmax.update(s, alpha);
     }
     tile.shared.input_pipe.release(tile.input_use);
-    softmax.exponentiate(s, 0, early);
   }
 };
 

@@ -23,16 +23,18 @@ struct ShownElements {
 #pragma unroll
     for (uint32_t& own : bits) own = ~0u;
     if constexpr (requires { tile.mask_word(key); })
-      if (tile.p.mask) take_words(tile, key);
+      if (tile.p.mask) take_mask(tile, key);
     if (tile.p.ranges) limit_to_ranges(tile, key);
   }
   template <class Scores>
   __device__ __forceinline__ void hide(Scores& s) const {
     hide_unless_seen(s, bits);
   }
-  // The mask's words (MaskWords) of the tile's keys, which lie in one or two of the mask's tiles.
+  // Whether the warp's rows see all keys.
+  __device__ __forceinline__ bool all() const { return all_seen<S>(bits); }
+  // What the mask shows: its words (MaskWords) of the tile's keys, which lie in one or two of its tiles.
   template <class Tile>
-  __device__ __forceinline__ void take_words(const Tile& tile, int32_t key) {
+  __device__ __forceinline__ void take_mask(const Tile& tile, int32_t key) {
     static_assert(S::kSlots == 2 && (S::kColumns % kRowBlock == 0 || S::kColumns <= kRowBlock + 48));
     const int32_t next = (key / kRowBlock + 1) * kRowBlock, before = key % kRowBlock / 4;
     const uint32_t low = tile.mask_word(key), high = next < tile.p.k_rows ? tile.mask_word(next) : 0;
@@ -69,6 +71,18 @@ struct ShownElements<S, true> {
     seen.find(tile.row(), key, [&](int32_t i) { return seen_in_ranges<S>(ranges, band, i, key); });
   }
   __device__ __forceinline__ void hide(S& s) const { hide_unseen_transposed(s, seen); }
+  // What the mask and the band show.
+  template <class Tile>
+  __device__ __forceinline__ void take_mask(const Tile& tile, int32_t key) {
+    static_assert(S::kColumns == MaskRows::kKeys && S::kRows % 64 == 0);
+    const MaskRows mask = mask_rows_from(tile.p, tile.operands().mask);
+    const int32_t row = tile.row() + ptx::thread_index() % 32;
+#pragma unroll
+    for (int i = 0; i < SeenByLanes<S>::kWords; i += 2) {
+      const uint32_t two = mask.bits_of_two(row + 32 * i, row + 32 * (i + 1), tile.band(), key);
+      seen.bits[i] = two & 0xffff, seen.bits[i + 1] = two >> 16;
+    }
+  }
 };
 
 // Any options except dropout. While the tensor cores compute S, this also finds out whether all keys of the

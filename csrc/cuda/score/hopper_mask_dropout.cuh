@@ -18,7 +18,7 @@ struct MaskDropoutScore : DropoutScore<S> {
   template <bool kScalarDropout = false, class Tile>
   __device__ __forceinline__ void prefetch(const Tile& tile, int32_t key) {
     DropoutScore<S>::template prefetch<kScalarDropout>(tile, key);
-    shown.take_words(tile, key);
+    shown.take_mask(tile, key);
   }
   template <class Scores, class Tile, class Softmax>
   __device__ __forceinline__ void apply(Scores& s, const Tile&, const Softmax&) const {

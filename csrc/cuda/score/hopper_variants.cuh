@@ -8,6 +8,7 @@
 #include "cuda/score/draft.cuh"
 #include "cuda/score/dropout.cuh"
 #include "cuda/score/hopper_bias.cuh"
+#include "cuda/score/hopper_bias_beside.cuh"
 #include "cuda/score/hopper_blocks.cuh"
 #include "cuda/score/hopper_general.cuh"
 #include "cuda/score/hopper_mask.cuh"

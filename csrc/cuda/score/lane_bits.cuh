@@ -31,15 +31,21 @@ __device__ __forceinline__ uint32_t bits_of_columns(const Interval& of) {
 template <class S>
 inline constexpr uint32_t kAllElements = ~0u >> (32 - 2 * S::kColumnTiles);
 
-// S ← −inf where a bit is 0; `seen` has a word for each slot. The vote tells the compiler that the branch is
-// uniform.
+// Whether all elements of a warp's rows are seen; `seen` has a word for each slot. The vote tells the
+// compiler that the answer is uniform.
 template <class S, int kSlots>
-__device__ __forceinline__ void hide_unless_seen(S& s, const uint32_t (&seen)[kSlots]) {
+__device__ __forceinline__ bool all_seen(const uint32_t (&seen)[kSlots]) {
   static_assert(S::kSlots == kSlots && S::kColumnTiles <= 16);
   bool all = true;
 #pragma unroll
   for (uint32_t own : seen) all &= (own & kAllElements<S>) == kAllElements<S>;
-  if (__all_sync(~0u, all)) return;
+  return __all_sync(~0u, all);
+}
+
+// S ← −inf where a bit is 0.
+template <class S, int kSlots>
+__device__ __forceinline__ void hide_unless_seen(S& s, const uint32_t (&seen)[kSlots]) {
+  if (all_seen<S>(seen)) return;
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
 #pragma unroll
