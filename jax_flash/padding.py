@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -28,8 +27,8 @@ def loads_rows(spec: Spec, shapes: dict[str, tuple[Any, ...]], head_dims: tuple[
 
 
 def with_padded_bias(
-    ctx: mlir.LoweringRuleContext, at: int, values: Sequence[Any]
-) -> tuple[mlir.LoweringRuleContext, Sequence[Any]]:
+    ctx: mlir.LoweringRuleContext, at: int, values: tuple[Any, ...]
+) -> tuple[mlir.LoweringRuleContext, tuple[Any, ...]]:
     """The operands, with a bias whose rows are multiples of 8 keys: others cannot be loaded 8 keys at a time, which
     Hopper's kernels for a bias need."""
     bias: Any = ctx.avals_in[at]
@@ -43,4 +42,4 @@ def with_padded_bias(
     pad = mlir.lower_fun(partial(jnp.pad, pad_width=widths), multiple_results=False)
     value = pad(ctx.replace(primitive=None, avals_in=[bias], avals_out=[padded]), values[at])
     avals = [*ctx.avals_in[:at], padded, *ctx.avals_in[at + 1 :]]
-    return ctx.replace(avals_in=avals), [*values[:at], *value, *values[at + 1 :]]
+    return ctx.replace(avals_in=avals), (*values[:at], *value, *values[at + 1 :])
