@@ -84,7 +84,10 @@ class Forward final : public PassTraits {
       add_key_lists(call, row.block_n, plan.queries, workspace);
     } else {
       add_mask_words(call, plan.queries, workspace);
-      add_segments(call, s.q_rows, plan.queries, workspace, true);
+      // If only a mask hides keys, and rows share it, parts of a tile see no fewer keys than the tile.
+      const bool parts =
+          call.spec.operands & bits_of(Operand::kQSegmentIds, Operand::kRanges) || s.mask.rows > 1;
+      add_segments(call, s.q_rows, plan.queries, workspace, parts);
     }
     plan_persistent(blocks, unequal, call.visible_keys(), row, call, workspace, plan);
   }

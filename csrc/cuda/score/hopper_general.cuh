@@ -76,6 +76,12 @@ struct ShownElements<S, true> {
   __device__ __forceinline__ void take_mask(const Tile& tile, int32_t key) {
     static_assert(S::kColumns == MaskRows::kKeys && S::kRows % 64 == 0);
     const MaskRows mask = mask_rows_from(tile.p, tile.operands().mask);
+    if (mask.row == 0) {  // rows share their keys; those past the sequence have P = 0 anyway
+      const uint32_t one = mask.bits_of_one(0, tile.band().k_len - key, key);
+#pragma unroll
+      for (uint32_t& own : seen.bits) own = one;
+      return;
+    }
     const int32_t row = tile.row() + ptx::thread_index() % 32;
 #pragma unroll
     for (int i = 0; i < SeenByLanes<S>::kWords; i += 2) {

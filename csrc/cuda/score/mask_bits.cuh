@@ -67,6 +67,11 @@ struct MaskRows {
     const uint4 of_low = chunks(first_row, low, key), of_high = chunks(second_row, high, key);
     return (low | high << kKeys) & (bits_of_bytes(of_low) | bits_of_bytes(of_high) << kKeys);
   }
+  // Bit j: whether row i sees key + j by the mask, for the first `count` keys.
+  __device__ __forceinline__ uint32_t bits_of_one(int32_t i, int32_t count, int32_t key) const {
+    const uint32_t wanted = (1u << max(0, min(count, kKeys))) - 1;
+    return in_chunks() ? bits_of_bytes(chunks(i, wanted, key)) & wanted : elements(i, wanted, key);
+  }
 
  private:
   __device__ __forceinline__ static uint32_t bits_of_bytes(const uint4& x) {
