@@ -61,6 +61,20 @@ BETWEEN_64_AND_96 = tuple(
         (2, 8192, 20, 96, True),
     )
 )
+# Biases that a batch shares, beside masks of each sequence's keys: AlphaFold's triangle attention and T5's encoder.
+BIASED = tuple(
+    heads_case(f"{what}: {b} × {s} {h} × {d}", b, s, h, h, d).replace(
+        bias=(1, h, s, s), bias_dtype="bfloat16", mask=(b, 1, 1, s) if masked else None, dropout_rate=rate
+    )
+    for what, b, s, h, d, masked, rate in (
+        ("AlphaFold", 384, 384, 4, 32, True, 0.0),
+        ("AlphaFold", 256, 768, 4, 32, True, 0.0),
+        ("AlphaFold without a mask", 384, 384, 4, 32, False, 0.0),
+        ("T5", 32, 512, 12, 64, True, 0.0),
+        ("T5 with dropout", 32, 512, 12, 64, True, 0.1),
+        ("T5 without a mask", 32, 512, 12, 64, False, 0.0),
+    )
+)
 MLA = heads_case("128 heads d192/128 s4096 causal", 1, 4096, 128, 128, 192, dv=128)  # DeepSeek-V3's heads
 WINDOWS = (
     heads_case("2 × 64/8 d64 s8192 window 128", 2, 8192, 64, 8, 64, window=(127, 0)),  # gpt-oss

@@ -115,6 +115,10 @@ def between_64_and_96(pass_: str) -> Iterator[Cell]:
     yield from against_peers(cases.BETWEEN_64_AND_96, pass_, "head dims 72 to 96", ("cudnn", "fa4-jax"))
 
 
+def biased(pass_: str) -> Iterator[Cell]:
+    yield from against_peers(cases.BIASED, pass_, "bias and mask", ("cudnn", "xla"))
+
+
 def windows(pass_: str) -> Iterator[Cell]:
     yield from against_peers(cases.WINDOWS, pass_, "windows")
 
@@ -255,6 +259,7 @@ SECTIONS: dict[str, Callable[[], Iterator[Cell]]] = {
     "options forward": lambda: (cell for d in cases.HEAD_DIMS for cell in options(d, "forward")),
     "pairs": lambda: (cell for pass_ in PASSES for cell in pairs(pass_)),
     "float32": lambda: (cell for pass_ in PASSES for cell in float32(pass_)),
+    "bias and mask": lambda: (cell for pass_ in PASSES for cell in biased(pass_)),
     "head dims": lambda: (cell for pass_ in PASSES for cell in between_64_and_96(pass_)),
     "short": functools.partial(small, "backward"),
     "short forward": functools.partial(small, "forward"),

@@ -83,6 +83,7 @@ ORDER = (
     "append",
     "float32",
     "head dims",
+    "bias and mask",
     "gpt-oss step",
     "host",
     "other peers",

@@ -42,6 +42,9 @@ struct BiasGradientSm90 {
   static constexpr bool kGeneral = Kind == ScoreKind::kGeneralDropout;  // this kind has a mask, too
   // The mask is read as bits (MaskWords).
   static constexpr bool kReadsMask = Kind == ScoreKind::kBiasMask || Kind == ScoreKind::kBiasDropout;
+  // Whether a band that all batch entries share is found once a tile, as each entry's keys are looked up.
+  // With dropout it would spill.
+  static constexpr bool kKeepsBand = Kind == ScoreKind::kBiasMask;
   static constexpr int kHeadDim = R.head_dim;
   static constexpr int kM = R.block_m, kN = R.block_n, kThreads = R.warps * 32;
   static constexpr int kConsumers = kM / kConsumerRows;

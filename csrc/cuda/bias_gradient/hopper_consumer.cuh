@@ -137,11 +137,13 @@ struct BiasConsumer : BiasRole<C> {
     if constexpr (kLateDp) start_dp();
     if (step.fresh) {
       const Interval all = step.band.common(row, row + S::kRows);
-      partial = !(all.lo <= tile.column && tile.column + C::kN <= all.hi);
+      // Columns past the arrays' last key are zeros, and are not stored.
+      partial = !(all.lo <= tile.column && min(tile.column + C::kN, this->p.k_rows) <= all.hi);
     }
-    if (!C::kGeneral && !C::Score::kDropout && !partial && rows.usual() && shows_all(score)) {
+    if (!C::kGeneral && !C::Score::kDropout && !partial && rows.usual()) {
       finish_scores<0>(dp, dp_use);
-      return add_whole_tile(rows, in_tile);
+      if (shows_all(score)) return add_whole_tile<true>(rows, in_tile, score);
+      if constexpr (C::kReadsMask) return add_whole_tile<false>(rows, in_tile, score);
     }
     const auto wait_dp = [&] { finish_scores<0>(dp, dp_use); };
     if constexpr (!C::kReadsMask) score.prefetch_gradient(at);
@@ -158,14 +160,18 @@ struct BiasConsumer : BiasRole<C> {
     return true;
   }
 
-  // sum += dS of a tile that all rows see whole, if a bias is the only option. Without a branch on the way
-  // from S to the sum, the compiler spreads the exponentials between the other instructions.
-  __device__ __forceinline__ void add_whole_tile(const StagedRows<S>& rows, int32_t in_tile) {
+  // sum += dS of a tile that the band shows whole, if there is a bias and perhaps a mask. Without a branch on
+  // the way from S to the sum, the compiler spreads the exponentials between the other instructions. kShown:
+  // the mask hides nothing.
+  template <bool kShown>
+  __device__ __forceinline__ void add_whole_tile(const StagedRows<S>& rows, int32_t in_tile,
+                                                 const typename C::Score& score_of) {
     const float scale = this->p.spec.scale;
     const uint32_t tile = C::Tiles::stage_of(this->shared, bias_use);
     for_each_bias<typename C::Tiles::BiasTile, S>(
         tile, in_tile, 0, false, [&](int slot, int n, int e, float bias) {
-          const float score = fmaf(s.at(slot, n, e), scale, bias);                // S ← scale · S + bias
+          float score = fmaf(s.at(slot, n, e), scale, bias);  // S ← scale · S + bias
+          if constexpr (!kShown) hide_unless(score, score_of.shown.sees(slot, n, e));
           const float weight = ptx::exp2(fmaf(score, kLog2e, -rows.lse(slot)));   // P = exp(S − lse)
           sum.at(slot, n, e) += weight * (dp.at(slot, n, e) - rows.delta(slot));  // dS = P ∘ (dP − delta)
         });

@@ -20,6 +20,8 @@ struct BiasStep {
   bool fresh;  // the band may differ from that of the step before
 };
 
+inline constexpr float kLseOfZeros = 512;  // 2^−x is 0, and kLargeShift is larger
+
 // The tiles and steps that every role walks through.
 template <class C>
 struct BiasRole {
@@ -31,9 +33,14 @@ struct BiasRole {
 
   // Finds a batch entry's band. Returns false if no row of the tile sees one of its keys.
   __device__ __forceinline__ bool prepare(BiasStep& step, const BiasTile& tile, int32_t b) const {
-    const Sequence s = fixed_sequence(reload(p), tile.leading, b);
-    step.work = {tile.leading, 0, b, {b, 0, 0, s.q_len, s.k_len, tile.row, tile.row + C::kM, 0}};
-    find_band(p, step.work, step.band);
+    const bool is_kept =
+        C::kKeepsBand && b > tile.batch.lo && !p.q_lengths && !p.kv_lengths && !p.spec.moves_band();
+    if (!is_kept) {
+      const Sequence s = fixed_sequence(reload(p), tile.leading, b);
+      step.work = {tile.leading, 0, b, {b, 0, 0, s.q_len, s.k_len, tile.row, tile.row + C::kM, 0}};
+      find_band(p, step.work, step.band);
+    }
+    if constexpr (C::kKeepsBand) step.work.batch_row = step.work.tile.index = b;
     const SeenByTile seen = trim_to_segments<Over::kQueries, kTakesGaps<typename C::Score>>(
         grid.segments, grid.rows, C::kM, p, step.work, step.band.rows(tile.row, tile.row + C::kM));
     return !intersect(seen.any, {tile.column, tile.column + C::kN}).empty();
@@ -114,7 +121,9 @@ struct BiasProducer : BiasRole<C> {
         [&](const BiasTile&) { this->shared.number_pipe.release_by_thread(this->tile_index); });
   }
 
-  // One warp loads lse and delta. Rows that are not in use, or see no key, get an lse that makes their P = 0.
+  // One warp loads lse and delta. Rows that are not in use, or see no key, get an lse that makes their P = 0:
+  // a finite one past the arrays' last row, where Q, dO and the bias are zeros, so that tiles need no other
+  // path there.
   __device__ __forceinline__ void load_statistics() {
     const Problem& p = this->p;
     this->for_steps(
@@ -131,7 +140,7 @@ struct BiasProducer : BiasRole<C> {
           for (int i = 0; i < kRows; ++i) {
             const int32_t row = 32 * i + static_cast<int32_t>(threadIdx.x % 32);
             const bool used = tile.row + row < work.tile.q_len;
-            lses[i] = used ? lse[row * p.lse.row] : -INFINITY;
+            lses[i] = used ? lse[row * p.lse.row] : tile.row + row < p.q_rows ? -INFINITY : kLseOfZeros;
             deltas[i] = used ? delta[row * p.delta.row] : 0;
           }
           this->shared.row_pipe.wait_empty(this->step_use);

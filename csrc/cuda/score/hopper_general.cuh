@@ -30,6 +30,7 @@ struct ShownElements {
   __device__ __forceinline__ void hide(Scores& s) const {
     hide_unless_seen(s, bits);
   }
+  __device__ __forceinline__ bool sees(int slot, int n, int e) const { return bits[slot] >> (2 * n + e) & 1; }
   // Whether the warp's rows see all keys.
   __device__ __forceinline__ bool all() const { return all_seen<S>(bits); }
   // What the mask shows: its words (MaskWords) of the tile's keys, which lie in one or two of its tiles.
