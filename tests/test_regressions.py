@@ -146,11 +146,12 @@ def test_scores_of_thousands_neither_overflow_nor_become_nan(factor, implementat
 
 @pytest.mark.parametrize("big", [-1e9, -1e30, "lowest"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_bias_that_hides_keys_by_a_large_number(dtype, big, implementation):
+@pytest.mark.parametrize("n", [128, 130])
+def test_a_bias_that_hides_keys_by_a_large_number(n, dtype, big, implementation):
     """A common way to mask: such a key has no weight if the row sees others, and a row of only such keys is not NaN."""
     checks.require(implementation, dtype=dtype)
-    q, k, v = (normal(1, 130, 2, 64, dtype=dtype, seed=seed) for seed in (1, 2, 3))
-    mask = np.random.default_rng(0).random((130, 130)) < 0.5
+    q, k, v = (normal(1, n, 2, 64, dtype=dtype, seed=seed) for seed in (1, 2, 3))
+    mask = np.random.default_rng(0).random((n, n)) < 0.5
     mask[5], mask[70] = False, True
     bias = jnp.where(mask, 0.0, float(jnp.finfo(dtype).min) if big == "lowest" else big).astype(dtype)
     out, lse = map(np.asarray, attend(implementation, q, k, v, bias=bias))
@@ -158,6 +159,9 @@ def test_a_bias_that_hides_keys_by_a_large_number(dtype, big, implementation):
     oracle.assert_out(out[:, seen], *(x[:, seen] for x in oracle.plain_outs(q, k, v, mask[None])))
     assert np.isfinite(out.astype(np.float32)).all()
     assert not np.isnan(lse).any()
+    loss = lambda *x: attend(implementation, *x[:3], bias=x[3])[0].astype(jnp.float32).sum()  # noqa: E731
+    gradients = jax.grad(loss, (0, 1, 2, 3))(q, k, v, bias)
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in gradients)
     if big != "lowest":  # 2^x of the lowest number may be −∞, which hides the key like a mask
         oracle.assert_out(out[:, 5:6], *means(q, k, v))
 

@@ -14,8 +14,9 @@ struct RowResult {
   float factor, lse;
 };
 
-// top: scale · m in powers of two, −∞ if the row has seen no key. sum: Σ P. sink: a logit that is only added
-// to the sum; −∞ if there is none. The lse of a row that sees nothing is its sink to the last bit.
+// top: scale · m in powers of two, −∞ if the row has seen no key, or only keys with a bias so low that this
+// product overflows, which hides them. sum: Σ P. sink: a logit that is only added to the sum; −∞ if there is
+// none. The lse of a row that sees nothing is its sink to the last bit.
 __device__ __forceinline__ RowResult result_of_row(float top, float sum, float sink) {
   const float product = sink * kLog2e;  // of a large finite sink it is infinite
   const bool overflows = fabsf(product) > FLT_MAX && fabsf(sink) <= FLT_MAX;
@@ -23,7 +24,7 @@ __device__ __forceinline__ RowResult result_of_row(float top, float sum, float s
   const float largest = fmaxf(top, sink_log2);
   const float alpha = ptx::exp2(top - largest);
   const float total = fmaf(sum, alpha, ptx::exp2(sink_log2 - largest));
-  if (largest == -INFINITY && sum == 0) return {0, -INFINITY};  // if all scores are NaN, largest is −∞ too
+  if (largest == -INFINITY && !isnan(sum)) return {0, -INFINITY};  // if all scores are NaN, largest is −∞ too
   return {alpha * ptx::reciprocal(total),
           fmaf(ptx::log2(total), kLn2, top <= sink_log2 ? sink : largest * kLn2)};
 }
