@@ -159,7 +159,7 @@ def test_each_mask_with_a_bias(d, name, dropout_rate, kernel):
     """A mask and a bias of the call's dtype, with dropout too, have kernels together on Hopper."""
     at = NAMES.index(name) + (dropout_rate > 0) + d // 128
     dtype = ("float16", "bfloat16")[at % 2]
-    case = CASES[at % len(CASES)].replace(d=d, dv=d, dtype=dtype, dropout_rate=dropout_rate)
+    case = CASES[(at + 1) % len(CASES)].replace(d=d, dv=d, dtype=dtype, dropout_rate=dropout_rate)
     if name == "one pair":
         case = case.replace(dropout_rate=0.0)
     shapes = [(1, case.hq, case.sq, case.sk), (case.b, case.hq, case.sq, case.sk), (case.b, 1, 1, case.sk)]

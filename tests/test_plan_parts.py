@@ -57,11 +57,14 @@ def test_parts_stay_within_the_bound():
 
 
 def test_the_batch_is_divided_where_tiles_of_dbias_are_few():
-    assert dbias_parts((1, 4, 49, 49), batch=1024) == 64  # four tiles
+    assert dbias_parts((1, 4, 49, 49), batch=1024) == 32  # four tiles: 128 of the parts for 132 CTAs
     assert dbias_parts((1, 4, 49, 49), batch=30) == 30
     assert dbias_parts((1, 4, 49, 49), batch=67) == 1  # a prime number
-    assert dbias_parts((1, 4, 256, 256), batch=256, bias_in_chunks=True) == 16  # on Hopper
-    assert dbias_parts((1, 4, 256, 256), batch=256, device=A100) == 4
+    on_hopper = {"batch": 256, "bias_in_chunks": True}
+    assert dbias_parts((1, 4, 256, 256), **on_hopper) == 8  # 16 tiles: 128 parts
+    assert dbias_parts((1, 4, 256, 256), **on_hopper, operands=("bias", "mask")) == 32  # tiles differ
+    assert dbias_parts((1, 4, 768, 768), **on_hopper) == 4  # parts of 144 tiles; eight would not fit
+    assert dbias_parts((1, 4, 256, 256), batch=256, device=A100) == 8
 
 
 def test_the_batch_stays_whole_if_each_entry_has_a_bias_or_its_index_counts():

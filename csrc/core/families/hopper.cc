@@ -332,8 +332,8 @@ class BiasGradient final : public PassTraits {
   }
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
-    return mask_words_bound(spec, s) + segments_bound(spec, s, s.q_rows) +
-           kMostPartElements * int64_t{sizeof(float)} + aligned(kCounterBytes);
+    return mask_words_bound(spec, s) + segments_bound(spec, s, s.q_rows) + dbias_parts_bound(s) +
+           aligned(kCounterBytes);
   }
 };
 

@@ -132,7 +132,7 @@ class BiasGradient final : public PassTraits {
   }
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
-    return segments_bound(spec, s, s.q_rows) + kMostPartElements * int64_t{sizeof(float)};
+    return segments_bound(spec, s, s.q_rows) + dbias_parts_bound(s);
   }
 };
 

@@ -213,20 +213,30 @@ inline void add_step_lists(const Call& call, int32_t rows, TileGrid& grid, Works
   grid.other_block = rows;
 }
 
-// The most elements of all parts of dbias.
-inline constexpr int64_t kMostPartElements = 1 << 22;
+// The most elements of all parts of dbias, and an upper bound of their bytes.
+inline constexpr int64_t kMostPartElements = 1 << 24;
+inline Dim dbias_parts_bound(const DimShapes& s) {
+  return aligned(min(s.batch * s.heads * s.q_rows * s.k_rows, kMostPartElements) * int64_t{sizeof(float)});
+}
 
-// The parts of the batch for `tiles` tiles of a dbias that all batch entries share: enough to occupy the
-// device, if the batch can be divided by them. Dropout's numbers depend on a batch entry's index.
+// The parts of the batch for `tiles` tiles of a dbias that all batch entries share: the number that divides
+// the batch and makes the last CTA end first. Dropout's numbers depend on a batch entry's index.
 inline int32_t batch_parts(const KernelRow& row, const Call& call, int64_t tiles) {
-  constexpr int64_t kWaves = 2;
+  constexpr int64_t kMostParts = 64, kEnds = 3;  // kEnds: the steps that a tile's start, end and sum take
   const Shapes& s = call.shapes;
   if (s.leading_rank > 0 || s.bias[0] > 1 || call.spec.dropout_rate > 0 || tiles == 0) return 1;
-  const int64_t elements = s.bias[1] * s.bias[2] * s.bias[3];
-  const int64_t wanted = ceil_div(kWaves * call.device.sm_count * row.blocks, tiles);
-  int64_t parts = std::max<int64_t>(1, std::min({s.batch, wanted, kMostPartElements / elements}));
-  while (s.batch % parts) --parts;
-  return static_cast<int32_t>(parts);
+  const int64_t elements = s.bias[1] * s.bias[2] * s.bias[3], heads = s.bias[1] > 1 ? 1 : s.heads,
+                ctas = std::max<int64_t>(1, int64_t{call.device.sm_count} * row.blocks);
+  // Tiles that differ in length occupy all CTAs until the last tile.
+  const bool differ = call.tiles_differ();
+  const auto time = [&](int64_t parts) {
+    const int64_t all = tiles * parts, one = s.batch / parts * heads + kEnds;
+    return differ ? (all + ctas) * one / ctas : ceil_div(all, ctas) * one;
+  };
+  int64_t best = 1;
+  for (int64_t parts = 2; parts <= std::min({s.batch, kMostParts, kMostPartElements / elements}); ++parts)
+    if (s.batch % parts == 0 && time(parts) < time(best)) best = parts;
+  return static_cast<int32_t>(best);
 }
 
 // The tiles of dbias, whose CTAs are counted in plan.queries.

@@ -57,11 +57,12 @@ struct StagedBiasAndMaskScore : StagedBiasScore<S> {
   static constexpr bool reads(Operand operand) {
     return operand == Operand::kMask || StagedBiasScore<S>::reads(operand);
   }
+  static constexpr bool kSharing = kAlways || S::kRows > kConsumerRows;  // d128 would spill with dropout
   ShownElements<S> shown;
 
   template <class Tile>
   __device__ __forceinline__ void prefetch_gradient(const Tile& tile) {
-    if (kAlways || tile.p.mask) shown.take_mask(tile, tile.key);
+    if (kAlways || tile.p.mask) shown.template take_mask<kSharing>(tile, tile.key);
   }
   template <GradientOf kOf, class Tile>
   __device__ __forceinline__ void differentiate(S& s, S& dp, const Tile& tile) {

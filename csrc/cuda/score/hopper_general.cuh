@@ -34,7 +34,7 @@ struct ShownElements {
   // Whether the warp's rows see all keys.
   __device__ __forceinline__ bool all() const { return all_seen<S>(bits); }
   // What the mask shows: its words (MaskWords) of the tile's keys, which lie in one or two of its tiles.
-  template <class Tile>
+  template <bool kSharing = true, class Tile>
   __device__ __forceinline__ void take_mask(const Tile& tile, int32_t key) {
     static_assert(S::kSlots == 2 && (S::kColumns % kRowBlock == 0 || S::kColumns <= kRowBlock + 48));
     const int32_t next = (key / kRowBlock + 1) * kRowBlock, before = key % kRowBlock / 4;
@@ -64,6 +64,7 @@ struct ShownElements {
 template <class S>
 struct ShownElements<S, true> {
   SeenByLanes<S> seen;
+  bool rows_share = false;  // all rows see the same keys
 
   template <class Tile>
   __device__ __forceinline__ void find(const Tile& tile, int32_t key) {
@@ -71,16 +72,20 @@ struct ShownElements<S, true> {
     const Band& band = tile.band();
     seen.find(tile.row(), key, [&](int32_t i) { return seen_in_ranges<S>(ranges, band, i, key); });
   }
-  __device__ __forceinline__ void hide(S& s) const { hide_unseen_transposed(s, seen); }
-  // What the mask and the band show.
-  template <class Tile>
+  __device__ __forceinline__ void hide(S& s) const {
+    rows_share ? hide_unseen_of_all_rows(s, seen.bits[0]) : hide_unseen_transposed(s, seen);
+  }
+  // What the mask and the band show. kSharing: hide() has a path of its own for rows that share their keys.
+  template <bool kSharing = true, class Tile>
   __device__ __forceinline__ void take_mask(const Tile& tile, int32_t key) {
     static_assert(S::kColumns == MaskRows::kKeys && S::kRows % 64 == 0);
     const MaskRows mask = mask_rows_from(tile.p, tile.operands().mask);
-    if (mask.row == 0) {  // rows share their keys; those past the sequence have P = 0 anyway
+    const bool is_shared = mask.row == 0;
+    if constexpr (kSharing) rows_share = is_shared;
+    if (is_shared) {  // rows past the sequence have P = 0 anyway
       const uint32_t one = mask.bits_of_one(0, tile.band().k_len - key, key);
 #pragma unroll
-      for (uint32_t& own : seen.bits) own = one;
+      for (int i = 0; i < (kSharing ? 1 : SeenByLanes<S>::kWords); ++i) seen.bits[i] = one;
       return;
     }
     const int32_t row = tile.row() + ptx::thread_index() % 32;

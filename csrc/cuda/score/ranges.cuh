@@ -90,6 +90,23 @@ struct SeenByLanes {
   }
 };
 
+// Hides keys of a transposed S whose bit is 0 from all rows.
+template <class S>
+__device__ __forceinline__ void hide_unseen_of_all_rows(S& s, uint32_t bits) {
+  constexpr uint32_t kAll = (1u << S::kColumns) - 1;
+  if (__all_sync(~0u, bits == kAll)) return;
+  const uint32_t seen = bits >> S::column(0);
+#pragma unroll
+  for (int n = 0; n < S::kColumnTiles; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      if (seen >> S::column_step(n, e) & 1) continue;
+#pragma unroll
+      for (int slot = 0; slot < S::kSlots; ++slot) s.at(slot, n, e) = -INFINITY;
+    }
+  }
+}
+
 // hide_unseen() for a transposed S.
 template <class S>
 __device__ __forceinline__ void hide_unseen_transposed(S& s, const SeenByLanes<S>& of_row) {
