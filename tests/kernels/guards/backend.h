@@ -44,7 +44,7 @@ struct Aim {
   bool latent;        // V is the first columns of K
   Variant variant;
 
-  // The only score option allowed is the kernel's own.
+  // The only score options allowed are the kernel's own.
   bool plain() const {
     return variant == Variant::kPlain || variant == Variant::kCluster || variant == Variant::kDropout ||
            variant == Variant::kDeterministic || variant == Variant::kSplit ||
@@ -55,7 +55,13 @@ struct Aim {
                                  Variant::kDropout};
     return variant < Variant::kCluster && std::ranges::find(kNone, variant) == std::end(kNone);
   }
-  bool dropout() const { return variant == Variant::kDropout || variant == Variant::kGeneralDropout; }
+  bool is_one_of(std::initializer_list<Variant> all) const {
+    return std::ranges::find(all, variant) != all.end();
+  }
+  bool dropout() const {
+    return is_one_of(
+        {Variant::kDropout, Variant::kGeneralDropout, Variant::kMaskDropout, Variant::kBiasDropout});
+  }
   bool float8() const {
     return variant == Variant::kFloat8 || variant == Variant::kFloat8Split ||
            variant == Variant::kFloat8General;
@@ -64,7 +70,10 @@ struct Aim {
     return variant == Variant::kDeterministic || variant == Variant::kGeneralDeterministic ||
            variant == Variant::kMask;  // without, ListedMask runs most masks
   }
-  bool mask() const { return variant == Variant::kMask || variant == Variant::kListedMask; }
+  bool mask() const {
+    return is_one_of({Variant::kMask, Variant::kListedMask, Variant::kMaskDropout, Variant::kBiasMask});
+  }
+  bool bias() const { return is_one_of({Variant::kBias, Variant::kBiasMask, Variant::kBiasDropout}); }
 };
 
 // Chooses which kernel of these passes and this loader the following calls of run() must reach. Three of four

@@ -108,10 +108,11 @@ class DenseCase : protected RandomCase {
   // Options that the targeted kernel supports, some of them chosen at random.
   void aim_sizes() {
     p_.dtype = aim_->dtype;
-    const bool bias = aim_->variant == backend::Variant::kBias;
+    const bool bias = aim_->bias(),
+               staged_mask = aim_->mask() && aim_->variant != backend::Variant::kListedMask;
     // sm_90's kernels take no bias or mask that cannot be copied 8 keys at a time.
     const bool gradient = aim_->pass == Pass::kBackward || aim_->pass == Pass::kBiasGradient;
-    chunks_ = bias || aim_->variant == backend::Variant::kMask || (gradient && !aim_->plain() && chance(0.5));
+    chunks_ = bias || staged_mask || (gradient && !aim_->plain() && chance(0.5));
     if (aim_->pass == Pass::kBiasGradient || chunks_ || aim_->variant == backend::Variant::kSegments ||
         aim_->variant == backend::Variant::kListedMask || aim_->variant == backend::Variant::kBlocks ||
         aim_->variant == backend::Variant::kCluster)
@@ -188,7 +189,7 @@ class DenseCase : protected RandomCase {
     if (aim_->pass == Pass::kBiasGradient) s.operands |= bit(Operand::kBias);
     if (aim_->variant == backend::Variant::kListedMask || aim_->variant == backend::Variant::kBlocks)
       s.operands &= ~kOfBand;
-    if (aim_->variant == backend::Variant::kBias) {
+    if (aim_->bias()) {
       s.operands |= bit(Operand::kBias);
     } else if (!is_taken()) {  // some kernels take no bias, visibility operands or several leading dimensions
       for (Operand other : {Operand::kQSegmentIds, Operand::kKvSegmentIds, Operand::kMask, Operand::kRanges,

@@ -27,13 +27,14 @@ std::vector<Variant> variants_of(const KernelRow& row, Loader loader) {
       return all;
     }
     case Pass::kBackward:
-      return {Variant::kPlain,  Variant::kGeneral,       Variant::kBias,
-              Variant::kMask,   Variant::kListedMask,    Variant::kRanges,
-              Variant::kBlocks, Variant::kDeterministic, Variant::kGeneralDeterministic};
+      return {Variant::kPlain,       Variant::kGeneral,       Variant::kBias,
+              Variant::kMask,        Variant::kListedMask,    Variant::kRanges,
+              Variant::kBlocks,      Variant::kMaskDropout,   Variant::kBiasMask,
+              Variant::kBiasDropout, Variant::kDeterministic, Variant::kGeneralDeterministic};
     case Pass::kTangent:
       return {Variant::kPlain, Variant::kGeneral};
     case Pass::kBiasGradient:
-      return {Variant::kGeneral, Variant::kBias};
+      return {Variant::kGeneral, Variant::kBias, Variant::kBiasMask, Variant::kBiasDropout};
     case Pass::kDecode:
       return {Variant::kSplit, Variant::kGeneral, Variant::kFloat8Split, Variant::kFloat8General};
     case Pass::kAppend:  // has a driver of its own
@@ -77,7 +78,7 @@ Problem example_of(const KernelRow& row, Variant variant, Style style) {
   if (!aim.plain() && style.drafted) add(Operand::kDraftMask), p.draft_rows = kTokens;
   if (!aim.plain() && !style.drafted) s.softcap = 3, add(Operand::kAlibiSlopes);
   if (aim.dropout()) add(Operand::kDropout);
-  if (row.pass == Pass::kBiasGradient || variant == Variant::kBias) add(Operand::kBias);
+  if (row.pass == Pass::kBiasGradient || aim.bias()) add(Operand::kBias);
   if (aim.mask()) add(Operand::kMask);
   if (variant == Variant::kSegments) add(Operand::kQSegmentIds), add(Operand::kKvSegmentIds);
   if (variant == Variant::kRanges) add(Operand::kRanges), p.limits = 2;
@@ -117,8 +118,9 @@ Variant variant_of(Pass pass, const LaunchPlan& plan, const Problem& p) {
       if (p.kv_dtype != p.dtype) return Variant::kFloat8;
       return plan.general() ? Variant::kGeneral : Variant::kPlain;
     case Pass::kBackward:
-      for (ScoreKind own : {ScoreKind::kBias, ScoreKind::kMask, ScoreKind::kListedMask, ScoreKind::kRanges,
-                            ScoreKind::kBlocks}) {
+      for (ScoreKind own :
+           {ScoreKind::kBias, ScoreKind::kMask, ScoreKind::kListedMask, ScoreKind::kRanges,
+            ScoreKind::kBlocks, ScoreKind::kMaskDropout, ScoreKind::kBiasMask, ScoreKind::kBiasDropout}) {
         if (plan.score == own) return static_cast<Variant>(own);
       }
       if (p.spec.deterministic)
@@ -127,7 +129,9 @@ Variant variant_of(Pass pass, const LaunchPlan& plan, const Problem& p) {
     case Pass::kTangent:
       return plan.general() ? Variant::kGeneral : Variant::kPlain;
     case Pass::kBiasGradient:
-      return plan.score == ScoreKind::kBias ? Variant::kBias : Variant::kGeneral;
+      for (ScoreKind own : {ScoreKind::kBias, ScoreKind::kBiasMask, ScoreKind::kBiasDropout})
+        if (plan.score == own) return static_cast<Variant>(own);
+      return Variant::kGeneral;
     case Pass::kDecode:
       if (p.spec.softcap > 0 || p.spec.has(Operand::kAlibiSlopes) || p.spec.has(Operand::kDraftMask))
         return p.kv_dtype != p.dtype ? Variant::kFloat8General : Variant::kGeneral;
