@@ -140,7 +140,8 @@ struct SeeingRows {
 
   __device__ SeeingRows(uint8_t* shared, const Interval& of)
       : flags(shared), rows(of), unit(max(kRowBlock, of.size() / kFlags + 1)) {
-    const int64_t used = min(int64_t{kFlags}, ceil_div(ceil_div(of.size(), unit), 32) * 32);  // gap() reads 32
+    const int64_t used =
+        min(int64_t{kFlags}, ceil_div(ceil_div(of.size(), unit), 32) * 32);  // gap() reads 32
     for (int i = static_cast<int>(threadIdx.x); i < used; i += kThreads) flags[i] = 0;
     __syncthreads();
   }
