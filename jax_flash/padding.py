@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 from jax.interpreters import mlir
 
+from . import _jax
 from .backends import compute_capability, local_devices
 from .operands import padded_head_dim
 from .spec import Spec
@@ -26,19 +28,23 @@ def loads_rows(spec: Spec, shapes: dict[str, tuple[Any, ...]], head_dims: tuple[
     return all(x == padded_head_dim(x) for x in places)
 
 
+def bias_columns(columns: Any, capabilities: Sequence[int]) -> Any:
+    """The columns of a bias that CUDA kernels are called with. Hopper's load 8 keys of a row at a time."""
+    padded = any(capability // 10 == 9 for capability in capabilities)
+    return columns + -columns % 8 if padded and isinstance(columns, int) and columns > 1 else columns
+
+
 def with_padded_bias(
     ctx: mlir.LoweringRuleContext, at: int, values: tuple[Any, ...]
 ) -> tuple[mlir.LoweringRuleContext, tuple[Any, ...]]:
-    """The operands, with a bias whose rows are multiples of 8 keys: others cannot be loaded 8 keys at a time, which
-    Hopper's kernels for a bias need."""
+    """The operands, the bias with bias_columns(). A program that is lowered without a GPU may run on Hopper."""
     bias: Any = ctx.avals_in[at]
-    columns = bias.shape[-1]
-    devices = local_devices("cuda")
-    hopper = not devices or any(compute_capability(device) // 10 == 9 for device in devices)
-    if not hopper or not isinstance(columns, int) or columns == 1 or columns % 8 == 0:
+    own = bias.shape[-1]
+    columns = bias_columns(own, [compute_capability(x) for x in local_devices("cuda")] or [90])
+    if _jax.same_dim(columns, own):
         return ctx, values
-    widths = [(0, 0)] * (bias.ndim - 1) + [(0, -columns % 8)]
-    padded = bias.update(shape=(*bias.shape[:-1], columns + -columns % 8))
+    widths = [(0, 0)] * (bias.ndim - 1) + [(0, columns - own)]
+    padded = bias.update(shape=(*bias.shape[:-1], columns))
     pad = mlir.lower_fun(partial(jnp.pad, pad_width=widths), multiple_results=False)
     value = pad(ctx.replace(primitive=None, avals_in=[bias], avals_out=[padded]), values[at])
     avals = [*ctx.avals_in[:at], padded, *ctx.avals_in[at + 1 :]]

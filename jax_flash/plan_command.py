@@ -16,6 +16,7 @@ from .checker import DTYPES
 from .flop_count import spec_and_shapes
 from .masks import Mask
 from .operands import DIMS, ELEMENTS, MAX_HEAD_DIM, padded_head_dim
+from .padding import bias_columns
 from .paged.attention import paged_attention
 from .varlen import flash_attention_varlen
 from .visible import forms
@@ -320,7 +321,9 @@ def described(options: argparse.Namespace, gpu: Gpu, pass_: str) -> dict[str, An
         ("bias", "bias_in_tiles", half and options.bias_dtype in (options.dtype, "float32")),
         ("mask", "mask_in_chunks", True),
     ):
-        arguments[wanted] = name in shapes and whole and shapes[name][-1] % 8 == 0
+        keys = shapes[name][-1] if name in shapes else 1
+        padded = bias_columns(keys, [gpu.capability]) if name == "bias" else keys
+        arguments[wanted] = whole and padded % 8 == 0
     return arguments
 
 

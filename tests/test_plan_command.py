@@ -101,7 +101,7 @@ def test_the_command_pads_head_dims_as_a_call_does(capsys):
     ("keys", "dtypes", "kind"),
     [
         ("4096", ["bfloat16"], "bias"),
-        ("4097", ["bfloat16"], "general"),
+        ("4097", ["bfloat16"], "bias"),  # padded by a copy
         ("4096", ["float32"], None),
         ("4096", ["float16", "--bias-dtype", "float16"], "bias"),
         ("4096", ["float16", "--bias-dtype", "float32"], "float_bias"),
@@ -109,7 +109,7 @@ def test_the_command_pads_head_dims_as_a_call_does(capsys):
     ],
 )
 def test_the_command_names_the_kernel_of_a_bias_alone_on_hopper(keys, dtypes, kind, capsys):
-    """A bias whose rows TMA can load has a kernel of its own."""
+    """A bias of the dtype of the call, or of float32, has a kernel of its own."""
     main([*COMMAND, "--gpu", "h200", "--bias", "--kv-seqlen", keys, "--dtype", *dtypes])
     line = capsys.readouterr().out.splitlines()[1]
     arch, _, _, score = line.split()[:4]
