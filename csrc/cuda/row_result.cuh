@@ -24,7 +24,7 @@ __device__ __forceinline__ RowResult result_of_row(float top, float sum, float s
   const float largest = fmaxf(top, sink_log2);
   const float alpha = ptx::exp2(top - largest);
   const float total = fmaf(sum, alpha, ptx::exp2(sink_log2 - largest));
-  if (largest == -INFINITY && !isnan(sum)) return {0, -INFINITY};  // if all scores are NaN, largest is −∞ too
+  if (largest == -INFINITY && sum >= 0) return {0, -INFINITY};  // if all scores are NaN, so is the sum
   return {alpha * ptx::reciprocal(total),
           fmaf(ptx::log2(total), kLn2, top <= sink_log2 ? sink : largest * kLn2)};
 }
