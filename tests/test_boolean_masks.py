@@ -76,10 +76,10 @@ def check(case, mask, kernel, **options):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("d", HEAD_DIMS)
+@pytest.mark.parametrize("d", [*HEAD_DIMS, 32])
 def test_each_mask(d, name, dtype, kernel):
     """Every mask with one of the cases, and with other ones at the next dtype and head dim."""
-    at = NAMES.index(name) + HEAD_DIMS.index(d)
+    at = NAMES.index(name) + [*HEAD_DIMS, 32].index(d)
     i = at if at % 2 == (dtype == "bfloat16") else at + 3
     case = CASES[i % len(CASES)].replace(d=d, dv=d, dtype=dtype)
     check(case, pictures(case.sq, case.sk)[name][None, None], kernel)
