@@ -200,6 +200,6 @@ def operand_bits(names: tuple[str, ...]) -> int:
     return sum(1 << OPTIONAL.index(name) for name in names)
 
 
-def padded_head_dim(head_dim: int) -> int:
-    """The head dim that CUDA kernels are called with: a multiple of 8, because they load 16 bytes at a time."""
-    return head_dim + -head_dim % 8
+def whole_chunks(columns: int) -> int:
+    """The columns that CUDA kernels are called with: a multiple of 8, because they load 16 bytes at a time."""
+    return columns + -columns % 8

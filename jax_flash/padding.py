@@ -11,7 +11,7 @@ from jax.interpreters import mlir
 
 from . import _jax
 from .backends import compute_capability, local_devices
-from .operands import padded_head_dim
+from .operands import whole_chunks
 from .spec import Spec
 
 
@@ -25,13 +25,13 @@ def loads_rows(spec: Spec, shapes: dict[str, tuple[Any, ...]], head_dims: tuple[
     places: tuple[int, ...] = head_dims
     if spec.value_dim:
         places = (*places, spec.value_start, shapes["key"][-1])
-    return all(x == padded_head_dim(x) for x in places)
+    return all(x == whole_chunks(x) for x in places)
 
 
 def bias_columns(columns: Any, capabilities: Sequence[int]) -> Any:
-    """The columns of a bias that CUDA kernels are called with. Hopper's load 8 keys of a row at a time."""
+    """The columns of a bias that CUDA kernels are called with: whole chunks of 8 keys, which only Hopper's need."""
     padded = any(capability // 10 == 9 for capability in capabilities)
-    return columns + -columns % 8 if padded and isinstance(columns, int) and columns > 1 else columns
+    return whole_chunks(columns) if padded and isinstance(columns, int) and columns > 1 else columns
 
 
 def with_padded_bias(

@@ -15,7 +15,7 @@ from .batching import named_sizes
 from .checker import DTYPES
 from .flop_count import spec_and_shapes
 from .masks import Mask
-from .operands import DIMS, ELEMENTS, MAX_HEAD_DIM, padded_head_dim
+from .operands import DIMS, ELEMENTS, MAX_HEAD_DIM, whole_chunks
 from .padding import bias_columns
 from .paged.attention import paged_attention
 from .varlen import flash_attention_varlen
@@ -299,9 +299,9 @@ def described(options: argparse.Namespace, gpu: Gpu, pass_: str) -> dict[str, An
     spec, shapes = spec_and_shapes(function, *positional, **named)
     sizes = named_sizes(spec, shapes)
     columns = ("d", "dv", "pool_columns")
-    sizes |= {name: padded_head_dim(sizes[name]) for name in columns if name in sizes}
+    sizes |= {name: whole_chunks(sizes[name]) for name in columns if name in sizes}
     if spec.value_dim:
-        spec = replace(spec, value_dim=padded_head_dim(spec.value_dim))
+        spec = replace(spec, value_dim=whole_chunks(spec.value_dim))
     arguments: dict[str, Any] = dict(
         spec=spec.plain_attributes(),
         sizes=sizes,

@@ -27,7 +27,7 @@ from ._version import __version__
 from .backends import cuda_library, local_devices, require_cpu, require_cuda
 from .batching import batch, leading, named_sizes, over_leading
 from .largest import of_cuda
-from .operands import BACKWARD, DELTA, FORWARD, PASSES, TANGENT, Pass, is_float32, like, padded_head_dim
+from .operands import BACKWARD, DELTA, FORWARD, PASSES, TANGENT, Pass, is_float32, like, whole_chunks
 from .padding import loads_rows, value_dim, with_padded_bias
 from .sequence import passes
 from .sharding import partitioned
@@ -119,9 +119,7 @@ def _lower_local(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec:
     if platform == "cuda" and pass_ is not FORWARD and isinstance(spec, AttentionSpec) and spec.shared_kv:
         return mlir.lower_fun(partial(_with_values_apart, pass_, spec), multiple_results=True)(ctx, *values)
     if platform == "cuda" and not pass_.in_place and not loads_rows(spec, shapes, head_dims):
-        return mlir.lower_fun(partial(_with_padded_head_dims, pass_, spec), multiple_results=True)(
-            ctx, *values
-        )
+        return mlir.lower_fun(partial(_with_whole_chunkss, pass_, spec), multiple_results=True)(ctx, *values)
     if platform == "cpu":
         require_cpu(f"jax_flash {pass_.name}")
     else:
@@ -197,7 +195,7 @@ def _with_values_apart(pass_: Pass, spec: AttentionSpec, *arrays: jax.Array) -> 
     return [dquery, sum(x.astype(jnp.float32) for x in parts).astype(arrays[1].dtype)]
 
 
-def _with_padded_head_dims(pass_: Pass, spec: Spec, *arrays: jax.Array) -> list[jax.Array]:
+def _with_whole_chunkss(pass_: Pass, spec: Spec, *arrays: jax.Array) -> list[jax.Array]:
     """Runs a pass on copies of the operands that are padded to head dims which CUDA loads."""
     named = dict(zip(operand_names(pass_, spec), arrays))
     sizes = {"d": named["query"].shape[-1], "dv": value_dim(spec, named["value"].shape[-1])}
@@ -208,12 +206,12 @@ def _with_padded_head_dims(pass_: Pass, spec: Spec, *arrays: jax.Array) -> list[
             named["value"] = pool[..., spec.value_start : end]
             spec = replace(spec, value_dim=0, value_start=0)
         else:
-            spec = replace(spec, value_dim=padded_head_dim(spec.value_dim))
+            spec = replace(spec, value_dim=whole_chunks(spec.value_dim))
     dims = spec.dims
 
     def pad(name: str, x: jax.Array) -> jax.Array:
         columns = dims[name][-1] in ("d", "dv", "pool_columns")
-        width = padded_head_dim(x.shape[-1]) - x.shape[-1] if columns else 0
+        width = whole_chunks(x.shape[-1]) - x.shape[-1] if columns else 0
         return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width)]) if width else x
 
     padded = {name: pad(name, x) for name, x in named.items()}

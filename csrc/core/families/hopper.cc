@@ -174,15 +174,10 @@ bool stages_bias(const KernelRow& row, const Call& call) {
          (!call.shapes.float_bias || (find_score(row, call, score) && score == ScoreKind::kFloatBias));
 }
 
-// Whether kernels of gradients read the elements of a mask, or its bits, and do not stage tiles of it.
-constexpr bool reads_mask(ScoreKind score) {
-  return score == ScoreKind::kListedMask || score == ScoreKind::kBiasMask || score == ScoreKind::kBiasDropout;
-}
-
-// Whether the row's kernel of a gradient stages tiles of the mask.
+// Whether the row's kernel of a gradient stages tiles of the mask; others read its elements or bits.
 bool stages_mask(const KernelRow& row, const Call& call) {
   ScoreKind score;
-  return call.spec.has(Operand::kMask) && !(find_score(row, call, score) && reads_mask(score));
+  return call.spec.has(Operand::kMask) && (!find_score(row, call, score) || jax_flash::stages_mask(score));
 }
 
 // CTAs own key tiles, compute their dK and dV, and add dQ to float32 sums, in key-tile order if the
@@ -321,10 +316,10 @@ class BiasGradient final : public PassTraits {
   void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
                  LaunchPlan& plan) const override {
     plan_bias_tiles(row, call, workspace, plan);
-    if (reads_mask(plan.score)) {
-      add_mask_words(call, plan.queries, workspace);
-    } else {
+    if (jax_flash::stages_mask(plan.score)) {
       add_mask_tiles(call, plan.queries, workspace);
+    } else {
+      add_mask_words(call, plan.queries, workspace);
     }
     add_segments(call, call.shapes.q_rows, plan.queries, workspace);
     plan_persistent(plan.queries.blocks, false, 0, row, call, workspace, plan);

@@ -34,6 +34,17 @@ inline constexpr int32_t kScoreKinds = 0
 #include "../../scores.def"
     ;
 
+// The tiles of bias and mask that the gradients of a kind stage on sm_90a, as bits.
+enum ScoreTileSet { kBiasTiles = 1, kMaskTiles = 2, kFloatBiasTiles = 4 };
+inline constexpr int32_t kScoreTileSets[] = {
+#define JF_SCORE(kind, name, printed, inputs, option, served, portable, hopper, gradient, tiles) tiles,
+#include "../../scores.def"
+};
+constexpr bool stages(ScoreKind kind, int32_t tiles) {
+  return kScoreTileSets[static_cast<int32_t>(kind)] & tiles;
+}
+constexpr bool stages_mask(ScoreKind kind) { return stages(kind, kMaskTiles); }
+
 // Whether a kind's kernels go through lists of tiles (core/visible/key_tiles.h).
 constexpr bool lists_tiles(ScoreKind kind) {
   return kind == ScoreKind::kBlocks || kind == ScoreKind::kListedMask;

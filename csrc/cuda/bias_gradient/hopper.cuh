@@ -40,8 +40,6 @@ struct BiasGradientSm90 {
   using Element = T;
   static constexpr ScoreKind kKind = Kind;
   static constexpr bool kGeneral = Kind == ScoreKind::kGeneralDropout;  // this kind has a mask, too
-  // The mask is read as bits (MaskWords).
-  static constexpr bool kReadsMask = Kind == ScoreKind::kBiasMask || Kind == ScoreKind::kBiasDropout;
   // Whether a band that all batch entries share is found once a tile, as each entry's keys are looked up.
   // With dropout it would spill.
   static constexpr bool kKeepsBand = Kind == ScoreKind::kBiasMask;
@@ -56,6 +54,8 @@ struct BiasGradientSm90 {
   using Keys = SharedTile<T, kN, 64>;  // of K or V
   using S = Accumulator<1, kN / 8>;
   using Score = GradientScore<Kind, S>;
+  // Whether the mask is read as bits (MaskWords).
+  static constexpr bool kReadsMask = Score::reads(Operand::kMask) && !stages_mask(Kind);
   using Tiles =
       GradientTiles<Kind, T, kM, kN,
                     static_cast<int>(hopper::kMaxSharedBytes) - kStages*(Rows::kBytes + Keys::kBytes)>;

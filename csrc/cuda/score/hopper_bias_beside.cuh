@@ -9,37 +9,33 @@
 
 namespace jax_flash {
 
-// The forward's variant for a bias and a mask.
-template <class S>
-struct BiasMaskScore : BiasScore<S> {
+// The forward's variant. kAlways: whether all calls have a mask.
+template <class S, bool kAlways>
+struct BiasAndMaskScore : BiasScore<S> {
   static constexpr bool reads(Operand operand) { return operand == Operand::kMask; }
   ShownElements<S> shown;
 
   template <bool kScalarDropout = false, class Tile>
   __device__ __forceinline__ void prefetch(const Tile& tile, int32_t key) {
-    shown.take_mask(tile, key);
+    if (kAlways || tile.p.mask) shown.take_mask(tile, key);
   }
   template <class Scores, class Tile, class Softmax>
   __device__ __forceinline__ void apply(Scores& s, const Tile& tile, const Softmax& softmax) {
     BiasScore<S>::apply(s, tile, softmax);
-    shown.hide(s);
+    if (kAlways || tile.p.mask) shown.hide(s);
   }
 };
-
-// The same for a bias and dropout, with or without a mask.
 template <class S>
-struct BiasDropoutScore : WithDropout<BiasMaskScore<S>, S> {
+using BiasMaskScore = BiasAndMaskScore<S, true>;
+
+template <class S>
+struct BiasDropoutScore : WithDropout<BiasAndMaskScore<S, false>, S> {
   static constexpr bool kDropoutInSoftmax = true, kPositional = true;
 
   template <bool kScalarDropout = false, class Tile>
   __device__ __forceinline__ void prefetch(const Tile& tile, int32_t key) {
-    if (tile.p.mask) this->shown.take_mask(tile, key);
+    BiasAndMaskScore<S, false>::prefetch(tile, key);
     if constexpr (kScalarDropout) this->draw_one_by_one(tile, key);
-  }
-  template <class Scores, class Tile, class Softmax>
-  __device__ __forceinline__ void apply(Scores& s, const Tile& tile, const Softmax& softmax) {
-    BiasScore<S>::apply(s, tile, softmax);
-    if (tile.p.mask) this->shown.hide(s);
   }
   template <bool kScalarDropout, class Scores, class Tile, class Softmax>
   __device__ __forceinline__ void exponentiate(Scores& s, const Tile& tile, Softmax& softmax,
@@ -50,8 +46,7 @@ struct BiasDropoutScore : WithDropout<BiasMaskScore<S>, S> {
   }
 };
 
-// The variant of kernels that compute gradients, which stage only the bias. kAlways: whether all calls have a
-// mask.
+// The same for kernels that compute gradients, which stage only the bias.
 template <class S, bool kAlways>
 struct StagedBiasAndMaskScore : StagedBiasScore<S> {
   static constexpr bool reads(Operand operand) {

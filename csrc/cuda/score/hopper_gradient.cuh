@@ -29,14 +29,6 @@ struct GradientScoreOf;
 template <ScoreKind kKind, class S>
 using GradientScore = typename GradientScoreOf<kKind, S>::type;
 
-// The tiles of bias and mask that a kind stages, as bits.
-enum ScoreTileSet { kBiasTiles = 1, kMaskTiles = 2, kFloatBiasTiles = 4 };
-inline constexpr int kScoreTileSets[] = {
-#define JF_SCORE(kind, name, printed, inputs, option, served, portable, hopper, gradient, tiles) tiles,
-#include "scores.def"
-};
-constexpr bool stages(ScoreKind kind, int tiles) { return kScoreTileSets[static_cast<int>(kind)] & tiles; }
-constexpr bool stages_mask(ScoreKind kind) { return stages(kind, kMaskTiles); }
 constexpr bool stages_float_bias(ScoreKind kind) { return stages(kind, kFloatBiasTiles); }
 constexpr bool stages_bias(ScoreKind kind) { return stages(kind, kBiasTiles | kFloatBiasTiles); }
 constexpr bool stages_tiles(ScoreKind kind) { return stages_bias(kind) || stages_mask(kind); }

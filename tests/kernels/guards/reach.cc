@@ -1,5 +1,6 @@
 #include "reach.h"
 
+#include <algorithm>
 #include <iterator>
 #include <stdexcept>
 
@@ -14,6 +15,22 @@ constexpr const char* kVariantNames[] = {
     "clusters", "deterministic", "general deterministic", "float8",
     "split",    "float8 split",  "float8 general"};
 
+// The kinds of scores whose kernels of gradients are aimed at one by one.
+const std::vector<Variant> kOfBackward{Variant::kBias,     Variant::kMask,       Variant::kListedMask,
+                                       Variant::kRanges,   Variant::kBlocks,     Variant::kMaskDropout,
+                                       Variant::kBiasMask, Variant::kBiasDropout};
+const std::vector<Variant> kOfBiasGradient{Variant::kBias, Variant::kBiasMask, Variant::kBiasDropout};
+
+std::vector<Variant> with(std::vector<Variant> all, const std::vector<Variant>& others) {
+  all.insert(all.end(), others.begin(), others.end());
+  return all;
+}
+// The plan's own variant if it is one of these, else `other`.
+Variant own_or(const LaunchPlan& plan, const std::vector<Variant>& of, Variant other) {
+  const auto own = static_cast<Variant>(plan.score);
+  return std::ranges::find(of, own) != of.end() ? own : other;
+}
+
 std::vector<Variant> variants_of(const KernelRow& row, Loader loader) {
   if (row.pass == Pass::kDecode && row.design == Design::kCluster) {  // only unequal lengths split a sequence
     if (loader == Loader::kPaged) return {Variant::kPlain, Variant::kCluster};
@@ -27,14 +44,13 @@ std::vector<Variant> variants_of(const KernelRow& row, Loader loader) {
       return all;
     }
     case Pass::kBackward:
-      return {Variant::kPlain,       Variant::kGeneral,       Variant::kBias,
-              Variant::kMask,        Variant::kListedMask,    Variant::kRanges,
-              Variant::kBlocks,      Variant::kMaskDropout,   Variant::kBiasMask,
-              Variant::kBiasDropout, Variant::kDeterministic, Variant::kGeneralDeterministic};
+      return with(
+          {Variant::kPlain, Variant::kGeneral, Variant::kDeterministic, Variant::kGeneralDeterministic},
+          kOfBackward);
     case Pass::kTangent:
       return {Variant::kPlain, Variant::kGeneral};
     case Pass::kBiasGradient:
-      return {Variant::kGeneral, Variant::kBias, Variant::kBiasMask, Variant::kBiasDropout};
+      return with({Variant::kGeneral}, kOfBiasGradient);
     case Pass::kDecode:
       return {Variant::kSplit, Variant::kGeneral, Variant::kFloat8Split, Variant::kFloat8General};
     case Pass::kAppend:  // has a driver of its own
@@ -118,20 +134,14 @@ Variant variant_of(Pass pass, const LaunchPlan& plan, const Problem& p) {
       if (p.kv_dtype != p.dtype) return Variant::kFloat8;
       return plan.general() ? Variant::kGeneral : Variant::kPlain;
     case Pass::kBackward:
-      for (ScoreKind own :
-           {ScoreKind::kBias, ScoreKind::kMask, ScoreKind::kListedMask, ScoreKind::kRanges,
-            ScoreKind::kBlocks, ScoreKind::kMaskDropout, ScoreKind::kBiasMask, ScoreKind::kBiasDropout}) {
-        if (plan.score == own) return static_cast<Variant>(own);
-      }
       if (p.spec.deterministic)
-        return plan.general() ? Variant::kGeneralDeterministic : Variant::kDeterministic;
-      return plan.general() ? Variant::kGeneral : Variant::kPlain;
+        return own_or(plan, kOfBackward,
+                      plan.general() ? Variant::kGeneralDeterministic : Variant::kDeterministic);
+      return own_or(plan, kOfBackward, plan.general() ? Variant::kGeneral : Variant::kPlain);
     case Pass::kTangent:
       return plan.general() ? Variant::kGeneral : Variant::kPlain;
     case Pass::kBiasGradient:
-      for (ScoreKind own : {ScoreKind::kBias, ScoreKind::kBiasMask, ScoreKind::kBiasDropout})
-        if (plan.score == own) return static_cast<Variant>(own);
-      return Variant::kGeneral;
+      return own_or(plan, kOfBiasGradient, Variant::kGeneral);
     case Pass::kDecode:
       if (p.spec.softcap > 0 || p.spec.has(Operand::kAlibiSlopes) || p.spec.has(Operand::kDraftMask))
         return p.kv_dtype != p.dtype ? Variant::kFloat8General : Variant::kGeneral;
