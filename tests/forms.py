@@ -152,17 +152,34 @@ def _segments(rng: Any, s: Sizes) -> tuple[masks.Mask, Sees]:
     return mask, lambda z, h, i, j: q[z][i] == k[z][j]
 
 
-def _dense(rng: Any, s: Sizes) -> tuple[masks.Mask, Sees]:
-    """Of each row or of all, of each key or of all; in packed calls by sequence or by token, with keys left out."""
+def _boolean(rng: Any, s: Sizes, draw: Callable[[tuple[int, ...]], np.ndarray]) -> tuple[masks.Mask, Sees]:
+    """Of each row or of all, of each key or of all; in packed calls by sequence or by token, with keys left out.
+    draw(shape) makes the array."""
     n, by_token = len(s.lengths), s.packed and (len(s.lengths) == 1 or rng.random() < 0.5)
     heads, rows, keys = (
         int(rng.choice([1, size])) if rng.random() < 0.4 else size for size in (s.heads, s.rows, s.keys)
     )
     if s.packed and keys > 2:
         keys -= int(rng.integers(0, 2))
-    x = rng.random((1 if by_token and rows == 1 else n, heads, rows, keys)) < 0.7
+    x = draw((1 if by_token and rows == 1 else n, heads, rows, keys))
     array = s.per_row(np.moveaxis(x, 2, 3))[None].swapaxes(2, 3) if by_token and rows != 1 else x
     return masks.dense(jnp.asarray(array)), lambda z, h, i, j: _element(x[z if len(x) > 1 else 0], h, i, j)
+
+
+def _dense(rng: Any, s: Sizes) -> tuple[masks.Mask, Sees]:
+    return _boolean(rng, s, lambda shape: rng.random(shape) < 0.7)
+
+
+def _tiles(rng: Any, s: Sizes) -> tuple[masks.Mask, Sees]:
+    """A boolean mask that hides whole tiles of a kernel, shows others whole, and leaves gaps between them."""
+
+    def draw(shape: tuple[int, ...]) -> np.ndarray:
+        *outer, rows, keys = shape
+        kinds = rng.random((*outer, rows // 64 + 1, keys // 64 + 1))  # of tiles: hidden, random or shown
+        kinds = kinds.repeat(64, -2).repeat(64, -1)[..., :rows, :keys]
+        return (kinds > 0.4) & ((kinds > 0.7) | (rng.random(shape) < 0.7))
+
+    return _boolean(rng, s, draw)
 
 
 def _function(rng: Any, s: Sizes) -> tuple[masks.Mask, Sees]:
@@ -203,7 +220,7 @@ def _blocks(rng: Any, s: Sizes) -> tuple[masks.Mask, Sees]:
 FORMS: dict[str, Callable[[Any, Sizes], tuple[masks.Mask, Sees]]] = {
     "causal": _causal, "band": _band, "window": _window, "ranges": _ranges, "prefix": _prefix, "spans": _spans,
     "chunked": _chunked, "first": _first, "diffusion": _diffusion, "either": _either, "positions": _positions,
-    "segments": _segments, "dense": _dense, "blocks": _blocks, "function": _function,
+    "segments": _segments, "dense": _dense, "tiles": _tiles, "blocks": _blocks, "function": _function,
 }  # fmt: skip
 TWO_RANGES = {"ranges", "first", "diffusion", "either"}  # `&` takes at most one of these
 

@@ -60,6 +60,42 @@ def test_decode_reads_keys_at_most_twice_where_heads_can_be_packed(d, rows):
         assert more["design"] == "packed_heads"
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"left": 100},
+        {"softcap": 30.0},
+        {"scale": -1.0},
+        {"operands": ("sinks",)},
+        {"operands": ("alibi_slopes", "draft_mask")},
+        {"float8": True, "softcap": 30.0},
+    ],
+    ids=str,
+)
+def test_options_that_the_packed_forward_has(options):
+    """Though the forward over pages that does not pack heads has a kernel for the softcap alone."""
+    assert plan(q_rows=16, right=0, **options)["row"]["design"] == "packed_heads"
+
+
+def test_options_take_the_packed_forward_for_half_of_the_rows_where_tiles_are_many():
+    """Decode runs options at half of its speed, but it splits the keys of long sequences."""
+    for d, q_rows in ((64, 5), (128, 8), (256, 4)):
+        call = {"d": d, "dv": d, "q_rows": q_rows, "right": 0, "batch": 66}
+        assert plan(**call)["row"]["pass"] == "decode"
+        assert plan(softcap=30.0, **call)["row"]["design"] == "packed_heads"
+        assert plan(softcap=30.0, **call | {"batch": 33})["row"]["pass"] == "decode"
+
+
+def test_heads_are_packed_where_that_makes_fewer_tiles():
+    """64 tokens of four heads fill four tiles either way; general kernels for single heads are slower."""
+    call = {"q_rows": 64, "right": 0}
+    assert plan(**call)["row"]["block_m"] == 128
+    assert plan(**call, heads=64)["row"]["block_m"] == 128
+    assert plan(**call | {"q_rows": 48})["row"]["design"] == "packed_heads"
+    assert plan(**call | {"q_rows": 48}, heads=64)["row"]["design"] == "packed_heads"
+    assert plan(**call, operands=("alibi_slopes",))["row"]["design"] == "packed_heads"
+
+
 def test_tiles_of_32_keys_stay_within_the_bound_of_the_workspace():
     """As head dims above 128 have on cards with 100 KB of shared memory."""
     for d in (192, 256, 512):
@@ -82,16 +118,13 @@ def test_packed_heads_fill_the_sms_with_slices_of_values():
         {"batch": 8},  # too few tiles: the keys have to be split
         {"batch": 24},  # 192 tiles, two waves of 132
         {"leading": 2},
-        {"left": 100},
-        {"softcap": 30.0},
-        {"scale": -1.0},
+        {"left": 100, "align": "top_left"},
         {"num_splits": 2},
         {"batch_invariant": True},
         {"page_size": 12},
         {"dtype": "float32"},
-        {"operands": ("sinks",)},
-        {"operands": ("alibi_slopes",)},
         {"operands": ("ranges",)},
+        {"operands": ("window_left",)},
     ],
     ids=str,
 )
@@ -175,7 +208,7 @@ def test_the_draft_mask_says_how_many_tokens_packed_sequences_have():
     assert chosen["decode_row"]["block_m"] == 16
 
 
-@pytest.mark.parametrize(("q_rows", "name"), [(4, "decode"), (8, "decode"), (16, "forward")])
+@pytest.mark.parametrize(("q_rows", "name"), [(4, "decode"), (16, "forward")])
 def test_a_draft_mask_changes_neither_the_row_nor_the_grid(q_rows, name):
     with_mask = plan(q_rows=q_rows, operands=("draft_mask",), draft_rows=q_rows)
     without = plan(q_rows=q_rows, right=0)

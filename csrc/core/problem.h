@@ -13,7 +13,7 @@ namespace jax_flash {
 // begins at the first query head of its group.
 struct HeadPacking {
   int32_t shift = 0, tokens = 0;
-  int32_t right = kUnlimited;  // AttentionSpec::right, which counts tokens
+  int32_t left = kUnlimited, right = kUnlimited;  // of AttentionSpec, which count tokens
 };
 
 // The names of the views are those in csrc/operands.def and csrc/results.def, which also say their

@@ -24,8 +24,9 @@ struct LseRows {
     if (p.sinks) sinks = p.sinks.as<const float>() + work.offset(p, p.sinks, work.head, work.tile.q_begin);
   }
   // The logit of row i's sink; −inf if there is none.
-  __device__ __forceinline__ float sink(const Problem& p, int32_t i, const TileWork& tile) const {
-    return ptx::load_global(sinks + i * p.sinks.row, sinks && i < tile.q_len, -INFINITY);
+  template <class Rows>
+  __device__ __forceinline__ float sink(const Rows& offset, int32_t i, const TileWork& tile) const {
+    return ptx::load_global(sinks + offset(i), sinks && i < tile.q_len, -INFINITY);
   }
 };
 
@@ -37,13 +38,13 @@ struct StridedRows {
 
 // lse ← (m + log Σ P) of the rows [row, end), −inf from q_len on; factor ← dropout_scale / Σ P, for O.
 template <int kSlots, class Softmax, class Rows>
-__device__ __forceinline__ void finish_softmax(float (&factor)[kSlots], const Problem& p,
-                                               const Softmax& softmax, const LseRows& lse, const Rows& offset,
+__device__ __forceinline__ void finish_softmax(float (&factor)[kSlots], const Softmax& softmax,
+                                               const LseRows& lse, const Rows& offset, const Rows& of_sinks,
                                                const TileWork& tile, int32_t row, float dropout_scale) {
   float sinks[kSlots];
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot)
-    sinks[slot] = lse.sink(p, row + Accumulator<kSlots / 2, 1>::row(slot), tile);
+    sinks[slot] = lse.sink(of_sinks, row + Accumulator<kSlots / 2, 1>::row(slot), tile);
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
     const int32_t i = row + Accumulator<kSlots / 2, 1>::row(slot);
@@ -57,7 +58,8 @@ template <int kSlots, class Softmax>
 __device__ __forceinline__ void finish_softmax(float (&factor)[kSlots], const Problem& p,
                                                const Softmax& softmax, const LseRows& lse,
                                                const TileWork& tile, int32_t row, float dropout_scale) {
-  finish_softmax(factor, p, softmax, lse, StridedRows{lse.stride}, tile, row, dropout_scale);
+  finish_softmax(factor, softmax, lse, StridedRows{lse.stride}, StridedRows{p.sinks.row}, tile, row,
+                 dropout_scale);
 }
 
 // O ← factor · O. Rows with factor 0 may hold NaN, and become 0.

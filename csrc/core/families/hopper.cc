@@ -41,16 +41,15 @@ class Forward final : public PassTraits {
     if (call.device.sm_count < hopper::sharers(row)) return false;
     if (row.block_m == kThreeConsumers && call.spec.has(Operand::kBlockMask) && !fills_three(call))
       return false;
-    return packs_heads(row) ? serves_packed_heads(row, call) : call.shapes.leading_rank <= 1;
+    return row.packs_heads() ? serves_packed_heads(row, call) : call.shapes.leading_rank <= 1;
   }
-  bool beats_decode(const KernelRow& row, const Call&) const override { return packs_heads(row); }
+  bool beats_decode(const KernelRow& row, const Call&) const override { return row.packs_heads(); }
 
   int64_t shared_bytes(const KernelRow& row, const Call&) const override {
     return hopper::forward_shared_bytes(row);
   }
 
   bool better(const KernelRow& a, const KernelRow& b, const Call& call) const override {
-    if (packs_heads(a) != packs_heads(b)) return packs_heads(a);
     if (call.spec.paged()) return false;
     if (call.spec.has(Operand::kBlockMask)) return a.block_m > b.block_m;
     const hopper::Consumers best = hopper::TileChoice(call).best(), has = hopper::consumers_of(a),
@@ -67,7 +66,7 @@ class Forward final : public PassTraits {
       plan.queries = tile_grid(call, s.q_rows, s.kv_heads * slots, rows, workspace);
       plan.queries.consumers = consumers;
     } else {
-      const bool packs = packs_heads(row);
+      const bool packs = row.packs_heads();
       plan.queries = tile_grid(call, packs ? s.q_rows * (s.heads / s.kv_heads) : s.q_rows,
                                packs ? s.kv_heads : s.heads, row.block_m, workspace);
     }
@@ -117,7 +116,6 @@ class Forward final : public PassTraits {
     const int64_t parts = s.heads / s.kv_heads * (call.spec.block_rows % (2 * kRowBlock) ? 1 : 2);
     return 9 * parts >= 8 * ceil_div(parts, 3) * 3;
   }
-  static bool packs_heads(const KernelRow& row) { return row.design == Design::kPackedHeads; }
   // CTAs of a query tile, each with a slice of V's columns.
   static int64_t slices(const KernelRow& row, const Call& call) {
     return row.is_sliced() ? slices_of(call.shapes.value_dim, row.slice_columns()) : 1;
@@ -126,29 +124,38 @@ class Forward final : public PassTraits {
   // Calls with a few tokens per sequence, for which decode would read keys several times. Keys are not split,
   // so the tiles must fill whole waves. All rows of a tile belong to one KV head.
   static bool serves_packed_heads(const KernelRow& row, const Call& call) {
-    constexpr int64_t kMostRows = 256;
     constexpr int64_t kMostTokens = 16;  // over contiguous keys: more fill tiles of one head
     constexpr double kFilled = 0.85;
+    constexpr int64_t kManyWaves = 3;
     const AttentionSpec& spec = call.spec;
     const Shapes& s = call.shapes;
-    if (spec.packed() || s.leading_rank > 0 || s.kv_heads == 0 || spec.num_splits > 0 || spec.batch_invariant)
+    if (spec.packed() || s.leading_rank > 0 || s.heads == 0 || spec.num_splits > 0 || spec.batch_invariant)
       return false;
-    constexpr int32_t kOfPackedHeads = bits_of(Operand::kKvLengths, Operand::kBlockTables, Operand::kKScale,
-                                               Operand::kVScale, Operand::kDraftMask);
+    constexpr int32_t kOfPackedHeads =
+        bits_of(Operand::kKvLengths, Operand::kBlockTables, Operand::kKScale, Operand::kVScale,
+                Operand::kDraftMask, Operand::kSinks, Operand::kAlibiSlopes);
     if (spec.operands & ~kOfPackedHeads) return false;
-    const bool counts_tokens = spec.right >= 0 && spec.align != Align::kBottomRight;
-    if (spec.left >= 0 || counts_tokens || spec.softcap > 0 || !(spec.scale > 0)) return false;
-    const int64_t group = s.heads / s.kv_heads, rows = group * s.q_rows;
-    // Up to these, decode, which splits keys. Over float8 pages it is slower with more rows, above all with
-    // scales by page.
-    const int64_t decode_rows = s.head_dim <= 128 && !call.float8_pools() ? 32 : 16;
-    if (rows <= decode_rows || rows > kMostRows || row.block_m % group) return false;
-    if (!spec.paged() && (group == 1 || s.q_rows > kMostTokens)) return false;
+    const bool counts_tokens = spec.left >= 0 || spec.right >= 0 || spec.has(Operand::kAlibiSlopes);
+    if (counts_tokens && spec.align != Align::kBottomRight) return false;
+    const int64_t group = s.heads / s.kv_heads, rows = group * s.q_rows,
+                  tiles_of_group = ceil_div(rows, row.block_m);
+    if (row.block_m % group || (!spec.paged() && (group == 1 || s.q_rows > kMostTokens))) return false;
     if (latent::Decode::are_latent(spec, dims_of(s))) return false;  // latent kernels read each key once
-    const int64_t tiles = call.entries() * s.kv_heads * ceil_div(rows, row.block_m) * slices(row, call);
+    const int64_t tiles = call.entries() * s.kv_heads * tiles_of_group * slices(row, call);
     const int64_t sms = std::max(1, call.device.sm_count);
-    return tiles > 0 &&
-           static_cast<double>(tiles) >= kFilled * static_cast<double>(ceil_div(tiles, sms) * sms);
+    if (tiles == 0 || static_cast<double>(tiles) < kFilled * static_cast<double>(ceil_div(tiles, sms) * sms))
+      return false;
+    // A tile of packed heads takes about as long as one of a single head, of which there would be as many as
+    // heads, but with these options the kernel for single heads is slower.
+    const bool general =
+                   spec.operands & bits_of(Operand::kAlibiSlopes, Operand::kDraftMask) || !(spec.scale > 0),
+               options = general || spec.softcap > 0;
+    if (tiles_of_group > (general ? group * 5 / 4 : std::max(int64_t{1}, group - 1))) return false;
+    // Up to these, decode, which splits keys. Over float8 pages it is slower with more rows, and with options
+    // it takes twice as long, but tiles of sequences of different lengths must be many.
+    const bool narrow = s.head_dim <= 128;
+    const int64_t decode_rows = narrow && !call.float8_pools() ? 32 : 16, once = narrow ? 16 : 8;
+    return rows > (options && tiles >= kManyWaves * sms ? once : decode_rows);
   }
 
   // Multicast halves the loads of K and V. At settled power that pays if rows see many keys (K of 4 MB), with

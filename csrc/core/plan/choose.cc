@@ -111,13 +111,14 @@ bool runs(const KernelRow& row, const Call& call) {
          traits_of(row).shared_bytes(row, call) <= call.device.shared_memory;
 }
 
-// Prefers one tile for all rows of a head, then the newest arch, then the least padding, then the most
-// specific kernel, then the family's choice; the table's order decides among equals.
+// Prefers one tile for all rows of a head, then the newest arch, then the least padding, then packed heads,
+// then the most specific kernel, then the family's choice; the table's order decides among equals.
 bool better(const KernelRow& a, const KernelRow& b, const Call& call, const Candidates& scores) {
   if (a.is_one_tile() != b.is_one_tile()) return a.is_one_tile();
   if (a.arch->oldest != b.arch->oldest) return a.arch->oldest > b.arch->oldest;
   const int32_t padded_a = a.head_dim + a.value_dim, padded_b = b.head_dim + b.value_dim;
   if (padded_a != padded_b) return padded_a < padded_b;
+  if (a.packs_heads() != b.packs_heads()) return a.packs_heads();
   if (scores.index_for(a) != scores.index_for(b)) return scores.index_for(a) < scores.index_for(b);
   return traits_of(a).better(a, b, call);
 }

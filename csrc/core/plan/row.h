@@ -89,6 +89,7 @@ struct Row {
   constexpr bool takes(ScoreKind kind) const { return scores >> static_cast<int32_t>(kind) & 1; }
   constexpr bool is_paged() const { return loaders == 1u << static_cast<int32_t>(Loader::kPaged); }
   constexpr bool is_one_tile() const { return design == Design::kOneTile; }
+  constexpr bool packs_heads() const { return design == Design::kPackedHeads; }
   // Kernels for options need more registers than the plain one, which `blocks` is chosen for.
   constexpr int32_t blocks_for(ScoreKind kind) const {
     return kind == ScoreKind::kPlain ? blocks : is_one_tile() ? (blocks + 1) / 2 : 1;

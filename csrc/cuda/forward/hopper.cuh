@@ -144,8 +144,10 @@ struct ForwardSm90 {
       kPlainLoop && kCluster == 1 && kTeams == 1 && hopper::forward_stores_by_tma(R);
   using OTile = SharedTile<T, kConsumerRows, kValueDim>;
   using Output = std::conditional_t<kStoresByTma, OutputBuffer<kConsumers, OTile>, NoOutputBuffer>;
+  using PackedScore =
+      std::conditional_t<Kind == ScoreKind::kPlain, PackedHeadsScore<S>, PackedHeadsGeneralScore<S>>;
   using UnscaledScore =
-      std::conditional_t<kPacksHeads, PackedHeadsScore<S>, HopperScore<Kind, S, kInPages<KeyLoader>>>;
+      std::conditional_t<kPacksHeads, PackedScore, HopperScore<Kind, S, kInPages<KeyLoader>>>;
   using Score = std::conditional_t<kWidens, WithKeyScales<UnscaledScore>, UnscaledScore>;
   static constexpr bool kGap = kTakesGaps<Score>;  // ranges or a mask may leave a gap between key tiles
   // Whether a kernel before this one finds the keys that segments or a mask leave to query tiles.
@@ -284,11 +286,17 @@ cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace
     if (plan.cluster_size > 1) return run.template operator()<ScoreKind::kPlain, DenseLoader, R.multicast>();
   }
   if constexpr (R.design == Design::kPackedHeads) {
-    using C =
-        std::conditional_t<hopper::widens(R), ForwardSm90<T, R, ScoreKind::kPlain, Float8PagesLoader>,
-                           std::conditional_t<R.is_paged(), ForwardSm90<T, R, ScoreKind::kPlain, PagedLoader>,
-                                              ForwardSm90<T, R, ScoreKind::kPlain, DenseLoader>>>;
-    return launch_forward_sm90<C>(pack_heads(p), plan, workspace, stream);
+    const Problem packed = pack_heads(p);
+    const auto launch = [&]<ScoreKind kKind>() {
+      using C = std::conditional_t<hopper::widens(R), ForwardSm90<T, R, kKind, Float8PagesLoader>,
+                                   std::conditional_t<R.is_paged(), ForwardSm90<T, R, kKind, PagedLoader>,
+                                                      ForwardSm90<T, R, kKind, DenseLoader>>>;
+      return launch_forward_sm90<C>(packed, plan, workspace, stream);
+    };
+    // The plain kernel has a draft mask, too.
+    const bool plain = !(p.spec.softcap > 0) && !p.alibi_slopes && p.spec.scale > 0;
+    return plain ? launch.template operator()<ScoreKind::kPlain>()
+                 : launch.template operator()<ScoreKind::kGeneral>();
   } else {
     return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
       if constexpr (hopper::widens(R)) {

@@ -5,22 +5,27 @@
 #include <bit>
 #include <cstdint>
 
+#include "cuda/mask.cuh"
 #include "cuda/ptx/tma.cuh"
+#include "cuda/score/alibi.cuh"
 #include "cuda/score/draft.cuh"
+#include "cuda/score/softcap.cuh"
 #include "cuda/score/variant.cuh"
 #include "cuda/tensor_map.h"
 #include "cuda/work.cuh"
 
 namespace jax_flash {
 
-// The problem with packed heads as rows. Its band hides nothing; PackedHeadsScore applies the causal and the
-// draft mask, because these count tokens and not rows.
+// The problem with packed heads as rows. Its band hides nothing; PackedHeadsScore applies causal, window and
+// the draft mask, because these count tokens and not rows.
 inline Problem pack_heads(const Problem& p) {
   const int32_t group = p.heads / p.kv_heads;
   Problem packed = p;
-  packed.packing = {std::countr_zero(static_cast<uint32_t>(group)), p.q_rows, p.spec.right};
-  packed.heads = p.kv_heads, packed.q_rows = p.q_rows * group, packed.spec.right = kUnlimited;
-  for (View* view : {&packed.query, &packed.out, &packed.lse}) view->head *= group;
+  packed.packing = {std::countr_zero(static_cast<uint32_t>(group)), p.q_rows, p.spec.left, p.spec.right};
+  packed.heads = p.kv_heads, packed.q_rows = p.q_rows * group;
+  packed.spec.left = packed.spec.right = kUnlimited;
+  for (View* view : {&packed.query, &packed.out, &packed.lse, &packed.sinks, &packed.alibi_slopes})
+    view->head *= group;
   return packed;
 }
 
@@ -43,7 +48,15 @@ __device__ __forceinline__ ptx::Coordinates packed_coordinates(const Problem& p,
   return {0, 0, row >> p.packing.shift, work.head, work.batch_row};
 }
 
-// The offset of a packed row in o or lse.
+// The band of a tile whose rows are [row, end), with a window: it shows the keys that its first token sees,
+// and up to a tile's rows before them.
+__device__ __forceinline__ void limit_packed_band(const Problem& p, int32_t row, int32_t end, Band& band) {
+  if (p.packing.left < 0) return;
+  const int64_t first = first_draft(p.packing.tokens, band.k_len) + (row >> p.packing.shift);
+  band.left = band.diagonal(end - 1) - (first - p.packing.left);
+}
+
+// The offset of a packed row in o, lse, sinks or slopes.
 struct PackedRows {
   int64_t token, head;
   int32_t shift;
@@ -56,7 +69,7 @@ struct PackedRows {
   }
 };
 
-// The plain score. The causal and the draft mask apply to the new tokens only, which are the last keys.
+// The plain score. Causal and the draft mask hide new tokens, which are the last keys.
 template <class S>
 struct PackedHeadsScore : PlainScore<S> {
   static constexpr bool kPositional = true;
@@ -65,20 +78,70 @@ struct PackedHeadsScore : PlainScore<S> {
   __device__ __forceinline__ void apply(Scores& s, const Tile& tile, const Softmax&) const {
     const Problem& p = tile.p;
     const Band& band = tile.band();
-    const int32_t first = first_draft(p.packing.tokens, band.k_len);
-    if (tile.key + Scores::kColumns <= first || (p.packing.right < 0 && !p.draft_mask)) return;
-    ElementMask drafts;
-    if (p.draft_mask)
-      drafts = {p.draft_mask.template as<const uint8_t>() + tile.sequence() * p.draft_mask.batch,
-                p.draft_mask.row, first};
-    // The number of keys that a token sees to the right of its own; any number past the tokens is no limit.
-    const int32_t right = p.packing.right < 0 ? p.packing.tokens : min(p.packing.right, p.packing.tokens);
+    const int32_t first = first_draft(p.packing.tokens, band.k_len), row = tile.row();
+    const int32_t begin = first_of_window(p, first);
+    const auto token = [&](int slot) { return (row + S::row(slot)) >> p.packing.shift; };
+    const int32_t last = (row + S::kRows - 1) >> p.packing.shift;
+    if (tile.key < begin + last)
+      hide(s, tile.key, -INFINITY, [&](int slot) { return begin + token(slot); }, BeforeLimit{});
+    if (tile.key + Scores::kColumns <= first) return;
+    if (p.packing.right >= 0) {  // any number past the tokens is no limit
+      const int32_t end = first + min(p.packing.right, p.packing.tokens) + 1;
+      hide(s, tile.key, -INFINITY, [&](int slot) { return end + token(slot); }, FromLimit{});
+    }
+    if (!p.draft_mask) return;
+    const ElementMask drafts{p.draft_mask.template as<const uint8_t>() + tile.sequence() * p.draft_mask.batch,
+                             p.draft_mask.row, first};
     hide_where(
-        s, band, tile.key, [row = tile.row()](int slot) { return row + S::row(slot); },
-        [&](int, int32_t i, int32_t j) {
-          const int32_t token = i >> p.packing.shift;
-          return j - first > token + right || drafts.hides(token, j);
-        });
+        s, band, tile.key, [row](int slot) { return row + S::row(slot); },
+        [&](int, int32_t i, int32_t j) { return drafts.hides(i >> p.packing.shift, j); });
+  }
+
+ private:
+  // The first key that token 0 sees; a large negative number if there is no window.
+  __device__ __forceinline__ static int32_t first_of_window(const Problem& p, int32_t first) {
+    constexpr int32_t kNone = -(1 << 30);
+    return p.packing.left < 0 ? kNone : max(first, kNone + p.packing.left) - p.packing.left;
+  }
+};
+
+// The same with a softcap, ALiBi or any scale.
+template <class S>
+struct PackedHeadsGeneralScore : PackedHeadsScore<S> {
+  static constexpr bool kGeneral = true;
+  template <class T, class M = float>
+  using Softmax = OnlineSoftmax<S::kSlots>;
+
+  template <class Softmax>
+  __device__ __forceinline__ static float start(const Problem&) {
+    return 1;
+  }
+  // S ← log2(e) · (softcap(scale · S) − slope · distance)
+  template <class Scores, class Tile, class Softmax>
+  __device__ __forceinline__ void apply(Scores& s, const Tile& tile, const Softmax& softmax) const {
+    const Problem& p = tile.p;
+    const AttentionSpec& spec = p.spec;
+    if (spec.softcap > 0 && coarse_tanh(p)) {
+      Softcap(spec).apply(s, 0, tile.band(), [&tile] { return tile.row(); }, tile.key);
+    } else if (spec.softcap > 0) {
+      cap(s, spec.softcap, spec.scale, NoGradient{});
+    } else {
+      const float scale = spec.scale * kLog2e;
+      for_each(s, [scale](float& x, int, int, int) { x *= scale; });
+    }
+    if (p.alibi_slopes) {
+      const int32_t first = first_draft(p.packing.tokens, tile.band().k_len) - tile.key - S::column(0);
+      const float* const slopes =
+          p.alibi_slopes.template as<const float>() + p.alibi_slopes.offset(tile.sequence(), tile.head(), 0);
+      const PackedRows rows(p, p.alibi_slopes);
+      subtract_distances(
+          s, [&](int slot) { return slopes[rows(tile.row() + S::row(slot))] * kLog2e; },
+          [&](int slot) {
+            return static_cast<float>(first + ((tile.row() + S::row(slot)) >> p.packing.shift));
+          },
+          [](float x) { return x; });
+    }
+    PackedHeadsScore<S>::apply(s, tile, softmax);
   }
 };
 

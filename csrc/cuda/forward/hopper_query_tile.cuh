@@ -6,6 +6,7 @@
 
 #include "core/plan/launch_plan.h"
 #include "cuda/epilogue.cuh"
+#include "cuda/forward/hopper_heads.cuh"
 #include "cuda/hopper/band.cuh"
 #include "cuda/hopper/roles.cuh"
 #include "cuda/load/page_scales.cuh"
@@ -133,6 +134,7 @@ struct TileState : Ranges, Slice {
     if (tile.row >= tile.end) return false;
     find_band(p, work, band);
     reload_shared();
+    if constexpr (C::kPacksHeads) limit_packed_band(p, tile.row, tile.used_queries(), band);
     if constexpr (C::kBeginsAtFirstKey) begin_at(band.rows(tile.row, tile.used_queries()).lo);
     if constexpr (!C::kListed) tiles = tiles_of(band.rows(tile.row, tile.used_queries()), C::kN);
     reload_shared();

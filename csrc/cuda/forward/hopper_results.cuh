@@ -47,8 +47,8 @@ __device__ __forceinline__ void finish_softmax(Consumer& warpgroup) {
   float factor = C::Score::kDropout ? dropout_scale(p.spec) : 1.0f;
   if constexpr (C::kWidens) factor = tile.value_scale;
   if constexpr (C::kPacksHeads) {
-    finish_softmax(warpgroup.alpha, p, warpgroup.softmax, tile.lse, PackedRows(p, p.lse), tile.work.tile,
-                   warpgroup.row(), factor);
+    finish_softmax(warpgroup.alpha, warpgroup.softmax, tile.lse, PackedRows(p, p.lse), PackedRows(p, p.sinks),
+                   tile.work.tile, warpgroup.row(), factor);
   } else {
     finish_softmax(warpgroup.alpha, p, warpgroup.softmax, lse_rows(warpgroup), tile.work.tile,
                    warpgroup.row(), factor);

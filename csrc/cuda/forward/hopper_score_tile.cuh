@@ -59,6 +59,7 @@ struct ConsumerTile {
   __device__ __forceinline__ const Interval& keys_in_band() const { return of.tile->keys_in_band[consumer]; }
   __device__ __forceinline__ int32_t row() const { return of.row(); }
   __device__ __forceinline__ int32_t sequence() const { return of.tile->work.tile.index; }
+  __device__ __forceinline__ int32_t head() const { return of.tile->work.head; }
 };
 
 // If tile n is the last one: V ← 0 in its rows [last_values, kKeys), because they may hold NaN, and 0 · NaN

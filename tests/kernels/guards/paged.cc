@@ -145,8 +145,9 @@ class AttentionCase : PoolCase {
   // Several tokens per sequence, whose query heads share tiles: enough rows for two tiles of each KV head.
   void aim_at_packed_heads() {
     AttentionSpec& s = p_.spec;
-    s.layout = Layout::kPaged, s.align = Align::kBottomRight, s.left = kUnlimited;
-    s.softcap = 0, s.scale = 0.3f, s.num_splits = 0, s.batch_invariant = false;
+    s.layout = Layout::kPaged, s.align = Align::kBottomRight, s.num_splits = 0, s.batch_invariant = false;
+    s.scale = 0.3f, s.softcap = aim_->plain() || chance(0.3) ? 0 : 3.0f;
+    if (chance(0.5)) s.left = static_cast<int32_t>(integer(0, capacity()));
     const auto group = 1 << integer(0, 3);
     p_.heads = kv_heads_ * group;
     p_.q_rows = 64 / group + static_cast<int32_t>(integer(1, 64 / group));
@@ -177,12 +178,12 @@ class AttentionCase : PoolCase {
     const bool plain = aim_ && aim_->plain();
     add(Operand::kBlockTables), add(Operand::kKvLengths);
     if (p_.packed()) add(Operand::kCuSeqlensQ);
-    if (chance(0.2) && !plain && !packs_heads_) add(Operand::kAlibiSlopes);
+    if (chance(0.2) && !plain) add(Operand::kAlibiSlopes);
     if (packs_heads_ ? !plain : chance(0.3) && !plain) choose_draft_mask();
     if (!packs_heads_) choose_window(p_);
     if (chance(0.2) && !plain && !packs_heads_) choose_ranges(p_);
     if (chance(0.1) && !plain) choose_blocks(p_);
-    if (chance(0.3) && !packs_heads_) add(Operand::kSinks);
+    if (chance(0.3)) add(Operand::kSinks);
     if (pool_dtype_ != dtype_ && chance(0.7)) add(Operand::kKScale), add(Operand::kVScale);
   }
 

@@ -1,0 +1,85 @@
+"""A few tokens of many sequences: on an H200 a tile holds all query heads of a KV head, with every option that decode
+has for such calls."""
+
+from __future__ import annotations
+
+import checks
+import jax.numpy as jnp
+import numpy as np
+import pages
+import pytest
+from cases import Case
+from conftest import IMPLEMENTATION
+from pages import FLOAT8, paged
+from test_return_max import assert_paged
+
+# 36 or 40 rows of each of 264 KV heads: two waves of tiles on 132 SMs. Some sequences have fewer keys than tokens.
+LENGTHS = tuple({3: 0, 7: 5, 9: 9}.get(i, 9 + i * 37 % 320) for i in range(33))
+FEW = Case("few", b=33, sq=9, sk=330, kv_lengths=LENGTHS, hq=32, hk=8, causal=True)
+OPTIONS = (
+    dict(window=(3, 0)),
+    dict(window=(150, 0), sinks=True),
+    dict(window=(140, 2), causal=False, draft_mask=(33, 9, 9)),
+    dict(window=(64, None), causal=False),
+    dict(sinks="token"),
+    dict(softcap=2.0),
+    dict(softcap=70.0, window=(200, 0)),
+    dict(alibi_slopes=(32,)),
+    dict(alibi_slopes=(33, 32), causal=False, window=(None, 3)),
+    dict(scale=-0.3),
+    dict(scale=0.0, sinks=True),
+    dict(softcap=3.0, alibi_slopes=(32,), sinks="token", window=(130, 0), draft_mask=(33, 9, 9)),
+)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(("d", "dtype"), [(64, "bfloat16"), (128, "float16"), (256, "bfloat16")])
+def test_options(options, d, dtype):
+    case = FEW.replace(d=d, dv=d, dtype=dtype, **options)
+    pages.check(paged(case, 16), IMPLEMENTATION)
+    if d <= 128:  # a group of eight heads, of which a tile holds eight tokens
+        wide = case.replace(hq=64, hk=8, alibi_slopes=None, sq=5, draft_mask=None)
+        pages.check(paged(wide, 64, "hnd", FLOAT8[0], by_page=d == 64), IMPLEMENTATION)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"softcap": 2.0}, {"alibi_slopes": (32,)}, {"draft_mask": (50, 5, 5)}, {"scale": -0.3}],
+    ids=str,
+)
+@pytest.mark.parametrize("d", [40, 128])
+def test_rows_that_decode_takes_without_options(options, d):
+    lengths = tuple(9 + i * 37 % 320 for i in range(50))
+    case = FEW.replace(b=50, sq=5, kv_lengths=lengths, d=d, dv=d, dtype="bfloat16", **options)
+    pages.check(paged(case, 16), IMPLEMENTATION)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_head_dim_512(options):
+    case = FEW.replace(d=512, dv=512, dtype="bfloat16", **options)
+    pages.check(paged(case, 32), IMPLEMENTATION)
+
+
+@pytest.mark.parametrize("options", [x for x in OPTIONS if "draft_mask" not in x], ids=str)
+def test_contiguous_keys(options):
+    checks.compare(FEW.replace(d=128, dv=128, dtype="bfloat16", **options), IMPLEMENTATION)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 2.0}, {"alibi_slopes": (32,)}, {"window": (64, 0)}], ids=str
+)
+def test_return_max(options):
+    pages.require(IMPLEMENTATION)
+    assert_paged(paged(FEW.replace(d=64, dv=64, dtype="bfloat16", **options), 16), IMPLEMENTATION)
+
+
+def test_pages_before_a_window_may_be_missing():
+    """Rows that see a key of a missing page are NaN, and no others."""
+    pages.require(IMPLEMENTATION)
+    case = FEW.replace(d=64, dv=64, dtype="bfloat16", window=(40, 0), kv_lengths=(330,) * 33)
+    call = paged(case, 16)
+    tables = call.arrays["block_tables"].at[0, :18].set(call.pages.count)  # keys before 288
+    tables = tables.at[1, :17].set(call.pages.count)  # keys before 272
+    hit = np.zeros((33, 9), bool)
+    hit[0] = np.arange(321, 330) - 40 < 288
+    pages.assert_nan_where(hit, *call.call(IMPLEMENTATION)({"block_tables": jnp.asarray(tables)}))
