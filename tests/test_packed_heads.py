@@ -44,7 +44,7 @@ def test_options(options, d, dtype):
 
 @pytest.mark.parametrize(
     "options",
-    [{"softcap": 2.0}, {"alibi_slopes": (32,)}, {"draft_mask": (50, 5, 5)}, {"scale": -0.3}],
+    [{"softcap": 2.0}, {"alibi_slopes": (32,)}, {"draft_mask": (50, 5, 5)}, {"window": (70, 0)}],
     ids=str,
 )
 @pytest.mark.parametrize("d", [40, 128])

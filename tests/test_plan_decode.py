@@ -82,8 +82,9 @@ def test_options_take_the_packed_forward_for_half_of_the_rows_where_tiles_are_ma
     for d, q_rows in ((64, 5), (128, 8), (256, 4)):
         call = {"d": d, "dv": d, "q_rows": q_rows, "right": 0, "batch": 66}
         assert plan(**call)["row"]["pass"] == "decode"
-        assert plan(softcap=30.0, **call)["row"]["design"] == "packed_heads"
-        assert plan(softcap=30.0, **call | {"batch": 33})["row"]["pass"] == "decode"
+        for option in ({"softcap": 30.0}, {"left": 1023}, {"operands": ("alibi_slopes",)}):
+            assert plan(**option, **call)["row"]["design"] == "packed_heads"
+            assert plan(**option, **call | {"batch": 33})["row"]["pass"] == "decode"
 
 
 def test_heads_are_packed_where_that_makes_fewer_tiles():

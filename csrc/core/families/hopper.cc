@@ -151,11 +151,11 @@ class Forward final : public PassTraits {
                    spec.operands & bits_of(Operand::kAlibiSlopes, Operand::kDraftMask) || !(spec.scale > 0),
                options = general || spec.softcap > 0;
     if (tiles_of_group > (general ? group * 5 / 4 : std::max(int64_t{1}, group - 1))) return false;
-    // Up to these, decode, which splits keys. Over float8 pages it is slower with more rows, and with options
-    // it takes twice as long, but tiles of sequences of different lengths must be many.
-    const bool narrow = s.head_dim <= 128;
+    // Up to these, decode, which splits keys. Over float8 pages it is slower with more rows. With options it
+    // takes up to twice as long, but tiles of sequences of different lengths must be many.
+    const bool narrow = s.head_dim <= 128, many = tiles >= kManyWaves * sms;
     const int64_t decode_rows = narrow && !call.float8_pools() ? 32 : 16, once = narrow ? 16 : 8;
-    return rows > (options && tiles >= kManyWaves * sms ? once : decode_rows);
+    return rows > (many && (options || spec.left >= 0) ? once : decode_rows);
   }
 
   // Multicast halves the loads of K and V. At settled power that pays if rows see many keys (K of 4 MB), with

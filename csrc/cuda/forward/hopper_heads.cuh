@@ -92,7 +92,7 @@ struct PackedHeadsScore : PlainScore<S> {
     if (!p.draft_mask) return;
     const ElementMask drafts{p.draft_mask.template as<const uint8_t>() + tile.sequence() * p.draft_mask.batch,
                              p.draft_mask.row, first};
-    hide_where(
+    hide_where<8>(
         s, band, tile.key, [row](int slot) { return row + S::row(slot); },
         [&](int, int32_t i, int32_t j) { return drafts.hides(i >> p.packing.shift, j); });
   }
