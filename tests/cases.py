@@ -126,7 +126,9 @@ _PAIRS = (("spans", "segments"), ("band", "ranges"), ("causal", "dense"))
 FORMS = (
     *(
         Case(f"masks: {', '.join(names)}", forms=names, form_seed=7 * number, sq=40, sk=50)
-        for number, names in enumerate([*((name,) for name in forms.FORMS if name != "function"), *_PAIRS])
+        for number, names in enumerate(
+            [*((name,) for name in forms.FORMS if name not in ("function", "tiles")), *_PAIRS]
+        )
     ),
     Case("everything, bias first", sq=18, sk=27, causal=True, window=(11, None), softcap=4.0, mask=(1, 4, 1, 27),
          bias=(2, 1, 18, 27), bias_first=True, segments=2, q_lengths=(18, 14), kv_lengths=(20, 27),
@@ -275,8 +277,10 @@ ARRAYS = (
             *((("dense",), seed) for seed in (0, 2, 4, 6, 8)),
             (("function",), 3),
             (("dense", "blocks"), 4),
+            (("tiles",), 5),
         ]
     ),
+    Case("masks: tiles", forms=("tiles",), form_seed=5, b=1, sq=200, sk=300),
 )
 
 CASES = FIXED + FORMS + VARLEN + FIXED_TILES + VARLEN_TILES + ARRAYS
