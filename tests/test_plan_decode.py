@@ -41,97 +41,11 @@ def test_what_decode_lacks_takes_the_forward_over_pages(options):
     assert "paged" in row["loaders"]
 
 
-@pytest.mark.parametrize(("q_rows", "heads", "tiles"), [(16, 32, 1), (8, 64, 1), (17, 32, 2), (16, 128, 4)])
-def test_more_rows_than_decode_reads_at_once_take_the_forward_that_packs_heads(q_rows, heads, tiles):
-    chosen = plan(q_rows=q_rows, heads=heads)
-    assert (chosen["row"]["pass"], chosen["row"]["block_m"], chosen["row"]["block_n"]) == ("forward", 64, 128)
-    assert chosen["queries"] == {"block": 64, "tiles": tiles, "blocks": 64 * 8 * tiles}
-
-
-@pytest.mark.parametrize(("d", "rows"), [(64, 32), (128, 32), (256, 16), (512, 16)])
-def test_decode_reads_keys_at_most_twice_where_heads_can_be_packed(d, rows):
-    """Its kernels of head dims above 128 have 8 rows."""
-    for pages in ({"page_size": 64}, {"paged": False}):
-        few, more = (
-            plan(batch=132, q_rows=1, heads=heads, kv_heads=1, d=d, dv=d, **pages)["row"]
-            for heads in (rows, 2 * rows)
-        )
-        assert few["pass"] == "decode"
-        assert more["design"] == "packed_heads"
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"left": 100},
-        {"softcap": 30.0},
-        {"scale": -1.0},
-        {"operands": ("sinks",)},
-        {"operands": ("alibi_slopes", "draft_mask")},
-        {"float8": True, "softcap": 30.0},
-    ],
-    ids=str,
-)
-def test_options_that_the_packed_forward_has(options):
-    """Though the forward over pages that does not pack heads has a kernel for the softcap alone."""
-    assert plan(q_rows=16, right=0, **options)["row"]["design"] == "packed_heads"
-
-
-def test_options_take_the_packed_forward_for_half_of_the_rows_where_tiles_are_many():
-    """Decode runs options at half of its speed, but it splits the keys of long sequences."""
-    for d, q_rows in ((64, 5), (128, 8), (256, 4)):
-        call = {"d": d, "dv": d, "q_rows": q_rows, "right": 0, "batch": 66}
-        assert plan(**call)["row"]["pass"] == "decode"
-        for option in ({"softcap": 30.0}, {"left": 1023}, {"operands": ("alibi_slopes",)}):
-            assert plan(**option, **call)["row"]["design"] == "packed_heads"
-            assert plan(**option, **call | {"batch": 33})["row"]["pass"] == "decode"
-
-
-def test_heads_are_packed_where_that_makes_fewer_tiles():
-    """64 tokens of four heads fill four tiles either way; general kernels for single heads are slower."""
-    call = {"q_rows": 64, "right": 0}
-    assert plan(**call)["row"]["block_m"] == 128
-    assert plan(**call, heads=64)["row"]["block_m"] == 128
-    assert plan(**call | {"q_rows": 48})["row"]["design"] == "packed_heads"
-    assert plan(**call | {"q_rows": 48}, heads=64)["row"]["design"] == "packed_heads"
-    assert plan(**call, operands=("alibi_slopes",))["row"]["design"] == "packed_heads"
-
-
 def test_tiles_of_32_keys_stay_within_the_bound_of_the_workspace():
     """As head dims above 128 have on cards with 100 KB of shared memory."""
     for d in (192, 256, 512):
         chosen = plan(A10, batch=1, k_rows=63, heads=128, kv_heads=1, d=d, dv=d, paged=False)
         assert chosen["workspace"] <= chosen["workspace_bound"]
-
-
-def test_packed_heads_fill_the_sms_with_slices_of_values():
-    """64 query heads over one KV head of 512: decode would read each key eight times."""
-    options = {"d": 512, "dv": 512, "q_rows": 1, "heads": 64, "kv_heads": 1}
-    for pages in ({"page_size": 64}, {"paged": False}):
-        chosen = plan(batch=64, **options | pages)
-        assert (chosen["row"]["design"], chosen["persistent_ctas"]) == ("packed_heads", 128)
-        assert plan(batch=32, **options | pages)["row"]["pass"] == "decode"  # half of the SMs would idle
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"batch": 8},  # too few tiles: the keys have to be split
-        {"batch": 24},  # 192 tiles, two waves of 132
-        {"leading": 2},
-        {"left": 100, "align": "top_left"},
-        {"num_splits": 2},
-        {"batch_invariant": True},
-        {"page_size": 12},
-        {"dtype": "float32"},
-        {"operands": ("ranges",)},
-        {"operands": ("window_left",)},
-    ],
-    ids=str,
-)
-def test_what_the_packed_forward_lacks_decodes(options):
-    """Calls that the forward with packed heads does not support, or would leave SMs idle in, run decode."""
-    assert plan(q_rows=16, **options)["row"]["pass"] == "decode"
 
 
 @pytest.mark.parametrize("device", [H200, A100, T4], ids=["H200", "A100", "T4"])
@@ -167,12 +81,6 @@ def test_block_masks_of_latent_pools_decode(heads):
 def test_an_array_whose_rows_have_positions_runs_the_forward():
     """Decode counts the rows of an array from the call's own first row."""
     assert plan(operands=("mask", "position"), paged=False)["row"]["pass"] == "forward"
-
-
-def test_rows_of_a_group_that_tiles_do_not_hold_whole_decode():
-    """A query tile of the packed forward must hold all query heads of a token, and here 64 is no multiple of these."""
-    assert plan(q_rows=8, heads=48)["row"]["pass"] == "decode"  # six query heads per KV head
-    assert plan(q_rows=32, heads=72)["row"]["block_m"] == 128  # nine, in the forward that does not pack heads
 
 
 def test_prefill_takes_tiles_of_128_keys_whatever_the_page_size():

@@ -8,6 +8,7 @@
 #include "core/families/hopper_layout.h"
 #include "core/families/hopper_tiles.h"
 #include "core/families/latent.h"
+#include "core/families/packed_heads.h"
 #include "core/plan/choose.h"
 #include "core/plan/family.h"
 
@@ -41,7 +42,7 @@ class Forward final : public PassTraits {
     if (call.device.sm_count < hopper::sharers(row)) return false;
     if (row.block_m == kThreeConsumers && call.spec.has(Operand::kBlockMask) && !fills_three(call))
       return false;
-    return row.packs_heads() ? serves_packed_heads(row, call) : call.shapes.leading_rank <= 1;
+    return row.packs_heads() ? packed_heads::serves(row, call) : call.shapes.leading_rank <= 1;
   }
   bool beats_decode(const KernelRow& row, const Call&) const override { return row.packs_heads(); }
 
@@ -76,7 +77,7 @@ class Forward final : public PassTraits {
     const TileGrid& grid = plan.queries;
     const int64_t blocks = grid.blocks == 0 ? 0
                                             : grid.blocks / grid.tiles * ceil_div(grid.tiles, multicast) *
-                                                  plan.cluster_size * slices(row, call);
+                                                  plan.cluster_size * packed_heads::slices(row, call);
     if (plan.score == ScoreKind::kRanges) {
       add_ranges(call, s.q_rows, row.block_n, plan.queries, workspace);
     } else if (lists_tiles(plan.score)) {
@@ -116,48 +117,6 @@ class Forward final : public PassTraits {
     const int64_t parts = s.heads / s.kv_heads * (call.spec.block_rows % (2 * kRowBlock) ? 1 : 2);
     return 9 * parts >= 8 * ceil_div(parts, 3) * 3;
   }
-  // CTAs of a query tile, each with a slice of V's columns.
-  static int64_t slices(const KernelRow& row, const Call& call) {
-    return row.is_sliced() ? slices_of(call.shapes.value_dim, row.slice_columns()) : 1;
-  }
-
-  // Calls with a few tokens per sequence, for which decode would read keys several times. Keys are not split,
-  // so the tiles must fill whole waves. All rows of a tile belong to one KV head.
-  static bool serves_packed_heads(const KernelRow& row, const Call& call) {
-    constexpr int64_t kMostTokens = 16;  // over contiguous keys: more fill tiles of one head
-    constexpr double kFilled = 0.85;
-    constexpr int64_t kManyWaves = 3;
-    const AttentionSpec& spec = call.spec;
-    const Shapes& s = call.shapes;
-    if (spec.packed() || s.leading_rank > 0 || s.heads == 0 || spec.num_splits > 0 || spec.batch_invariant)
-      return false;
-    constexpr int32_t kOfPackedHeads =
-        bits_of(Operand::kKvLengths, Operand::kBlockTables, Operand::kKScale, Operand::kVScale,
-                Operand::kDraftMask, Operand::kSinks, Operand::kAlibiSlopes);
-    if (spec.operands & ~kOfPackedHeads) return false;
-    const bool counts_tokens = spec.left >= 0 || spec.right >= 0 || spec.has(Operand::kAlibiSlopes);
-    if (counts_tokens && spec.align != Align::kBottomRight) return false;
-    const int64_t group = s.heads / s.kv_heads, rows = group * s.q_rows,
-                  tiles_of_group = ceil_div(rows, row.block_m);
-    if (row.block_m % group || (!spec.paged() && (group == 1 || s.q_rows > kMostTokens))) return false;
-    if (latent::Decode::are_latent(spec, dims_of(s))) return false;  // latent kernels read each key once
-    const int64_t tiles = call.entries() * s.kv_heads * tiles_of_group * slices(row, call);
-    const int64_t sms = std::max(1, call.device.sm_count);
-    if (tiles == 0 || static_cast<double>(tiles) < kFilled * static_cast<double>(ceil_div(tiles, sms) * sms))
-      return false;
-    // A tile of packed heads takes about as long as one of a single head, of which there would be as many as
-    // heads, but with these options the kernel for single heads is slower.
-    const bool general =
-                   spec.operands & bits_of(Operand::kAlibiSlopes, Operand::kDraftMask) || !(spec.scale > 0),
-               options = general || spec.softcap > 0;
-    if (tiles_of_group > (general ? group * 5 / 4 : std::max(int64_t{1}, group - 1))) return false;
-    // Up to these, decode, which splits keys. Over float8 pages it is slower with more rows. With options it
-    // takes up to twice as long, but tiles of sequences of different lengths must be many.
-    const bool narrow = s.head_dim <= 128, many = tiles >= kManyWaves * sms;
-    const int64_t decode_rows = narrow && !call.float8_pools() ? 32 : 16, once = narrow ? 16 : 8;
-    return rows > (many && (options || spec.left >= 0) ? once : decode_rows);
-  }
-
   // Multicast halves the loads of K and V. At settled power that pays if rows see many keys (K of 4 MB), with
   // a full or causal mask. With a window or lengths, the two CTAs of a cluster have tiles of different
   // lengths, and more SMs idle at the end. An odd number of tiles leaves one CTA of the last cluster idle.

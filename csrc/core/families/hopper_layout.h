@@ -141,4 +141,9 @@ constexpr BackwardClusterStages backward_cluster_stages(const Row& r, int64_t sc
   return kFewest;
 }
 
+// Whether the plain kernel with packed heads runs a call, which may have a draft mask, windows and sinks.
+inline bool takes_plain_packed_heads(const AttentionSpec& spec) {
+  return !(spec.softcap > 0) && spec.scale > 0 && !spec.has(Operand::kAlibiSlopes);
+}
+
 }  // namespace jax_flash::hopper

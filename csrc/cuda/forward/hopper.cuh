@@ -293,10 +293,8 @@ cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace
                                                       ForwardSm90<T, R, kKind, DenseLoader>>>;
       return launch_forward_sm90<C>(packed, plan, workspace, stream);
     };
-    // The plain kernel has a draft mask, too.
-    const bool plain = !(p.spec.softcap > 0) && !p.alibi_slopes && p.spec.scale > 0;
-    return plain ? launch.template operator()<ScoreKind::kPlain>()
-                 : launch.template operator()<ScoreKind::kGeneral>();
+    return hopper::takes_plain_packed_heads(p.spec) ? launch.template operator()<ScoreKind::kPlain>()
+                                                    : launch.template operator()<ScoreKind::kGeneral>();
   } else {
     return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
       if constexpr (hopper::widens(R)) {
