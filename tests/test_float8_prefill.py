@@ -120,7 +120,7 @@ def test_the_kernels():
         chosen = row(d=d, dv=d)
         assert (chosen["arch"], chosen["d"], chosen["warps"]) == ("sm90", kernel, 16)
     few = row(d=128, dv=128, batch=33, q_rows=8, heads=32, kv_heads=4)
-    assert (few["design"], few["warps"], few["dtypes"]) == ("packed_heads", 12, ("float16", "bfloat16"))
+    assert (few["design"], few["warps"], few["dtypes"]) == ("packed_heads", 16, ("float16", "bfloat16"))
     some = dict(d=128, dv=128, batch=66, heads=32, kv_heads=4)
     assert row(**some, q_rows=4)["design"] == "packed_heads" != row(**some, q_rows=2)["design"]
     assert row(**some, q_rows=4, float8=False)["design"] != "packed_heads"

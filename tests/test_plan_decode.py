@@ -17,7 +17,7 @@ from jax_flash.workspace import workspace_bound
 )
 def test_few_rows_of_a_kv_head_decode(q_rows, heads, block):
     """The decode kernel with the smallest query tile runs that holds all query rows of a KV head."""
-    chosen = plan(q_rows=q_rows, heads=heads)
+    chosen = plan(q_rows=q_rows, heads=heads, batch=32)
     assert chosen["row"]["pass"] == "decode"
     assert chosen["row"]["block_m"] == block
 
@@ -130,7 +130,7 @@ def test_a_draft_mask_changes_neither_the_row_nor_the_grid(q_rows, name):
 
 def test_contiguous_keys_decode_as_well():
     assert plan(paged=False)["row"]["pass"] == "decode"
-    assert plan(paged=False, q_rows=8)["row"]["pass"] == "decode"
+    assert plan(paged=False, q_rows=8, batch=32)["row"]["pass"] == "decode"
     assert plan(paged=False, q_rows=9)["row"]["pass"] == "forward"
 
 
@@ -139,7 +139,7 @@ def test_contiguous_keys_decode_as_well():
     ("call", "block", "columns"),
     [
         ({"heads": 71, "kv_heads": 1}, 32, 3),
-        ({"heads": 64, "kv_heads": 1, "q_rows": 3}, 32, 6),
+        ({"heads": 64, "kv_heads": 1, "q_rows": 3, "batch": 32}, 32, 6),
         ({"heads": 64, "kv_heads": 1, "d": 512, "dv": 512, "batch": 8}, 8, 8),
         ({"heads": 40, "kv_heads": 2, "dtype": "float32", "d": 64, "dv": 64}, 8, 6),
     ],

@@ -6,11 +6,16 @@ import pytest
 from plans import plan_decode as plan
 
 
-@pytest.mark.parametrize(("q_rows", "heads", "tiles"), [(16, 32, 1), (8, 64, 1), (17, 32, 2), (16, 128, 4)])
+@pytest.mark.parametrize(("q_rows", "heads", "tiles"), [(16, 32, 1), (8, 64, 1), (33, 32, 2), (16, 128, 2)])
 def test_more_rows_than_decode_reads_at_once_take_the_forward_that_packs_heads(q_rows, heads, tiles):
+    """The grid counts tokens, of which a tile of 128 rows holds those of a KV head's query heads."""
     chosen = plan(q_rows=q_rows, heads=heads)
-    assert (chosen["row"]["pass"], chosen["row"]["block_m"], chosen["row"]["block_n"]) == ("forward", 64, 128)
-    assert chosen["queries"] == {"block": 64, "tiles": tiles, "blocks": 64 * 8 * tiles}
+    assert (chosen["row"]["pass"], chosen["row"]["block_m"], chosen["row"]["block_n"]) == (
+        "forward",
+        128,
+        128,
+    )
+    assert chosen["queries"] == {"block": 128 * 8 // heads, "tiles": tiles, "blocks": 64 * 8 * tiles}
 
 
 @pytest.mark.parametrize(("d", "rows"), [(64, 32), (128, 32), (256, 16), (512, 16)])
@@ -42,14 +47,63 @@ def test_options_that_the_packed_forward_has(options):
     assert plan(q_rows=16, right=0, **options)["row"]["design"] == "packed_heads"
 
 
-def test_options_take_the_packed_forward_for_half_of_the_rows_where_tiles_are_many():
-    """Decode runs options at half of its speed, but it splits the keys of long sequences."""
+def test_decode_reads_keys_once_where_tiles_are_many():
+    """With few tiles it reads them twice, because it splits the keys of long sequences."""
     for d, q_rows in ((64, 5), (128, 8), (256, 4)):
-        call = {"d": d, "dv": d, "q_rows": q_rows, "right": 0, "batch": 66}
-        assert plan(**call)["row"]["pass"] == "decode"
-        for option in ({"softcap": 30.0}, {"left": 1023}, {"operands": ("alibi_slopes",)}):
-            assert plan(**option, **call)["row"]["design"] == "packed_heads"
-            assert plan(**option, **call | {"batch": 33})["row"]["pass"] == "decode"
+        call = {"d": d, "dv": d, "q_rows": q_rows, "right": 0}
+        for option in ({}, {"softcap": 30.0}, {"left": 1023}, {"operands": ("alibi_slopes",)}):
+            assert plan(**option, **call, batch=66)["row"]["design"] == "packed_heads"
+            assert plan(**option, **call, batch=33)["row"]["pass"] == "decode"
+            assert plan(**option, **call | {"q_rows": q_rows // 2}, batch=66)["row"]["pass"] == "decode"
+
+
+def test_packed_sequences():
+    """Decode runs those with few rows before. They are taken to have equally many tokens."""
+    few = {"varlen": True, "q_rows": 5 * 64, "right": 0}
+    for options in (
+        {},
+        {"batch": 8, "q_rows": 40},
+        {"batch": 8, "q_rows": 8 * 32},
+        {"softcap": 30.0},
+        {"heads": 64, "d": 64, "dv": 64},
+    ):
+        chosen = plan(**few | options)
+        assert chosen["row"]["design"] == "packed_heads"
+        assert chosen["decode"]["packed_rows"] == 8
+    assert chosen["row"]["block_m"] == 192
+    assert plan(**few | {"q_rows": 2048 + 63})["queries"] == {
+        "block": 32,
+        "tiles": 2111 // 32 + 66,
+        "blocks": 131 * 8,
+    }
+    for options in (
+        {"q_rows": 64 * 97},
+        {"batch": 4, "q_rows": 4 * 32},  # one wave of single heads
+        {"batch_invariant": True},
+        {"heads": 8},
+        {"batch": 0},
+        {"operands": ("ranges",)},
+    ):
+        assert plan(**few | options)["row"]["design"] == "tiles"
+
+
+@pytest.mark.parametrize("group", [2, 8, 64])
+@pytest.mark.parametrize("d", [64, 128, 512])
+def test_the_schedule_of_packed_sequences_stays_within_its_bound(group, d):
+    """Tiles count tokens, so that those of many heads are many."""
+    few = {"varlen": True, "batch": 300, "q_rows": 1500, "heads": 2 * group, "kv_heads": 2, "d": d, "dv": d}
+    chosen = plan(**few, right=0)
+    tokens = chosen["row"]["block_m"] // group
+    assert (chosen["row"]["design"], chosen["queries"]["block"]) == ("packed_heads", tokens)
+    assert chosen["queries"]["tiles"] >= (1500 - 302) // tokens + 302
+    assert chosen["workspace"] <= chosen["workspace_bound"]
+
+
+def test_packed_sequences_of_contiguous_keys():
+    call = {"varlen": True, "paged": False, "batch": 64, "k_rows": 64 * 8192, "right": 0}
+    assert plan(**call, q_rows=16 * 64)["row"]["design"] == "packed_heads"
+    assert plan(**call, q_rows=17 * 64)["row"]["design"] == "tiles"
+    assert plan(**call, q_rows=16 * 64, heads=8)["row"]["design"] == "tiles"
 
 
 def test_heads_are_packed_where_that_makes_fewer_tiles():

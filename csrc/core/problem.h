@@ -12,7 +12,7 @@ namespace jax_flash {
 // token r >> shift and to head r % 2^shift. In these kernels `heads` counts KV heads, and the view of a head
 // begins at the first query head of its group.
 struct HeadPacking {
-  int32_t shift = 0, tokens = 0;
+  int32_t shift = 0;
   int32_t left = kUnlimited, right = kUnlimited;  // of AttentionSpec, which count tokens
 };
 

@@ -67,9 +67,8 @@ class Forward final : public PassTraits {
       plan.queries = tile_grid(call, s.q_rows, s.kv_heads * slots, rows, workspace);
       plan.queries.consumers = consumers;
     } else {
-      const bool packs = row.packs_heads();
-      plan.queries = tile_grid(call, packs ? s.q_rows * (s.heads / s.kv_heads) : s.q_rows,
-                               packs ? s.kv_heads : s.heads, row.block_m, workspace);
+      const auto of_tile = static_cast<int32_t>(row.packs_heads() ? s.heads / s.kv_heads : 1);
+      plan.queries = tile_grid(call, s.q_rows, s.heads / of_tile, row.block_m / of_tile, workspace);
     }
     const int32_t multicast = uses_clusters(row, call, plan) ? row.multicast : 1;
     plan.cluster_size = multicast * hopper::sharers(row);
@@ -93,7 +92,7 @@ class Forward final : public PassTraits {
   }
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
-    return schedule_bound(spec, s, s.q_rows) +
+    return schedule_bound(spec, s, s.q_rows, packed_heads::least_tokens(s)) +
            max(max(segments_bound(spec, s, s.q_rows), ranges_bound(spec, s, s.q_rows)),
                key_lists_bound(spec, s)) +
            mask_words_bound(spec, s) + aligned(kCounterBytes);

@@ -59,7 +59,8 @@ constexpr int64_t stored_tile_bytes(const Row& r) {
 // Whether the plain dense kernel stores o by TMA from shared memory; only for tiles where that was measured
 // to be faster. Stored tiles leave no room for o.
 constexpr bool forward_stores_by_tma(const Row& r) {
-  return r.head_dim == 128 && r.value_dim == 128 && r.block_m == 2 * kConsumerRows && !widens(r);
+  return r.head_dim == 128 && r.value_dim == 128 && r.block_m == 2 * kConsumerRows && !widens(r) &&
+         !r.packs_heads();
 }
 constexpr int64_t forward_output_bytes(const Row& r) {
   return forward_stores_by_tma(r) ? kElementBytes * r.block_m * r.value_dim : 0;

@@ -16,41 +16,56 @@ inline int64_t slices(const KernelRow& row, const Call& call) {
   return row.is_sliced() ? slices_of(call.shapes.value_dim, row.slice_columns()) : 1;
 }
 
+// Tokens of the smallest query tile, in which heads may be packed.
+inline int64_t least_tokens(const DimShapes& s) {
+  if (!s.heads.known() || !s.kv_heads.known()) return 1;
+  const int64_t group = s.heads.value() / std::max<int64_t>(1, s.kv_heads.value());
+  return std::clamp<int64_t>(hopper::kConsumerRows / std::max<int64_t>(1, group), 1, kSmallestTile);
+}
+
 // Calls with a few tokens per sequence, for which decode would read keys several times. Keys are not split,
-// so the tiles must fill whole waves. All rows of a tile belong to one KV head.
+// so the tiles must fill whole waves. All rows of a tile belong to one KV head. Packed sequences are taken to
+// have equally many tokens, though in fact one may be a prompt, whose tiles are about as fast as those of
+// single heads; decode runs those with few rows before.
 inline bool serves(const KernelRow& row, const Call& call) {
   constexpr int64_t kMostTokens = 16;  // over contiguous keys: more fill tiles of one head
   constexpr double kFilled = 0.85;
   constexpr int64_t kManyWaves = 3;
   const AttentionSpec& spec = call.spec;
   const Shapes& s = call.shapes;
-  if (spec.packed() || s.leading_rank > 0 || s.heads == 0 || spec.num_splits > 0 || spec.batch_invariant)
+  if (s.leading_rank > 0 || s.heads == 0 || s.batch == 0 || spec.num_splits > 0 || spec.batch_invariant)
     return false;
-  constexpr int32_t kOfPackedHeads =
-      bits_of(Operand::kKvLengths, Operand::kBlockTables, Operand::kKScale, Operand::kVScale,
-              Operand::kDraftMask, Operand::kSinks, Operand::kAlibiSlopes);
+  constexpr int32_t kOfPackedHeads = bits_of(Operand::kCuSeqlensQ, Operand::kCuSeqlensK, Operand::kKvLengths,
+                                             Operand::kBlockTables, Operand::kKScale, Operand::kVScale,
+                                             Operand::kDraftMask, Operand::kSinks, Operand::kAlibiSlopes);
   if (spec.operands & ~kOfPackedHeads) return false;
   const bool counts_tokens = spec.left >= 0 || spec.right >= 0 || spec.has(Operand::kAlibiSlopes);
   if (counts_tokens && spec.align != Align::kBottomRight) return false;
-  const int64_t group = s.heads / s.kv_heads, rows = group * s.q_rows,
-                tiles_of_group = ceil_div(rows, row.block_m);
-  if (row.block_m % group || (!spec.paged() && (group == 1 || s.q_rows > kMostTokens))) return false;
+  const int64_t group = s.heads / s.kv_heads, tokens = spec.packed() ? ceil_div(s.q_rows, s.batch) : s.q_rows,
+                rows = group * tokens, tiles_of_group = ceil_div(rows, row.block_m);
+  if (hopper::kConsumerRows % group || (!spec.paged() && (group == 1 || tokens > kMostTokens))) return false;
   if (latent::Decode::are_latent(spec, dims_of(s))) return false;  // latent kernels read each key once
   const int64_t tiles = call.entries() * s.kv_heads * tiles_of_group * slices(row, call);
   const int64_t sms = std::max(1, call.device.sm_count);
-  if (tiles == 0 || static_cast<double>(tiles) < kFilled * static_cast<double>(ceil_div(tiles, sms) * sms))
-    return false;
+  // In packed batches the alternative is tiles of single heads, which are no faster if packed heads fill one
+  // consumer, or if they need more than one wave.
+  const bool are_fewer = spec.packed() && (rows <= hopper::kConsumerRows || call.entries() * s.heads > sms);
+  const bool fill =
+      tiles > 0 && static_cast<double>(tiles) >= kFilled * static_cast<double>(ceil_div(tiles, sms) * sms);
+  if (!are_fewer && !fill) return false;
   // A tile of packed heads takes about as long as one of a single head, of which there would be as many as
-  // heads, but with these options the kernel for single heads is slower.
+  // heads, but with these options the kernel for single heads is slower. In the fixed layouts the alternative
+  // for a few tokens of single heads is decode.
   const bool general =
-                 spec.operands & bits_of(Operand::kAlibiSlopes, Operand::kDraftMask) || !(spec.scale > 0),
-             options = general || !hopper::takes_plain_packed_heads(spec);
-  if (tiles_of_group > (general ? group * 5 / 4 : std::max(int64_t{1}, group - 1))) return false;
-  // Up to these, decode, which splits keys. Over float8 pages it is slower with more rows. With options it
-  // takes up to twice as long, but tiles of sequences of different lengths must be many.
+      spec.operands & bits_of(Operand::kAlibiSlopes, Operand::kDraftMask) || !(spec.scale > 0);
+  const int64_t fewer = spec.packed() ? group - 1 : std::max(int64_t{1}, group - 1);
+  if (tiles_of_group > (general ? group * 5 / 4 : fewer)) return false;
+  if (spec.packed()) return true;
+  // Up to these, decode, which splits keys, so that sequences of different lengths take no longer. Where
+  // tiles are many, they do not either, and decode is slower with more rows than its tiles have.
   const bool narrow = s.head_dim <= 128, many = tiles >= kManyWaves * sms;
   const int64_t decode_rows = narrow && !call.float8_pools() ? 32 : 16, once = narrow ? 16 : 8;
-  return rows > (many && (options || spec.left >= 0) ? once : decode_rows);
+  return rows > (many ? once : decode_rows);
 }
 
 }  // namespace jax_flash::packed_heads

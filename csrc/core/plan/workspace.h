@@ -35,10 +35,11 @@ inline Dim schedule_bytes(const Dim& leading, const Dim& sequences, const Dim& t
   return leading * (tiles * int64_t{sizeof(TileWork)} + (sequences + 2) * 8);
 }
 
-// Upper bound of a schedule over all kernels; 0 for the fixed layouts.
-inline Dim schedule_bound(const AttentionSpec& spec, const DimShapes& s, const Dim& rows) {
+// Upper bound of a schedule over all kernels; 0 for the fixed layouts. least: rows of the smallest tile.
+inline Dim schedule_bound(const AttentionSpec& spec, const DimShapes& s, const Dim& rows,
+                          int64_t least = kSmallestTile) {
   if (!spec.packed()) return 0;
-  return aligned(schedule_bytes(s.leading, s.batch, varlen_tiles(rows, s.batch, kSmallestTile)));
+  return aligned(schedule_bytes(s.leading, s.batch, varlen_tiles(rows, s.batch, least)));
 }
 
 // Slots of a table with an entry for each `block` rows; an upper bound if sizes are not known.

@@ -293,8 +293,9 @@ cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace
                                                       ForwardSm90<T, R, kKind, DenseLoader>>>;
       return launch_forward_sm90<C>(packed, plan, workspace, stream);
     };
-    return hopper::takes_plain_packed_heads(p.spec) ? launch.template operator()<ScoreKind::kPlain>()
-                                                    : launch.template operator()<ScoreKind::kGeneral>();
+    if constexpr (R.takes(ScoreKind::kGeneral))
+      if (!hopper::takes_plain_packed_heads(p.spec)) return launch.template operator()<ScoreKind::kGeneral>();
+    return launch.template operator()<ScoreKind::kPlain>();
   } else {
     return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
       if constexpr (hopper::widens(R)) {

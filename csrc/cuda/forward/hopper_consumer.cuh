@@ -180,7 +180,11 @@ struct Consumer {
       score.hide(s, at);
     } else if constexpr (kMasked) {
       const bool begins = n < whole.lo, ends = n >= whole.hi;
-      if (begins || ends) mask(s, tile->band, row(), key, begins, ends);
+      if constexpr (C::kPacksHeads) {
+        if (begins || ends) score.hide_unseen(s, at);
+      } else if (begins || ends) {
+        mask(s, tile->band, row(), key, begins, ends);
+      }
     }
     if constexpr (kRare && C::Softmax::kBounded) softmax.raise_maxima(s);
     const int early = std::min(C::kEarlyExponentials, Scores::kColumnTiles);

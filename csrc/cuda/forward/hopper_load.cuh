@@ -63,13 +63,13 @@ struct LoadWarp {
     const uint32_t full = pipe.full_barrier(tile_index);
     if (!used) return ptx::barrier_arrive(full);
     const auto& tile = shared.tiles[tile_index % kTileStates];
-    const int32_t row = work.tile.q_begin + work.tile.row + tile.rows_before(consumer);
+    const int32_t row = work.tile.row + tile.rows_before(consumer);
     ptx::barrier_expect(full, Tile::kBytes);
     ptx::Coordinates at;
     if constexpr (C::kPacksHeads) {
       at = packed_coordinates(p, work, row);
     } else {
-      at = coordinates_of(p.query, work, work.head + tile.heads_before(consumer), row);
+      at = coordinates_of(p.query, work, work.head + tile.heads_before(consumer), work.tile.q_begin + row);
     }
     const uint32_t to = ptx::shared_address(shared.q[slot]);
     if constexpr (C::kSharedValues) {  // in the order of K's columns

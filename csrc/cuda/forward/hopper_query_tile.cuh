@@ -176,7 +176,12 @@ struct TileState : Ranges, Slice {
       reload_shared();
       keys[i].end = band.rows(first, last).hi;
       reload_shared();
-      const Interval all = band.common(first, last);
+      Interval all;
+      if constexpr (C::kPacksHeads) {
+        all = common_of_packed(p, band, first, last);
+      } else {
+        all = band.common(first, last);
+      }
       keys[i].whole = this->close({(all.lo + C::kN - 1) / C::kN, all.hi / C::kN});
     }
     reload_shared();

@@ -50,6 +50,9 @@ struct SchedulerThread {
       if constexpr (C::kHasColumns) wanted = tile.template take<C>(reload(p), number);
       if constexpr (C::kListed) {
         tile.work = scheduler.work(reload(p), wanted, segments.lists.rows, segments.lists.slots);
+      } else if constexpr (C::kPacksHeads) {
+        tile.work = scheduler.work(reload(p), wanted, C::kM >> p.packing.shift);
+        widen_to_heads(reload(p), tile.work.tile);
       } else {
         tile.work = scheduler.work(reload(p), wanted, C::kMulticast * C::kM);
       }

@@ -142,15 +142,18 @@ class AttentionCase : PoolCase {
     if (packs_heads_) aim_at_packed_heads();
   }
 
-  // Several tokens per sequence, whose query heads share tiles: enough rows for two tiles of each KV head.
+  // Several tokens per sequence, whose query heads share tiles: rows for one or two tiles of each KV head.
   void aim_at_packed_heads() {
     AttentionSpec& s = p_.spec;
-    s.layout = Layout::kPaged, s.align = Align::kBottomRight, s.num_splits = 0, s.batch_invariant = false;
+    s.layout = chance(0.5) ? Layout::kPaged : Layout::kPagedVarlen;
+    s.align = Align::kBottomRight, s.num_splits = 0, s.batch_invariant = false;
     s.scale = 0.3f, s.softcap = aim_->plain() || chance(0.3) ? 0 : 3.0f;
     if (chance(0.5)) s.left = static_cast<int32_t>(integer(0, capacity()));
     const auto group = 1 << integer(0, 3);
     p_.heads = kv_heads_ * group;
-    p_.q_rows = 64 / group + static_cast<int32_t>(integer(1, 64 / group));
+    const int32_t tokens = aim_->block_m / group;
+    p_.q_rows = tokens / 2 + static_cast<int32_t>(integer(1, tokens));
+    if (p_.packed()) p_.q_rows *= batch_;
   }
 
   // Takes the sizes and options of the targeted kernel's example.
