@@ -107,13 +107,21 @@ def test_packed_sequences_of_contiguous_keys():
 
 
 def test_heads_are_packed_where_that_makes_fewer_tiles():
-    """64 tokens of four heads fill four tiles either way; general kernels for single heads are slower."""
-    call = {"q_rows": 64, "right": 0}
-    assert plan(**call)["row"]["block_m"] == 128
-    assert plan(**call, heads=64)["row"]["block_m"] == 128
-    assert plan(**call | {"q_rows": 48})["row"]["design"] == "packed_heads"
-    assert plan(**call | {"q_rows": 48}, heads=64)["row"]["design"] == "packed_heads"
-    assert plan(**call, operands=("alibi_slopes",))["row"]["design"] == "packed_heads"
+    """112 tokens of four heads fill four tiles either way, and of eight heads seven or eight."""
+    for options in ({}, {"operands": ("alibi_slopes",)}, {"varlen": True}):
+        for heads, d, few, many in (
+            (32, 128, 96, 112),
+            (64, 128, 112, 113),
+            (32, 512, 48, 64),
+            (8, 128, 64, 65),
+        ):
+            if options and heads == 8:
+                continue
+            rows = [64 * x if "varlen" in options else x for x in (few, many)]
+            chosen = [
+                plan(q_rows=x, right=0, heads=heads, d=d, dv=d, **options)["row"]["design"] for x in rows
+            ]
+            assert chosen == ["packed_heads", "cluster_columns" if d == 512 else "tiles"]
 
 
 def test_packed_heads_fill_the_sms_with_slices_of_values():

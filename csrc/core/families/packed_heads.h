@@ -53,13 +53,11 @@ inline bool serves(const KernelRow& row, const Call& call) {
   const bool fill =
       tiles > 0 && static_cast<double>(tiles) >= kFilled * static_cast<double>(ceil_div(tiles, sms) * sms);
   if (!are_fewer && !fill) return false;
-  // A tile of packed heads takes about as long as one of a single head, of which there would be as many as
-  // heads, but with these options the kernel for single heads is slower. In the fixed layouts the alternative
-  // for a few tokens of single heads is decode.
-  const bool general =
-      spec.operands & bits_of(Operand::kAlibiSlopes, Operand::kDraftMask) || !(spec.scale > 0);
-  const int64_t fewer = spec.packed() ? group - 1 : std::max(int64_t{1}, group - 1);
-  if (tiles_of_group > (general ? group * 5 / 4 : fewer)) return false;
+  // A tile of packed heads takes as long as one of a single head, so they have to be fewer. In the fixed
+  // layouts the alternative for few rows is decode.
+  const int64_t of_heads = group * ceil_div(tokens, std::max(row.block_m, 2 * hopper::kConsumerRows));
+  const bool may_decode = !spec.packed() && rows <= hopper::kConsumerRows;
+  if (!may_decode && 8 * tiles_of_group > 7 * of_heads) return false;
   if (spec.packed()) return true;
   // Up to these, decode, which splits keys, so that sequences of different lengths take no longer. Where
   // tiles are many, they do not either, and decode is slower with more rows than its tiles have.
