@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from plans import A100
 from plans import plan_decode as plan
 
 
@@ -60,16 +61,21 @@ def test_decode_reads_keys_once_where_tiles_are_many():
 def test_packed_sequences():
     """Decode runs those with few rows before. They are taken to have equally many tokens."""
     few = {"varlen": True, "q_rows": 5 * 64, "right": 0}
-    for options in (
-        {},
-        {"batch": 8, "q_rows": 40},
-        {"batch": 8, "q_rows": 8 * 32},
-        {"softcap": 30.0},
-        {"heads": 64, "d": 64, "dv": 64},
+    # Where tiles are few, or one wave, decode takes those of average length, because it splits keys.
+    for options, of_decode in (
+        ({}, 8),
+        ({"batch": 8, "q_rows": 8 * 32}, 8),
+        ({"softcap": 30.0}, 8),
+        ({"heads": 64, "d": 64, "dv": 64}, 8),
+        ({"batch": 8, "q_rows": 8 * 5}, 32),
+        ({"batch": 16, "q_rows": 16 * 5}, 32),
+        ({"batch": 16, "q_rows": 16 * 9}, 8),
+        ({"batch": 1, "q_rows": 16}, 64),
     ):
         chosen = plan(**few | options)
         assert chosen["row"]["design"] == "packed_heads"
-        assert chosen["decode"]["packed_rows"] == 8
+        assert chosen["decode"]["packed_rows"] == of_decode
+    chosen = plan(**few | {"heads": 64, "d": 64, "dv": 64})
     assert chosen["row"]["block_m"] == 192
     assert plan(**few | {"q_rows": 2048 + 63})["queries"] == {
         "block": 32,
@@ -85,6 +91,7 @@ def test_packed_sequences():
         {"operands": ("ranges",)},
     ):
         assert plan(**few | options)["row"]["design"] == "tiles"
+    assert plan(**few, batch_invariant=True)["decode"]["packed_rows"] == 8
 
 
 @pytest.mark.parametrize("group", [2, 8, 64])
@@ -97,6 +104,17 @@ def test_the_schedule_of_packed_sequences_stays_within_its_bound(group, d):
     assert (chosen["row"]["design"], chosen["queries"]["block"]) == ("packed_heads", tokens)
     assert chosen["queries"]["tiles"] >= (1500 - 302) // tokens + 302
     assert chosen["workspace"] <= chosen["workspace_bound"]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_splits": 4}, {"batch_invariant": True}, {"device": A100}], ids=str
+)
+@pytest.mark.parametrize("batch", [1, 8, 16, 100])
+@pytest.mark.parametrize("tokens", [1, 4, 5, 16, 40])
+def test_decode_of_packed_sequences_of_average_length_stays_within_its_bound(tokens, batch, options):
+    for q_rows in (tokens * batch, tokens * batch - batch // 2):
+        chosen = plan(varlen=True, batch=batch, q_rows=q_rows, right=0, **options)
+        assert chosen["workspace"] <= chosen["workspace_bound"]
 
 
 def test_packed_sequences_of_contiguous_keys():

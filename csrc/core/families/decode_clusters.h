@@ -117,7 +117,7 @@ inline bool serves(const KernelRow& row, const Call& call) {
       spec.batch_invariant || s.q_rows == 0)
     return false;
   if (s.head_dim + kPadding <= row.head_dim || s.value_dim + kPadding <= row.value_dim) return false;
-  const int64_t rows = call.rows_of_group(row.block_m), least = row.block_m > 8 ? row.block_m / 2 : 0;
+  const int64_t rows = call.rows_of_group(), least = row.block_m > 8 ? row.block_m / 2 : 0;
   return least < rows && rows <= row.block_m && Choice(row, call).is_faster();
 }
 

@@ -44,7 +44,9 @@ class Forward final : public PassTraits {
       return false;
     return row.packs_heads() ? packed_heads::serves(row, call) : call.shapes.leading_rank <= 1;
   }
-  bool beats_decode(const KernelRow& row, const Call&) const override { return row.packs_heads(); }
+  bool beats_decode(const KernelRow& row, const Call& call) const override {
+    return row.packs_heads() && packed_heads::beats_decode(row, call);
+  }
 
   int64_t shared_bytes(const KernelRow& row, const Call&) const override {
     return hopper::forward_shared_bytes(row);

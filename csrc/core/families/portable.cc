@@ -151,8 +151,7 @@ class LatentDecode final : public latent::Decode {
 };
 
 // Limits of the calls that decode serves, and of its grid.
-constexpr int64_t kMostRows = 64;  // query rows of a KV head over pages; with more, the call is compute-bound
-constexpr int64_t kMostRowsDense = 16;  // the same without pages
+constexpr int64_t kMostRowsDense = 16;  // kMostDecodeRows without pages
 // Calls with few tokens decode even if many query heads share a KV head: decode reads each key once for every
 // kMostTile rows, but the forward, whose tiles have rows of one head only, once for each query head.
 constexpr int64_t kFewTokens = 8, kMostRowsOfFewTokens = 1024;
@@ -164,7 +163,7 @@ constexpr int64_t kSplitKeys = 2048;               // keys per split in batch-in
 // The most query rows of a KV head that decode serves. Packed sequences may have one token.
 int64_t most_rows(const AttentionSpec& spec, const Dim& tokens) {
   if (spec.packed() || !tokens.known() || tokens.value() <= kFewTokens) return kMostRowsOfFewTokens;
-  return spec.paged() ? kMostRows : kMostRowsDense;
+  return spec.paged() ? kMostDecodeRows : kMostRowsDense;
 }
 
 // The number of CTAs of a column: one wave, or a few waves if one would leave SMs idle.
@@ -191,7 +190,7 @@ class Decode final : public PassTraits {
     const Shapes& s = call.shapes;
     if (!decode_reads(call, row) || spec.layout == Layout::kVarlen) return false;
     if (call.float8_pools() && !call.float8_chunks_are_whole()) return false;
-    const int64_t rows = call.rows_of_group(kMostRows), entries = call.entries();
+    const int64_t rows = call.rows_of_group(), entries = call.entries();
     // A tile twice as large as needed wastes half of every product.
     if (row.block_m > 8 && rows <= row.block_m / 2) return false;
     return 0 < s.q_rows && 0 < rows && rows <= most_rows(spec, s.q_rows) && 0 < entries &&
@@ -218,7 +217,7 @@ class Decode final : public PassTraits {
     const Shapes& s = call.shapes;
     DecodeGrid& grid = plan.decode;
     const int64_t tiles = ceil_div(std::max<int64_t>(s.k_rows, 1), row.block_n);
-    const int64_t chunks = ceil_div(call.rows_of_group(kMostRows), row.block_m);
+    const int64_t chunks = ceil_div(call.rows_of_group(), row.block_m);
     grid.columns = static_cast<int32_t>(s.kv_heads * chunks);
     if (spec.packed()) grid.packed_rows = static_cast<int32_t>(chunks * row.block_m);
     const int64_t wave = std::min<int64_t>(int64_t{call.device.sm_count} * row.blocks, kMostBlocks);
@@ -236,7 +235,8 @@ class Decode final : public PassTraits {
   static Dim bound_of_split_keys(const AttentionSpec& spec, const DimShapes& s) {
     Dim group = 1;
     if (!s.kv_heads.known() || s.kv_heads.value() > 0) group = s.heads / s.kv_heads;
-    const Dim rows = group * (spec.packed() ? max(s.draft_rows, 1) : s.q_rows);
+    const Dim rows =
+        spec.packed() ? max(group * max(s.draft_rows, 1), average_rows(s, group)) : group * s.q_rows;
     const Dim& least = spec.packed() ? group : rows;
     const int64_t most = most_rows(spec, s.q_rows);
     if (least.known() && least.value() > most) return 0;
@@ -253,6 +253,11 @@ class Decode final : public PassTraits {
     const Dim columns = s.kv_heads * ((min(rows, most) + (kLeastTile - 1)) / kLeastTile);
     return aligned(partial_bytes(split_rows, s.value_dim)) +
            aligned(decode_lists_bytes(spec, entries, columns, s.k_rows, kLeastKeys));
+  }
+
+  // An upper bound of the rows of packed sequences of average length that decode takes.
+  static Dim average_rows(const DimShapes& s, const Dim& group) {
+    return min(group * (s.q_rows / max(s.batch, 1) + 1), Dim(kMostDecodeRows));
   }
 
   LatentDecode latent_;

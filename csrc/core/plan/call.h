@@ -38,12 +38,18 @@ struct Shapes : Sizes<int64_t> {  // page_size and draft_rows are 0 without page
 
 Shapes shapes_of(const Problem& problem);
 
+// Query rows of a KV head over pages up to which decode is faster than the forward; with more, calls are
+// compute-bound.
+inline constexpr int64_t kMostDecodeRows = 64;
+
 // One call on one device.
 struct Call {
   Pass pass;
   const AttentionSpec& spec;
   const Shapes& shapes;
   const Device& device;
+  // Whether decode is planned for packed sequences of the average number of tokens, or else of one token.
+  bool decodes_average = true;
 
   Loader loader() const { return spec.paged() ? Loader::kPaged : Loader::kDense; }
   bool float8_pools() const { return shapes.kv_dtype != shapes.dtype; }
@@ -57,13 +63,21 @@ struct Call {
   // Arrays of query rows that tiles divide: batch entries, or batches of packed sequences.
   int64_t row_arrays() const { return shapes.leading * (spec.packed() ? 1 : shapes.batch); }
 
+  // Query tokens of a sequence, in packed batches on average, rounded up.
+  int64_t tokens() const {
+    return spec.packed() ? ceil_div(shapes.q_rows, std::max<int64_t>(1, shapes.batch)) : shapes.q_rows;
+  }
+
   // Query rows that read one KV head: all rows of a sequence. In packed batches, whose lengths are unknown,
-  // it assumes as many tokens as the draft mask has rows if that gives at most `most` rows, else one token.
-  int64_t rows_of_group(int64_t most) const {
+  // it assumes as many tokens as the draft mask has rows, or as sequences have on average, if decode serves
+  // as many rows, else one token. In batch-invariant mode the average does not decide.
+  int64_t rows_of_group() const {
     if (shapes.kv_heads == 0) return 0;
-    const int64_t group = shapes.heads / shapes.kv_heads, drafted = group * shapes.draft_rows;
+    const int64_t group = shapes.heads / shapes.kv_heads;
     if (!spec.packed()) return group * shapes.q_rows;
-    return 0 < drafted && drafted <= most ? drafted : group;
+    const bool average = decodes_average && !spec.batch_invariant;
+    const int64_t assumed = group * (shapes.draft_rows > 0 ? shapes.draft_rows : average ? tokens() : 1);
+    return 0 < assumed && assumed <= kMostDecodeRows ? assumed : group;
   }
 
   // The rows of each sequence, if packed ones are divided equally.

@@ -78,7 +78,8 @@ Dim bound_of(Pass pass, const AttentionSpec& spec, const DimShapes& shapes) {
 }  // namespace
 
 // Calls with few query rows run the decode kernels. In packed batches decode runs the short sequences first,
-// then the forward runs the others.
+// then the forward runs the others. If the forward is faster for those of average length, decode runs those
+// of one token.
 PlannedCall plan(const Call& call, std::span<const KernelRow> built) {
   PlannedCall result;
   result.error = refusal(call);
@@ -86,10 +87,17 @@ PlannedCall plan(const Call& call, std::span<const KernelRow> built) {
   const KernelRow* decode = call.pass == Pass::kForward ? choose(Pass::kDecode, call, built) : nullptr;
   const bool alone = decode && (!call.spec.packed() || traits_of(*decode).runs_every_sequence(*decode));
   const KernelRow* row = choose(call.pass, call, built);
-  if (alone && row && traits_of(*row).beats_decode(*row, call)) {
-    decode = nullptr;
-  } else if (alone) {
-    row = decode;
+  Call of_decode = call;
+  const bool beaten = decode && row && traits_of(*row).beats_decode(*row, call);
+  if (alone) {
+    if (beaten) {
+      decode = nullptr;
+    } else {
+      row = decode;
+    }
+  } else if (beaten) {
+    of_decode.decodes_average = false;
+    decode = choose(Pass::kDecode, of_decode, built);
   }
   if (!row) {
     result.error = no_kernel(call, built);
@@ -98,7 +106,7 @@ PlannedCall plan(const Call& call, std::span<const KernelRow> built) {
   find_score(*row, call, result.score);
   result.shared = traits_of(*row).shared_bytes(*row, call);
   Workspace workspace;
-  if (decode) traits_of(*decode).plan_grid(*decode, call, workspace, result);
+  if (decode) traits_of(*decode).plan_grid(*decode, of_decode, workspace, result);
   if (decode != row) traits_of(*row).plan_grid(*row, call, workspace, result);
   result.workspace = workspace.bytes;
   if (decode && decode != row) result.decode_kernel = static_cast<int32_t>(decode - built.data());
