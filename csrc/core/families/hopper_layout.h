@@ -142,9 +142,13 @@ constexpr BackwardClusterStages backward_cluster_stages(const Row& r, int64_t sc
   return kFewest;
 }
 
-// Whether the plain kernel with packed heads runs a call, which may have a draft mask, windows and sinks.
-inline bool takes_plain_packed_heads(const AttentionSpec& spec) {
-  return !(spec.softcap > 0) && spec.scale > 0 && !spec.has(Operand::kAlibiSlopes);
+// Whether the plain kernel with packed heads takes draft masks; of wider heads it would spill registers.
+constexpr bool plain_takes_drafts(const Row& r) { return r.head_dim <= 128; }
+
+// Whether the plain kernel with packed heads runs a call, which may have windows and sinks.
+inline bool takes_plain_packed_heads(const Row& r, const AttentionSpec& spec) {
+  return !(spec.softcap > 0) && spec.scale > 0 && !spec.has(Operand::kAlibiSlopes) &&
+         (plain_takes_drafts(r) || !spec.has(Operand::kDraftMask));
 }
 
 }  // namespace jax_flash::hopper

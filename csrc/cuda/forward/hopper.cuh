@@ -145,7 +145,8 @@ struct ForwardSm90 {
   using OTile = SharedTile<T, kConsumerRows, kValueDim>;
   using Output = std::conditional_t<kStoresByTma, OutputBuffer<kConsumers, OTile>, NoOutputBuffer>;
   using PackedScore =
-      std::conditional_t<Kind == ScoreKind::kPlain, PackedHeadsScore<S>, PackedHeadsGeneralScore<S>>;
+      std::conditional_t<Kind == ScoreKind::kPlain, PackedHeadsScore<S, hopper::plain_takes_drafts(R)>,
+                         PackedHeadsGeneralScore<S>>;
   using UnscaledScore =
       std::conditional_t<kPacksHeads, PackedScore, HopperScore<Kind, S, kInPages<KeyLoader>>>;
   using Score = std::conditional_t<kWidens, WithKeyScales<UnscaledScore>, UnscaledScore>;
@@ -294,7 +295,8 @@ cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace
       return launch_forward_sm90<C>(packed, plan, workspace, stream);
     };
     if constexpr (R.takes(ScoreKind::kGeneral))
-      if (!hopper::takes_plain_packed_heads(p.spec)) return launch.template operator()<ScoreKind::kGeneral>();
+      if (!hopper::takes_plain_packed_heads(R, p.spec))
+        return launch.template operator()<ScoreKind::kGeneral>();
     return launch.template operator()<ScoreKind::kPlain>();
   } else {
     return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {

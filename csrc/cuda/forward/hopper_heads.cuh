@@ -93,8 +93,9 @@ struct PackedRows {
   }
 };
 
-// The plain score. Causal and the draft mask hide new tokens, which are the last keys.
-template <class S>
+// The plain score. Causal and the draft mask hide new tokens, which are the last keys. kDrafts: whether the
+// kernel takes draft masks.
+template <class S, bool kDrafts>
 struct PackedHeadsScore : PlainScore<S> {
   static constexpr bool kPositional = true;
 
@@ -114,7 +115,7 @@ struct PackedHeadsScore : PlainScore<S> {
     // Any number past the tokens is no limit.
     const int32_t end = first + (p.packing.right < 0 ? tokens : min(p.packing.right, tokens)) + 1;
     hide(s, tile.key, -INFINITY, [&](int slot) { return min(band.k_len, end + token(slot)); }, FromLimit{});
-    if (!p.draft_mask || !has_drafts(tokens, p.draft_rows)) return;
+    if (!kDrafts || !p.draft_mask || !has_drafts(tokens, p.draft_rows)) return;
     const ElementMask drafts{p.draft_mask.template as<const uint8_t>() + tile.sequence() * p.draft_mask.batch,
                              p.draft_mask.row, first};
     hide_where<8>(
@@ -132,7 +133,7 @@ struct PackedHeadsScore : PlainScore<S> {
 
 // The same with a softcap, ALiBi or any scale.
 template <class S>
-struct PackedHeadsGeneralScore : PackedHeadsScore<S> {
+struct PackedHeadsGeneralScore : PackedHeadsScore<S, true> {
   static constexpr bool kGeneral = true;
   template <class T, class M = float>
   using Softmax = OnlineSoftmax<S::kSlots>;
