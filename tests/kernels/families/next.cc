@@ -37,7 +37,7 @@ class HopperBackward final : public PassTraits {
 class HopperDecode final : public PassTraits {
  public:
   bool serves(const KernelRow& row, const Call& call) const override {
-    const int64_t rows = call.rows_of_group(row.block_m);
+    const int64_t rows = call.rows_of_group();
     return 0 < rows && rows <= row.block_m && call.spec.layout != Layout::kVarlen &&
            call.shapes.page_size % 16 == 0;
   }
