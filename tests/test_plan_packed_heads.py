@@ -99,11 +99,12 @@ def test_packed_sequences():
 def test_the_schedule_of_packed_sequences_stays_within_its_bound(group, d):
     """Tiles count tokens, so that those of many heads are many."""
     few = {"varlen": True, "batch": 300, "q_rows": 1500, "heads": 2 * group, "kv_heads": 2, "d": d, "dv": d}
-    chosen = plan(**few, right=0)
-    tokens = chosen["row"]["block_m"] // group
-    assert (chosen["row"]["design"], chosen["queries"]["block"]) == ("packed_heads", tokens)
-    assert chosen["queries"]["tiles"] >= (1500 - 302) // tokens + 302
-    assert chosen["workspace"] <= chosen["workspace_bound"]
+    for is_paged in (True, False):  # over contiguous keys decode has no workspace beside it
+        chosen = plan(**few, right=0, paged=is_paged)
+        tokens = chosen["row"]["block_m"] // group
+        assert (chosen["row"]["design"], chosen["queries"]["block"]) == ("packed_heads", tokens)
+        assert chosen["queries"]["tiles"] >= (1500 - 302) // tokens + 302
+        assert chosen["workspace"] <= chosen["workspace_bound"]
 
 
 @pytest.mark.parametrize(
