@@ -116,9 +116,8 @@ def test_a_prompt_among_packed_sequences():
     for d, dtype, window in ((64, "float16", (70, 0)), (128, "bfloat16", None), (256, "bfloat16", (9, None))):
         call = paged(case.replace(d=d, dv=d, dtype=dtype, window=window), 16)
         pages.check(call, IMPLEMENTATION)
-        falls = (
-            call.arrays["cu_seqlens_q"].at[2].set(0)
-        )  # read as its running maximum: sequence 1 has no tokens
+        # Read as its running maximum: sequence 1 has no tokens.
+        falls = call.arrays["cu_seqlens_q"].at[2].set(0)
         got, wanted = (call.call(which)({"cu_seqlens_q": falls}) for which in (IMPLEMENTATION, "xla"))
         for x, y in zip(got, wanted, strict=True):
             np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), atol=0.02)
