@@ -139,7 +139,7 @@ def test_contiguous_keys_decode_as_well():
     ("call", "block", "columns"),
     [
         ({"heads": 71, "kv_heads": 1}, 32, 3),
-        ({"heads": 64, "kv_heads": 1, "q_rows": 3, "batch": 32}, 32, 6),
+        ({"heads": 64, "kv_heads": 1, "q_rows": 3, "batch": 16}, 32, 6),
         ({"heads": 64, "kv_heads": 1, "d": 512, "dv": 512, "batch": 8}, 8, 8),
         ({"heads": 40, "kv_heads": 2, "dtype": "float32", "d": 64, "dv": 64}, 8, 6),
     ],

@@ -61,7 +61,7 @@ def test_decode_reads_keys_once_where_tiles_are_many():
 def test_packed_sequences():
     """Decode runs those with few rows before. They are taken to have equally many tokens."""
     few = {"varlen": True, "q_rows": 5 * 64, "right": 0}
-    # Where tiles are few, or one wave, decode takes those of average length, because it splits keys.
+    # Decode takes those of average length where it would not read keys many times, because it splits them.
     for options, of_decode in (
         ({}, 8),
         ({"batch": 8, "q_rows": 8 * 32}, 8),
@@ -70,7 +70,6 @@ def test_packed_sequences():
         ({"batch": 8, "q_rows": 8 * 5}, 32),
         ({"batch": 16, "q_rows": 16 * 5}, 32),
         ({"batch": 16, "q_rows": 16 * 9}, 8),
-        ({"batch": 1, "q_rows": 16}, 64),
     ):
         chosen = plan(**few | options)
         assert chosen["row"]["design"] == "packed_heads"
@@ -85,6 +84,7 @@ def test_packed_sequences():
     for options in (
         {"q_rows": 64 * 97},
         {"batch": 4, "q_rows": 4 * 32},  # one wave of single heads
+        {"batch": 1, "q_rows": 16},
         {"batch_invariant": True},
         {"heads": 8},
         {"batch": 0},
@@ -92,6 +92,7 @@ def test_packed_sequences():
     ):
         assert plan(**few | options)["row"]["design"] == "tiles"
     assert plan(**few, batch_invariant=True)["decode"]["packed_rows"] == 8
+    assert plan(**few | {"batch": 1, "q_rows": 16})["decode"]["packed_rows"] == 64
 
 
 @pytest.mark.parametrize("group", [2, 8, 64])
@@ -145,14 +146,53 @@ def test_packed_heads_fill_the_sms_with_slices_of_values():
     for pages in ({"page_size": 64}, {"paged": False}):
         chosen = plan(batch=64, **options | pages)
         assert (chosen["row"]["design"], chosen["persistent_ctas"]) == ("packed_heads", 128)
-        assert plan(batch=32, **options | pages)["row"]["pass"] == "decode"  # half of the SMs would idle
+        # Tiles that leave half of the SMs idle still take less time; those of eight sequences do not.
+        half = plan(batch=32, **options | pages)
+        assert (half["row"]["design"], half["persistent_ctas"]) == ("packed_heads", 64)
+        assert plan(batch=8, **options | pages)["row"]["pass"] == "decode"
+
+
+def test_tiles_leave_sms_idle_where_decode_would_read_keys_many_times():
+    """A batch of 6 has 48 tiles for 132 SMs. float8 keys are read in less time, and tiles widen them."""
+    float8 = {"heads": 128, "float8": True}
+    for few, more in (
+        ({"batch": 4, "q_rows": 16}, {"batch": 6, "q_rows": 16}),
+        ({"batch": 4, "q_rows": 8, "heads": 64}, {"batch": 6, "q_rows": 8, "heads": 64, "paged": False}),
+        ({"batch": 4, "q_rows": 8, **float8}, {"batch": 4, "q_rows": 16, **float8}),
+    ):
+        assert plan(right=0, **few)["row"]["pass"] == "decode"
+        assert plan(right=0, **more)["row"]["design"] == "packed_heads"
+
+
+@pytest.mark.parametrize(
+    ("batch", "q_rows", "design", "block"),
+    [
+        (64, 64, "packed_heads", 192),
+        (16, 64, "packed_heads", 192),
+        (8, 64, "packed_heads", 128),  # 256 tiles: two waves of either height
+        (8, 17, "packed_heads", 128),
+        (4, 64, "packed_heads", 128),  # one wave
+        (8, 128, "packed_heads", 192),  # three waves, where single heads have four
+        (4, 128, "tiles", 192),  # two waves of either design
+    ],
+)
+def test_tiles_of_two_or_three_consumers_whose_waves_take_less_time(batch, q_rows, design, block):
+    chosen = plan(heads=64, d=64, dv=64, batch=batch, q_rows=q_rows, right=0)["row"]
+    assert (chosen["design"], chosen["block_m"]) == (design, block)
+
+
+def test_one_wave_of_single_heads_stays():
+    """Packed heads would need no less time, and their kernel of an option is slower."""
+    for options in ({}, {"softcap": 30.0}):
+        for batch, design in ((4, "tiles"), (8, "packed_heads")):
+            chosen = plan(batch=batch, q_rows=64, heads=32, right=0, **options)["row"]
+            assert chosen["design"] == design
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"batch": 8},  # too few tiles: the keys have to be split
-        {"batch": 24},  # 192 tiles, two waves of 132
+        {"batch": 4},  # too few tiles: the keys have to be split
         {"leading": 2},
         {"left": 100, "align": "top_left"},
         {"num_splits": 2},

@@ -53,6 +53,8 @@ class Forward final : public PassTraits {
   }
 
   bool better(const KernelRow& a, const KernelRow& b, const Call& call) const override {
+    if (a.packs_heads() && b.packs_heads())
+      return packed_heads::Tiles(a, call).time < packed_heads::Tiles(b, call).time;
     if (call.spec.paged()) return false;
     if (call.spec.has(Operand::kBlockMask)) return a.block_m > b.block_m;
     const hopper::Consumers best = hopper::TileChoice(call).best(), has = hopper::consumers_of(a),

@@ -25,36 +25,60 @@ inline int64_t least_tokens(const DimShapes& s) {
 
 // The query tiles of a call.
 struct Tiles {
-  int64_t group, tokens, rows, of_group, all, sms;
+  int64_t group, tokens, rows, all, sms;
+  int64_t time, time_of_heads;  // of packed heads, and of single ones
 
   Tiles(const KernelRow& row, const Call& call)
       : group(call.shapes.heads / call.shapes.kv_heads),
         tokens(call.tokens()),
         rows(group * tokens),
-        of_group(ceil_div(rows, row.block_m)),
-        all(call.entries() * call.shapes.kv_heads * of_group * slices(row, call)),
-        sms(std::max(1, call.device.sm_count)) {}
+        all(tiles_of(row, call, call.shapes.kv_heads, rows, row.block_m)),
+        sms(std::max(1, call.device.sm_count)),
+        time(time_of(row, all, std::min<int64_t>(rows, row.block_m))) {
+    const int64_t block = std::max<int64_t>(row.block_m, 2 * hopper::kConsumerRows);
+    time_of_heads =
+        time_of(row, tiles_of(row, call, call.shapes.heads, tokens, block), std::min(tokens, block));
+  }
 
   bool fill_waves() const {
     constexpr double kFilled = 0.85;
-    return all > 0 && static_cast<double>(all) >= kFilled * static_cast<double>(ceil_div(all, sms) * sms);
+    return all > 0 && static_cast<double>(all) >= kFilled * static_cast<double>(waves(all) * sms);
+  }
+
+ private:
+  static int64_t tiles_of(const KernelRow& row, const Call& call, int64_t heads, int64_t rows,
+                          int64_t block) {
+    return call.entries() * heads * ceil_div(rows, block) * slices(row, call);
+  }
+  int64_t waves(int64_t tiles) const { return ceil_div(tiles, sms); }
+  // The time of all waves. Each consumer with rows adds one to a tile's time, which is two without: on an
+  // H200, tiles of 64, 128 and 192 rows of d64 take 65, 85 and 104 µs for 8,192 keys, of d128 75 and 98. If
+  // CTAs have slices of V's columns, all of their consumers work on all rows.
+  int64_t time_of(const KernelRow& row, int64_t tiles, int64_t rows_of_tile) const {
+    return waves(tiles) * (2 + (row.is_sliced() ? 1 : ceil_div(rows_of_tile, hopper::kConsumerRows)));
   }
 };
 
-// Whether decode takes longer. It splits keys, so that sequences of different lengths take no longer, but
-// reads keys again for more rows than its tiles have.
+// Whether decode takes longer. It splits keys, so that few or unequal sequences take no longer, but reads
+// keys again for more rows than its tiles have. Tiles that leave SMs idle are faster only where it would read
+// them many times.
 inline bool beats_decode(const KernelRow& row, const Call& call) {
   constexpr int64_t kManyWaves = 3;  // of which lengths matter less
+  // The KV heads whose keys decode reads in a unit of a tile's time: twice those measured (H200, d64 to
+  // d512), since a tile takes as long as the longest sequence, and others may have half as many keys.
+  const int64_t read_meanwhile = call.float8_pools() ? 72 : 28;
   const Tiles tiles(row, call);
   const bool narrow = call.shapes.head_dim <= 128, many = tiles.all >= kManyWaves * tiles.sms;
   const int64_t twice = narrow && !call.float8_pools() ? 32 : 16, once = narrow ? 16 : 8;
-  return tiles.fill_waves() && tiles.rows > (many ? once : twice);
+  if (tiles.fill_waves()) return tiles.rows > (many ? once : twice);
+  const int64_t reads = tiles.rows / twice;
+  return reads >= 2 && reads * call.entries() * call.shapes.kv_heads > read_meanwhile * tiles.time;
 }
 
-// Calls with a few tokens per sequence, for which decode would read keys several times. Keys are not split,
-// so the tiles must fill whole waves. All rows of a tile belong to one KV head. Packed sequences are taken to
-// have equally many tokens, though in fact one may be a prompt, whose tiles are as fast as those of single
-// heads; decode runs those with few rows before.
+// Calls for which tiles of single heads would take longer, or decode would read keys several times. Keys are
+// not split. All rows of a tile belong to one KV head. Packed sequences are taken to have equally many
+// tokens, though in fact one may be a prompt, whose tiles are as fast as those of single heads; decode runs
+// those with few rows before.
 inline bool serves(const KernelRow& row, const Call& call) {
   constexpr int64_t kMostTokens = 16;  // over contiguous keys: more fill tiles of one head
   const AttentionSpec& spec = call.spec;
@@ -71,14 +95,8 @@ inline bool serves(const KernelRow& row, const Call& call) {
   if (hopper::kConsumerRows % tiles.group) return false;
   if (!spec.paged() && (tiles.group == 1 || tiles.tokens > kMostTokens)) return false;
   if (latent::Decode::are_latent(spec, dims_of(s))) return false;  // latent kernels read each key once
-  // A tile of packed heads takes as long as one of a single head, so they have to be fewer.
-  const int64_t tile_of_head = std::max(row.block_m, 2 * hopper::kConsumerRows);
-  const bool fewer = 8 * tiles.of_group <= 7 * tiles.group * ceil_div(tiles.tokens, tile_of_head);
-  if (!spec.packed()) return (fewer || tiles.rows <= hopper::kConsumerRows) && beats_decode(row, call);
-  // Those of single heads are no faster if packed heads fill one consumer, or if they need several waves.
-  const bool no_slower =
-      tiles.rows <= hopper::kConsumerRows || call.entries() * s.heads > tiles.sms || tiles.fill_waves();
-  return fewer && no_slower;
+  return 16 * tiles.time <= 15 * tiles.time_of_heads ||
+         (tiles.rows <= kMostDecodeRows && beats_decode(row, call));
 }
 
 }  // namespace jax_flash::packed_heads
