@@ -112,7 +112,7 @@ def test_packed_sequences_of_contiguous_keys(options, d):
 def test_a_prompt_among_packed_sequences():
     """Its tiles read keys only as far as their tokens see, and sequences that are not in order run none by decode."""
     counts = (1, 300, 5, 1, 3)
-    # More heads than an H200 has SMs, so that heads are packed.
+    # Tiles of single heads would need two waves of an H200, so heads are packed.
     case = varlen("prompt", counts, k_sequences=(200, 310, 280, 1, 3), hq=32, hk=4, causal=True)
     for d, dtype, window in ((64, "float16", (70, 0)), (128, "bfloat16", None), (256, "bfloat16", (9, None))):
         call = paged(case.replace(d=d, dv=d, dtype=dtype, window=window), 16)
