@@ -34,11 +34,9 @@ struct Tiles {
         rows(group * tokens),
         all(tiles_of(row, call, call.shapes.kv_heads, rows, row.block_m)),
         sms(std::max(1, call.device.sm_count)),
-        time(time_of(row, all, std::min<int64_t>(rows, row.block_m))) {
-    const int64_t block = std::max<int64_t>(row.block_m, 2 * hopper::kConsumerRows);
-    time_of_heads =
-        time_of(row, tiles_of(row, call, call.shapes.heads, tokens, block), std::min(tokens, block));
-  }
+        time(time_of(row, call, call.shapes.kv_heads, rows, row.block_m)),
+        time_of_heads(time_of(row, call, call.shapes.heads, tokens,
+                              std::max(row.block_m, 2 * hopper::kConsumerRows))) {}
 
   bool fill_waves() const {
     constexpr double kFilled = 0.85;
@@ -54,8 +52,9 @@ struct Tiles {
   // The time of all waves. Each consumer with rows adds one to a tile's time, which is two without: on an
   // H200, tiles of 64, 128 and 192 rows of d64 take 65, 85 and 104 µs for 8,192 keys, of d128 75 and 98. If
   // CTAs have slices of V's columns, all of their consumers work on all rows.
-  int64_t time_of(const KernelRow& row, int64_t tiles, int64_t rows_of_tile) const {
-    return waves(tiles) * (2 + (row.is_sliced() ? 1 : ceil_div(rows_of_tile, hopper::kConsumerRows)));
+  int64_t time_of(const KernelRow& row, const Call& call, int64_t heads, int64_t rows, int64_t block) const {
+    const int64_t consumers = row.is_sliced() ? 1 : ceil_div(std::min(rows, block), hopper::kConsumerRows);
+    return waves(tiles_of(row, call, heads, rows, block)) * (2 + consumers);
   }
 };
 
