@@ -104,6 +104,20 @@ MANY = {"hq": 8, "bias": (2, 8, SQ, SK), "dtype": "bfloat16"}
 CASES += [Case(f"bias of more tiles than CTAs d{d}", **SIZES | MANY | {"d": d, "dv": d}) for d in (64, 128)]
 CASES += [case.replace(name=f"float32 {case.name}") for case in CASES if case.name.startswith("bias")]
 
+# On Hopper the key tiles of some of so many heads add to dQ in descending order, if they add in order.
+MANY_HEADS = {"b": 34, "sq": 300, "sk": 300, "hq": 4, "hk": 4, "causal": True}
+DESCENDING = {
+    "bias": ((64, 128, 256), {"bias": (1, 4, 300, 300)}),
+    "bias and dropout": ((64, 128), {"bias": (1, 4, 300, 300), "dropout_rate": 0.3}),
+    "softcap and alibi": ((64, 256), {"softcap": 7.0, "alibi_slopes": (4,)}),
+    "dropout": ((128, 512), {"dropout_rate": 0.2}),
+}
+CASES += [
+    Case(f"{name} of many heads d{d}", dtype="bfloat16", **MANY_HEADS | {"d": d, "dv": d} | options)
+    for name, (dims, options) in DESCENDING.items()
+    for d in dims
+]
+
 
 @cache
 def references(case):
@@ -175,6 +189,7 @@ def test_leading_dimensions_that_do_not_merge(d, options, kernel):
 UNSEEN = {
     "few keys": {"b": 1, "sq": 900, "sk": 900, "kv_lengths": (300,)},
     "lengths": {"b": 3, "sq": 700, "sk": 700, "q_lengths": (700, 130, 500), "kv_lengths": (90, 600, 0)},
+    "many heads": {"b": 66, "sq": 300, "sk": 300, "q_lengths": (300, 130) * 33, "kv_lengths": (90, 260) * 33},
 }
 
 

@@ -128,8 +128,9 @@ struct HeadGroups {
 
 // Which key tiles of a head come first, if not its first ones.
 struct KeyTileOrder {
-  bool leads = false;  // whether the first tiles of all heads come before the groups
-  int32_t begin = 0;   // or: the tile that comes first; the tiles before it come last
+  bool leads = false;     // whether the first tiles of all heads come before the groups
+  int32_t begin = 0;      // or: the tile that comes first; the tiles before it come last
+  bool descends = false;  // or: whether the tiles come from the last to the first
 };
 
 // The work of a tile. The tiles of a group of heads have consecutive numbers. With a causal mask the longest
@@ -160,7 +161,7 @@ __device__ __forceinline__ BlockWork find_work(const Problem& p, const TileWork*
     const uint32_t together = first < groups.last ? min(group, left) : left;
     const uint32_t number = of_others - first * others;
     const int32_t t = static_cast<int32_t>(number / together + order.leads) + order.begin;
-    tile = kQueries ? tiles - 1 - t : t < tiles ? t : t - tiles;
+    tile = kQueries || order.descends ? tiles - 1 - t : t < tiles ? t : t - tiles;
     rest = first + number % together;
   }
   return fixed_work<over>(p, heads, rest, tile * block, block);

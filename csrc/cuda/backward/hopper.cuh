@@ -31,6 +31,7 @@
 #include "cuda/backward/hopper_consumer.cuh"
 #include "cuda/backward/hopper_head.cuh"
 #include "cuda/backward/hopper_load.cuh"
+#include "cuda/backward/hopper_order.cuh"
 #include "cuda/backward/hopper_single_consumer.cuh"
 #include "cuda/backward/hopper_state.cuh"
 #include "cuda/backward/hopper_tickets.cuh"
@@ -207,63 +208,6 @@ cudaError_t make_maps(typename C::Maps& maps, const Problem& p) {
   return cudaSuccess;
 }
 
-// Bytes of Q, dO and the dQ accumulator of one KV head.
-inline int64_t head_bytes(const Problem& p) {
-  const int64_t row = 2 * (p.head_dim + p.value_dim) + 4 * p.head_dim;
-  return std::max<int64_t>(1, row * p.q_rows * (p.heads / p.kv_heads));
-}
-
-// How many KV heads' tiles are worked on together: few, so that Q, dO and the sums of dQ stay in L2. With a
-// band tiles differ in length, and more heads leave short tiles for the end.
-//
-// In a deterministic call a tile waits for those of its head that began before it. The more heads are worked
-// on together, the later it begins. Tiles that have few steps need more heads.
-inline uint32_t backward_heads_together(const Problem& p, int32_t block_m, uint32_t cluster_size) {
-  const bool uneven = p.uneven();
-  if (!p.spec.deterministic) return uneven ? 4 : 2;
-  const uint32_t least = uneven ? 32 : cluster_size > 1 ? 16 : 8, all_steps = uneven ? 512 : 256;
-  const auto steps = static_cast<uint32_t>(std::max<int64_t>(1, ceil_div(mean_queries(p), block_m)));
-  return std::max(p.q_segment_ids ? 2 * least : least, all_steps / steps) / cluster_size;
-}
-
-// For long causal sequences with GQA, if workers cover all tiles of a KV head. Key tiles see different
-// numbers of queries, so CTAs would drift to different query heads, more than L2 holds. Instead, as many KV
-// heads as the workers cover go back and forth through the query tiles together, each time with all query
-// heads of a group.
-inline void keep_in_step(PersistentTiles& tiles, const Problem& p, int32_t workers) {
-  constexpr int64_t kManyBytes = 16 << 20;
-  const bool windowed = p.spec.left >= 0 || p.window_left,
-             causal = !windowed && (p.spec.right >= 0 || p.ranges);
-  if (p.packed() || !causal || p.heads == p.kv_heads || head_bytes(p) < kManyBytes) return;
-  if (p.spec.deterministic || tiles.tiles_per_head > workers) return;
-  tiles.back_and_forth = true;
-  tiles.heads.size = static_cast<uint32_t>(workers / std::max(1, tiles.tiles_per_head));
-}
-
-// The number of KV heads that have about one tile for each worker, in groups of equal size. With more heads
-// together, Q, dO and the sums of dQ would not stay in L2.
-inline uint32_t heads_of_one_wave(const PersistentTiles& tiles, int32_t workers) {
-  return equal_group(tiles.count / tiles.tiles_per_head,
-                     static_cast<uint32_t>(std::max(1, workers / tiles.tiles_per_head)));
-}
-
-// Decides which heads' tiles run together, unless steps are listed: there a kernel orders the tiles of a
-// group.
-inline void order_tiles(PersistentTiles& tiles, const Problem& p, const LaunchPlan& plan, int32_t block_m,
-                        int32_t cluster) {
-  const int32_t workers = plan.persistent_ctas / cluster;
-  tiles.heads.size = backward_heads_together(p, block_m, cluster);
-  keep_in_step(tiles, p, workers);
-  if (tiles.back_and_forth || p.spec.deterministic || !(p.uneven() || p.mask)) return;
-  // A long tile that starts late would be the last to end. So the last heads, as many as have two tiles for
-  // each worker, or one where two would not stay in L2, are one group, which ends with its short tiles.
-  constexpr int64_t kMostBytes = 64 << 20;
-  const uint32_t one = heads_of_one_wave(tiles, workers), two = heads_of_one_wave(tiles, 2 * workers);
-  const uint32_t last = two * head_bytes(p) <= kMostBytes ? two : one;
-  const uint32_t others = tiles.count / tiles.tiles_per_head - last;
-  tiles.heads.last = others / tiles.heads.size * tiles.heads.size;
-}
-
 // Finds the key grid's tables in the workspace, as the plan placed them.
 inline KeyGrid make_key_grid(const Problem& p, const LaunchPlan& plan, void* workspace, const QuerySums& sums,
                              int32_t ticket_shift) {
@@ -279,9 +223,6 @@ inline KeyGrid make_key_grid(const Problem& p, const LaunchPlan& plan, void* wor
     grid.tickets = reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + plan.dq_tickets);
   return grid;
 }
-
-template <class C>
-inline constexpr bool kInClusters = requires { C::kKeyParts; };
 
 template <class C, class T>
 cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void* workspace,
@@ -301,9 +242,9 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
     PersistentTiles tiles{schedule_of(grid, workspace), static_cast<int32_t>(grid.tiles),
                           static_cast<uint32_t>(grid.blocks), tile_counter(plan, workspace), 1};
     const Problem parts = with_head_parts(p, plan, workspace);
-    if (!kListsSteps<C> && plan.dq_rounding == DqRounding::kKernel)
-      order_tiles(tiles, parts, plan, C::kM, C::kCluster);
-    const KeyGrid key_grid = make_key_grid(p, plan, workspace, sums, ticket_shift(p, C::kM, kInClusters<C>));
+    const int32_t shift = ticket_shift<C>(p);
+    if (!kListsSteps<C> && plan.dq_rounding == DqRounding::kKernel) order_tiles<C>(tiles, parts, plan, shift);
+    const KeyGrid key_grid = make_key_grid(p, plan, workspace, sums, shift);
     if constexpr (kListsSteps<C>) {
       const uint32_t heads = tiles.count / tiles.tiles_per_head;
       tiles.heads.size = heads_of_one_wave(tiles, plan.persistent_ctas / C::kCluster);

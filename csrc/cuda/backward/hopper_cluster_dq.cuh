@@ -28,16 +28,19 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
   static constexpr uint32_t kParts = C::kCluster * (C::kDqByTma ? 1 : kConsumerWarps);
   uint32_t* ticket = nullptr;  // the counter of a finished ticket that has not been passed on yet
 
-  // Whether a step is the first, or the last, of its ticket. Steps go backwards over the query tiles, and
-  // over the heads within each tile.
+  // Whether a step is the first, or the last, of its ticket. Steps go over the query tiles, and over the
+  // heads within each tile.
   __device__ __forceinline__ bool begins_ticket(const QueryStep& step) const {
-    const bool first = ticket_of(grid, step) != (step.tile + 1) >> grid.ticket_shift;
-    return step.head % kTicketSteps == 0 && (first || step.tile == uniform(tile().walk.tiles.hi) - 1);
+    return step.head % kTicketSteps == 0 && leaves_ticket(step, -uniform(tile().walk.direction));
   }
   __device__ __forceinline__ bool ends_ticket(const QueryStep& step) const {
-    const bool last = ticket_of(grid, step) != (step.tile - 1) >> grid.ticket_shift;
     const bool last_head = (step.head + 1) % kTicketSteps == 0 || step.head == uniform(tile().walk.heads) - 1;
-    return last_head && (last || step.tile == uniform(tile().walk.tiles.lo));
+    return last_head && leaves_ticket(step, uniform(tile().walk.direction));
+  }
+  // Whether the query tile in a direction belongs to another ticket, or is not one of the walk.
+  __device__ __forceinline__ bool leaves_ticket(const QueryStep& step, int32_t direction) const {
+    const int32_t other = step.tile + direction;
+    return ticket_of(grid, step) != other >> grid.ticket_shift || !uniform(tile().walk.tiles).contains(other);
   }
   __device__ __forceinline__ uint32_t* count(const QueryStep& step) const {
     return count_of(grid, tile(), step, step.head / kTicketSteps * kTicketSteps);
@@ -104,15 +107,13 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
     for (int column = 0; column < kOwnColumns; column += C::kDqColumns) {
       typename C::DQ dq;
       start_all(dq, use, column);
-      // Both overlap with the product. The ticket before is passed on first, so that the next key tile need
-      // not wait until it is this one's turn again.
-      if (column == 0) {
-        pass_ticket();
-        if (grid.tickets && begins_ticket(step)) wait_ticket(step);
-      }
+      if (column == 0 && grid.tickets && begins_ticket(step)) wait_ticket(step);  // during the product
       ptx::wgmma_wait<0>();
       ptx::hold(dq.x[0]);
-      if (column + C::kDqColumns == kOwnColumns) shared.p_pipe.release_in_all(use, C::kKeyParts);
+      if (column + C::kDqColumns == kOwnColumns) {
+        shared.p_pipe.release_in_all(use, C::kKeyParts);
+        pass_ticket();  // only now, because the other warpgroups wait for P, not for sums
+      }
       if constexpr (C::kDqByTma) {
         send(dq, step, column);
       } else {
@@ -120,6 +121,11 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
       }
     }
     if (grid.tickets && ends_ticket(step)) ticket = count(step);
+  }
+
+  // Whether this key tile is the first to add to a step's sums.
+  __device__ __forceinline__ bool stores(const QueryStep& step) const {
+    return step.tile < uniform(tile().stores_dq);
   }
 
   // The dQ accumulator of a step's query tile.
@@ -130,7 +136,7 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
   // sums += dQ
   __device__ __forceinline__ void add(const typename C::DQ& dq, const QueryStep& step, int column) const {
     const Placement at{static_cast<int>(this->warp_row()), 16, this->rank() * kOwnColumns + column, 16};
-    if (uniform(tile().stores_dq)) return add_to_sums<C::kM, false, true>(sums_of(step), p.head_dim, dq, at);
+    if (stores(step)) return add_to_sums<C::kM, false, true>(sums_of(step), p.head_dim, dq, at);
     add_to_sums<C::kM>(sums_of(step), p.head_dim, dq, at);
   }
 
@@ -144,8 +150,7 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
     ptx::sync_group(2, kWarpgroup);
     if (leads())
       start_sum_of_part<C::kM, C::kDqColumns>(sums_of(step), p.head_dim, shared.dq,
-                                              {0, 16, this->rank() * kOwnColumns + column, 16},
-                                              tile().stores_dq);
+                                              {0, 16, this->rank() * kOwnColumns + column, 16}, stores(step));
   }
 
   __device__ __forceinline__ void run() {

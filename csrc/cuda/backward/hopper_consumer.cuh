@@ -193,7 +193,7 @@ struct GradientConsumer {
   }
 
   // Waits for dQ of a step, after which kIssued products were issued, and adds it to the sums. `sum`: the
-  // index of its query tile among them.
+  // index of its query tile among them (see add_dq()).
   template <int kIssued>
   __device__ __forceinline__ void finish_dq(uint32_t use, int32_t sum) {
     ptx::wgmma_wait<kIssued>();
@@ -317,7 +317,12 @@ struct GradientConsumer {
     if constexpr (kStagesSegments<C>) find_segments();
     QueryStep step = QueryStep::first(walk, step_use);
     const int32_t end = step.number + walk.steps();
-    const auto sum_of = [&] { return step.head * grid.sums.tiles + step.tile; };
+    const auto sum_of = [&] {
+      const int32_t sum = step.head * grid.sums.tiles + step.tile;
+      if constexpr (kMayOrder<C>)
+        if (step.tile < uniform(tile().stores_dq)) return ~sum;
+      return sum;
+    };
     int32_t listed = 0;
     if constexpr (C::kDrawsAhead) draw_kept(*this, step);
     int32_t sum_before;

@@ -51,24 +51,20 @@ inline constexpr bool kStagesTiles = [] {
 inline constexpr int32_t kMostTicketShift = 1, kClusterTicketShift = 2,
                          kTicketSteps = 1 << kClusterTicketShift;
 
-// The shift of a call. Each key tile is one ticket behind the key tile before it, so a sequence has at least
-// 16 tickets.
-inline int32_t ticket_shift(const Problem& p, int32_t block_m, bool clusters) {
-  constexpr int64_t kTickets = 16;
-  const int32_t heads = clusters ? p.heads / p.kv_heads : 1;
-  int32_t shift = clusters && p.spec.right < 0 ? kClusterTicketShift : kMostTicketShift;
-  while (shift > 0 && (mean_queries(p) < (kTickets * block_m) << shift || heads << shift > kTicketSteps))
-    --shift;
-  return shift;
-}
+// Whether the kernel is that of cuda/backward/hopper_cluster.cuh.
+template <class C>
+inline constexpr bool kInClusters = requires { C::kKeyParts; };
+
+// Whether key tiles may add to dQ in order.
+template <class C>
+inline constexpr bool kMayOrder = C::kOrdered || kStagesTiles<C>;
 
 // The tables in the workspace that key tiles read.
 struct KeyGrid {
   const Interval* segments;  // [entries, key_tiles]: queries that may share a segment; nullptr: no segments
   int32_t key_tiles;
   QuerySums sums;
-  // In a deterministic call key tiles add to dQ in ascending order: counts those that have added to a query
-  // tile.
+  // In a deterministic call key tiles add to dQ in order: counts those that have added to a query tile.
   uint32_t* tickets;     // [entries, h, sums.tiles]; nullptr: in any order
   int32_t ticket_shift;  // a ticket covers 2^ticket_shift query tiles, unless consumers wait for it
   // For kernels of score kind Ranges: the keys that each block of rows sees, and for each key tile the query
@@ -150,7 +146,7 @@ struct KeyTileState {
   [[no_unique_address]] Operands score;  // at the first head
   [[no_unique_address]] DqRows dquery;   // at the first head
 
-  int32_t stores_dq;  // first_tile_stores(), for the first key tile of an ordered call
+  int32_t stores_dq;  // if dQ is added in order: this tile stores it in the query tiles before this one
   int32_t done;       // no tile is left, and this state describes none
 
   // Computes the rest of the state from `work`, part by part, because the thread has few registers. Returns
@@ -202,9 +198,9 @@ struct KeyTileState {
     }
     const int64_t first = grid.sums.first_tile<C::kM>(p, work);
     sums = sum_tile<C::kM>(p, grid.sums.data, first);
-    if constexpr (C::kOrdered || kStagesTiles<C>) {
+    if constexpr (kMayOrder<C>) {
       if (grid.tickets) tickets = grid.tickets + first;
-      stores_dq = grid.tickets && work.tile.row == 0 && first_tile_stores(p);
+      stores_dq = grid.tickets && first_tile_stores(p) ? tiles_without_sums<C>() : 0;
     }
     if constexpr (C::kKind != ScoreKind::kPlain)
       score.template prepare<typename C::Score>(reload(p), work, work.head);
@@ -237,6 +233,14 @@ struct KeyTileState {
     reload_shared();
     const int32_t next = work.tile.row + C::kN;
     return tiles_of(band.queries(next, next + C::kN), C::kM);
+  }
+  // The query tiles before the result have no sum yet. In ascending order the first key tile begins all sums;
+  // in descending order each key tile begins those that no key tile after it sees.
+  template <class C>
+  __device__ __forceinline__ int32_t tiles_without_sums() const {
+    if (walk.direction < 0) return work.tile.row == 0 ? kAllRows : 0;
+    const Interval next = queries_of_next<C>();
+    return next.empty() ? kAllRows : next.lo;
   }
   // Finds the query tiles in which every row sees all keys of a consumer, and the blocks that see some.
   template <class C>

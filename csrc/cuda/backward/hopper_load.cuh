@@ -72,19 +72,26 @@ struct GradientProducer {
     return {false, !grid.tickets && grid.segments[half].size() > 2 * first ? half : 0};
   }
 
+  // Whether the key tiles of a tile's head, which add to dQ in order, come from the last to the first.
+  __device__ __forceinline__ static bool descends(const PersistentTiles& all, uint32_t number) {
+    return kMayOrder<C> && all.descends && number < all.heads.last * all.tiles_per_head;
+  }
+
   // Back and forth: the tiles of one group of KV heads begin together and go from the last query tile to the
   // first that they see, so they end one after the other. The tiles of the next group go the other way, so
   // each begins at the query tile where all tiles of the first group are at that time.
   //
-  // Tiles that add to dQ in order also go from the last query tile to the first. Each then begins at a query
-  // tile that the tiles before it begin with, or have reached by then.
+  // Tiles that add to dQ in order go that way, too. Each then begins at a query tile that the tiles before it
+  // begin with, or have reached by then. In descending order they go from the first query tile that they see
+  // to the last, so each begins before the tile whose sums it waits for.
   __device__ __forceinline__ void set_order(QueryWalk& walk, const PersistentTiles& all,
                                             uint32_t number) const {
     const uint32_t tiles = static_cast<uint32_t>(all.tiles_per_head);
     if (key_tile_order(all.tiles_per_head).leads) number -= min(number, all.count / tiles);
     const uint32_t group = number / (all.heads.size * tiles);
     walk.heads_inner = all.back_and_forth || (C::kCluster > 1 && grid.tickets);
-    walk.direction = grid.tickets || (all.back_and_forth && group % 2 == 0) ? -1 : 1;
+    const bool reversed = grid.tickets ? !descends(all, number) : all.back_and_forth && group % 2 == 0;
+    walk.direction = reversed ? -1 : 1;
   }
 
   // One thread finds the key tiles of the CTA, or of its cluster, at most one ahead.
@@ -103,7 +110,9 @@ struct GradientProducer {
       if constexpr (kListsSteps<C>) {
         tile.work = scheduler.work(reload(p), grid.lists.order[number]);
       } else {
-        tile.work = scheduler.work(reload(p), number, C::kN, 0, key_tile_order(all.tiles_per_head));
+        KeyTileOrder order = key_tile_order(all.tiles_per_head);
+        order.descends = descends(all, number);
+        tile.work = scheduler.work(reload(p), number, C::kN, 0, order);
         set_order(tile.walk, all, number);
       }
       if (ends_schedule(reload(p), tile.work.tile)) break;

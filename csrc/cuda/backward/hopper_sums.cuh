@@ -26,15 +26,15 @@ __device__ __forceinline__ Placement dq_of_warp(const Consumer& of) {
 }
 
 // Adds a consumer's dQ to the sums. `sum`: the index of the query tile among them. kOrdered: key tiles add in
-// order, and the first one may store.
+// order, and the first one stores; there `sum` is the complement of the index.
 template <bool kOrdered = false, class Consumer>
 __device__ __forceinline__ void add_dq(Consumer& of, int32_t sum) {
   using C = typename Consumer::Config;
   const Placement at = dq_of_warp(of);
   if (C::kTakes96Queries && at.row >= C::kM) return;
-  float* const to = sum_tile<C::kM>(of.p, of.tile().sums, sum);
-  if constexpr (kOrdered)
-    if (uniform(of.tile().stores_dq)) return add_to_sums<C::kM, false, true>(to, of.p.head_dim, of.dq, at);
+  const bool stores = kOrdered && sum < 0;
+  float* const to = sum_tile<C::kM>(of.p, of.tile().sums, stores ? ~sum : sum);
+  if (stores) return add_to_sums<C::kM, false, true>(to, of.p.head_dim, of.dq, at);
   // One test in place of one for every 8 columns, with a branch and an address each.
   if (at.column + C::kDqColumns <= of.p.head_dim)
     return add_to_sums<C::kM, true>(to, of.p.head_dim, of.dq, at);

@@ -12,15 +12,17 @@
 namespace jax_flash {
 
 // In a deterministic call, the number of key tiles that add to dQ of a query tile of `rows` rows before this
-// one: all key tiles before it, from the first that the rows see. If segments, ranges or a mask leave each
-// key tile an interval of queries, all lanes of the warp count the intervals that contain the query tile
-// outside of their gaps.
+// one: all key tiles before it, from the first that the rows see, or in descending order all after it. If
+// segments, ranges or a mask leave each key tile an interval of queries, all lanes of the warp count the
+// intervals that contain the query tile outside of their gaps.
 template <class C, class Tile>
 __device__ __forceinline__ int32_t tiles_before(const KeyGrid& grid, const Problem& p, const Tile& tile,
                                                 int32_t query_tile, int32_t rows = C::kM) {
   const BlockWork& work = tile.work;
-  const int32_t row = query_tile * rows, own = work.tile.row / C::kN,
-                first = tile.band.rows(row, row + rows).lo / C::kN;
+  const int32_t row = query_tile * rows, own = work.tile.row / C::kN;
+  const Interval keys = tile.band.rows(row, row + rows);
+  if (tile.walk.direction > 0) return (keys.hi - 1) / C::kN - own;
+  const int32_t first = keys.lo / C::kN;
   if constexpr (kTrimsSteps<C>) {
     if (grid.segments) {
       int64_t slot = (work.leading * p.batch + work.batch_row) * grid.key_tiles;
@@ -87,11 +89,11 @@ __device__ __forceinline__ void order_sums(Producer& of) {
     const auto& walk = tile.walk;
     const auto before = [&](const QueryStep& step) { return tiles_before_ticket<C>(grid, of.p, tile, step); };
     const auto count = [&](const QueryStep& step) { return count_of(grid, tile, step, step.head); };
-    // For the first step of a ticket: the number of the step after its last one. Steps go backwards over the
-    // query tiles.
+    // For the first step of a ticket: the number of the step after its last one.
     const auto end_of_ticket = [&](const QueryStep& step) {
-      const int32_t last = max(ticket_of(grid, step) << grid.ticket_shift, walk.tiles.lo);
-      return step.number + step.tile - last + 1;
+      const int32_t first = ticket_of(grid, step) << grid.ticket_shift;
+      const Interval ticket = intersect({first, first + (1 << grid.ticket_shift)}, walk.tiles);
+      return step.number + walk.tiles_left(ticket, step.tile);
     };
     const auto let_add = [&](const QueryStep& step, int32_t end) {  // the steps [step, end)
 #pragma unroll 1
@@ -126,7 +128,7 @@ __device__ __forceinline__ void order_sums(Producer& of) {
   }
 }
 
-// Adds dQ when it is this key tile's turn.
+// Adds dQ when it is this key tile's turn. `sum`: see add_dq().
 template <class Consumer>
 __device__ __forceinline__ void add_dq_in_order(Consumer& of, uint32_t use, int32_t sum) {
   of.shared.sum_pipe.wait_full(use);
@@ -139,8 +141,9 @@ template <class Consumer>
 __device__ __forceinline__ void add_dq_by_ticket(Consumer& of, int32_t sum) {
   using C = typename Consumer::Config;
   constexpr uint32_t kWarps = C::kConsumers * kConsumerWarps;
-  uint32_t* const ticket = of.tile().tickets + sum;
-  const int32_t before = tiles_before<C>(of.grid, of.p, of.tile(), sum % of.grid.sums.tiles);
+  const int32_t index = sum < 0 ? ~sum : sum;
+  uint32_t* const ticket = of.tile().tickets + index;
+  const int32_t before = tiles_before<C>(of.grid, of.p, of.tile(), index % of.grid.sums.tiles);
   ptx::wait_at_least(ticket, before * kWarps);
   add_dq<true>(of, sum);
   ptx::raise_by_warp(ticket);

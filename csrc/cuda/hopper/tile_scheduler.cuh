@@ -29,6 +29,7 @@ struct PersistentTiles {
   uint32_t* counter;  // counts the tiles that were taken; nullptr: workers have a fixed stride
   HeadGroups heads;
   bool back_and_forth = false;  // in the backward, every other group of heads has its steps in reverse
+  bool descends = false;        // in the backward, all groups but the last begin with their last key tiles
 };
 
 // The number of heads whose tiles run together: those whose K and V take 32 MB, so that they stay in L2, but
