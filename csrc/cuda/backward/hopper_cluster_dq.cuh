@@ -123,11 +123,6 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
     if (grid.tickets && ends_ticket(step)) ticket = count(step);
   }
 
-  // Whether this key tile is the first to add to a step's sums.
-  __device__ __forceinline__ bool stores(const QueryStep& step) const {
-    return step.tile < uniform(tile().stores_dq);
-  }
-
   // The dQ accumulator of a step's query tile.
   __device__ __forceinline__ float* sums_of(const QueryStep& step) const {
     return sum_tile<C::kM>(p, tile().sums, step.head * grid.sums.tiles + step.tile);
@@ -136,7 +131,8 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
   // sums += dQ
   __device__ __forceinline__ void add(const typename C::DQ& dq, const QueryStep& step, int column) const {
     const Placement at{static_cast<int>(this->warp_row()), 16, this->rank() * kOwnColumns + column, 16};
-    if (stores(step)) return add_to_sums<C::kM, false, true>(sums_of(step), p.head_dim, dq, at);
+    if (tile().starts_sums(step.tile))
+      return add_to_sums<C::kM, false, true>(sums_of(step), p.head_dim, dq, at);
     add_to_sums<C::kM>(sums_of(step), p.head_dim, dq, at);
   }
 
@@ -150,7 +146,8 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
     ptx::sync_group(2, kWarpgroup);
     if (leads())
       start_sum_of_part<C::kM, C::kDqColumns>(sums_of(step), p.head_dim, shared.dq,
-                                              {0, 16, this->rank() * kOwnColumns + column, 16}, stores(step));
+                                              {0, 16, this->rank() * kOwnColumns + column, 16},
+                                              tile().starts_sums(step.tile));
   }
 
   __device__ __forceinline__ void run() {

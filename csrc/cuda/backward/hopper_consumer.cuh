@@ -192,8 +192,8 @@ struct GradientConsumer {
     shared.ds_pipe.arrive_by_warp(use);
   }
 
-  // Waits for dQ of a step, after which kIssued products were issued, and adds it to the sums. `sum`: the
-  // index of its query tile among them (see add_dq()).
+  // Waits for dQ of a step, after which kIssued products were issued, and adds it to the sums. `sum`: see
+  // index_of_sum().
   template <int kIssued>
   __device__ __forceinline__ void finish_dq(uint32_t use, int32_t sum) {
     ptx::wgmma_wait<kIssued>();
@@ -320,7 +320,7 @@ struct GradientConsumer {
     const auto sum_of = [&] {
       const int32_t sum = step.head * grid.sums.tiles + step.tile;
       if constexpr (kMayOrder<C>)
-        if (step.tile < uniform(tile().stores_dq)) return ~sum;
+        if (tile().starts_sums(step.tile)) return ~sum;
       return sum;
     };
     int32_t listed = 0;

@@ -149,6 +149,11 @@ struct KeyTileState {
   int32_t stores_dq;  // if dQ is added in order: this tile stores it in the query tiles before this one
   int32_t done;       // no tile is left, and this state describes none
 
+  // If dQ is added in order: whether this key tile is the first to add to a query tile's sums.
+  __device__ __forceinline__ bool starts_sums(int32_t query_tile) const {
+    return query_tile < uniform(stores_dq);
+  }
+
   // Computes the rest of the state from `work`, part by part, because the thread has few registers. Returns
   // false if the tile has no rows.
   template <class C, class LetLoad>

@@ -25,16 +25,17 @@ __device__ __forceinline__ Placement dq_of_warp(const Consumer& of) {
   return at;
 }
 
-// Adds a consumer's dQ to the sums. `sum`: the index of the query tile among them. kOrdered: key tiles add in
-// order, and the first one stores; there `sum` is the complement of the index.
+// The index of a query tile among the sums. `sum`: that index, or its complement if this key tile starts it.
+__device__ __forceinline__ int32_t index_of_sum(int32_t sum) { return sum < 0 ? ~sum : sum; }
+
+// Adds a consumer's dQ to the sums. kOrdered: key tiles add in order, and the one that starts a sum stores.
 template <bool kOrdered = false, class Consumer>
 __device__ __forceinline__ void add_dq(Consumer& of, int32_t sum) {
   using C = typename Consumer::Config;
   const Placement at = dq_of_warp(of);
   if (C::kTakes96Queries && at.row >= C::kM) return;
-  const bool stores = kOrdered && sum < 0;
-  float* const to = sum_tile<C::kM>(of.p, of.tile().sums, stores ? ~sum : sum);
-  if (stores) return add_to_sums<C::kM, false, true>(to, of.p.head_dim, of.dq, at);
+  float* const to = sum_tile<C::kM>(of.p, of.tile().sums, kOrdered ? index_of_sum(sum) : sum);
+  if (kOrdered && sum < 0) return add_to_sums<C::kM, false, true>(to, of.p.head_dim, of.dq, at);
   // One test in place of one for every 8 columns, with a branch and an address each.
   if (at.column + C::kDqColumns <= of.p.head_dim)
     return add_to_sums<C::kM, true>(to, of.p.head_dim, of.dq, at);

@@ -128,7 +128,7 @@ __device__ __forceinline__ void order_sums(Producer& of) {
   }
 }
 
-// Adds dQ when it is this key tile's turn. `sum`: see add_dq().
+// Adds dQ when it is this key tile's turn. `sum`: see index_of_sum().
 template <class Consumer>
 __device__ __forceinline__ void add_dq_in_order(Consumer& of, uint32_t use, int32_t sum) {
   of.shared.sum_pipe.wait_full(use);
@@ -141,7 +141,7 @@ template <class Consumer>
 __device__ __forceinline__ void add_dq_by_ticket(Consumer& of, int32_t sum) {
   using C = typename Consumer::Config;
   constexpr uint32_t kWarps = C::kConsumers * kConsumerWarps;
-  const int32_t index = sum < 0 ? ~sum : sum;
+  const int32_t index = index_of_sum(sum);
   uint32_t* const ticket = of.tile().tickets + index;
   const int32_t before = tiles_before<C>(of.grid, of.p, of.tile(), index % of.grid.sums.tiles);
   ptx::wait_at_least(ticket, before * kWarps);
